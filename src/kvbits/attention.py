@@ -1,0 +1,79 @@
+"""A token's way through the cache: the function that a Hugging Face attention layer calls.
+
+The layer hands over its query, key and value after the position embedding; the step's context travels as the model
+keyword ``kvbits`` (a :class:`Forward`), so there is no global state. The rows of all sequences of a step lie packed in
+one batch row of the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from kvbits.errors import UnsupportedError
+from kvbits.kernels import Backend, BatchLayout
+from kvbits.pool import PagedPool
+
+IMPLEMENTATION = "kvbits"
+"""The name under which :func:`attend` is registered with transformers' ``AttentionInterface``."""
+
+_HANDLED = frozenset({"kvbits", "dropout", "scaling", "sliding_window", "softcap", "s_aux", "is_causal"})
+_HARMLESS = frozenset({"position_ids", "use_cache", "cache_position", "output_attentions", "position_embeddings"})
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One step: where the cache lies, who reads it, and which rows belong to which sequence."""
+
+    pool: PagedPool
+    backend: Backend
+    batch: BatchLayout
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Store ``key`` and ``value`` and attend to the cache.
+
+    ``query`` ``[1, heads, rows, key_dim]``, ``key`` and ``value`` ``[1, kv_heads, rows, dim]``. Returns ``[1, rows, heads,
+    value_dim]``. Raises ``UnsupportedError`` for a keyword that asks for something else than what the cache was laid
+    out for; nothing is dropped.
+    """
+    step: Forward | None = kwargs.get("kvbits")
+    if step is None:
+        raise UnsupportedError("the model was called without kvbits=Forward(...); use kvbits.LLM to run it")
+    view = step.pool.layers[module.layer_idx]
+    _check(view.geometry, attention_mask, kwargs)
+    sinks = kwargs.get("s_aux")
+    out = step.backend.forward(
+        view,
+        step.batch,
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        None if sinks is None else sinks.float(),
+    )
+    return out.unsqueeze(0), None
+
+
+def _check(layer: Any, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+    """Refuse whatever the layer asks for and the cache's geometry does not say."""
+    for name, value in kwargs.items():
+        if name not in _HANDLED and name not in _HARMLESS and value is not None and value is not False:
+            raise UnsupportedError(f"the model passes '{name}' to its attention; kvbits does not implement it")
+    asked = {
+        "scaling": (kwargs.get("scaling"), layer.scale),
+        "sliding_window": (kwargs.get("sliding_window"), layer.window),
+        "softcap": (kwargs.get("softcap"), layer.softcap),
+    }
+    for name, (found, expected) in asked.items():
+        if found != expected and not (name == "scaling" and found is not None and abs(found - expected) < 1e-6):
+            raise UnsupportedError(f"the model asks for {name}={found}; its configuration said {expected}")
+    if attention_mask is not None:
+        raise UnsupportedError("the model passes an attention mask; kvbits masks by position")
+    if kwargs.get("dropout"):
+        raise UnsupportedError(f"the model asks for attention dropout {kwargs['dropout']}; kvbits only infers")
+    if kwargs.get("is_causal") is False:
+        raise UnsupportedError("the model asks for bidirectional attention; kvbits is causal")

@@ -1,0 +1,93 @@
+"""Uniform integer codes, ``x = scale * code + zero``, with one scale per token or per channel of a page and head.
+
+Keys per channel and values per token follow KIVI (Liu et al., 2024, arXiv:2402.02750): key outliers sit in fixed
+channels. With 64-token pages a channel's group is the page.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kvbits.codecs.base import Codec, Side
+from kvbits.codecs.packing import pack, quads_multiple, unpack
+from kvbits.config import PAGE_TOKENS, align
+
+
+@dataclass(frozen=True)
+class Affine(Codec):
+    """Affine codes of ``bits`` bits; parameters are float16.
+
+    ``per`` names the axis that has its own scale: each of the page's 64 tokens, or each channel. Symmetric codes have no
+    zero point: code ``c`` in ``[-(2**(b-1)-1), 2**(b-1)-1]`` is stored as ``c + 2**(b-1)`` for keys (the unsigned
+    operand of the kernel's dot product) and as two's complement for values (the signed operand). Asymmetric codes run
+    from 0 to ``2**b - 1`` with ``zero = min``.
+
+    Page bytes: codes (:func:`kvbits.codecs.packing.pack`), scales ``float16 [n]``, zeros ``float16 [n]`` unless
+    symmetric, where ``n`` is 64 or ``dim``.
+    """
+
+    bits: int = 8
+    per: Literal["token", "channel"] = "token"
+    symmetric: bool = False
+
+    def _params(self, dim: int) -> int:
+        return PAGE_TOKENS if self.per == "token" else dim
+
+    def page_bytes(self, dim: int) -> int:
+        codes = PAGE_TOKENS * dim * self.bits // 8
+        return align(codes + self._params(dim) * (2 if self.symmetric else 4))
+
+    def encode(self, rows: Tensor, side: Side) -> Tensor:
+        axis = -1 if self.per == "token" else -2
+        top = 2**self.bits - 1
+        if self.symmetric:
+            limit = 2 ** (self.bits - 1) - 1
+            scale = (rows.abs().amax(axis) / limit).half()
+            offset = limit + 1 if side == "key" else 0
+            codes = torch.round(rows * _reciprocal(scale).unsqueeze(axis)).clamp(-limit, limit)
+            codes = (codes.to(torch.int32) + offset) & top
+            params = [scale]
+        else:
+            zero = rows.amin(axis).half()
+            scale = ((rows.amax(axis) - zero.float()) / top).half()
+            shifted = rows - zero.float().unsqueeze(axis)
+            codes = torch.round(shifted * _reciprocal(scale).unsqueeze(axis)).clamp(0, top)
+            params = [scale, zero]
+        codes = codes.to(torch.uint8)
+        matrix = codes.transpose(-1, -2) if side == "key" else codes
+        parts = [pack(matrix, self.bits), *(p.contiguous().view(torch.uint8) for p in params)]
+        page = torch.cat(parts, dim=-1)
+        return torch.nn.functional.pad(page, (0, self.page_bytes(rows.shape[-1]) - page.shape[-1]))
+
+    def decode(self, page: Tensor, dim: int, side: Side) -> Tensor:
+        axis = -1 if self.per == "token" else -2
+        n = self._params(dim)
+        size = PAGE_TOKENS * dim * self.bits // 8
+        reduction, lanes = (dim, PAGE_TOKENS) if side == "key" else (PAGE_TOKENS, dim)
+        codes = unpack(page[..., :size], self.bits, reduction, lanes)
+        codes = codes.transpose(-1, -2) if side == "key" else codes
+        params = page[..., size : size + n * (2 if self.symmetric else 4)].contiguous().view(torch.float16).float()
+        scale = params[..., :n].unsqueeze(axis)
+        if self.symmetric:
+            half = 2 ** (self.bits - 1)
+            signed = codes.float() - half if side == "key" else (codes.float() + half) % (2 * half) - half
+            return signed * scale
+        return codes.float() * scale + params[..., n:].unsqueeze(axis)
+
+    def supports(self, dim: int) -> str | None:
+        multiple = max(16, quads_multiple(self.bits))
+        return None if dim % multiple == 0 else f"head size {dim} is not a multiple of {multiple}"
+
+    @property
+    def native_id(self) -> int:
+        return self.bits + 16 * (self.per == "channel") + 32 * self.symmetric
+
+
+def _reciprocal(scale: Tensor) -> Tensor:
+    """``1 / scale`` in float32, 0 where the scale rounded to 0 (the page is constant there)."""
+    wide = scale.float()
+    return torch.where(wide > 0, 1 / wide, torch.zeros_like(wide))

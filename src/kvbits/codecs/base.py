@@ -1,0 +1,77 @@
+"""What a codec is: frozen data that says how one head's page of keys or values becomes bytes.
+
+``reference`` encode and decode live on the codec itself; the native kernels know it by :attr:`Codec.native_id`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from kvbits.config import PAGE_TOKENS, LayerGeometry, align
+
+Side = Literal["key", "value"]
+
+
+@dataclass(frozen=True)
+class Codec(ABC):
+    """How a page of one KV head, ``[64 tokens, dim]``, becomes ``page_bytes(dim)`` bytes.
+
+    A codec may treat keys and values differently (their roles in a dot product differ), hence ``side``.
+    """
+
+    name: str
+
+    @abstractmethod
+    def page_bytes(self, dim: int) -> int:
+        """Bytes of one page of one head, parameters included, a multiple of 64."""
+
+    @abstractmethod
+    def encode(self, rows: Tensor, side: Side) -> Tensor:
+        """``float32 [..., 64, dim]`` to ``uint8 [..., page_bytes(dim)]``."""
+
+    @abstractmethod
+    def decode(self, page: Tensor, dim: int, side: Side) -> Tensor:
+        """``uint8 [..., page_bytes(dim)]`` to ``float32 [..., 64, dim]``."""
+
+    @abstractmethod
+    def supports(self, dim: int) -> str | None:
+        """``None``, or the reason why heads of size ``dim`` cannot be stored."""
+
+    @property
+    @abstractmethod
+    def native_id(self) -> int:
+        """The codec's number in ``csrc/codecs/table.h``; both sides must agree."""
+
+    def bits_per_element(self, dim: int) -> float:
+        """Stored bits per key or value element, parameters and padding included."""
+        return 8 * self.page_bytes(dim) / (PAGE_TOKENS * dim)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """The codecs of one layer's keys and values."""
+
+    key: Codec
+    value: Codec
+
+    @property
+    def name(self) -> str:
+        if self.key.name.partition(":")[0] == self.value.name.partition(":")[0]:
+            return self.key.name.partition(":")[0]
+        return f"{self.key.name.partition(':')[0]}/{self.value.name.partition(':')[0]}"
+
+    def head_bytes(self, layer: LayerGeometry) -> int:
+        """Bytes of one page of one KV head: its keys, then its values."""
+        return align(self.key.page_bytes(layer.key_dim)) + align(self.value.page_bytes(layer.value_dim))
+
+    def layer_bytes(self, layer: LayerGeometry) -> int:
+        """Bytes of one page of all KV heads of ``layer``."""
+        return layer.num_kv_heads * self.head_bytes(layer)
+
+    def supports(self, layer: LayerGeometry) -> str | None:
+        """``None``, or the reason why ``layer`` cannot be stored by this scheme."""
+        return self.key.supports(layer.key_dim) or self.value.supports(layer.value_dim)

@@ -1,0 +1,75 @@
+"""Where each layer's bytes lie inside a page: pure arithmetic, shared by the pool and the planner.
+
+The pool is an array of equal *frames*. A frame holds exactly one sealed page (all layers of 64 tokens). A page in
+another form, the 16-bit open page or a first page with more bits, is larger: it takes several frames, anywhere in the
+pool, and each layer lies whole inside one of them. So one free list serves every kind of page and nothing fragments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvbits.codecs.base import Scheme
+from kvbits.codecs.policy import OPEN, Policy
+from kvbits.config import PAGE_TOKENS, LayerGeometry, ModelGeometry
+
+
+@dataclass(frozen=True)
+class Place:
+    """A layer's block: in the page's ``frame``-th frame, ``offset`` bytes from its start, stored as ``scheme``.
+
+    The block holds one ``scheme.head_bytes(layer)`` after another, one per KV head.
+    """
+
+    scheme: Scheme
+    frame: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class PageFormat:
+    """The form of one kind of page: how many frames it takes and where each layer lies."""
+
+    frames: int
+    places: tuple[Place, ...]
+    used_bytes: int
+
+
+@dataclass(frozen=True)
+class PoolLayout:
+    """Frame size and page forms that follow from a model and a policy."""
+
+    frame_bytes: int
+    sealed: PageFormat
+    open: PageFormat
+
+    @classmethod
+    def of(cls, geometry: ModelGeometry, policy: Policy) -> PoolLayout:
+        """The layout for ``policy``; raises ``UnsupportedError`` where a layer does not fit its codec."""
+        policy.check(geometry)
+        open_schemes = (OPEN,) * geometry.num_layers
+        sealed_bytes = sum(s.layer_bytes(g) for s, g in zip(policy.layers, geometry.layers, strict=True))
+        # A frame must also hold any one layer of an open page: binds only for models of very few layers.
+        frame_bytes = max(sealed_bytes, *(OPEN.layer_bytes(g) for g in geometry.layers))
+        return cls(
+            frame_bytes,
+            _place(policy.layers, geometry.layers, frame_bytes),
+            _place(open_schemes, geometry.layers, frame_bytes),
+        )
+
+    def frames_of(self, tokens: int) -> int:
+        """Frames that a running sequence of ``tokens`` tokens holds: its full pages sealed, and one open page."""
+        return tokens // PAGE_TOKENS * self.sealed.frames + self.open.frames
+
+
+def _place(schemes: tuple[Scheme, ...], layers: tuple[LayerGeometry, ...], frame_bytes: int) -> PageFormat:
+    places = []
+    frame = offset = used = 0
+    for scheme, layer in zip(schemes, layers, strict=True):
+        size = scheme.layer_bytes(layer)
+        if offset + size > frame_bytes:
+            frame, offset = frame + 1, 0
+        places.append(Place(scheme, frame, offset))
+        offset += size
+        used += size
+    return PageFormat(frame + 1, tuple(places), used)

@@ -1,0 +1,106 @@
+"""Which scheme each layer uses, and the strings that users write for it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from kvbits.codecs.affine import Affine
+from kvbits.codecs.base import Codec, Scheme
+from kvbits.codecs.raw import Raw
+from kvbits.config import PAGE_TOKENS, ModelGeometry
+from kvbits.errors import ConfigError, UnsupportedError
+
+OPEN = Scheme(key=Raw(), value=Raw())
+"""The form of every sequence's last page."""
+
+
+def _integer(bits: int) -> Scheme:
+    name = f"int{bits}"
+    return Scheme(key=Affine(name, bits, per="channel"), value=Affine(name, bits, per="token"))
+
+
+SCHEMES: dict[str, Scheme] = {
+    "bf16": OPEN,
+    "int8": Scheme(key=Affine("int8", 8, symmetric=True), value=Affine("int8", 8, symmetric=True)),
+    "int6": _integer(6),
+    "int5": _integer(5),
+    "int4": _integer(4),
+    "int3": _integer(3),
+    "int2": _integer(2),
+}
+"""Every dtype name that a policy may use: one line a scheme."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A scheme for each layer; ``name`` is the canonical string that :func:`parse_policy` reads."""
+
+    name: str
+    layers: tuple[Scheme, ...]
+
+    def bits_per_element(self, geometry: ModelGeometry) -> float:
+        """Stored bits per element of a sealed page, every parameter counted."""
+        stored = 8 * sum(s.layer_bytes(g) for s, g in zip(self.layers, geometry.layers, strict=True))
+        return stored / (PAGE_TOKENS * geometry.bytes_per_token_16bit() / 2)
+
+    def check(self, geometry: ModelGeometry) -> None:
+        """Raise ``UnsupportedError`` where a layer's head size does not fit its codec."""
+        for index, (scheme, layer) in enumerate(zip(self.layers, geometry.layers, strict=True)):
+            reason = scheme.supports(layer)
+            if reason:
+                raise UnsupportedError(f"layer {index} cannot be stored as '{scheme.name}': {reason}")
+
+
+def parse_policy(text: str, num_layers: int) -> Policy:
+    """Read ``--kv-cache-dtype``.
+
+    ``"int4"``: every layer; ``"int8,int4"`` or ``"int8/int4"``: keys, values; ``"0-1:int8,2-29:int8/int4"``: by layer,
+    every layer named once. Raises ``ConfigError`` with the part that is wrong.
+    """
+    text = text.strip().lower()
+    if not text:
+        raise ConfigError(f"the KV cache dtype is empty; choose from {', '.join(SCHEMES)}")
+    if ":" not in text:
+        return Policy(text, (_scheme(text, text),) * num_layers)
+    layers: list[Scheme | None] = [None] * num_layers
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*:\s*([^:]+)", part)
+        if not match:
+            raise ConfigError(f"'{part}' in the policy '{text}' is not LAYER:DTYPE or FIRST-LAST:DTYPE")
+        first = int(match.group(1))
+        last = int(match.group(2) or first)
+        if first > last or last >= num_layers:
+            raise ConfigError(f"'{part}' in the policy '{text}': the model's layers are 0 to {num_layers - 1}")
+        for index in range(first, last + 1):
+            if layers[index] is not None:
+                raise ConfigError(f"the policy '{text}' names layer {index} twice")
+            layers[index] = _scheme(match.group(3), text)
+    missing = [str(i) for i, scheme in enumerate(layers) if scheme is None]
+    if missing:
+        raise ConfigError(f"the policy '{text}' says nothing of layer {', '.join(missing)}")
+    return Policy(text, tuple(s for s in layers if s is not None))
+
+
+def _scheme(text: str, policy: str) -> Scheme:
+    names = [part.strip() for part in re.split("[,/]", text)]
+    if len(names) > 2:
+        raise ConfigError(f"'{text}' names {len(names)} dtypes; write one, or one for keys and one for values")
+    key, value = _lookup(names[0], policy), _lookup(names[-1], policy)
+    return key if key is value else Scheme(key=key.key, value=value.value)
+
+
+def _lookup(name: str, policy: str) -> Scheme:
+    if name not in SCHEMES:
+        where = "" if policy == name else f" in '{policy}'"
+        raise ConfigError(f"unknown KV cache dtype '{name}'{where}; choose from {', '.join(SCHEMES)}")
+    return SCHEMES[name]
+
+
+def codecs_in_use() -> dict[str, tuple[Codec, str]]:
+    """Every (codec, side) of the registry by a readable name: what parametrized tests iterate over."""
+    found: dict[str, tuple[Codec, str]] = {}
+    for name, scheme in SCHEMES.items():
+        found[f"{name}-key"] = (scheme.key, "key")
+        found[f"{name}-value"] = (scheme.value, "value")
+    return found

@@ -1,0 +1,43 @@
+"""16-bit storage: the baseline, and the form in which every open page is kept.
+
+Elements are bfloat16 in pairs of the reduced dimension, ``[reduction / 2, lanes, 2]`` (see :mod:`kvbits.codecs.packing`
+for what is reduced): the operand order of ``vdpbf16ps``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvbits.codecs.base import Codec, Side
+from kvbits.config import PAGE_TOKENS
+
+
+@dataclass(frozen=True)
+class Raw(Codec):
+    """bfloat16, rounded to nearest even; no parameters."""
+
+    name: str = "bf16"
+
+    def page_bytes(self, dim: int) -> int:
+        return PAGE_TOKENS * dim * 2
+
+    def encode(self, rows: Tensor, side: Side) -> Tensor:
+        matrix = rows.transpose(-1, -2) if side == "key" else rows
+        pairs = matrix.to(torch.bfloat16).unflatten(-2, (-1, 2)).transpose(-1, -2)
+        return pairs.contiguous().view(torch.uint8).flatten(-3)
+
+    def decode(self, page: Tensor, dim: int, side: Side) -> Tensor:
+        lanes = PAGE_TOKENS if side == "key" else dim
+        pairs = page.contiguous().view(torch.bfloat16).unflatten(-1, (-1, lanes, 2))
+        matrix = pairs.transpose(-1, -2).flatten(-3, -2).float()
+        return matrix.transpose(-1, -2) if side == "key" else matrix
+
+    def supports(self, dim: int) -> str | None:
+        return None if dim % 16 == 0 else f"head size {dim} is not a multiple of 16"
+
+    @property
+    def native_id(self) -> int:
+        return 0

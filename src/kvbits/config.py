@@ -1,0 +1,110 @@
+"""Plain facts that every layer of kvbits shares: page size, model geometry, engine options. No torch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from kvbits.errors import ConfigError
+
+PAGE_TOKENS = 64
+"""Tokens in one page. Every codec, kernel and table counts in pages of this size."""
+
+ALIGNMENT = 64
+"""Bytes; every block inside a page starts on a cache line."""
+
+
+@dataclass(frozen=True)
+class LayerGeometry:
+    """What the attention of one layer looks like.
+
+    ``scale`` multiplies ``q . k`` before the softmax; ``window`` is the number of tokens a query sees, itself
+    included (``None``: all); ``softcap`` bounds the scores by ``cap * tanh(s / cap)``; ``sinks`` says that each query
+    head has a learned logit in the denominator of its softmax.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one KV head."""
+        return self.num_heads // self.num_kv_heads
+
+
+@dataclass(frozen=True)
+class ModelGeometry:
+    """What the cache must know of a model."""
+
+    name: str
+    layers: tuple[LayerGeometry, ...]
+    max_position: int
+    vocab_size: int
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def bytes_per_token_16bit(self) -> int:
+        """Bytes of one token's keys and values at 16 bits."""
+        return sum(2 * g.num_kv_heads * (g.key_dim + g.value_dim) for g in self.layers)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Options of the engine; names are the ones that vLLM users know.
+
+    ``kv_cache_memory`` is in bytes. ``max_num_batched_tokens`` is the token budget of one step (prefill chunks
+    included).
+    """
+
+    kv_cache_dtype: str = "int8"
+    kv_cache_memory: int = 1 << 30
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    enable_prefix_caching: bool = True
+    batch_invariant: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("kv_cache_memory", "max_num_seqs", "max_num_batched_tokens"):
+            value = getattr(self, name)
+            if value <= 0:
+                raise ConfigError(f"{name} is {value}; it must be positive")
+        if self.max_model_len is not None and self.max_model_len <= 0:
+            raise ConfigError(f"max_model_len is {self.max_model_len}; it must be positive")
+
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def parse_bytes(text: str | int) -> int:
+    """Turn ``"256MiB"``, ``"1.5GB"`` or a plain number into bytes.
+
+    Raises ``ConfigError`` when the text is no size or the size is not positive.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", str(text))
+    unit = _UNITS.get(match.group(2).lower()) if match else None
+    if match is None or unit is None:
+        raise ConfigError(f"'{text}' is not a size in bytes; write for example 256MiB, 1.5GB or 1073741824")
+    size = int(float(match.group(1)) * unit)
+    if size <= 0:
+        raise ConfigError(f"the size '{text}' is {size} bytes; it must be positive")
+    return size
+
+
+def pages_of(tokens: int) -> int:
+    """Pages that ``tokens`` tokens touch."""
+    return -(-tokens // PAGE_TOKENS)
+
+
+def align(size: int) -> int:
+    """``size`` rounded up to a whole number of cache lines."""
+    return -(-size // ALIGNMENT) * ALIGNMENT

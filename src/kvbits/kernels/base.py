@@ -1,0 +1,103 @@
+"""What a kernel backend must do, and the batch that it is given."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvbits.codecs import Scheme
+from kvbits.config import PAGE_TOKENS, LayerGeometry
+from kvbits.pool import LayerView
+
+SPLIT_PAGES = 16
+"""Pages whose partial result is kept apart and merged in order: part of the numerics, so never a tuning knob."""
+
+Ints = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class SequenceSlice:
+    """One sequence's part of a step: ``count`` new tokens after ``start`` stored ones, and its frames.
+
+    ``sealed[p]`` is the frame of page ``p`` for every page that is full when the step ends. ``head`` are the frames
+    of the open page that holds token ``start``; ``tail`` those of the page that holds token ``start + count``. They
+    are the same frames, except in a tentative (speculative) step that crosses a page boundary, where the head must
+    outlive the step.
+    """
+
+    start: int
+    count: int
+    sealed: Sequence[int]
+    head: Sequence[int]
+    tail: Sequence[int]
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """A step over several sequences whose new tokens are packed into one row dimension, sequence after sequence.
+
+    ``starts``, ``counts`` ``int32 [S]``; ``rows`` ``int32 [S + 1]``, first row of each sequence; ``sealed`` ``int32
+    [S, max pages]``, unused entries -1; ``head``, ``tail`` ``int32 [S, open frames]``.
+    """
+
+    starts: Ints
+    counts: Ints
+    rows: Ints
+    sealed: Ints
+    head: Ints
+    tail: Ints
+
+    @classmethod
+    def of(cls, slices: Sequence[SequenceSlice]) -> BatchLayout:
+        """Pack ``slices``."""
+        counts = np.array([s.count for s in slices], dtype=np.int32)
+        pages = max((s.start + s.count) // PAGE_TOKENS for s in slices)
+        sealed = np.full((len(slices), max(pages, 1)), -1, dtype=np.int32)
+        for row, s in zip(sealed, slices, strict=True):
+            full = (s.start + s.count) // PAGE_TOKENS
+            assert len(s.sealed) >= full, (len(s.sealed), full)
+            row[:full] = s.sealed[:full]
+        return cls(
+            starts=np.array([s.start for s in slices], dtype=np.int32),
+            counts=counts,
+            rows=np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
+            sealed=sealed,
+            head=np.array([s.head for s in slices], dtype=np.int32),
+            tail=np.array([s.tail for s in slices], dtype=np.int32),
+        )
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.rows[-1])
+
+
+class Backend(ABC):
+    """Kernels that store and attend, for one device.
+
+    The invariant that every backend keeps: *a token sees its own page in 16 bit and every earlier page as its sealed
+    code.* Hence the order inside :meth:`forward`: the step's rows are rounded to bfloat16 and appended, pages that
+    they complete are sealed, then the queries attend, earlier pages as codes and their own page in 16 bit.
+    """
+
+    name: str
+
+    @abstractmethod
+    def supports(self, scheme: Scheme, layer: LayerGeometry) -> str | None:
+        """``None``, or the reason why this backend cannot run ``layer`` stored as ``scheme``."""
+
+    @abstractmethod
+    def forward(
+        self, view: LayerView, batch: BatchLayout, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None
+    ) -> Tensor:
+        """Store the step's keys and values and attend.
+
+        ``query`` ``[rows, heads, key_dim]``, ``key`` ``[rows, kv_heads, key_dim]``, ``value`` ``[rows, kv_heads,
+        value_dim]``, all bfloat16 or all float32, last dimension contiguous; ``sinks`` ``float32 [heads]`` where the
+        layer has them. Returns ``[rows, heads, value_dim]`` in the query's dtype. After the call the pool holds the
+        step's tokens: full pages sealed in the frames ``batch.sealed``, the rest in ``batch.tail``.
+        """

@@ -1,0 +1,79 @@
+"""The memory of the cache: one reservation, cut into frames; and what a kernel gets to see of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvbits.codecs import Place, Policy, PoolLayout
+from kvbits.config import PAGE_TOKENS, LayerGeometry, ModelGeometry
+from kvbits.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """One layer of the pool: all that a kernel ever gets.
+
+    ``buffer`` is ``uint8 [num_frames, frame_bytes]``; ``sealed`` and ``open`` say where in a page's frames this layer
+    lies and how it is coded.
+    """
+
+    index: int
+    geometry: LayerGeometry
+    buffer: Tensor
+    sealed: Place
+    open: Place
+
+
+class PagedPool:
+    """A fixed number of frames in one block of memory.
+
+    The block is reserved once; the operating system commits a frame when it is first written. Which frame belongs to
+    whom is :class:`kvbits.pages.PageManager`'s business, not the pool's.
+    """
+
+    def __init__(self, geometry: ModelGeometry, policy: Policy, memory_bytes: int, buffer: Tensor | None = None) -> None:
+        """Reserve ``memory_bytes`` (or use ``buffer``, ``uint8``, of at least that size).
+
+        Raises ``ConfigError`` when not even one short sequence fits, ``UnsupportedError`` when a layer does not fit
+        its codec.
+        """
+        self.geometry = geometry
+        self.policy = policy
+        self.layout = PoolLayout.of(geometry, policy)
+        self.num_frames = memory_bytes // self.layout.frame_bytes
+        least = self.layout.sealed.frames + self.layout.open.frames
+        if self.num_frames < least:
+            raise ConfigError(
+                f"a KV cache of {memory_bytes} bytes holds {self.num_frames} frames of {self.layout.frame_bytes} bytes; "
+                f"one session needs {least} ({least * self.layout.frame_bytes} bytes)"
+            )
+        size = self.num_frames * self.layout.frame_bytes
+        block = torch.empty(size, dtype=torch.uint8) if buffer is None else buffer[:size]
+        self.buffer = block.view(self.num_frames, self.layout.frame_bytes)
+        places = zip(geometry.layers, self.layout.sealed.places, self.layout.open.places, strict=True)
+        self.layers = tuple(LayerView(i, g, self.buffer, s, o) for i, (g, s, o) in enumerate(places))
+
+    def copy(self, source: tuple[int, ...], target: tuple[int, ...]) -> None:
+        """Copy a page frame by frame (copy-on-write)."""
+        for a, b in zip(source, target, strict=True):
+            self.buffer[b] = self.buffer[a]
+
+    def sessions_capacity(self, tokens: int) -> int:
+        """Running sequences of ``tokens`` tokens that the pool holds at once, open pages included."""
+        return self.num_frames // self.layout.frames_of(tokens)
+
+    def bits_per_element(self) -> float:
+        """Bits per element of a sealed page, every parameter counted."""
+        return self.policy.bits_per_element(self.geometry)
+
+    def effective_bits_per_element(self, tokens: int) -> float:
+        """Bits per element over all frames that a sequence of ``tokens`` tokens holds, open page included."""
+        held = 8 * self.layout.frames_of(tokens) * self.layout.frame_bytes
+        return held / (tokens * self.geometry.bytes_per_token_16bit() / 2)
+
+    def bytes_per_token(self) -> float:
+        """Bytes of one token in a sealed page."""
+        return self.layout.sealed.used_bytes / PAGE_TOKENS
