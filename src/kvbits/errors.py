@@ -24,3 +24,7 @@ class OutOfPages(KVBitsError):
 
 class RequestError(KVBitsError):
     """One request cannot be served (too long, bad sampling parameters); others go on."""
+
+
+class CacheError(KVBitsError, ValueError):
+    """A cached sequence was asked for something that its pages cannot do (unknown id, truncation of a sealed page)."""

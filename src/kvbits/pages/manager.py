@@ -1,0 +1,355 @@
+"""The page manager: sequences, reservations, sharing and eviction over one pool of frames."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from kvbits.config import PAGE_TOKENS
+from kvbits.errors import CacheError, OutOfPages
+from kvbits.pages.allocator import FrameAllocator, Frames
+from kvbits.pages.check import check_invariants
+from kvbits.pages.prefix import CachedPage, PageHasher, PrefixIndex
+from kvbits.pages.stats import PoolStats
+from kvbits.pages.table import Reservation, SequencePages, SequenceTable
+
+Copy = tuple[Frames, Frames]
+
+
+class PageManager:
+    """Decides which frames hold which tokens. Knows integers, not bytes; one thread at a time.
+
+    A step of a sequence is :meth:`reserve`, :meth:`slice`, the copies of :meth:`take_copies`, the kernels, then
+    :meth:`commit`. A sealed page is immutable and may be shared; an open page is written by its only owner. What a
+    running sequence names is never evicted.
+    """
+
+    def __init__(
+        self,
+        num_frames: int,
+        open_frames: int,
+        sealed_frames: int = 1,
+        page_tokens: int = PAGE_TOKENS,
+        enable_prefix_caching: bool = True,
+        cache_key: bytes = b"",
+        on_evict: Callable[[bytes, int], None] | None = None,
+    ) -> None:
+        """Manage ``num_frames`` frames, of which an open and a sealed page take ``open_frames`` and ``sealed_frames``.
+
+        ``cache_key`` stands for all that decides a page's bytes besides its tokens: model and policy. ``on_evict`` is
+        called with the hash and each frame of a cached page before the frame is used for something else.
+        """
+        assert min(num_frames, open_frames, sealed_frames) > 0, (num_frames, open_frames, sealed_frames)
+        self.num_frames = num_frames
+        self.open_frames = open_frames
+        self.sealed_frames = sealed_frames
+        self.page_tokens = page_tokens
+        self.enable_prefix_caching = enable_prefix_caching
+        self.on_evict = on_evict
+        self._allocator = FrameAllocator(num_frames)
+        self._index = PrefixIndex()
+        self._hasher = PageHasher(page_tokens, cache_key)
+        self._tables: dict[int, SequenceTable] = {}
+        self._copies: list[Copy] = []
+        self._generation = 0
+        self._open = self._queries = self._hits = self._evictions = 0
+
+    # Sequences
+
+    def open(self, seq_id: int, tokens: Sequence[int], salt: bytes = b"") -> int:
+        """Create a sequence and attach the cached pages that ``tokens`` begins with.
+
+        Returns the number of cached tokens: whole pages, and fewer than ``len(tokens)``, so that at least one token
+        is left to compute. Nothing is allocated. Raises ``CacheError`` if the id is in use.
+        """
+        self._new_id(seq_id)
+        found = self._match(tokens, salt)
+        table = SequenceTable(found[-1].hash if found else self._hasher.root(salt, self._generation))
+        for page in found:
+            if page.stamp is not None:
+                self._index.make_used(page)
+            self._allocator.retain(page.frames)
+            table.sealed.extend(page.frames)
+        cached = len(found) * self.page_tokens
+        table.tokens.extend(tokens[:cached])
+        self._tables[seq_id] = table
+        if self.enable_prefix_caching:
+            self._queries += len(tokens)
+            self._hits += cached
+        return cached
+
+    def lookup(self, tokens: Sequence[int], salt: bytes = b"") -> int:
+        """Tokens that :meth:`open` would find now."""
+        return len(self._match(tokens, salt)) * self.page_tokens
+
+    def fork(self, parent: int, child: int) -> None:
+        """Create ``child`` with ``parent``'s tokens. All pages are shared; the open one is copied on the next write.
+
+        Raises ``CacheError`` while ``parent`` has a reservation.
+        """
+        self._new_id(child)
+        source = self._idle_table(parent, "fork")
+        table = SequenceTable(source.hash, source.tokens[:], source.sealed[:])
+        self._allocator.retain(table.sealed)
+        if source.open is not None and self._in_open(source):
+            table.open = source.open
+            self._allocator.retain(source.open)
+        self._tables[child] = table
+
+    def truncate(self, seq_id: int, length: int) -> None:
+        """Forget the tokens from ``length`` on, which must lie in the open page: a sealed page is never un-encoded."""
+        table = self._idle_table(seq_id, "truncate")
+        least = len(table.tokens) - self._in_open(table)
+        if not least <= length <= len(table.tokens):
+            raise CacheError(
+                f"cannot truncate sequence {seq_id} to {length} tokens: it has {len(table.tokens)}, "
+                f"of which the first {least} are in sealed pages"
+            )
+        del table.tokens[length:]
+
+    def free(self, seq_id: int) -> None:
+        """Drop a sequence, reserved or not. Its indexed pages stay cached until their frames are needed."""
+        table = self._table(seq_id)
+        if table.reservation is not None:
+            self.rollback(seq_id)
+        del self._tables[seq_id]
+        self._index.tick()
+        if table.open is not None:
+            self._release_open(table.open)
+        for number in reversed(range(len(table.sealed) // self.sealed_frames)):
+            self._release_sealed(table.page(number, self.sealed_frames))
+
+    def length(self, seq_id: int) -> int:
+        """Tokens stored, without those of a reservation."""
+        return len(self._table(seq_id).tokens)
+
+    def tokens(self, seq_id: int) -> list[int]:
+        """The tokens stored."""
+        return self._table(seq_id).tokens.tolist()
+
+    def sequences(self) -> list[int]:
+        """The ids of all sequences, oldest first."""
+        return list(self._tables)
+
+    # One step
+
+    def frames_needed(self, seq_id: int, count: int, tentative: bool = False) -> int:
+        """Frames that :meth:`reserve` with the same arguments would take."""
+        table = self._table(seq_id)
+        crossed = self._crossed(table, count)
+        pages = self._writable(table) is None
+        return crossed * self.sealed_frames + (pages + (tentative and crossed > 0)) * self.open_frames
+
+    def available(self) -> int:
+        """Frames that can be had: free ones, and cached ones without an owner."""
+        return self._allocator.free + self._index.idle * self.sealed_frames
+
+    def reserve(self, seq_id: int, count: int, tentative: bool = False) -> None:
+        """Take the frames for ``count`` more tokens, all or none.
+
+        ``tentative``: fewer tokens than that may be committed. A tentative step may cross one page boundary, and then
+        has a second open page, so that the first one's rows outlive the step. Raises ``OutOfPages`` and changes
+        nothing when the frames are not there, ``CacheError`` when the sequence already has a reservation.
+        """
+        assert count > 0, count
+        table = self._idle_table(seq_id, "reserve for")
+        crossed = self._crossed(table, count)
+        if tentative and crossed > 1:
+            raise CacheError(
+                f"sequence {seq_id} has {len(table.tokens)} tokens: {count} tentative ones would cross {crossed} page "
+                f"boundaries of {self.page_tokens} tokens; at most 1 is possible"
+            )
+        needed = self.frames_needed(seq_id, count, tentative)
+        if needed > self.available():
+            raise OutOfPages(
+                f"sequence {seq_id} needs {needed} frames for {count} more tokens; {self.available()} of "
+                f"{self.num_frames} are available"
+            )
+        while self._allocator.free < needed:
+            self._evict()
+        had_open = table.open is not None
+        table.open = self._own_open(table)
+        table.reservation = Reservation(
+            count=count,
+            tentative=tentative,
+            sealed=self._allocator.take(crossed * self.sealed_frames),
+            tail=self._take_open() if tentative and crossed else None,
+            new_open=not had_open,
+        )
+
+    def slice(self, seq_id: int) -> SequencePages:
+        """The pages of the current reservation, as the kernels want them."""
+        table, step = self._reserved(seq_id)
+        assert table.open is not None
+        sealed = [*table.sealed, *step.sealed]
+        return SequencePages(len(table.tokens), step.count, sealed, table.open, step.tail or table.open)
+
+    def take_copies(self) -> list[Copy]:
+        """Pages to copy, (source frames, target frames), in this order, before the next kernel runs."""
+        copies, self._copies = self._copies, []
+        return copies
+
+    def commit(self, seq_id: int, tokens: Sequence[int]) -> None:
+        """Record the reserved tokens as stored; index the pages that they complete.
+
+        A tentative reservation may be committed in part: the rest is given back.
+        """
+        table, step = self._reserved(seq_id)
+        assert len(tokens) == step.count or (step.tentative and len(tokens) < step.count), (len(tokens), step.count)
+        completed = self._crossed(table, len(tokens)) * self.sealed_frames
+        table.reservation = None
+        if step.tail is not None:
+            assert table.open is not None
+            keep, drop = (step.tail, table.open) if completed else (table.open, step.tail)
+            self._release_open(drop)
+            table.open = keep
+        self._put_unused(step.sealed[completed:])
+        first = len(table.sealed) // self.sealed_frames
+        table.tokens.extend(tokens)
+        table.sealed.extend(step.sealed[:completed])
+        for number in range(first, first + completed // self.sealed_frames):
+            self._seal(table, number)
+
+    def rollback(self, seq_id: int) -> None:
+        """Drop the reservation of a step that did not run, or that was tentative.
+
+        A step that ran and crossed a page boundary without being tentative may have overwritten the open page: free
+        the sequence then.
+        """
+        table, step = self._reserved(seq_id)
+        table.reservation = None
+        self._put_unused(step.sealed)
+        if step.tail is not None:
+            self._release_open(step.tail)
+        if step.new_open and table.open is not None:
+            self._release_open(table.open)
+            table.open = None
+
+    # The whole pool
+
+    def clear_cache(self) -> None:
+        """Forget every cached page. Pages that sequences name stay theirs, but nobody finds them any more."""
+        for page in list(self._index.pages()):
+            self._index.remove(page)
+            if page.stamp is not None:
+                self._allocator.put(page.frames)
+        self._generation += 1
+
+    def stats(self) -> PoolStats:
+        """The pool in numbers."""
+        free = self._allocator.free
+        cached = self._index.idle * self.sealed_frames
+        return PoolStats(
+            num_frames=self.num_frames,
+            free=free,
+            open=self._open,
+            sealed=self.num_frames - free - self._open - cached,
+            shared=self._allocator.shared,
+            cached=cached,
+            queries=self._queries,
+            hits=self._hits,
+            evictions=self._evictions,
+        )
+
+    def check(self) -> None:
+        """Recount everything from the tables; raise ``AssertionError`` with every term if something does not add up."""
+        check_invariants(self._tables.values(), self._allocator, self._index, self.stats())
+
+    # Internals
+
+    def _table(self, seq_id: int) -> SequenceTable:
+        table = self._tables.get(seq_id)
+        if table is None:
+            raise CacheError(f"there is no sequence {seq_id} in the cache; there are {len(self._tables)} others")
+        return table
+
+    def _new_id(self, seq_id: int) -> None:
+        if seq_id in self._tables:
+            raise CacheError(f"sequence {seq_id} is already in the cache, with {self.length(seq_id)} tokens")
+
+    def _idle_table(self, seq_id: int, action: str) -> SequenceTable:
+        table = self._table(seq_id)
+        if table.reservation is not None:
+            raise CacheError(f"cannot {action} sequence {seq_id}: {table.reservation.count} tokens are reserved")
+        return table
+
+    def _reserved(self, seq_id: int) -> tuple[SequenceTable, Reservation]:
+        table = self._table(seq_id)
+        if table.reservation is None:
+            raise CacheError(f"sequence {seq_id} has no reservation")
+        return table, table.reservation
+
+    def _in_open(self, table: SequenceTable) -> int:
+        return len(table.tokens) - len(table.sealed) // self.sealed_frames * self.page_tokens
+
+    def _crossed(self, table: SequenceTable, count: int) -> int:
+        return (self._in_open(table) + count) // self.page_tokens
+
+    def _writable(self, table: SequenceTable) -> Frames | None:
+        """The open page, if this sequence alone names it."""
+        return table.open if table.open is not None and self._allocator.refs[table.open[0]] == 1 else None
+
+    def _match(self, tokens: Sequence[int], salt: bytes) -> list[CachedPage]:
+        found: list[CachedPage] = []
+        if not self.enable_prefix_caching:
+            return found
+        root = self._hasher.root(salt, self._generation)
+        for key in self._hasher.chain(root, tokens, max(len(tokens) - 1, 0) // self.page_tokens):
+            page = self._index.get(key)
+            if page is None:
+                break
+            found.append(page)
+        return found
+
+    def _own_open(self, table: SequenceTable) -> Frames:
+        """The table's open page, or a new one: empty, or to be filled from the shared one."""
+        own = self._writable(table)
+        if own is not None:
+            return own
+        page = self._take_open()
+        if table.open is not None:
+            if self._in_open(table):
+                self._copies.append((table.open, page))
+            self._release_open(table.open)
+        return page
+
+    def _take_open(self) -> Frames:
+        self._open += self.open_frames
+        return self._allocator.take(self.open_frames)
+
+    def _release_open(self, frames: Frames) -> None:
+        if self._allocator.release(frames):
+            self._open -= self.open_frames
+            self._allocator.put(frames)
+
+    def _release_sealed(self, frames: Frames) -> None:
+        if not self._allocator.release(frames):
+            return
+        page = self._index.at(frames[0])
+        if page is None:
+            self._allocator.put(frames)
+        else:
+            self._index.make_idle(page)
+
+    def _put_unused(self, frames: Frames) -> None:
+        if frames:
+            self._allocator.release(frames)
+            self._allocator.put(frames)
+
+    def _seal(self, table: SequenceTable, number: int) -> None:
+        """Index a page that is now full, unless an equal one is: two runs may differ in the last bit, so both stay."""
+        if not self.enable_prefix_caching:
+            return
+        start = number * self.page_tokens
+        parent = table.hash
+        table.hash = self._hasher.page(parent, table.tokens[start : start + self.page_tokens])
+        if self._index.get(table.hash) is None:
+            self._index.insert(CachedPage(table.hash, parent, number, table.page(number, self.sealed_frames)))
+
+    def _evict(self) -> None:
+        page = self._index.oldest()
+        if self.on_evict is not None:
+            for frame in page.frames:
+                self.on_evict(page.hash, frame)
+        self._index.remove(page)
+        self._allocator.put(page.frames)
+        self._evictions += 1

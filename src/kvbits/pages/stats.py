@@ -1,0 +1,26 @@
+"""What the pool holds, in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PoolStats:
+    """Frames by what they are, and what the prefix cache did.
+
+    ``free + open + sealed + cached == num_frames``. ``open`` and ``sealed`` belong to running sequences (a frame that
+    several of them share counts once); ``shared`` of those have more than one owner. ``cached`` frames have no owner
+    and are kept for their content. ``queries`` and ``hits`` count tokens asked for and found when sequences were
+    opened; ``evictions`` counts cached pages given up.
+    """
+
+    num_frames: int
+    free: int
+    open: int
+    sealed: int
+    shared: int
+    cached: int
+    queries: int
+    hits: int
+    evictions: int

@@ -1,0 +1,57 @@
+"""One sequence's pages."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kvbits.pages.allocator import Frames
+
+
+@dataclass(frozen=True)
+class SequencePages:
+    """One sequence's part of a step, in the terms of the kernels: ``count`` new tokens after ``start`` stored ones.
+
+    ``sealed`` holds the frames of every page that is full when the step ends; ``head`` those of the open page with
+    token ``start``; ``tail`` those of the page with token ``start + count``. They are the same, except in a tentative
+    step that crosses a page boundary.
+    """
+
+    start: int
+    count: int
+    sealed: Sequence[int]
+    head: Frames
+    tail: Frames
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """Frames taken for a step: ``sealed`` for the pages that it completes, ``tail`` if the head must outlive it.
+
+    ``new_open``: the open page was taken by this reservation and holds nothing yet.
+    """
+
+    count: int
+    tentative: bool
+    sealed: Frames
+    tail: Frames | None
+    new_open: bool
+
+
+@dataclass
+class SequenceTable:
+    """What a sequence holds: ``sealed`` frames page after page, then at most one open page.
+
+    ``hash`` is the chain hash of the sealed pages.
+    """
+
+    hash: bytes
+    tokens: array[int] = field(default_factory=lambda: array("q"))
+    sealed: list[int] = field(default_factory=list)
+    open: Frames | None = None
+    reservation: Reservation | None = None
+
+    def page(self, number: int, sealed_frames: int) -> Frames:
+        """The frames of sealed page ``number``."""
+        return tuple(self.sealed[number * sealed_frames : (number + 1) * sealed_frames])
