@@ -1,0 +1,250 @@
+// Attention over pages: which rows meet which pages, in which order.
+//
+// A query row's result is the same sequence of operations whatever else the step holds: pages in order, in splits of
+// kSplitPages whose partial results are merged in order. So decode and prefill, any batch and any number of threads give
+// the same bits.
+#include <atomic>
+#include <cstring>
+#include <vector>
+
+#include "step.h"
+
+namespace kvbits {
+namespace {
+
+constexpr float kNoMax = -1e30f;
+constexpr int kTileRows = 64;     // query rows of a prefill tile: their state stays in the L2 cache
+constexpr int kSplitTokens = 8;   // up to so many new tokens, a sequence's splits are separate tasks
+constexpr size_t kLine = 64;
+
+struct Item {
+  int s, head;          // sequence, KV head
+  int token, tokens;    // first new token and how many, all in one page
+  int split, last_split;  // [split, last_split)
+  int group;            // index of the shared result when splits are separate tasks, else -1
+};
+
+struct Group {
+  int first_split, splits;
+  size_t partial;  // index of its first partial row
+  std::atomic<int> missing;
+};
+
+inline int round_up(int x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+// Row state carved from a thread's scratch memory.
+class RowBlock {
+ public:
+  static size_t bytes(int rows, int key_dim, int value_dim) {
+    return rows * (2 * sizeof(QueryRow) + stride(key_dim, value_dim)) + kLine;
+  }
+  RowBlock(uint8_t* memory, int rows, int key_dim, int value_dim)
+      : rows_(reinterpret_cast<QueryRow*>(memory)), totals_(rows_ + rows) {
+    auto* floats = memory + round_up(static_cast<int>(2 * rows * sizeof(QueryRow)), kLine);
+    for (int r = 0; r < rows; ++r, floats += stride(key_dim, value_dim)) {
+      rows_[r].query = reinterpret_cast<float*>(floats);
+      rows_[r].accumulator = rows_[r].query + round_up(key_dim, 16);
+      totals_[r].accumulator = rows_[r].accumulator + round_up(value_dim, 16);
+      rows_[r].codes = reinterpret_cast<uint8_t*>(totals_[r].accumulator + round_up(value_dim, 16));
+    }
+  }
+  QueryRow* rows() { return rows_; }
+  QueryRow* totals() { return totals_; }
+
+ private:
+  static size_t stride(int key_dim, int value_dim) {
+    return 4 * (round_up(key_dim, 16) + 2 * round_up(value_dim, 16)) + round_up(2 * key_dim, kLine);
+  }
+  QueryRow *rows_, *totals_;
+};
+
+inline void prefetch(const uint8_t* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(from + i, 0, 3);
+}
+
+inline void reset(QueryRow& row, int dim) {
+  row.max = kNoMax;
+  row.total = 0;
+  std::memset(row.accumulator, 0, dim * sizeof(float));
+}
+
+inline void take(QueryRow& to, const QueryRow& from, int dim) {
+  to.max = from.max;
+  to.total = from.total;
+  std::memcpy(to.accumulator, from.accumulator, dim * sizeof(float));
+}
+
+}  // namespace
+
+void Cpu::attend(const Layer& layer, const Batch& batch, const Rows& rows, const Pages& pages) {
+  const int group_size = layer.heads / layer.kv_heads;
+  const int key_dim = layer.key_dim, value_dim = layer.value_dim;
+  const KeyKernel& sealed_key = *kernels_.key(layer.sealed.key_codec);
+  const ValueKernel& sealed_value = *kernels_.value(layer.sealed.value_codec);
+  const KeyKernel& open_key = *kernels_.key(layer.open.key_codec);
+  const ValueKernel& open_value = *kernels_.value(layer.open.value_codec);
+  const size_t width = rows.dtype == Float::kF32 ? 4 : 2;
+
+  int tile_tokens = kPage;
+  while (tile_tokens > 1 && tile_tokens * group_size > kTileRows) tile_tokens /= 2;
+
+  std::vector<Item> items;
+  size_t groups = 0, partial_rows = 0;
+  const auto for_tiles = [&](auto&& visit) {
+    for (int s = 0; s < batch.sequences; ++s) {
+      const int start = batch.starts[s], end = start + batch.counts[s];
+      for (int from = start; from < end;) {
+        const int boundary = (from / tile_tokens + 1) * tile_tokens;
+        const int to = boundary < end ? boundary : end;
+        const int first_page = layer.window > 0 && from >= layer.window ? (from - layer.window + 1) / kPage : 0;
+        visit(s, from - start, to - from, first_page / kSplitPages, from / kPage / kSplitPages + 1);
+        from = to;
+      }
+    }
+  };
+  for_tiles([&](int s, int, int, int, int) { groups += batch.counts[s] <= kSplitTokens ? layer.kv_heads : 0; });
+  std::vector<Group> shared(groups);
+  size_t next_group = 0;
+  for_tiles([&](int s, int token, int tokens, int split, int last_split) {
+    for (int head = 0; head < layer.kv_heads; ++head) {
+      if (batch.counts[s] > kSplitTokens || last_split - split == 1) {
+        items.push_back({s, head, token, tokens, split, last_split, -1});
+        continue;
+      }
+      Group& group = shared[next_group];
+      group.first_split = split;
+      group.splits = last_split - split;
+      group.partial = partial_rows;
+      group.missing.store(group.splits, std::memory_order_relaxed);
+      partial_rows += static_cast<size_t>(group.splits) * tokens * group_size;
+      for (int i = split; i < last_split; ++i) {
+        items.push_back({s, head, token, tokens, i, i + 1, static_cast<int>(next_group)});
+      }
+      ++next_group;
+    }
+  });
+
+  const size_t partial_stride = 2 + round_up(value_dim, 16);
+  auto* partials = reinterpret_cast<float*>(partials_.get(partial_rows * partial_stride * sizeof(float) + kLine));
+  const int most_rows = tile_tokens * group_size;
+  const size_t per_thread = round_up(static_cast<int>(RowBlock::bytes(most_rows, key_dim, value_dim)), 4096);
+  uint8_t* scratch = thread_scratch_.get(per_thread * workers_.threads());
+
+  workers_.run(static_cast<int>(items.size()), [&](int index, int thread) {
+    const Item item = items[index];
+    const int count = item.tokens * group_size;
+    RowBlock block(scratch + thread * per_thread, count, key_dim, value_dim);
+    QueryRow* state = block.rows();
+    QueryRow* totals = block.totals();
+    const int64_t first_row = batch.rows[item.s] + item.token;
+    const int position = batch.starts[item.s] + item.token;
+    const int own = position / kPage;
+    for (int r = 0; r < count; ++r) {
+      const int head = item.head * group_size + r % group_size;
+      const int64_t at = (first_row + r / group_size) * rows.query_row + head * rows.query_head;
+      kernels_.load_query(static_cast<const uint8_t*>(rows.query) + at * width, rows.dtype, layer.scale, key_dim,
+                          state[r].query);
+      sealed_key.prepare(state[r], key_dim);
+    }
+    const auto finish = [&](const QueryRow& row, int r) {
+      const int head = item.head * group_size + r % group_size;
+      const int64_t at = ((first_row + r / group_size) * layer.heads + head) * value_dim;
+      kernels_.store_output(row, rows.sinks ? rows.sinks + head : nullptr, value_dim, rows.dtype,
+                            static_cast<uint8_t*>(rows.out) + at * width);
+    };
+
+    const int first_page = layer.window > 0 && position >= layer.window ? (position - layer.window + 1) / kPage : 0;
+    alignas(64) float scores[kBlockRows * kPage];
+    float keep[kBlockRows];
+    for (int split = item.split; split < item.last_split; ++split) {
+      for (int r = 0; r < count; ++r) reset(state[r], value_dim);
+      const int from = split * kSplitPages > first_page ? split * kSplitPages : first_page;
+      const int to = (split + 1) * kSplitPages - 1 < own ? (split + 1) * kSplitPages - 1 : own;
+      for (int page = from; page <= to; ++page) {
+        const bool is_own = page == own;
+        const uint8_t* keys = is_own ? pages.open(item.s, page, item.head) : pages.sealed(item.s, page, item.head);
+        const uint8_t* values = keys + (is_own ? layer.open : layer.sealed).value_offset;
+        const uint8_t* next = nullptr;
+        if (page < to) next = page + 1 == own ? pages.open(item.s, own, item.head) : pages.sealed(item.s, page + 1, item.head);
+        const Place& next_place = page + 1 == own ? layer.open : layer.sealed;
+        if (next) prefetch(next, next_place.value_offset);
+        const KeyKernel& key = is_own ? open_key : sealed_key;
+        const ValueKernel& value = is_own ? open_value : sealed_value;
+        for (int r = 0; r < count; r += kBlockRows) {
+          const int n = count - r < kBlockRows ? count - r : kBlockRows;
+          key.score(keys, key_dim, state + r, n, scores);
+          if (r == 0 && next) prefetch(next + next_place.value_offset, next_place.head_bytes - next_place.value_offset);
+          for (int i = 0; i < n; ++i) {
+            const int query_position = position + (r + i) / group_size;
+            const int last = is_own ? query_position - page * kPage + 1 : kPage;
+            const int oldest = layer.window > 0 ? query_position - layer.window + 1 - page * kPage : 0;
+            keep[i] = kernels_.softmax(scores + i * kPage, oldest > 0 ? oldest : 0, last, layer.softcap, state[r + i]);
+          }
+          value.accumulate(values, value_dim, state + r, n, scores, keep);
+        }
+      }
+      if (item.group >= 0) continue;
+      for (int r = 0; r < count; ++r) {
+        if (split == item.split) {
+          take(totals[r], state[r], value_dim);
+        } else {
+          kernels_.merge(totals[r], state[r], value_dim);
+        }
+      }
+    }
+    if (item.group < 0) {
+      for (int r = 0; r < count; ++r) finish(totals[r], r);
+      return;
+    }
+
+    Group& group = shared[item.group];
+    const auto partial = [&](int split, int r) {
+      return partials + (group.partial + static_cast<size_t>(split) * count + r) * partial_stride;
+    };
+    for (int r = 0; r < count; ++r) {
+      float* out = partial(item.split - group.first_split, r);
+      out[0] = state[r].max;
+      out[1] = state[r].total;
+      std::memcpy(out + 2, state[r].accumulator, value_dim * sizeof(float));
+    }
+    if (group.missing.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+    for (int r = 0; r < count; ++r) {
+      for (int split = 0; split < group.splits; ++split) {
+        float* in = partial(split, r);
+        QueryRow part = state[r];
+        part.max = in[0];
+        part.total = in[1];
+        part.accumulator = in + 2;
+        if (split == 0) {
+          take(totals[r], part, value_dim);
+        } else {
+          kernels_.merge(totals[r], part, value_dim);
+        }
+      }
+      finish(totals[r], r);
+    }
+  });
+}
+
+const char* Cpu::supports(const Layer& layer) const {
+  if (!kernels_.key(layer.sealed.key_codec)) return "no kernel for the key codec";
+  if (!kernels_.value(layer.sealed.value_codec)) return "no kernel for the value codec";
+  return nullptr;
+}
+
+void Cpu::forward(const Layer& layer, const Batch& batch, const Rows& rows) {
+  std::vector<int32_t> staging_first(batch.sequences);
+  const Pages unstaged(layer, batch, nullptr, staging_first.data());
+  size_t staged = 0;
+  for (int s = 0; s < batch.sequences; ++s) {
+    staging_first[s] = static_cast<int32_t>(staged);
+    staged += unstaged.staged(s);
+  }
+  uint8_t* staging = staging_.get(staged * layer.kv_heads * layer.open.head_bytes + kLine);
+  const Pages pages(layer, batch, staging, staging_first.data());
+  append(layer, batch, rows, pages);
+  attend(layer, batch, rows, pages);
+  settle(layer, batch, pages);
+}
+
+}  // namespace kvbits

@@ -1,0 +1,247 @@
+// Affine integer pages (src/kvbits/codecs/affine.py), attended by integer dot products on the packed codes.
+// Included inside a per-ISA anonymous namespace.
+//
+// A key is k = s (u - o) + z with an unsigned code u; o is 128 for symmetric 8-bit codes and 0 else. Its product with a
+// query is s (q . u) + (z - o s) sum(q). The query is rounded to integers q' (one or two byte terms); to keep that
+// rounding from meeting the codes' mean, the mean code c is taken out of it exactly:
+//   q . u ~ q' . u + c (sum(q) - sum(q')).
+// Per channel, s is folded into the query first, once per page, and z gives one number for the whole page. Values are the
+// same with the roles turned: the softmax weights are the unsigned operand, the codes the signed one.
+
+template <int BITS>
+constexpr int kTerms = BITS == 8 ? 2 : 2;
+template <int BITS>
+constexpr int kRadix = BITS == 8 ? kRadixBits8 : 8;
+template <int BITS, bool SYMMETRIC>
+constexpr float kMeanCode = SYMMETRIC ? static_cast<float>(1 << (BITS - 1)) : static_cast<float>((1 << BITS) - 1) / 2;
+
+template <int BITS>
+constexpr size_t code_bytes(int dim) {
+  return static_cast<size_t>(kPage) * dim * BITS / 8;
+}
+
+template <int BITS, bool PER_CHANNEL, bool SYMMETRIC>
+struct AffineKey {
+  static constexpr int kT = kTerms<BITS>;
+  static constexpr float kRadixValue = static_cast<float>(1 << kRadix<BITS>);
+
+  static void prepare(QueryRow& row, int dim) {
+    F sum = f_set(0);
+    for (int i = 0; i < dim; i += kWidth) sum = f_add(sum, f_load(row.query + i));
+    row.sum = f_reduce_add(sum);
+    if constexpr (!PER_CHANNEL) {
+      const Quantized q = quantize_signed<kT, kRadix<BITS>>(row.query, dim, row.codes, row.codes + dim);
+      row.scale = q.scale;
+      row.code_sum = q.scale * q.sum;
+    }
+  }
+
+  template <int ROWS>
+  static void score_rows(const uint8_t* page, int dim, const QueryRow* rows, float* scores) {
+    const auto* scales = reinterpret_cast<const uint16_t*>(page + code_bytes<BITS>(dim));
+    const uint16_t* zeros = scales + (PER_CHANNEL ? dim : kPage);
+    const uint8_t* codes[ROWS];
+    float unit[ROWS], bias[ROWS];
+    alignas(64) uint8_t folded_codes[PER_CHANNEL ? ROWS : 1][2 * kMaxDim];
+    if constexpr (PER_CHANNEL) {
+      for (int r = 0; r < ROWS; ++r) {
+        alignas(64) float folded[kMaxDim];
+        F sum = f_set(0), zero_sum = f_set(0);
+        for (int i = 0; i < dim; i += kWidth) {
+          const F q = f_load(rows[r].query + i);
+          const F f = f_mul(q, f_load_half(scales + i));
+          f_store(folded + i, f);
+          sum = f_add(sum, f);
+          zero_sum = f_fma(q, f_load_half(zeros + i), zero_sum);
+        }
+        const Quantized q = quantize_signed<kT, kRadix<BITS>>(folded, dim, folded_codes[r], folded_codes[r] + dim);
+        codes[r] = folded_codes[r];
+        unit[r] = q.scale;
+        bias[r] = kMeanCode<BITS, SYMMETRIC> * (f_reduce_add(sum) - q.scale * q.sum) + f_reduce_add(zero_sum);
+      }
+    } else {
+      for (int r = 0; r < ROWS; ++r) {
+        codes[r] = rows[r].codes;
+        unit[r] = rows[r].scale;
+        const float rounding = rows[r].sum - rows[r].code_sum;
+        bias[r] = kMeanCode<BITS, SYMMETRIC> * rounding - (SYMMETRIC ? kMeanCode<BITS, true> * rows[r].sum : 0.0f);
+      }
+    }
+
+    using P = Planes<BITS>;
+    for (int lane = 0; lane < kPage; lane += kWidth * kLaneBlock) {
+      I sum[ROWS][kT][kLaneBlock];
+      for (auto& row : sum)
+        for (auto& term : row)
+          for (I& s : term) s = i_zero();
+      for (int group = 0; group < dim / (4 * P::kQuads); ++group) {
+        B u[kLaneBlock][P::kQuads];
+        for (int b = 0; b < kLaneBlock; ++b) P::load(page, dim, kPage, group, lane + b * kWidth, u[b]);
+        for (int j = 0; j < P::kQuads; ++j) {
+          for (int r = 0; r < ROWS; ++r) {
+            for (int t = 0; t < kT; ++t) {
+              const B q = b_quad(codes[r] + t * dim + 4 * (group * P::kQuads + j));
+              for (int b = 0; b < kLaneBlock; ++b) sum[r][t][b] = i_dot(sum[r][t][b], u[b][j], q);
+            }
+          }
+        }
+      }
+      for (int r = 0; r < ROWS; ++r) {
+        for (int b = 0; b < kLaneBlock; ++b) {
+          const int token = lane + b * kWidth;
+          F dot = f_from(sum[r][0][b]);
+          if constexpr (kT == 2) dot = f_fma(dot, f_set(kRadixValue), f_from(sum[r][1][b]));
+          F score = f_fma(dot, f_set(unit[r]), f_set(bias[r]));
+          if constexpr (!PER_CHANNEL) {
+            score = f_mul(score, f_load_half(scales + token));
+            if constexpr (!SYMMETRIC) score = f_fma(f_load_half(zeros + token), f_set(rows[r].sum), score);
+          }
+          f_store(scores + r * kPage + token, score);
+        }
+      }
+    }
+  }
+};
+
+template <int BITS, bool PER_CHANNEL, bool SYMMETRIC>
+struct AffineValue {
+  static_assert(BITS < 8 || SYMMETRIC, "8-bit value codes are the signed operand");
+  static constexpr int kT = kTerms<BITS>;
+  static constexpr float kRadixValue = static_cast<float>(1 << kRadix<BITS>);
+  static constexpr float kCenter = SYMMETRIC ? 0.0f : kMeanCode<BITS, false>;
+
+  template <int ROWS>
+  static void accumulate_rows(const uint8_t* page, int dim, QueryRow* rows, const float* weights, const float* keep) {
+    const auto* scales = reinterpret_cast<const uint16_t*>(page + code_bytes<BITS>(dim));
+    const uint16_t* zeros = scales + (PER_CHANNEL ? dim : kPage);
+    alignas(64) uint8_t codes[ROWS][2 * kPage];
+    float unit[ROWS], bias[ROWS];  // per channel: bias is in units of the channel's scale, total in those of its zero
+    float total[ROWS];
+    for (int r = 0; r < ROWS; ++r) {
+      alignas(64) float folded[kPage];
+      F sum = f_set(0), zero_sum = f_set(0);
+      for (int i = 0; i < kPage; i += kWidth) {
+        const F p = f_load(weights + r * kPage + i);
+        const F f = PER_CHANNEL ? p : f_mul(p, f_load_half(scales + i));
+        f_store(folded + i, f);
+        sum = f_add(sum, f);
+        if constexpr (!PER_CHANNEL && !SYMMETRIC) zero_sum = f_fma(p, f_load_half(zeros + i), zero_sum);
+      }
+      const Quantized q = quantize_unsigned<kT, kRadix<BITS>>(folded, kPage, codes[r], codes[r] + kPage);
+      total[r] = f_reduce_add(sum);
+      unit[r] = q.scale;
+      bias[r] = kCenter * (total[r] - q.scale * q.sum) + f_reduce_add(zero_sum);
+    }
+
+    using P = Planes<BITS>;
+    for (int lane = 0; lane < dim; lane += kWidth) {
+      I sum[ROWS][kT];
+      for (auto& row : sum)
+        for (I& s : row) s = i_zero();
+      for (int group = 0; group < kPage / (4 * P::kQuads); ++group) {
+        B v[P::kQuads];
+        P::load(page, kPage, dim, group, lane, v);
+        for (int j = 0; j < P::kQuads; ++j) {
+          for (int r = 0; r < ROWS; ++r) {
+            for (int t = 0; t < kT; ++t) {
+              sum[r][t] = i_dot(sum[r][t], b_quad(codes[r] + t * kPage + 4 * (group * P::kQuads + j)), v[j]);
+            }
+          }
+        }
+      }
+      for (int r = 0; r < ROWS; ++r) {
+        F dot = f_from(sum[r][0]);
+        if constexpr (kT == 2) dot = f_fma(dot, f_set(kRadixValue), f_from(sum[r][1]));
+        F gain = f_fma(dot, f_set(unit[r]), f_set(bias[r]));
+        if constexpr (PER_CHANNEL) {
+          gain = f_mul(gain, f_load_half(scales + lane));
+          if constexpr (!SYMMETRIC) gain = f_fma(f_load_half(zeros + lane), f_set(total[r]), gain);
+        }
+        float* out = rows[r].accumulator + lane;
+        f_store(out, f_fma(f_load(out), f_set(keep[r]), gain));
+      }
+    }
+  }
+};
+
+// Encoding, once per page: plain loops over a matrix [reduction][lanes] that the compiler vectorizes. Every operation is
+// the one of the torch reference, in float32 and in its order, so the bytes agree.
+template <int BITS, bool SYMMETRIC>
+struct AffineSeal {
+  // kKey: the stored code is unsigned. PER_ROW: one parameter per reduced element, else one per lane.
+  template <bool kKey, bool kPerRow>
+  static void seal(const uint8_t* open_page, int reduction, int lanes, uint8_t* out) {
+    thread_local float matrix[kPage * kMaxDim];
+    thread_local uint8_t codes[kPage * kMaxDim];
+    const auto* pairs = reinterpret_cast<const uint16_t*>(open_page);
+    for (int pair = 0; pair < reduction / 2; ++pair) {
+      for (int lane = 0; lane < lanes; ++lane) {
+        matrix[(2 * pair) * lanes + lane] = bf16_to_float(pairs[2 * (pair * lanes + lane)]);
+        matrix[(2 * pair + 1) * lanes + lane] = bf16_to_float(pairs[2 * (pair * lanes + lane) + 1]);
+      }
+    }
+    const int n = kPerRow ? reduction : lanes;
+    float low[kMaxDim], high[kMaxDim], inverse[kMaxDim];
+    for (int i = 0; i < n; ++i) low[i] = high[i] = kPerRow ? matrix[i * lanes] : matrix[i];
+    for (int row = 0; row < reduction; ++row) {
+      const float* x = matrix + row * lanes;
+      if constexpr (kPerRow) {
+        float least = x[0], most = x[0];
+        for (int lane = 0; lane < lanes; ++lane) {
+          least = x[lane] < least ? x[lane] : least;
+          most = x[lane] > most ? x[lane] : most;
+        }
+        low[row] = least;
+        high[row] = most;
+      } else {
+        for (int lane = 0; lane < lanes; ++lane) {
+          low[lane] = x[lane] < low[lane] ? x[lane] : low[lane];
+          high[lane] = x[lane] > high[lane] ? x[lane] : high[lane];
+        }
+      }
+    }
+    constexpr int kTop = (1 << BITS) - 1, kLimit = (1 << (BITS - 1)) - 1;
+    auto* scales = reinterpret_cast<uint16_t*>(out + static_cast<size_t>(reduction) * lanes * BITS / 8);
+    for (int i = 0; i < n; ++i) {
+      if constexpr (SYMMETRIC) {
+        scales[i] = to_half((high[i] > -low[i] ? high[i] : -low[i]) / kLimit);
+        low[i] = 0;
+      } else {
+        scales[n + i] = to_half(low[i]);
+        low[i] = half_to_float(scales[n + i]);
+        scales[i] = to_half((high[i] - low[i]) / kTop);
+      }
+      const float scale = half_to_float(scales[i]);
+      inverse[i] = scale > 0 ? 1.0f / scale : 0.0f;
+    }
+    for (int row = 0; row < reduction; ++row) {
+      const float* x = matrix + row * lanes;
+      uint8_t* c = codes + row * lanes;
+      for (int lane = 0; lane < lanes; ++lane) {
+        const int i = kPerRow ? row : lane;
+        const float code = __builtin_rintf((x[lane] - low[i]) * inverse[i]);
+        if constexpr (SYMMETRIC) {
+          const float bounded = code < -kLimit ? -kLimit : code > kLimit ? kLimit : code;
+          c[lane] = static_cast<uint8_t>((static_cast<int>(bounded) + (kKey ? kLimit + 1 : 0)) & kTop);
+        } else {
+          c[lane] = static_cast<uint8_t>(code < 0 ? 0 : code > kTop ? kTop : code);
+        }
+      }
+    }
+    uint8_t* end = store_codes<BITS>(codes, reduction, lanes, out) + n * (SYMMETRIC ? 2 : 4);
+    // Pad to the cache line with zeros: page bytes are hashed, sent and compared.
+    while ((end - out) % 64 != 0) *end++ = 0;
+  }
+
+  // A parameter beyond float16's range is stored as its largest finite value.
+  static uint16_t to_half(float x) { return half_from_float(x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x); }
+};
+
+template <int BITS, bool PER_CHANNEL, bool SYMMETRIC>
+void seal_affine_key(const uint8_t* open_page, int dim, uint8_t* out) {
+  AffineSeal<BITS, SYMMETRIC>::template seal<true, PER_CHANNEL>(open_page, dim, kPage, out);
+}
+template <int BITS, bool PER_CHANNEL, bool SYMMETRIC>
+void seal_affine_value(const uint8_t* open_page, int dim, uint8_t* out) {
+  AffineSeal<BITS, SYMMETRIC>::template seal<false, !PER_CHANNEL>(open_page, kPage, dim, out);
+}

@@ -1,0 +1,98 @@
+// What the Python side, the drivers and the per-ISA kernels agree on. Plain data; no templates, no inline code.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace kvbits {
+
+constexpr int kPage = 64;        // tokens in a page
+constexpr int kSplitPages = 16;  // pages whose partial result is kept apart and merged in order (part of the numerics)
+constexpr int kMaxDim = 576;     // largest head size (MLA's latent key)
+constexpr int kBlockRows = 4;    // query rows that a kernel treats at once
+
+// Where one layer lies inside a page, and how it is coded.
+struct Place {
+  int32_t key_codec, value_codec;  // Codec.native_id
+  int32_t frame;                   // which of the page's frames
+  int64_t offset;                  // bytes from the frame's start
+  int64_t head_bytes;              // bytes of one KV head
+  int64_t value_offset;            // bytes from a head's start to its values
+};
+
+struct Layer {
+  int32_t heads, kv_heads, key_dim, value_dim;
+  float scale, softcap;  // softcap 0: none
+  int32_t window;        // 0: none
+  Place sealed, open;
+  int64_t frame_bytes;
+  uint8_t* buffer;
+};
+
+// A step; see BatchLayout in kernels/base.py. The pointers are borrowed for the call.
+struct Batch {
+  int32_t sequences, max_pages, open_frames;
+  const int32_t *starts, *counts, *rows, *sealed, *head, *tail;
+};
+
+enum class Float : int32_t { kBf16, kF32 };
+
+// The step's rows. Strides in elements; the last dimension is contiguous.
+struct Rows {
+  Float dtype;
+  const void *query, *key, *value;
+  int64_t query_row, query_head, key_row, key_head, value_row, value_head;
+  const float* sinks;  // [heads] or null
+  void* out;           // [rows, heads, value_dim], contiguous, same dtype
+};
+
+// One query row while it meets one sequence's pages.
+struct QueryRow {
+  float* query;       // [key_dim], scaled
+  uint8_t* codes;     // [2 * key_dim]: high and low terms of the query, for codecs that quantize it once
+  float scale;        // value of one unit of `codes`
+  float sum;          // sum of the query
+  float code_sum;     // scale * sum of `codes`
+  float max, total;   // running maximum and sum of the softmax
+  float* accumulator; // [value_dim]
+};
+
+// One codec's work on one page of one head, for up to kBlockRows query rows at once.
+struct KeyKernel {
+  // Once per row, before any page.
+  void (*prepare)(QueryRow& row, int dim);
+  // scores[r * kPage + t] = row r's query . key t
+  void (*score)(const uint8_t* page, int dim, const QueryRow* rows, int count, float* scores);
+};
+struct ValueKernel {
+  // row r: accumulator = accumulator * keep[r] + sum over t of weights[r * kPage + t] * value t
+  void (*accumulate)(const uint8_t* page, int dim, QueryRow* rows, int count, const float* weights, const float* keep);
+};
+// Encodes one head's page from its bfloat16 form.
+using SealKernel = void (*)(const uint8_t* open_page, int dim, uint8_t* sealed_page);
+
+struct Kernels {
+  const char* isa;
+  const KeyKernel* (*key)(int codec);      // null: no such codec
+  const ValueKernel* (*value)(int codec);
+  SealKernel (*seal_key)(int codec);
+  SealKernel (*seal_value)(int codec);
+  // Scores to softmax weights for one row and page: soft cap, mask outside [first, last), running maximum and sum.
+  // Returns the factor by which the accumulator must shrink.
+  float (*softmax)(float* scores, int first, int last, float softcap, QueryRow& row);
+  // a, b: partial results of the same row over different pages; a becomes their union.
+  void (*merge)(QueryRow& a, const QueryRow& b, int dim);
+  void (*load_query)(const void* row, Float dtype, float scale, int dim, float* out);
+  // Divide by the softmax's sum (and the sink's share) and round.
+  void (*store_output)(const QueryRow& row, const float* sink, int dim, Float dtype, void* out);
+};
+
+const Kernels& scalar_kernels();
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+
+// The table for `isa` ("auto": the best that this processor runs); null if unknown or not runnable here.
+const Kernels* kernels_for(const char* isa);
+// Names of the ISAs that run here, the best first; null-terminated.
+const char* const* available_isas();
+
+}  // namespace kvbits

@@ -1,0 +1,103 @@
+// The Python face of the kernels; the only file that knows nanobind.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <string>
+#include <vector>
+
+#include "step.h"
+
+namespace nb = nanobind;
+using namespace kvbits;
+
+namespace {
+using Table = nb::ndarray<const int32_t, nb::c_contig, nb::device::cpu>;
+
+// Keeps the arrays that a Batch borrows.
+struct BatchTables {
+  Table starts, counts, rows, sealed, head, tail;
+  Batch batch;
+};
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "C++ kernels of kvbits; used by kvbits.kernels.cpu only";
+  m.attr("PAGE_TOKENS") = kPage;
+  m.attr("SPLIT_PAGES") = kSplitPages;
+  m.attr("MAX_DIM") = kMaxDim;
+
+  m.def("available_isas", [] {
+    std::vector<std::string> names;
+    for (const char* const* name = available_isas(); *name != nullptr; ++name) names.emplace_back(*name);
+    return names;
+  });
+
+  nb::class_<Place>(m, "Place")
+      .def(nb::init<int32_t, int32_t, int32_t, int64_t, int64_t, int64_t>(), nb::arg("key_codec"),
+           nb::arg("value_codec"), nb::arg("frame"), nb::arg("offset"), nb::arg("head_bytes"), nb::arg("value_offset"));
+
+  nb::class_<Layer>(m, "Layer")
+      .def(
+          "__init__",
+          [](Layer* self, int heads, int kv_heads, int key_dim, int value_dim, float scale, float softcap, int window,
+             Place sealed, Place open, int64_t frame_bytes, uintptr_t buffer) {
+            new (self) Layer{heads, kv_heads, key_dim,     value_dim,               scale, softcap, window,
+                             sealed, open,    frame_bytes, pointer<uint8_t>(buffer)};
+          },
+          nb::arg("heads"), nb::arg("kv_heads"), nb::arg("key_dim"), nb::arg("value_dim"), nb::arg("scale"),
+          nb::arg("softcap"), nb::arg("window"), nb::arg("sealed"), nb::arg("open"), nb::arg("frame_bytes"),
+          nb::arg("buffer"));
+
+  nb::class_<BatchTables>(m, "Batch")
+      .def(
+          "__init__",
+          [](BatchTables* self, Table starts, Table counts, Table rows, Table sealed, Table head, Table tail) {
+            const Batch batch{static_cast<int32_t>(starts.shape(0)),
+                              static_cast<int32_t>(sealed.shape(1)),
+                              static_cast<int32_t>(head.shape(1)),
+                              starts.data(), counts.data(), rows.data(), sealed.data(), head.data(), tail.data()};
+            new (self) BatchTables{std::move(starts), std::move(counts), std::move(rows),
+                                   std::move(sealed), std::move(head),   std::move(tail), batch};
+          },
+          nb::arg("starts"), nb::arg("counts"), nb::arg("rows"), nb::arg("sealed"), nb::arg("head"), nb::arg("tail"));
+
+  nb::class_<Cpu>(m, "Cpu")
+      .def(
+          "__init__",
+          [](Cpu* self, const std::string& isa, int threads, uintptr_t gomp_parallel) {
+            const Kernels* kernels = kernels_for(isa.c_str());
+            if (kernels == nullptr) throw nb::value_error(("no kernels for '" + isa + "' on this processor").c_str());
+            if (threads < 1) throw nb::value_error("threads must be positive");
+            new (self) Cpu(*kernels, threads, reinterpret_cast<Workers::GompParallel>(gomp_parallel));
+          },
+          nb::arg("isa"), nb::arg("threads"), nb::arg("gomp_parallel"))
+      .def_prop_ro("isa", [](const Cpu& self) { return std::string(self.kernels().isa); })
+      .def_prop_ro("threads", &Cpu::threads)
+      .def("supports",
+           [](const Cpu& self, int key_codec, int value_codec) -> nb::object {
+             Layer layer{};
+             layer.sealed.key_codec = key_codec;
+             layer.sealed.value_codec = value_codec;
+             const char* reason = self.supports(layer);
+             return reason ? nb::cast(std::string(reason)) : nb::none();
+           })
+      .def(
+          "forward",
+          [](Cpu& self, const Layer& layer, const BatchTables& tables, bool is_float32, uintptr_t query,
+             int64_t query_row, int64_t query_head, uintptr_t key, int64_t key_row, int64_t key_head, uintptr_t value,
+             int64_t value_row, int64_t value_head, uintptr_t sinks, uintptr_t out) {
+            const Rows rows{is_float32 ? Float::kF32 : Float::kBf16,
+                            pointer<void>(query), pointer<void>(key), pointer<void>(value),
+                            query_row, query_head, key_row, key_head, value_row, value_head,
+                            pointer<float>(sinks), pointer<void>(out)};
+            nb::gil_scoped_release release;
+            self.forward(layer, tables.batch, rows);
+          });
+}

@@ -1,0 +1,58 @@
+// Sixteen-bit floats in portable C++. `static` so that every ISA's object keeps its own copy.
+#pragma once
+#include <cstdint>
+
+static inline float bf16_to_float(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float x;
+  __builtin_memcpy(&x, &wide, 4);
+  return x;
+}
+
+// Round to nearest even; a NaN stays a NaN.
+static inline uint16_t bf16_from_float(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
+
+static inline float half_to_float(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
+  const uint32_t rest = half & 0x7fff;
+  float x;
+  if (rest >= 0x7c00) {  // infinity, NaN
+    const uint32_t bits = sign | 0x7f800000u | ((rest & 0x3ff) << 13);
+    __builtin_memcpy(&x, &bits, 4);
+    return x;
+  }
+  // Shift into place and let a multiplication by 2^112 mend the exponent, subnormals included.
+  const uint32_t bits = rest << 13;
+  __builtin_memcpy(&x, &bits, 4);
+  x *= 0x1p112f;
+  uint32_t scaled;
+  __builtin_memcpy(&scaled, &x, 4);
+  scaled |= sign;
+  __builtin_memcpy(&x, &scaled, 4);
+  return x;
+}
+
+// Round to nearest even, overflow to infinity, underflow through subnormals (as F16C and torch do).
+static inline uint16_t half_from_float(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000);
+  bits &= 0x7fffffffu;
+  if (bits > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00);
+  if (bits >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00);
+  if (bits < 0x38800000u) {  // subnormal or zero: adding 0.5 aligns the last half bit with the last float bit
+    float magnitude;
+    __builtin_memcpy(&magnitude, &bits, 4);
+    magnitude += 0.5f;
+    uint32_t sum;
+    __builtin_memcpy(&sum, &magnitude, 4);
+    return static_cast<uint16_t>(sign | (sum - 0x3f000000u));
+  }
+  bits += 0xfffu + ((bits >> 13) & 1);
+  return static_cast<uint16_t>(sign | ((bits - 0x38000000u) >> 13));
+}

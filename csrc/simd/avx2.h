@@ -1,0 +1,85 @@
+// 256-bit vectors: AVX2, FMA and F16C, no VNNI. Included only by isa/avx2.cpp, inside its anonymous namespace.
+constexpr int kWidth = 8;
+constexpr int kLaneBlock = 1;   // 16 registers
+constexpr int kRadixBits8 = 7;  // vpmaddubsw saturates at 16 bits: 2 * 255 * 64 still fits
+
+using F = __m256;
+using I = __m256i;
+using B = __m256i;
+
+inline F f_load(const float* p) { return _mm256_loadu_ps(p); }
+inline void f_store(float* p, F v) { _mm256_storeu_ps(p, v); }
+inline F f_set(float x) { return _mm256_set1_ps(x); }
+inline F f_add(F a, F b) { return _mm256_add_ps(a, b); }
+inline F f_sub(F a, F b) { return _mm256_sub_ps(a, b); }
+inline F f_mul(F a, F b) { return _mm256_mul_ps(a, b); }
+inline F f_div(F a, F b) { return _mm256_div_ps(a, b); }
+inline F f_fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+inline F f_max(F a, F b) { return _mm256_max_ps(a, b); }
+inline F f_min(F a, F b) { return _mm256_min_ps(a, b); }
+inline F f_abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+inline F f_round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline F f_from(I a) { return _mm256_cvtepi32_ps(a); }
+inline float f_reduce_max(F a) {
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+inline float f_reduce_add(F a) {
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+inline F f_keep_if_ge(F x, float bound, F a) {
+  return _mm256_and_ps(_mm256_cmp_ps(x, _mm256_set1_ps(bound), _CMP_GE_OQ), a);
+}
+inline F f_scale2(F a, F n) {
+  const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+  return _mm256_mul_ps(a, _mm256_castsi256_ps(exponent));
+}
+inline F f_load_half(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline F f_load_bf16(const uint16_t* p) {
+  return _mm256_castsi256_ps(
+      _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+}
+
+inline I i_zero() { return _mm256_setzero_si256(); }
+inline I i_round(F a) { return _mm256_cvtps_epi32(a); }
+inline I i_add(I a, I b) { return _mm256_add_epi32(a, b); }
+inline I i_sub(I a, I b) { return _mm256_sub_epi32(a, b); }
+inline I i_set(int32_t x) { return _mm256_set1_epi32(x); }
+template <int N>
+inline I i_sra(I a) {
+  return _mm256_srai_epi32(a, N);
+}
+template <int N>
+inline I i_sll(I a) {
+  return _mm256_slli_epi32(a, N);
+}
+inline void i_store_bytes(uint8_t* p, I a) {
+  const __m256i low = _mm256_shuffle_epi8(a, _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0,
+                                                              4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1));
+  const int32_t words[2] = {_mm256_extract_epi32(low, 0), _mm256_extract_epi32(low, 4)};
+  __builtin_memcpy(p, words, 8);
+}
+inline I i_dot(I sum, B u, B s) {
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
+}
+
+inline B b_load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline B b_quad(const uint8_t* p) {
+  int32_t word;
+  __builtin_memcpy(&word, p, 4);
+  return _mm256_set1_epi32(word);
+}
+inline B b_or(B a, B b) { return _mm256_or_si256(a, b); }
+template <int RIGHT, int MASK>
+inline B b_extract(B a) {
+  if constexpr (RIGHT > 0) a = _mm256_srli_epi16(a, RIGHT);
+  if constexpr (RIGHT < 0) a = _mm256_slli_epi16(a, -RIGHT);
+  return _mm256_and_si256(a, _mm256_set1_epi8(static_cast<char>(MASK)));
+}
+inline F b_even(B a) { return _mm256_castsi256_ps(_mm256_slli_epi32(a, 16)); }
+inline F b_odd(B a) { return _mm256_castsi256_ps(_mm256_and_si256(a, _mm256_set1_epi32(static_cast<int>(0xffff0000)))); }

@@ -1,0 +1,75 @@
+// 512-bit vectors: AVX-512 F/BW/VL/DQ and VNNI. Included only by isa/avx512.cpp, inside its anonymous namespace.
+constexpr int kWidth = 16;      // 32-bit lanes in a vector
+constexpr int kLaneBlock = 2;   // vectors of lanes a kernel keeps in registers at once (32 registers)
+constexpr int kRadixBits8 = 8;  // bits of one term of the small operand beside 8-bit codes
+
+using F = __m512;   // float lanes
+using I = __m512i;  // int32 lanes
+using B = __m512i;  // 4 bytes a lane
+
+inline F f_load(const float* p) { return _mm512_loadu_ps(p); }
+inline void f_store(float* p, F v) { _mm512_storeu_ps(p, v); }
+inline F f_set(float x) { return _mm512_set1_ps(x); }
+inline F f_add(F a, F b) { return _mm512_add_ps(a, b); }
+inline F f_sub(F a, F b) { return _mm512_sub_ps(a, b); }
+inline F f_mul(F a, F b) { return _mm512_mul_ps(a, b); }
+inline F f_div(F a, F b) { return _mm512_div_ps(a, b); }
+inline F f_fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+inline F f_max(F a, F b) { return _mm512_max_ps(a, b); }
+inline F f_min(F a, F b) { return _mm512_min_ps(a, b); }
+inline F f_abs(F a) { return _mm512_abs_ps(a); }
+inline F f_round(F a) { return _mm512_roundscale_ps(a, 0); }
+inline F f_from(I a) { return _mm512_cvtepi32_ps(a); }
+inline float f_reduce_max(F a) { return _mm512_reduce_max_ps(a); }
+inline float f_reduce_add(F a) { return _mm512_reduce_add_ps(a); }
+// a where x >= bound, 0 elsewhere.
+inline F f_keep_if_ge(F x, float bound, F a) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(bound), _CMP_GE_OQ), a);
+}
+// a * 2^n for integral n in [-126, 127].
+inline F f_scale2(F a, F n) { return _mm512_scalef_ps(a, n); }
+inline F f_load_half(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline F f_load_bf16(const uint16_t* p) {
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+}
+
+inline I i_zero() { return _mm512_setzero_si512(); }
+inline I i_round(F a) { return _mm512_cvtps_epi32(a); }
+inline I i_add(I a, I b) { return _mm512_add_epi32(a, b); }
+inline I i_sub(I a, I b) { return _mm512_sub_epi32(a, b); }
+inline I i_set(int32_t x) { return _mm512_set1_epi32(x); }
+template <int N>
+inline I i_sra(I a) {
+  return _mm512_srai_epi32(a, N);
+}
+template <int N>
+inline I i_sll(I a) {
+  return _mm512_slli_epi32(a, N);
+}
+// The low byte of each lane.
+inline void i_store_bytes(uint8_t* p, I a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
+}
+// Lane sums of four products of unsigned and signed bytes.
+inline I i_dot(I sum, B u, B s) { return _mm512_dpbusd_epi32(sum, u, s); }
+
+inline B b_load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline B b_quad(const uint8_t* p) {
+  int32_t word;
+  __builtin_memcpy(&word, p, 4);
+  return _mm512_set1_epi32(word);
+}
+inline B b_or(B a, B b) { return _mm512_or_si512(a, b); }
+// ((a >> RIGHT) & MASK) of every byte; a negative RIGHT shifts left.
+template <int RIGHT, int MASK>
+inline B b_extract(B a) {
+  if constexpr (RIGHT > 0) a = _mm512_srli_epi16(a, RIGHT);
+  if constexpr (RIGHT < 0) a = _mm512_slli_epi16(a, -RIGHT);
+  return _mm512_and_si512(a, _mm512_set1_epi8(static_cast<char>(MASK)));
+}
+// The two bfloat16 of each lane as floats.
+inline F b_even(B a) { return _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)); }
+inline F b_odd(B a) { return _mm512_castsi512_ps(_mm512_and_si512(a, _mm512_set1_epi32(static_cast<int>(0xffff0000)))); }
