@@ -1,0 +1,263 @@
+"""The engine: requests in, tokens and text out, one step at a time.
+
+A step is: schedule, model, sample, commit. One thread drives it. A request that fails ends with an error of its own;
+when a whole step fails, its requests are tried again one by one, so that only the guilty one ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from kvbits.config import EngineConfig
+from kvbits.engine.batch import Piece, build
+from kvbits.engine.live import Live
+from kvbits.engine.outputs import Delta
+from kvbits.engine.params import SamplingParams
+from kvbits.engine.request import FinishReason, Request
+from kvbits.engine.runner import Runner
+from kvbits.engine.sampler import Sampled, report, sample
+from kvbits.engine.scheduler import Plan, Scheduler, Work
+from kvbits.engine.setup import context_of, limits_of, pages_of, policy_of
+from kvbits.engine.stats import EngineStats, Load
+from kvbits.engine.teacher import teacher_forced
+from kvbits.engine.text import decoder, end_tokens
+from kvbits.errors import RequestError
+from kvbits.kernels import Backend, default_backend
+from kvbits.models import LoadedModel
+from kvbits.pool import PagedPool
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Serves many requests at once from one quantized pool.
+
+    Raises ``ConfigError`` for options that contradict the model or the pool, ``UnsupportedError`` where the kernels
+    cannot store a layer as the policy asks.
+    """
+
+    def __init__(self, loaded: LoadedModel, config: EngineConfig | None = None, backend: Backend | None = None) -> None:
+        self.loaded = loaded
+        self.config = config = config or EngineConfig()
+        self.backend = backend or default_backend()
+        self.max_model_len = context_of(loaded, config)
+        self.pool = PagedPool(loaded.geometry, policy_of(loaded, config, self.backend), config.kv_cache_memory)
+        self.pages = pages_of(self.pool, loaded, config)
+        self.limits = limits_of(self.pool, self.max_model_len, config)
+        self.scheduler = Scheduler(self.pages, self.limits.pool, config.max_num_seqs, config.max_num_batched_tokens)
+        self.stats = EngineStats()
+        self._runner = Runner(loaded, self.pool, self.pages, self.backend)
+        self._decode = decoder(loaded)
+        self._ends = end_tokens(loaded)
+        self._groups: dict[str, list[Live]] = {}
+        self._live: dict[int, Live] = {}
+        self._pending: list[Delta] = []
+        self._next = 0
+
+    # Requests
+
+    def add_request(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        salt: str = "",
+        timeout: float | None = None,
+    ) -> str:
+        """Queue a prompt of token ids; returns the request's id.
+
+        ``salt`` separates prefix caches of tenants; ``timeout`` is in seconds from now. Raises ``RequestError`` when
+        the request can never be served.
+        """
+        params = params or SamplingParams()
+        request_id = f"request-{self._next}" if request_id is None else request_id
+        if request_id in self._groups:
+            raise RequestError(f"a request with the id '{request_id}' is already running")
+        self.limits.check_prompt(prompt, room=1)
+        self.limits.check_params(params)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        group: list[Live] = []
+        for index in range(params.n):
+            request = Request(
+                self._new_seq_id(),
+                list(prompt),
+                params,
+                group=request_id,
+                index=index,
+                priority=priority,
+                salt=salt.encode(),
+                leader=group[0].request if group else None,
+                deadline=deadline,
+            )
+            group.append(Live(request, self._decode, self._ends, self.max_model_len))
+            self._live[request.seq_id] = group[-1]
+            self.scheduler.add(request)
+        self._groups[request_id] = group
+        return request_id
+
+    def abort(self, request_id: str) -> None:
+        """End a request; its pages are free at once. Its last delta comes from the next step. Unknown ids are fine."""
+        for live in list(self._groups.get(request_id, ())):
+            self._pending.append(self._end(live, FinishReason.ABORT))
+
+    def has_unfinished(self) -> bool:
+        """Whether :meth:`step` has anything left to do or to say."""
+        return bool(self._live or self._pending)
+
+    def load(self) -> Load:
+        """Sequences and frames at this moment."""
+        scheduler = self.scheduler
+        return Load(len(scheduler.running), len(scheduler.waiting), self.pool.num_frames, self.pages.available())
+
+    # Steps
+
+    def step(self) -> list[Delta]:
+        """Advance every running request; returns what is new."""
+        deltas, self._pending = self._pending, []
+        deltas += self._expire()
+        with self.stats.timed("schedule"):
+            plan = self.scheduler.schedule()
+        deltas += self._settle(plan)
+        if not plan.works:
+            return deltas
+        self.stats.steps += 1
+        with self.stats.timed("model"):
+            logits, error = self._forward(plan.works)
+        if logits is None:
+            return deltas + self._recover(plan.works, error)
+        with self.stats.timed("sample"):
+            chosen = self._choose(plan.works, logits)
+        with self.stats.timed("commit"):
+            for work, sampled in zip(plan.works, chosen, strict=True):
+                deltas += self._commit(work, sampled)
+        return deltas
+
+    def teacher_forced(self, tokens: Sequence[int], first: int) -> Iterator[tuple[int, Tensor]]:
+        """Logits for given tokens, through the real pool and kernels.
+
+        Yields ``(position, logits)``, float32 ``[rows, vocab]`` of positions ``position``, ``position + 1`` and so on,
+        chunk after chunk, for every position from ``first`` on. Nothing is taken from the prefix cache, and no request
+        can find what this stores. Raises ``RequestError`` when the tokens fit neither the model's context nor the pool,
+        ``OutOfPages`` when running requests leave too little of it.
+        """
+        self.limits.check_prompt(tokens, room=0)
+        if not 0 <= first < len(tokens):
+            raise RequestError(f"first is {first}; it must be a position of the {len(tokens)} tokens")
+        chunk = self.config.max_num_batched_tokens
+        return teacher_forced(self._runner, self.pages, self._new_seq_id(), tokens, first, chunk)
+
+    # Internals
+
+    def _new_seq_id(self) -> int:
+        self._next += 1
+        return self._next - 1
+
+    def _end(self, live: Live, reason: FinishReason, error: str | None = None) -> Delta:
+        self._forget(live)
+        return live.finish(reason, error)
+
+    def _forget(self, live: Live) -> None:
+        """Free the pages of a sequence that ends."""
+        request = live.request
+        self.scheduler.remove(request)
+        del self._live[request.seq_id]
+        group = self._groups[request.group]
+        group.remove(live)
+        if not group:
+            del self._groups[request.group]
+
+    def _expire(self) -> list[Delta]:
+        late = [v for v in self._live.values() if v.request.deadline is not None]
+        if not late:
+            return []
+        now = time.monotonic()
+        message = "the request's deadline has passed"
+        return [
+            self._end(v, FinishReason.ABORT, message)
+            for v in late
+            if v.request.deadline is not None and v.request.deadline <= now
+        ]
+
+    def _settle(self, plan: Plan) -> list[Delta]:
+        """Account for what the scheduler decided besides the work itself."""
+        self.stats.preemptions += len(plan.preempted)
+        deltas = []
+        for request in plan.exhausted:
+            request.note = f"the KV cache of {self.config.kv_cache_memory} bytes is full"
+            deltas.append(self._end(self._live[request.seq_id], FinishReason.LENGTH))
+        return deltas
+
+    def _forward(self, works: Sequence[Work]) -> tuple[Tensor | None, str]:
+        """Logits of the step, or ``None`` and what went wrong."""
+        pieces = [
+            Piece(w.request.seq_id, w.start, w.request.tokens[w.start : w.start + w.count], w.outputs) for w in works
+        ]
+        try:
+            return self._runner.run(build(pieces, self.pages)), ""
+        # Whatever the model raises must not take down the requests beside the one that caused it.
+        except Exception as error:
+            log.exception("a step of %d requests failed", len(works))
+            return None, f"{type(error).__name__}: {error}"
+
+    def _recover(self, works: Sequence[Work], error: str) -> list[Delta]:
+        """After a failed step: its only request ends; of several, each is tried again alone."""
+        if len(works) == 1:
+            message = f"the model failed on this request: {error}"
+            return [self._end(self._live[works[0].request.seq_id], FinishReason.ERROR, message)]
+        for work in works:
+            work.request.suspect = True
+            self.scheduler.requeue(work.request)
+        return []
+
+    def _choose(self, works: Sequence[Work], logits: Tensor) -> list[Sampled | None]:
+        """The next token of each work that is due one."""
+        rows, row = [], 0
+        for work in works:
+            live = self._live[work.request.seq_id]
+            if live.prompt_logprobs is not None and work.outputs:
+                self._report_prompt(live, work, logits[row : row + work.outputs])
+            row += work.outputs
+            if work.samples:
+                rows.append(row - 1)
+        if not rows:
+            return [None] * len(works)
+        states = [self._live[w.request.seq_id].sampling for w in works if w.samples]
+        due = iter(sample(logits if len(rows) == row else logits[rows], states))
+        return [next(due) if w.samples else None for w in works]
+
+    @staticmethod
+    def _report_prompt(live: Live, work: Work, logits: Tensor) -> None:
+        """Add the log-probabilities of the prompt tokens that ``logits`` predict, each once."""
+        assert live.prompt_logprobs is not None
+        prompt, count = live.request.prompt, live.request.params.prompt_logprobs or 0
+        for offset in range(len(live.prompt_logprobs) - 1 - work.start, len(logits)):
+            position = work.start + offset + 1
+            if offset >= 0 and position < len(prompt):
+                live.prompt_logprobs.append(report(logits[offset], prompt[position], count))
+
+    def _commit(self, work: Work, sampled: Sampled | None) -> list[Delta]:
+        """Record what the step stored, and the token that it brought."""
+        request = work.request
+        live = self._live[request.seq_id]
+        end = work.start + work.count
+        self.pages.commit(request.seq_id, request.tokens[work.start : end])
+        request.computed = end
+        self.stats.computed_tokens += work.count
+        if sampled is None:
+            return []
+        if request.num_output == 0:
+            self.stats.prompt_tokens += len(request.prompt)
+            self.stats.cached_tokens += request.cached or 0
+        if sampled.error is not None:
+            return [self._end(live, FinishReason.ERROR, sampled.error)]
+        self.stats.generated_tokens += 1
+        delta = live.accept(sampled.token, sampled.logprobs)
+        if delta.finish_reason is not None:
+            self._forget(live)
+        return [delta]

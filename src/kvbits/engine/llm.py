@@ -1,0 +1,157 @@
+"""``kvbits.LLM``: generate text from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from kvbits.config import EngineConfig, parse_bytes
+from kvbits.engine.engine import Engine
+from kvbits.engine.outputs import CompletionOutput, Delta, RequestOutput
+from kvbits.engine.params import SamplingParams
+from kvbits.engine.progress import Progress
+from kvbits.engine.text import encode, encode_chat
+from kvbits.errors import ConfigError, RequestError
+from kvbits.kernels import Backend
+from kvbits.models import LoadedModel, load_model
+
+Prompt = str | Sequence[int]
+OnToken = Callable[[int, Delta], None]
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A model with a quantized KV cache.
+
+    ``model`` is a name that :func:`kvbits.models.load_model` knows, or what it returned. ``kv_cache_memory`` is bytes
+    or text such as ``"256MiB"``. ``progress`` shows a bar on stderr for work that takes more than two seconds. Raises
+    ``ConfigError`` or ``UnsupportedError`` at once for what cannot work.
+    """
+
+    def __init__(
+        self,
+        model: str | LoadedModel,
+        *,
+        kv_cache_dtype: str = "int8",
+        kv_cache_memory: str | int = "1GiB",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 512,
+        dtype: str = "bfloat16",
+        enable_prefix_caching: bool = True,
+        batch_invariant: bool = False,
+        backend: Backend | None = None,
+        progress: bool = True,
+    ) -> None:
+        config = EngineConfig(
+            kv_cache_dtype=kv_cache_dtype,
+            kv_cache_memory=parse_bytes(kv_cache_memory),
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            enable_prefix_caching=enable_prefix_caching,
+            batch_invariant=batch_invariant,
+        )
+        self.loaded = load_model(model, dtype=dtype) if isinstance(model, str) else model
+        self.engine = Engine(self.loaded, config, backend)
+        self._progress = progress
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's Hugging Face tokenizer."""
+        return self.loaded.tokenizer
+
+    def generate(
+        self,
+        prompts: str | Sequence[int] | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_token: OnToken | None = None,
+        use_tqdm: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Complete one or many prompts (text or token ids); the results are in the prompts' order.
+
+        ``sampling_params``: one for all, or one for each prompt. ``on_token(prompt_index, delta)`` is called for every
+        piece of text as it comes. A prompt that cannot be served gets a result with ``error`` set and the finish reason
+        ``error``; the others are complete. Raises ``ConfigError`` when there are not as many parameters as prompts.
+        """
+        many = _as_list(prompts)
+        params = _per_prompt(sampling_params, len(many))
+        results: list[RequestOutput] = []
+        index_of: dict[str, int] = {}
+        for index, (prompt, param) in enumerate(zip(many, params, strict=True)):
+            result = RequestOutput("", prompt if isinstance(prompt, str) else None, [], [])
+            results.append(result)
+            try:
+                result.prompt_token_ids = encode(self.loaded, prompt) if isinstance(prompt, str) else list(prompt)
+                result.request_id = self.engine.add_request(result.prompt_token_ids, param)
+            except RequestError as error:
+                _refuse(result, error)
+            else:
+                result.outputs = [CompletionOutput(i) for i in range(param.n)]
+                index_of[result.request_id] = index
+        self._run(results, index_of, on_token, self._progress if use_tqdm is None else use_tqdm)
+        return results
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_token: OnToken | None = None,
+        use_tqdm: bool | None = None,
+        **template: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or many, in the model's chat template; ``template`` goes to it (``tools=`` ...).
+
+        A message is a mapping with ``role`` and ``content``. Raises ``RequestError`` when the template refuses them.
+        """
+        chats: list[Sequence[Message]] = (
+            [messages] if messages and isinstance(messages[0], Mapping) else list(messages)  # type: ignore[list-item, arg-type]
+        )
+        prompts = [encode_chat(self.loaded, chat, **template) for chat in chats]
+        return self.generate(prompts, sampling_params, on_token=on_token, use_tqdm=use_tqdm)
+
+    def _run(
+        self, results: list[RequestOutput], index_of: dict[str, int], on_token: OnToken | None, show: bool
+    ) -> None:
+        running = set(index_of)
+        with Progress(len(running), show, self.engine.stats) as progress:
+            try:
+                while running:
+                    for delta in self.engine.step():
+                        # Deltas of requests that an earlier, interrupted call left behind belong to nobody.
+                        if delta.request_id not in running:
+                            continue
+                        index = index_of[delta.request_id]
+                        results[index].add(delta)
+                        if on_token is not None:
+                            on_token(index, delta)
+                        if results[index].finished:
+                            running.remove(delta.request_id)
+                            progress.done()
+                    progress.update()
+            finally:
+                for request_id in running:
+                    self.engine.abort(request_id)
+
+
+def _as_list(prompts: str | Sequence[int] | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and all(isinstance(p, int) for p in prompts):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise ConfigError(f"there are {len(params)} sampling parameters for {count} prompts; give one, or one for each")
+    return list(params)
+
+
+def _refuse(result: RequestOutput, error: RequestError) -> None:
+    result.error = str(error)
+    result.outputs = [CompletionOutput(0, finish_reason="error")]

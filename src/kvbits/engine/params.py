@@ -1,0 +1,119 @@
+"""How one request wants its tokens chosen, under the names that vLLM and OpenAI use. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvbits.errors import RequestError
+
+MAX_LOGPROBS = 64
+"""Most alternatives that a request may ask for at each token."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Frozen sampling options of one request.
+
+    ``max_tokens=None`` means: until the model's context is full. ``temperature=0`` is greedy. ``top_k`` of 0 or -1
+    keeps all tokens. ``seed=None`` draws a fresh seed. ``stop`` strings end the text and are not part of it;
+    ``stop_token_ids`` end it like the model's own end token. ``logprobs=k`` reports the chosen token and the ``k``
+    likeliest ones, of the model's raw distribution; ``prompt_logprobs`` the same for each prompt token. The penalties
+    and ``logit_bias`` are those of OpenAI (``repetition_penalty``: Keskar et al. 2019, over prompt and output).
+
+    Raises ``RequestError`` for a value out of range, naming the field.
+    """
+
+    max_tokens: int | None = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    n: int = 1
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
+        self._integers()
+        self._numbers()
+        for text in stop:
+            if not isinstance(text, str) or not text:
+                raise RequestError(f"stop holds {text!r}; each stop must be a string of at least one character")
+        for token in self.stop_token_ids:
+            if not _is_int(token) or token < 0:
+                raise RequestError(f"stop_token_ids holds {token!r}; each must be a token id")
+        for key, bias in self.logit_bias.items():
+            if not _is_int(key) or key < 0:
+                raise RequestError(f"logit_bias names {key!r}; each key must be a token id")
+            _number(f"logit_bias[{key}]", bias, -100.0, 100.0)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return self.temperature == 0.0
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """``stop`` as it is stored: a tuple."""
+        return tuple(self.stop or ())
+
+    @property
+    def penalised(self) -> bool:
+        """Whether the tokens so far change the distribution."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
+
+    @property
+    def plain_greedy(self) -> bool:
+        """Whether the arg max of the raw logits is all that is asked for."""
+        return self.greedy and not self.penalised and not self.logit_bias and self.logprobs is None
+
+    def _integers(self) -> None:
+        bounds: dict[str, tuple[int, int | None, bool]] = {
+            "max_tokens": (1, None, True),
+            "top_k": (-1, None, False),
+            "n": (1, 128, False),
+            "logprobs": (0, MAX_LOGPROBS, True),
+            "prompt_logprobs": (0, MAX_LOGPROBS, True),
+            "seed": (-(2**63), 2**64 - 1, True),
+        }
+        for name, (low, high, optional) in bounds.items():
+            value = getattr(self, name)
+            if value is None and optional:
+                continue
+            if not _is_int(value) or value < low or (high is not None and value > high):
+                limit = f"from {low} to {high}" if high is not None else f"of at least {low}"
+                raise RequestError(f"{name} is {value!r}; it must be an integer {limit}")
+
+    def _numbers(self) -> None:
+        _number("temperature", self.temperature, 0.0, 100.0)
+        _number("top_p", self.top_p, 0.0, 1.0, above=True)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, 10.0, above=True)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(name: str, value: Any, low: float, high: float, above: bool = False) -> None:
+    """Check a real number in ``[low, high]``, or ``(low, high]`` when ``above``."""
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or value > high or value < low or (above and value == low):
+        kind = f"above {low:g} and at most {high:g}" if above else f"from {low:g} to {high:g}"
+        raise RequestError(f"{name} is {value!r}; it must be a number {kind}")

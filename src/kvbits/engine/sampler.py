@@ -1,0 +1,133 @@
+"""From logits to tokens.
+
+The order is vLLM's: report raw log-probabilities, then bias and penalties, temperature, min-p, top-k, top-p, draw.
+A draw inverts the cumulative distribution at the request's next random number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvbits.engine.outputs import Logprob, Logprobs
+from kvbits.engine.sampling import SamplingState
+from kvbits.errors import RequestError
+
+_HEADS = (256, 4096)
+"""How many of the likeliest tokens top-p looks at before it sorts them all."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A chosen token; or ``error``, why none could be chosen."""
+
+    token: int
+    logprobs: Logprobs | None = None
+    error: str | None = None
+
+
+def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
+    """Choose a token for each row of ``logits`` (float32 ``[rows, vocab]``)."""
+    best, argmax = logits.max(dim=-1)
+    tokens = argmax.tolist()
+    # max() carries a NaN of the row along, and an infinite maximum has no softmax.
+    finite = torch.isfinite(best).tolist()
+    chosen = []
+    for row, state in enumerate(states):
+        if not finite[row]:
+            chosen.append(Sampled(-1, error="the model produced logits that are not finite"))
+        elif state.params.plain_greedy:
+            chosen.append(Sampled(tokens[row]))
+        else:
+            chosen.append(_sample_row(logits[row], state))
+    return chosen
+
+
+def _sample_row(raw: Tensor, state: SamplingState) -> Sampled:
+    params = state.params
+    logits = adjust(raw, state)
+    if params.greedy:
+        token = int(logits.argmax())
+    else:
+        probs, ids = distribution(logits, params.temperature, params.top_k, params.top_p, params.min_p)
+        place = draw(probs, state.uniform())
+        token = place if ids is None else int(ids[place])
+    return Sampled(token, None if params.logprobs is None else report(raw, token, params.logprobs))
+
+
+def adjust(raw: Tensor, state: SamplingState) -> Tensor:
+    """Logits ``[vocab]`` with the request's bias and penalties; the input is left as it is."""
+    params = state.params
+    if not params.penalised and not params.logit_bias:
+        return raw
+    logits = raw.clone()
+    if params.logit_bias:
+        ids = torch.tensor(list(params.logit_bias), dtype=torch.int64, device=raw.device)
+        logits[ids] += torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=raw.device)
+    if params.repetition_penalty != 1.0:
+        seen = torch.from_numpy(state.seen()).to(raw.device)
+        values = logits[seen]
+        logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+    if params.frequency_penalty or params.presence_penalty:
+        tokens, counts = state.generated()
+        change = params.frequency_penalty * counts + params.presence_penalty
+        logits[torch.from_numpy(tokens).to(raw.device)] -= torch.from_numpy(change).float().to(raw.device)
+    return logits
+
+
+def distribution(
+    logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
+) -> tuple[Tensor, Tensor | None]:
+    """What is drawn from: weights (float32, need not sum to one) and the token of each, ``None``: all in order."""
+    probs = torch.softmax((logits - logits.max()) / temperature, dim=-1)
+    if min_p > 0.0:
+        probs = torch.where(probs >= min_p * probs.max(), probs, 0.0)
+    ids: Tensor | None = None
+    if 0 < top_k < probs.numel():
+        probs, ids = torch.topk(probs, top_k)
+    if top_p < 1.0:
+        mass = top_p * float(probs.sum())
+        if ids is None:
+            probs, ids = _head(probs, mass)
+        before = probs.cumsum(-1) - probs
+        keep = max(int((before < mass).sum()), 1)
+        probs, ids = probs[:keep], ids[:keep]
+    return probs, ids
+
+
+def _head(probs: Tensor, mass: float) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens, in falling order, that surely hold ``mass``: a sort of all is rarely needed."""
+    for size in _HEADS:
+        if size < probs.numel():
+            top, ids = torch.topk(probs, size)
+            if float(top.sum()) >= mass:
+                return top, ids
+    top, ids = torch.sort(probs, descending=True, stable=True)
+    return top, ids
+
+
+def draw(weights: Tensor, uniform: float) -> int:
+    """Index drawn in proportion to ``weights`` (one dimension) by a number in [0, 1)."""
+    cumulative = weights.double().cumsum(-1)
+    place = int(torch.searchsorted(cumulative, cumulative[-1] * uniform, right=True))
+    # Rounding can put the product on the total itself; the last token of positive weight is meant then.
+    if place >= weights.numel():
+        place = int(weights.nonzero()[-1])
+    return place
+
+
+def report(raw: Tensor, token: int, count: int) -> Logprobs:
+    """Log-probabilities of ``token`` and of the ``count`` likeliest tokens under ``raw`` (float32 ``[vocab]``)."""
+    if not 0 <= token < raw.numel():
+        raise RequestError(f"token {token} has no log-probability; the vocabulary is 0 to {raw.numel() - 1}")
+    logprobs = torch.log_softmax(raw, dim=-1)
+    own = logprobs[token]
+    found = {token: Logprob(float(own), int((logprobs > own).sum()) + 1)}
+    if count:
+        values, ids = torch.topk(logprobs, min(count, raw.numel()))
+        for rank, (value, index) in enumerate(zip(values.tolist(), ids.tolist(), strict=True), start=1):
+            found.setdefault(index, Logprob(value, rank))
+    return found

@@ -1,0 +1,194 @@
+"""Who computes what in the next step: continuous batching over a pool of pages. No torch.
+
+Every running sequence that only waits for its next token gets it in every step; the rest of the step's token budget
+goes to prompts, in order of rank (priority, then arrival). A sequence is admitted when the frames of all its tokens
+and of its open page are there, besides those already promised to prompts under way and a small watermark. When frames
+run out, the sequence of the lowest rank gives its own back and is computed again later, from the prefix cache where
+its pages survive; since it keeps its tokens and its random state, the answer does not change.
+
+What this module does not know: logits, text, wall-clock time.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from kvbits.engine.request import Request, RequestState
+from kvbits.pages import PageManager
+
+WATERMARK = 100
+"""One frame in so many stays free at admission, so that a newcomer does not push out running sequences at once."""
+
+MIN_PREFILL = 64
+"""Tokens of a step that go to prompts even where the running sequences use up the budget."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """``count`` tokens of ``request`` after its ``start`` stored ones; the last ``outputs`` of them need logits."""
+
+    request: Request
+    start: int
+    count: int
+    outputs: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the next token can be sampled after this work."""
+        return self.start + self.count == len(self.request.tokens)
+
+
+@dataclass
+class Plan:
+    """One step. ``exhausted`` are requests that no longer fit the pool even alone; their frames are already free."""
+
+    works: list[Work] = field(default_factory=list)
+    preempted: list[Request] = field(default_factory=list)
+    exhausted: list[Request] = field(default_factory=list)
+
+
+class Scheduler:
+    """Queues and the decision of each step.
+
+    ``capacity_tokens`` is what one sequence can store when it has the pool to itself.
+    """
+
+    def __init__(
+        self, pages: PageManager, capacity_tokens: int, max_num_seqs: int, max_num_batched_tokens: int
+    ) -> None:
+        self.pages = pages
+        self.capacity_tokens = capacity_tokens
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self._blocked: tuple[int, int] | None = None
+
+    def add(self, request: Request) -> None:
+        """Queue a request."""
+        insort(self.waiting, request, key=_rank)
+
+    def remove(self, request: Request) -> None:
+        """Forget a request that ended, wherever it stands, and free its pages."""
+        if request in self.running:
+            self.running.remove(request)
+            self.pages.free(request.seq_id)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+
+    def schedule(self) -> Plan:
+        """Reserve frames for the next step and say what it computes."""
+        plan = Plan()
+        scheduled: set[int] = set()
+        suspect = next((r for r in [*self.running, *self.waiting] if r.suspect), None)
+        if suspect is not None:
+            self._alone(suspect, plan, scheduled)
+            return plan
+        decodes = [r for r in self.running if r.remaining == 1]
+        prefills = [r for r in self.running if r.remaining > 1]
+        for request in decodes:
+            if request.state is RequestState.RUNNING:
+                self._advance(request, 1, plan, scheduled)
+        budget = max(self.max_num_batched_tokens - len(scheduled), min(MIN_PREFILL, self.max_num_batched_tokens))
+        for request in prefills:
+            if budget > 0 and request.state is RequestState.RUNNING:
+                budget -= self._advance(request, min(budget, request.remaining), plan, scheduled)
+        if not plan.preempted:
+            self._admit(budget, plan, scheduled)
+        return plan
+
+    def _alone(self, request: Request, plan: Plan, scheduled: set[int]) -> None:
+        """A step for one request, which must find out whether it was the one that failed."""
+        while request not in self.running and not self._open(request):
+            if not self.running:
+                self.waiting.remove(request)
+                plan.exhausted.append(request)
+                return
+            self._preempt(self.running[-1], plan)
+        self._advance(request, min(self.max_num_batched_tokens, request.remaining), plan, scheduled)
+
+    def requeue(self, request: Request) -> None:
+        """Take a running request's pages and let it start again, since they may hold a failed step's rows."""
+        self._preempt(request, Plan())
+
+    def _advance(self, request: Request, count: int, plan: Plan, scheduled: set[int]) -> int:
+        """Plan ``count`` tokens of a running request; returns how many were planned."""
+        if not self._make_room(request, count, plan, scheduled):
+            alone = self.running == [request]
+            if alone or len(request.tokens) > self.capacity_tokens:
+                self.remove(request)
+                plan.exhausted.append(request)
+            elif request.remaining == 1 or not scheduled:
+                self._preempt(request, plan)
+            return 0
+        self.pages.reserve(request.seq_id, count)
+        scheduled.add(request.seq_id)
+        plan.works.append(self._work(request, count))
+        return count
+
+    @staticmethod
+    def _work(request: Request, count: int) -> Work:
+        whole = request.params.prompt_logprobs is not None and request.num_output == 0
+        samples = request.computed + count == len(request.tokens)
+        return Work(request, request.computed, count, count if whole else int(samples))
+
+    def _make_room(self, request: Request, count: int, plan: Plan, scheduled: Iterable[int]) -> bool:
+        """Preempt requests of lower rank that this step has not planned yet until ``count`` tokens fit."""
+        while self.pages.frames_needed(request.seq_id, count) > self.pages.available():
+            victim = self.running[-1]
+            if victim is request or victim.seq_id in scheduled:
+                return False
+            self._preempt(victim, plan)
+        return True
+
+    def _preempt(self, request: Request, plan: Plan) -> None:
+        self.running.remove(request)
+        self.pages.free(request.seq_id)
+        request.state = RequestState.PREEMPTED
+        request.computed = 0
+        request.preemptions += 1
+        self.add(request)
+        plan.preempted.append(request)
+
+    def _admit(self, budget: int, plan: Plan, scheduled: set[int]) -> None:
+        """Start waiting requests, in order, while budget, seats and frames last."""
+        for request in [r for r in self.waiting if r.ready]:
+            if budget <= 0 or len(self.running) >= self.max_num_seqs:
+                return
+            if len(request.tokens) > self.capacity_tokens:
+                self.waiting.remove(request)
+                plan.exhausted.append(request)
+                continue
+            if not self._open(request):
+                return
+            budget -= self._advance(request, min(budget, request.remaining), plan, scheduled)
+
+    def _open(self, request: Request) -> bool:
+        """Give ``request`` the pages that the prefix cache has of it, and a seat, if the rest would fit too."""
+        state = (request.seq_id, self.pages.available())
+        if self.running and self._blocked == state:
+            return False
+        # Prompt log-probabilities need the logits of every prompt token, so none is taken from the cache.
+        known = [] if request.params.prompt_logprobs is not None else request.tokens
+        cached = self.pages.open(request.seq_id, known, request.salt)
+        promised = sum(self.pages.frames_needed(r.seq_id, r.remaining) for r in self.running if r.remaining > 1)
+        needed = self.pages.frames_needed(request.seq_id, len(request.tokens) - cached)
+        spare = self.pages.num_frames // WATERMARK if self.running else 0
+        if needed + promised + spare > self.pages.available():
+            self.pages.free(request.seq_id)
+            self._blocked = state
+            return False
+        self._blocked = None
+        request.computed = cached
+        if request.cached is None:
+            request.cached = cached
+        request.state = RequestState.RUNNING
+        self.waiting.remove(request)
+        insort(self.running, request, key=_rank)
+        return True
+
+
+def _rank(request: Request) -> tuple[int, int]:
+    return request.rank

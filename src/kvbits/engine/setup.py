@@ -1,0 +1,50 @@
+"""The parts of an engine, made to fit each other."""
+
+from __future__ import annotations
+
+from kvbits.codecs import Policy, parse_policy
+from kvbits.config import PAGE_TOKENS, EngineConfig
+from kvbits.engine.limits import Limits
+from kvbits.errors import ConfigError, UnsupportedError
+from kvbits.kernels import Backend
+from kvbits.models import LoadedModel
+from kvbits.pages import PageManager
+from kvbits.pool import PagedPool
+
+
+def context_of(loaded: LoadedModel, config: EngineConfig) -> int:
+    """Tokens that a request may have; raises ``ConfigError`` when more are asked for than the model can do."""
+    longest = loaded.geometry.max_position
+    asked = config.max_model_len or longest
+    if asked > longest:
+        raise ConfigError(f"max_model_len is {asked}; the context of {loaded.name} is {longest} tokens")
+    return asked
+
+
+def policy_of(loaded: LoadedModel, config: EngineConfig, backend: Backend) -> Policy:
+    """The cache policy; raises ``UnsupportedError`` where ``backend`` cannot run a layer as the policy stores it."""
+    policy = parse_policy(config.kv_cache_dtype, loaded.geometry.num_layers)
+    for index, (scheme, layer) in enumerate(zip(policy.layers, loaded.geometry.layers, strict=True)):
+        reason = backend.supports(scheme, layer)
+        if reason:
+            raise UnsupportedError(f"layer {index} of {loaded.name} cannot be stored as '{scheme.name}': {reason}")
+    return policy
+
+
+def pages_of(pool: PagedPool, loaded: LoadedModel, config: EngineConfig) -> PageManager:
+    """The manager of ``pool``'s frames."""
+    layout = pool.layout
+    return PageManager(
+        pool.num_frames,
+        layout.open.frames,
+        layout.sealed.frames,
+        enable_prefix_caching=config.enable_prefix_caching,
+        cache_key=f"{loaded.fingerprint}|{pool.policy.name}".encode(),
+    )
+
+
+def limits_of(pool: PagedPool, context: int, config: EngineConfig) -> Limits:
+    """What one request may use when it has the pool to itself."""
+    layout = pool.layout
+    full = (pool.num_frames - layout.open.frames) // layout.sealed.frames
+    return Limits(pool.geometry.vocab_size, context, full * PAGE_TOKENS + PAGE_TOKENS - 1, config.kv_cache_memory)

@@ -1,0 +1,63 @@
+"""What the engine needs of a tokenizer: encode, decode, and which tokens end an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from kvbits.errors import RequestError
+from kvbits.models import LoadedModel
+
+
+def decoder(loaded: LoadedModel) -> Callable[[list[int]], str]:
+    """A function from token ids to text without special tokens."""
+    tokenizer: Any = loaded.tokenizer
+    if tokenizer is None:
+        return lambda ids: ""
+    if tokenizer.is_fast:
+        # The Rust tokenizer itself: the wrapper costs ten times as much, and this runs for every token.
+        inner = tokenizer.backend_tokenizer
+        return lambda ids: str(inner.decode(ids, skip_special_tokens=True))
+    return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def end_tokens(loaded: LoadedModel) -> frozenset[int]:
+    """The tokens with which the model ends its answer, by its generation config and its tokenizer."""
+    model: Any = loaded.model
+    found: set[int] = set()
+    sources = [model.generation_config.eos_token_id] if model.generation_config is not None else []
+    sources.append(model.config.get_text_config().eos_token_id)
+    if loaded.tokenizer is not None:
+        sources.append(loaded.tokenizer.eos_token_id)
+    for ids in sources:
+        if ids is not None:
+            found.update([ids] if isinstance(ids, int) else ids)
+    return frozenset(found)
+
+
+def encode(loaded: LoadedModel, text: str) -> list[int]:
+    """Token ids of a plain prompt, special tokens as the tokenizer adds them."""
+    return list(_tokenizer(loaded)(text)["input_ids"])
+
+
+def encode_chat(loaded: LoadedModel, messages: Sequence[Mapping[str, Any]], **template: Any) -> list[int]:
+    """Token ids of a chat in the model's own template, ready for the assistant's answer.
+
+    Raises ``RequestError`` when the tokenizer has no template or the template refuses the messages.
+    """
+    tokenizer = _tokenizer(loaded)
+    if tokenizer.chat_template is None:
+        raise RequestError(f"the tokenizer of {loaded.name} has no chat template; use generate with a plain prompt")
+    options = {"add_generation_prompt": True, **template}
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+    # A template is a program of the model's author: it raises what it likes, mostly Jinja errors.
+    except Exception as error:
+        raise RequestError(f"the chat template of {loaded.name} refuses the messages: {error}") from error
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _tokenizer(loaded: LoadedModel) -> Any:
+    if loaded.tokenizer is None:
+        raise RequestError(f"{loaded.name} has no tokenizer; give prompts as token ids")
+    return loaded.tokenizer
