@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kvbits.config import LayerGeometry
 from kvbits.errors import UnsupportedError
 from kvbits.kernels import Backend, BatchLayout
 from kvbits.pool import PagedPool
@@ -37,14 +38,15 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Store ``key`` and ``value`` and attend to the cache.
 
-    ``query`` ``[1, heads, rows, key_dim]``, ``key`` and ``value`` ``[1, kv_heads, rows, dim]``. Returns ``[1, rows, heads,
-    value_dim]``. Raises ``UnsupportedError`` for a keyword that asks for something else than what the cache was laid
-    out for; nothing is dropped.
+    ``query`` ``[1, heads, rows, key_dim]``, ``key`` and ``value`` ``[1, kv_heads, rows, dim]``. Returns ``[1, rows,
+    heads, value_dim]``. Raises ``UnsupportedError`` for a keyword that asks for something else than what the cache was
+    laid out for; nothing is dropped.
     """
     step: Forward | None = kwargs.get("kvbits")
     if step is None:
         raise UnsupportedError("the model was called without kvbits=Forward(...); use kvbits.LLM to run it")
-    view = step.pool.layers[module.layer_idx]
+    index: Any = module.layer_idx
+    view = step.pool.layers[index]
     _check(view.geometry, attention_mask, kwargs)
     sinks = kwargs.get("s_aux")
     out = step.backend.forward(
@@ -58,22 +60,30 @@ def attend(
     return out.unsqueeze(0), None
 
 
-def _check(layer: Any, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
-    """Refuse whatever the layer asks for and the cache's geometry does not say."""
+def refuse_keywords(kwargs: dict[str, Any]) -> None:
+    """Raise ``UnsupportedError`` for a keyword of an attention call that kvbits has no meaning for."""
     for name, value in kwargs.items():
         if name not in _HANDLED and name not in _HARMLESS and value is not None and value is not False:
             raise UnsupportedError(f"the model passes '{name}' to its attention; kvbits does not implement it")
-    asked = {
-        "scaling": (kwargs.get("scaling"), layer.scale),
-        "sliding_window": (kwargs.get("sliding_window"), layer.window),
-        "softcap": (kwargs.get("softcap"), layer.softcap),
-    }
-    for name, (found, expected) in asked.items():
-        if found != expected and not (name == "scaling" and found is not None and abs(found - expected) < 1e-6):
-            raise UnsupportedError(f"the model asks for {name}={found}; its configuration said {expected}")
-    if attention_mask is not None:
-        raise UnsupportedError("the model passes an attention mask; kvbits masks by position")
     if kwargs.get("dropout"):
         raise UnsupportedError(f"the model asks for attention dropout {kwargs['dropout']}; kvbits only infers")
     if kwargs.get("is_causal") is False:
         raise UnsupportedError("the model asks for bidirectional attention; kvbits is causal")
+
+
+def _check(layer: LayerGeometry, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+    """Refuse whatever the layer asks for and the cache's geometry does not say."""
+    refuse_keywords(kwargs)
+    scale = kwargs.get("scaling")
+    asked = {
+        "scaling": (layer.key_dim**-0.5 if scale is None else scale, layer.scale),
+        # a layer that never names its window leaves it to its mask, which the geometry has measured
+        "sliding_window": (kwargs.get("sliding_window", layer.window), layer.window),
+        "softcap": (kwargs.get("softcap"), layer.softcap),
+        "s_aux": (kwargs.get("s_aux") is not None, layer.sinks),
+    }
+    for name, (found, expected) in asked.items():
+        if found != expected:
+            raise UnsupportedError(f"the model asks for {name}={found}; its geometry says {expected}")
+    if attention_mask is not None:
+        raise UnsupportedError("the model passes an attention mask; kvbits masks by position")

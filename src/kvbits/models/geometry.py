@@ -1,0 +1,194 @@
+"""What the cache must know of a model, found by looking at what its attention layers really ask for.
+
+A copy of the model without memory (torch's ``meta`` device) runs one token through a recording attention function. So
+scale, window, soft cap, sinks and head sizes are those that the layers pass, for any family, and nothing is read from
+attribute names that a family may use differently. Masks are observed too: the mask function that the model builds is
+evaluated at a far position, which tells a window from a chunk and causal from bidirectional.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from kvbits.attention import refuse_keywords
+from kvbits.config import LayerGeometry, ModelGeometry
+from kvbits.errors import UnsupportedError
+from kvbits.models.quiet import quiet
+
+_TRIAL = "kvbits-trial"
+_FAR = 1 << 20
+"""A query position beyond every window, and a multiple of every chunk size in use."""
+
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "dense", "sparse", "moe"})
+_HEAD_MULTIPLE = 16
+
+
+@dataclass
+class _Recorder:
+    """Travels through the trial pass in the place of the step's context."""
+
+    layers: dict[int, LayerGeometry] = field(default_factory=dict)
+
+
+def geometry_of(model: PreTrainedConfig | PreTrainedModel, name: str = "") -> ModelGeometry:
+    """Measure ``model`` or a model of this configuration; no weights are needed.
+
+    Raises ``UnsupportedError`` naming whatever kvbits cannot do.
+    """
+    config = model.config if isinstance(model, PreTrainedModel) else model
+    text = config.get_text_config(decoder=True)
+    _refuse_config(config, text)
+    recorder = _Recorder()
+    _trial(config, recorder)
+    count = text.num_hidden_layers
+    missing = sorted(set(range(count)) - set(recorder.layers))
+    if missing or len(recorder.layers) != count:
+        raise UnsupportedError(
+            f"layers {missing} of this {config.model_type} model do not use attention; kvbits caches keys and values"
+        )
+    layers = tuple(recorder.layers[i] for i in range(count))
+    return ModelGeometry(name or config.model_type, layers, int(text.max_position_embeddings), int(text.vocab_size))
+
+
+def _refuse_config(config: Any, text: Any) -> None:
+    """What a trial pass of one token would not show."""
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedError(f"{kind} is an encoder-decoder model; kvbits serves decoder-only models")
+    if getattr(text, "is_causal", True) is False or getattr(text, "use_bidirectional_attention", None):
+        raise UnsupportedError(f"this {kind} model attends in both directions; kvbits is causal")
+    odd = sorted(set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES)
+    if odd:
+        raise UnsupportedError(
+            f"this {kind} model has layers of type {', '.join(odd)}; kvbits does full and sliding attention"
+        )
+    if getattr(text, "num_kv_shared_layers", 0):
+        raise UnsupportedError(
+            f"{text.num_kv_shared_layers} layers of this {kind} model share another layer's keys and values"
+        )
+    for rope in sorted(_rope_types(getattr(text, "rope_parameters", None))):
+        if rope in ("dynamic", "longrope"):
+            raise UnsupportedError(
+                f"the rotary embedding '{rope}' of this {kind} model changes with the "
+                "longest sequence of a step, which cached keys cannot follow"
+            )
+    if getattr(text, "max_position_embeddings", None) is None:
+        raise UnsupportedError(f"the configuration of this {kind} model has no max_position_embeddings")
+
+
+def _rope_types(parameters: Any) -> set[str]:
+    """Every ``rope_type``, also of configurations with one set of parameters per layer type."""
+    if not isinstance(parameters, dict):
+        return set()
+    found = {parameters["rope_type"]} if isinstance(parameters.get("rope_type"), str) else set()
+    return found.union(*(_rope_types(p) for p in parameters.values()))
+
+
+def _trial(config: Any, recorder: _Recorder) -> None:
+    AttentionInterface.register(_TRIAL, _record)
+    AttentionMaskInterface.register(_TRIAL, _observe_mask)
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    # the one way through a mixture of experts whose shapes do not depend on the data
+    config._experts_implementation = "batched_mm"
+    kind = config.model_type
+    try:
+        with quiet(), torch.device("meta"), torch.inference_mode():
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=_TRIAL, dtype=torch.float32).eval()
+            if not model._supports_attention_backend:
+                raise UnsupportedError(
+                    f"the {kind} model's code does not let its attention be replaced (no attention backend)"
+                )
+            model(
+                input_ids=torch.zeros(1, 1, dtype=torch.long),
+                position_ids=torch.zeros(1, 1, dtype=torch.long),
+                attention_mask=torch.ones(
+                    1, 1, dtype=torch.long
+                ),  # else packed sequences are looked for in the positions
+                use_cache=False,
+                kvbits=recorder,
+                logits_to_keep=torch.zeros(1, dtype=torch.long),
+            )
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UnsupportedError(
+            f"a trial pass through the {kind} model failed: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def _observe_mask(*, mask_function: Any, attention_mask: Tensor | None = None, **_: Any) -> Tensor:
+    """In the place of a mask: the window that ``mask_function`` implies, ``int64 [1, 1, 1, 1]``, 0 for none."""
+    spans = [_visible(mask_function, query) for query in (_FAR - 1, _FAR)]
+    if spans == [_FAR, _FAR + 1]:
+        window = 0
+    elif spans[0] == spans[1]:
+        window = spans[0]
+    else:
+        raise UnsupportedError(
+            f"queries at {_FAR - 1} and {_FAR} see {spans[0]} and {spans[1]} keys: chunked attention"
+        )
+    return torch.full((1, 1, 1, 1), window, device="cpu")
+
+
+def _visible(mask_function: Any, query: int) -> int:
+    """Keys that ``query`` sees; they must be the last ones up to itself."""
+    zero = torch.zeros((), dtype=torch.long, device="cpu")
+    keys = torch.arange(query + 2, device="cpu")
+    seen = mask_function(zero, zero, torch.tensor(query, device="cpu"), keys)
+    seen = torch.as_tensor(seen, device="cpu").expand(query + 2).nonzero().flatten()
+    if len(seen) == 0 or int(seen[-1]) != query or len(seen) != query + 1 - int(seen[0]):
+        raise UnsupportedError("the model's attention mask is neither causal nor a causal window")
+    return len(seen)
+
+
+def _record(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """The attention function of the trial pass: note what layer ``module`` asks for."""
+    recorder: _Recorder = kwargs["kvbits"]
+    index: Any = module.layer_idx
+    refuse_keywords(kwargs)
+    if index in recorder.layers:
+        raise UnsupportedError(f"layer {index} calls its attention more than once in a step")
+    if attention_mask is None or attention_mask.shape != (1, 1, 1, 1) or attention_mask.device.type != "cpu":
+        raise UnsupportedError(f"layer {index} builds its attention mask in its own way")
+    window = int(attention_mask) or None
+    if "sliding_window" in kwargs and kwargs["sliding_window"] != window:
+        raise UnsupportedError(
+            f"layer {index} masks a window of {window} but asks for sliding_window={kwargs['sliding_window']}"
+        )
+    heads, kv_heads, key_dim, value_dim = query.shape[1], key.shape[1], key.shape[3], value.shape[3]
+    if query.shape[3] != key_dim or value.shape[1] != kv_heads or heads % kv_heads:
+        raise UnsupportedError(
+            f"layer {index} has queries {tuple(query.shape)}, keys {tuple(key.shape)} and values {tuple(value.shape)}"
+        )
+    for what, dim in (("key", key_dim), ("value", value_dim)):
+        if dim % _HEAD_MULTIPLE:
+            raise UnsupportedError(
+                f"layer {index} has {what} heads of size {dim}; kvbits needs a multiple of {_HEAD_MULTIPLE}"
+            )
+    scale = kwargs.get("scaling")
+    recorder.layers[index] = LayerGeometry(
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        scale=key_dim**-0.5 if scale is None else float(scale),
+        window=window,
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux") is not None,
+    )
+    return query.new_empty(1, query.shape[2], heads, value_dim), None

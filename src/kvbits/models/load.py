@@ -1,0 +1,141 @@
+"""Load a model through transformers and run it on a paged cache."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from kvbits.attention import IMPLEMENTATION, Forward, attend
+from kvbits.config import ModelGeometry
+from kvbits.errors import ConfigError, UnsupportedError
+from kvbits.models.geometry import geometry_of
+from kvbits.models.locate import Source, locate
+from kvbits.models.quiet import quiet
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_READ_ERRORS = (
+    OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError, ImportError, struct.error, SafetensorError
+)  # fmt: skip
+"""What transformers and its readers raise for files that are missing, cut off or not what they claim to be."""
+
+_VOLATILE = frozenset(
+    {"_name_or_path", "_model_name_or_path", "dtype", "torch_dtype", "transformers_version", "quantization_config"}
+)
+_SAMPLE = 16
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A Hugging Face causal language model whose attention is :func:`kvbits.attention.attend`.
+
+    ``fingerprint`` names configuration and weights (16 hex digits), whatever the dtype they are loaded in.
+    """
+
+    model: Any
+    tokenizer: Any
+    geometry: ModelGeometry
+    name: str
+    fingerprint: str
+
+    @torch.inference_mode()
+    def forward(self, input_ids: Tensor, positions: Tensor, step: Forward, logits_rows: Tensor) -> Tensor:
+        """Run one step.
+
+        ``input_ids``, ``positions`` ``int64 [rows]``: the new tokens of all sequences of ``step.batch``, packed;
+        ``logits_rows`` ``int64 [n]``: the rows whose logits are wanted. Returns ``float32 [n, vocab]``.
+        """
+        out = self.model(
+            input_ids=input_ids.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=logits_rows,
+            kvbits=step,
+        )
+        logits: Tensor = out.logits[0].float()
+        return logits
+
+
+def load_model(
+    name: str,
+    dtype: str = "bfloat16",
+    progress: Callable[[str], None] | None = None,
+) -> LoadedModel:
+    """Load ``name``: a packaged model, a ``.gguf`` file, a directory (safetensors or one GGUF) or a Hugging Face id.
+
+    ``dtype`` is ``"bfloat16"`` or ``"float32"``; ``progress`` gets a line of text before each long stage. Raises
+    ``ConfigError`` when the model cannot be found or read, ``UnsupportedError`` when kvbits cannot run it.
+    """
+    if dtype not in _DTYPES:
+        raise ConfigError(f"unknown model dtype '{dtype}'; choose from {', '.join(_DTYPES)}")
+    report = progress or (lambda line: None)
+    source = locate(name)
+    report(f"Loading {name} ({dtype}) ..." if source.offline else f"Downloading and loading {name} ({dtype}) ...")
+    # A GGUF file's configuration comes with its tensors; anything else is refused before a weight is read.
+    config = None if source.gguf else _read(name, "configuration", AutoConfig, source)
+    geometry = None if config is None else geometry_of(config, name)
+    tokenizer = _read(name, "tokenizer", AutoTokenizer, source)
+    register()
+    options: dict[str, Any] = {"dtype": _DTYPES[dtype], "attn_implementation": IMPLEMENTATION}
+    if source.gguf:
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    model = _read(name, "weights", AutoModelForCausalLM, source, **options)
+    return wrap(model, tokenizer, name, geometry)
+
+
+def wrap(model: Any, tokenizer: Any, name: str, geometry: ModelGeometry | None = None) -> LoadedModel:
+    """Turn a Hugging Face causal language model that is already in memory into a :class:`LoadedModel`.
+
+    The model's attention implementation becomes kvbits'. Raises ``UnsupportedError`` when kvbits cannot run it.
+    """
+    geometry = geometry or geometry_of(model, name)
+    names = inspect.signature(model.forward).parameters
+    for needed in ("position_ids", "logits_to_keep"):
+        if needed not in names:
+            raise UnsupportedError(f"the model '{name}' takes no {needed}")
+    register()
+    model.eval().set_attn_implementation(IMPLEMENTATION)
+    return LoadedModel(model, tokenizer, geometry, name, _fingerprint(model))
+
+
+def register() -> None:
+    """Make :func:`kvbits.attention.attend` known to transformers; again is harmless.
+
+    No mask function is registered with it: for such an implementation transformers builds no masks.
+    """
+    AttentionInterface.register(IMPLEMENTATION, attend)
+
+
+def _read(name: str, what: str, kind: Any, source: Source, **options: Any) -> Any:
+    if source.gguf:
+        options["gguf_file"] = source.gguf
+    try:
+        with quiet():
+            return kind.from_pretrained(source.path, local_files_only=source.offline, **options)
+    except _READ_ERRORS as error:
+        reason = " ".join(str(error).split())[:300]
+        where = f"{source.path}/{source.gguf}" if source.gguf else source.path
+        raise ConfigError(
+            f"cannot read the {what} of the model '{name}' ({where}): {type(error).__name__}: {reason}"
+        ) from error
+
+
+def _fingerprint(model: Any) -> str:
+    """Hash the configuration, and name, shape and a few spread values (as bfloat16) of every parameter."""
+    facts = {k: v for k, v in model.config.to_dict().items() if k not in _VOLATILE}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, len(flat) // _SAMPLE)][:_SAMPLE].to("cpu", torch.bfloat16).contiguous()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
