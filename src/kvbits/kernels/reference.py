@@ -1,0 +1,136 @@
+"""The oracle: every scheme, in torch, slow and obvious. Other backends are compared with it.
+
+All arithmetic is float32. What earlier pages hold is always read back from the pool's bytes, never from the rows that
+were written.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvbits.codecs import Place, Scheme
+from kvbits.config import PAGE_TOKENS, LayerGeometry, align
+from kvbits.kernels.base import Backend, BatchLayout, Ints
+from kvbits.pool import LayerView
+
+
+class ReferenceBackend(Backend):
+    """Plain torch on the CPU; no state."""
+
+    name = "reference"
+
+    def supports(self, scheme: Scheme, layer: LayerGeometry) -> str | None:
+        return scheme.supports(layer)
+
+    def forward(
+        self, view: LayerView, batch: BatchLayout, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None
+    ) -> Tensor:
+        layer = view.geometry
+        out = query.new_empty(batch.num_rows, layer.num_heads, layer.value_dim)
+        for s in range(len(batch.counts)):
+            rows = slice(int(batch.rows[s]), int(batch.rows[s + 1]))
+            start = int(batch.starts[s])
+            keys, values = _own_rows(view, batch.head[s], start, key[rows], value[rows])
+            _store(view, batch.sealed[s], batch.tail[s], start, keys, values)
+            out[rows] = _attend(view, batch.sealed[s], start, query[rows].float(), keys, values, sinks).to(query.dtype)
+        return out
+
+
+def _own_rows(view: LayerView, head: Ints, start: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """16-bit rows from the beginning of the page that holds token ``start`` to the end of the step, as float32."""
+    key, value = key.to(torch.bfloat16).float(), value.to(torch.bfloat16).float()
+    stored = start % PAGE_TOKENS
+    if not stored:
+        return key, value
+    old_key, old_value = read_page(view, view.open, int(head[view.open.frame]))
+    return torch.cat([old_key[:stored], key]), torch.cat([old_value[:stored], value])
+
+
+def _store(view: LayerView, sealed: Ints, tail: Ints, start: int, keys: Tensor, values: Tensor) -> None:
+    """Seal the pages that ``keys`` and ``values`` fill and leave the rest in the open page."""
+    first = start // PAGE_TOKENS
+    full = len(keys) // PAGE_TOKENS
+    for p in range(full):
+        page = slice(p * PAGE_TOKENS, (p + 1) * PAGE_TOKENS)
+        write_page(view, view.sealed, int(sealed[first + p]), keys[page], values[page])
+    rest = len(keys) - full * PAGE_TOKENS
+    if rest:
+        padding = (0, 0, 0, 0, 0, PAGE_TOKENS - rest)
+        last_keys = torch.nn.functional.pad(keys[-rest:], padding)
+        last_values = torch.nn.functional.pad(values[-rest:], padding)
+        write_page(view, view.open, int(tail[view.open.frame]), last_keys, last_values)
+
+
+def _attend(
+    view: LayerView, sealed: Ints, start: int, query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None
+) -> Tensor:
+    """``query`` ``[count, heads, key_dim]``; ``keys``, ``values``: rows from the page of ``start`` on."""
+    first, end = start // PAGE_TOKENS, start + len(query)
+    parts = []
+    for p in range(first, (end - 1) // PAGE_TOKENS + 1):
+        begin, stop = max(start, p * PAGE_TOKENS), min(end, (p + 1) * PAGE_TOKENS)
+        # pages that the window has left behind are not read: their frames may hold anything
+        oldest = 0 if view.geometry.window is None else max(0, begin - view.geometry.window + 1) // PAGE_TOKENS
+        pages = [read_page(view, view.sealed, int(sealed[q])) for q in range(oldest, p)]
+        own = slice((p - first) * PAGE_TOKENS, stop - first * PAGE_TOKENS)
+        seen_keys = torch.cat([*(k for k, _ in pages), keys[own]])
+        seen_values = torch.cat([*(v for _, v in pages), values[own]])
+        positions = torch.arange(begin, stop)
+        visible = torch.arange(oldest * PAGE_TOKENS, stop)
+        rows = query[begin - start : stop - start]
+        parts.append(_softmax_attention(view.geometry, rows, positions, seen_keys, seen_values, visible, sinks))
+    return torch.cat(parts)
+
+
+def _softmax_attention(
+    layer: LayerGeometry,
+    query: Tensor,
+    query_positions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_positions: Tensor,
+    sinks: Tensor | None,
+) -> Tensor:
+    """``[rows, heads, key_dim]`` against ``[tokens, kv_heads, dim]``; gives ``[rows, heads, value_dim]``."""
+    keys = keys.repeat_interleave(layer.group_size, dim=1)
+    values = values.repeat_interleave(layer.group_size, dim=1)
+    scores = torch.einsum("rhd,thd->hrt", query, keys) * layer.scale
+    if layer.softcap is not None:
+        scores = layer.softcap * torch.tanh(scores / layer.softcap)
+    distance = query_positions[:, None] - key_positions[None, :]
+    hidden = distance < 0
+    if layer.window is not None:
+        hidden |= distance >= layer.window
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if sinks is not None:
+        column = sinks.float()[:, None, None].expand(-1, len(query), 1)
+        scores = torch.cat([scores, column], dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., : len(keys)]
+    return torch.einsum("hrt,thd->rhd", weights, values)
+
+
+def read_page(view: LayerView, place: Place, frame: int) -> tuple[Tensor, Tensor]:
+    """Keys ``float32 [64, kv_heads, key_dim]`` and values of this layer in the page at ``frame``."""
+    key_block, value_block = _blocks(view, place, frame)
+    keys = place.scheme.key.decode(key_block, view.geometry.key_dim, "key")
+    values = place.scheme.value.decode(value_block, view.geometry.value_dim, "value")
+    return keys.transpose(0, 1), values.transpose(0, 1)
+
+
+def write_page(view: LayerView, place: Place, frame: int, keys: Tensor, values: Tensor) -> None:
+    """Encode ``float32 [64, kv_heads, dim]`` into the page at ``frame``."""
+    key_block, value_block = _blocks(view, place, frame)
+    key_block.copy_(place.scheme.key.encode(keys.transpose(0, 1), "key"))
+    value_block.copy_(place.scheme.value.encode(values.transpose(0, 1), "value"))
+
+
+def _blocks(view: LayerView, place: Place, frame: int) -> tuple[Tensor, Tensor]:
+    """Views ``uint8 [kv_heads, page_bytes]`` of the layer's key pages and value pages in ``frame``."""
+    assert 0 <= frame < len(view.buffer), (frame, view.index)
+    layer, scheme = view.geometry, place.scheme
+    size = scheme.layer_bytes(layer)
+    heads = view.buffer[frame, place.offset : place.offset + size].view(layer.num_kv_heads, -1)
+    key_bytes, value_bytes = scheme.key.page_bytes(layer.key_dim), scheme.value.page_bytes(layer.value_dim)
+    values_at = align(key_bytes)
+    return heads[:, :key_bytes], heads[:, values_at : values_at + value_bytes]
