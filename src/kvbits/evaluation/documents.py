@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pydoc_data.topics import topics  # type: ignore[import-untyped]
+from pydoc_data.topics import topics
 
 from kvbits.errors import ConfigError
 
@@ -50,7 +50,7 @@ def reference_text() -> str:
 
 
 def hide_facts(count: int, tokens: int, length: Callable[[str], int], text: str | None = None) -> list[Document]:
-    """Cut ``text`` (the language reference) into ``count`` documents of about ``tokens`` tokens and hide a fact in each.
+    """Cut ``text`` (default: the reference) into ``count`` documents of at least ``tokens`` tokens, a fact in each.
 
     ``length`` counts tokens of a string. Facts lie at depths spread evenly over the documents, between paragraphs.
     Raises ``ConfigError`` when the text is too short or more documents than made-up facts are asked for.

@@ -35,8 +35,8 @@ class Fidelity:
     positions: list[NDArray[np.int64]] = field(default_factory=list)
 
     def add(self, reference: Tensor, logits: Tensor, targets: Tensor, first_position: int = 0) -> None:
-        """Record rows ``float32 [rows, vocab]`` of both caches; ``targets`` ``int64 [rows]`` are the true next tokens."""
-        assert reference.shape == logits.shape and len(targets) == len(logits), (reference.shape, logits.shape)
+        """Record rows ``float32 [rows, vocab]`` of both caches; ``targets`` ``int64 [rows]`` are the next tokens."""
+        assert reference.shape == logits.shape == (len(targets), logits.shape[-1]), (reference.shape, logits.shape)
         for start in range(0, len(logits), _ROWS):
             part = slice(start, start + _ROWS)
             log_ref = torch.log_softmax(reference[part].double(), dim=-1)

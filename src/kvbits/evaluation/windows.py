@@ -9,7 +9,7 @@ from kvbits.errors import ConfigError
 
 
 def read_text(path: Path) -> str:
-    """The file's text, line ends as they are. Raises ``ConfigError`` when it is missing, unreadable, empty or no UTF-8."""
+    """The file's text, line ends as they are. Raises ``ConfigError`` when it is unreadable, empty or no UTF-8."""
     try:
         data = path.read_bytes()
     except OSError as error:

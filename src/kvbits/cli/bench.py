@@ -1,0 +1,74 @@
+"""``kvbits bench``: prefill and decode speed of the cache, through the real engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvbits.cli import options
+from kvbits.cli.output import JsonFile
+from kvbits.cli.session import Bar, load, machine, tokens_of
+from kvbits.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvbits.evaluation.speed import Speed
+
+
+def bench(
+    model: options.Model,
+    kv_cache_dtype: options.KVCacheDtypes,
+    context: Annotated[int, typer.Option(metavar="TOKENS", help="Prompt of each sequence.")] = 4096,
+    batch: Annotated[int, typer.Option(metavar="N", help="Sequences that decode together.")] = 8,
+    new_tokens: Annotated[int, typer.Option(metavar="N", help="Timed decode steps.")] = 32,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text for the prompts. Default: Python's language reference.")
+    ] = None,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = 512,
+    dtype: options.Dtype = "bfloat16",
+    threads: options.Threads = None,
+    json_file: options.JsonFile = None,
+) -> None:
+    """Time prefill, then decode steps with all sequences running (the median step). Prefix caching is off."""
+    results = JsonFile(json_file)
+    for name, value in (("context", context), ("batch", batch), ("new-tokens", new_tokens)):
+        if value < 1:
+            raise ConfigError(f"--{name} is {value}; it must be at least 1")
+    from kvbits.evaluation.documents import reference_text
+    from kvbits.evaluation.windows import read_text
+
+    content = reference_text() if text is None else read_text(text)
+    from kvbits.evaluation.compare import check_dtypes
+    from kvbits.evaluation.speed import distinct_prompts, measure_speed
+
+    loaded = load(model, dtype, threads)
+    check_dtypes(loaded, kv_cache_dtype, context)
+    prompts = distinct_prompts(tokens_of(loaded, content), context, batch)
+    found = []
+    for name in kv_cache_dtype:
+        with Bar(batch * (context + new_tokens), name) as advance:
+            found.append(measure_speed(loaded, name, prompts, new_tokens, max_num_batched_tokens, advance))
+    _print(found)
+    rows = [speed.as_json() | {"compute_dtype": dtype} | machine() for speed in found]
+    flat = rows[0] if len(rows) == 1 else {}
+    results.write({**flat, "results": rows, "model": loaded.name})
+
+
+def _print(found: list[Speed]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{found[0].batch} sequences of {found[0].context} tokens")
+    for name in ("KV cache", "prefill tok/s", "decode tok/s", "step ms", "KV bytes/token", "peak memory MiB"):
+        table.add_column(name, justify="left" if name == "KV cache" else "right")
+    for speed in found:
+        table.add_row(
+            speed.dtype,
+            f"{speed.prefill_tokens_per_s:,.0f}",
+            f"{speed.decode_tokens_per_s:,.1f}",
+            f"{speed.decode_step_ms:.1f}",
+            f"{speed.kv_bytes_per_token:,.0f}",
+            f"{speed.peak_rss_bytes / 2**20:,.0f}",
+        )
+    Console().print(table)

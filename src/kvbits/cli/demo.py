@@ -1,0 +1,87 @@
+"""``kvbits demo``: long conversations from a 16-bit, an INT8 and an INT4 cache of the same size in bytes."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvbits.cli import options
+from kvbits.cli.output import JsonFile, folder
+from kvbits.cli.session import Bar, load, machine, note, tokens_of
+
+if TYPE_CHECKING:
+    from kvbits.evaluation.showcase import Showing
+
+DTYPES = ("bf16", "int8", "int4")
+WINDOW = 2048
+
+
+def demo(
+    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="As for generate.")] = "smollm2-135m",
+    sessions: Annotated[int, typer.Option(metavar="N", help="Conversations, each about its own document.")] = 8,
+    document_tokens: Annotated[int, typer.Option(metavar="TOKENS", help="Least length of a document.")] = 3000,
+    new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens that each conversation generates.")] = 64,
+    kv_cache_memory: options.KVCacheMemory = "192MiB",
+    windows: Annotated[int, typer.Option(metavar="N", help="Windows of 2,048 tokens for KL and top-1.")] = 2,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = 512,
+    dtype: options.Dtype = "bfloat16",
+    threads: options.Threads = None,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where demo.png and demo.json go.")] = Path("out"),
+    json_file: options.JsonFile = None,
+) -> None:
+    """Show what a quantized cache buys and costs: sessions at once, bytes, speed, fidelity, answers found."""
+    begin = time.perf_counter()
+    results = JsonFile(folder(output) / "demo.json" if json_file is None else json_file)
+    from kvbits.config import parse_bytes
+    from kvbits.evaluation.compare import compare
+    from kvbits.evaluation.documents import hide_facts, reference_text
+    from kvbits.evaluation.picture import draw
+    from kvbits.evaluation.showcase import show
+    from kvbits.evaluation.windows import cut_windows
+
+    memory = parse_bytes(kv_cache_memory)
+    loaded = load(model, dtype, threads)
+    documents = hide_facts(sessions, document_tokens, lambda part: len(tokens_of(loaded, part)))
+    note(f"{sessions} conversations over documents of {document_tokens}+ tokens; each cache has {kv_cache_memory}.")
+    parts = cut_windows(tokens_of(loaded, reference_text()), WINDOW, windows)
+    with Bar(WINDOW * windows * len(DTYPES), "fidelity") as advance:
+        fidelity = {c.dtype: c.summary for c in compare(loaded, DTYPES, parts, max_num_batched_tokens, advance)}
+    shown = []
+    for name in DTYPES:
+        with Bar(sessions * (document_tokens + new_tokens), f"{name} conversations") as advance:
+            shown.append(
+                show(loaded, name, memory, documents, fidelity[name], new_tokens, max_num_batched_tokens, advance)
+            )
+    picture = output / "demo.png"
+    draw(shown, memory, folder(output) / "demo.png")
+    seconds = time.perf_counter() - begin
+    results.write({"dtypes": [s.as_json() for s in shown], "pool_bytes": memory, "seconds": seconds, **machine()})
+    _print(shown, kv_cache_memory)
+    print(f"picture: {picture}\nresults: {results.path}\n{seconds:.0f} s in all")
+
+
+def _print(shown: list[Showing], memory: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"The same conversations from {memory} of KV cache")
+    table.add_column("")
+    for s in shown:
+        table.add_column(s.dtype, justify="right")
+    rows = {
+        "sessions at once": [f"{s.sessions_admitted}" for s in shown],
+        "4,096-token sessions in 1 GiB": [f"{s.sessions_capacity}" for s in shown],
+        "KV bytes per token": [f"{s.kv_bytes_per_token:,.0f}" for s in shown],
+        "prefill tokens/s": [f"{s.prefill_tokens_per_s:,.0f}" for s in shown],
+        "decode tokens/s": [f"{s.decode_tokens_per_s:,.0f}" for s in shown],
+        "all conversations, s": [f"{s.seconds:.1f}" for s in shown],
+        "KL to 16 bit, nats": [f"{s.kl_mean:.2g}" for s in shown],
+        "same top token": [f"{100 * s.top1_agreement:.1f} %" for s in shown],
+        "answers found": [f"{s.answers_found} of {s.answers_total}" for s in shown],
+    }
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
+    Console().print(table)

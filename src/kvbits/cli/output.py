@@ -1,0 +1,45 @@
+"""Where a command's results go besides the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kvbits.errors import ConfigError
+
+
+class JsonFile:
+    """A results file that is opened before the work starts, so that a bad path fails at once and not after minutes."""
+
+    def __init__(self, path: Path | None) -> None:
+        """Raises ``ConfigError`` when ``path`` cannot be written."""
+        self.path = path
+        if path is not None:
+            writable(path)
+
+    def write(self, results: Mapping[str, Any]) -> None:
+        """Write ``results`` as indented JSON, if a path was given."""
+        if self.path is not None:
+            self.path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def writable(path: Path) -> None:
+    """Raise ``ConfigError`` unless ``path`` can be opened for writing; what it holds stays as it is."""
+    existed = path.exists()
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise ConfigError(f"cannot write to '{path}': {error.strerror or error}") from error
+    if not existed:
+        path.unlink()
+
+
+def folder(path: Path) -> Path:
+    """``path`` as an existing directory. Raises ``ConfigError`` when it cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make the directory '{path}': {error.strerror or error}") from error
+    return path

@@ -1,0 +1,74 @@
+"""What commands do before their own work: threads, the model, prompts and texts. Imports torch when it is called."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvbits.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvbits.models import LoadedModel
+
+
+def load(model: str, dtype: str, threads: int | None) -> LoadedModel:
+    """Set the number of threads and load the model, naming each long stage on stderr."""
+    import torch
+
+    from kvbits.models import load_model
+
+    if threads is not None:
+        if threads < 1:
+            raise ConfigError(f"threads is {threads}; it must be positive")
+        torch.set_num_threads(threads)
+    return load_model(model, dtype=dtype, progress=note)
+
+
+def note(line: str) -> None:
+    """A line on stderr, so that stdout holds nothing but results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def prompts_of(prompts: list[str], files: list[Path]) -> list[str]:
+    """Prompts from the command line and from files, in this order. Raises ``ConfigError`` when there is none."""
+    from kvbits.evaluation.windows import read_text
+
+    found = [*prompts, *(read_text(path) for path in files)]
+    if not found:
+        raise ConfigError("there is no prompt; give --prompt TEXT or --prompt-file FILE")
+    return found
+
+
+def tokens_of(loaded: LoadedModel, text: str) -> list[int]:
+    """Token ids of a long text, without special tokens."""
+    return list(loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+class Bar(AbstractContextManager[Callable[[int], None]]):
+    """A progress bar over tokens on stderr; entering it gives the function to advance it."""
+
+    def __init__(self, total: int, label: str) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=total, desc=label, unit="tok", unit_scale=True, file=sys.stderr, leave=False)
+
+    def __enter__(self) -> Callable[[int], None]:
+        return self._advance
+
+    def _advance(self, tokens: int) -> None:
+        self._bar.update(tokens)
+
+    def __exit__(self, *exception: Any) -> None:
+        self._bar.close()
+
+
+def machine() -> dict[str, Any]:
+    """Facts that a measured number needs beside it: kernels' instruction set and threads."""
+    import torch
+
+    from kvbits.kernels import default_backend
+
+    return {"threads": torch.get_num_threads(), "isa": getattr(default_backend(), "isa", None)}

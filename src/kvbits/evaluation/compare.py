@@ -1,0 +1,120 @@
+"""Cache dtypes against the 16-bit cache on the same text, through the real pool and kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from kvbits.codecs import PoolLayout, parse_policy
+from kvbits.config import EngineConfig, ModelGeometry
+from kvbits.engine.engine import Engine
+from kvbits.errors import ConfigError
+from kvbits.evaluation.fidelity import Fidelity, FidelitySummary
+from kvbits.models import LoadedModel
+
+REFERENCE = "bf16"
+"""The dtype that everything is compared with."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One dtype's result; ``fidelity`` keeps every scored position."""
+
+    dtype: str
+    bits_per_element: float
+    effective_bits_per_element: float
+    windows: int
+    context: int
+    fidelity: Fidelity
+
+    @property
+    def summary(self) -> FidelitySummary:
+        """Means over all scored positions."""
+        return self.fidelity.summary()
+
+    def as_json(self) -> dict[str, Any]:
+        """The result under the names of the command line's JSON."""
+        return {
+            "dtype": self.dtype,
+            **asdict(self.summary),
+            "bits_per_element": self.bits_per_element,
+            "effective_bits_per_element": self.effective_bits_per_element,
+            "windows": self.windows,
+            "context": self.context,
+        }
+
+
+def compare(
+    loaded: LoadedModel,
+    dtypes: Sequence[str],
+    windows: Sequence[Sequence[int]],
+    max_num_batched_tokens: int = 512,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> list[Comparison]:
+    """Run every window (token ids, all of one length) through each dtype and through 16 bit; score the second half.
+
+    The row at position ``p`` predicts token ``p + 1``; rows ``context / 2`` to ``context - 2`` are scored, as
+    llama.cpp's perplexity tool does. The caches advance chunk by chunk side by side, so that the logits of one chunk
+    are all that is held. ``progress`` is told the tokens computed since its last call. Raises ``ConfigError`` for a
+    policy that cannot be read and ``UnsupportedError`` for one that does not fit the model.
+    """
+    context = len(windows[0])
+    first = context // 2
+    engines = {d: _engine(loaded, d, context, max_num_batched_tokens) for d in (REFERENCE, *dtypes)}
+    records = {dtype: Fidelity() for dtype in dtypes}
+    for window in windows:
+        tokens = torch.tensor(window)
+        runs = {dtype: engine.teacher_forced(window, first) for dtype, engine in engines.items()}
+        computed = 0
+        for start, reference in runs[REFERENCE]:
+            rows = min(len(reference), context - 1 - start)  # the last row's target lies outside the window
+            seen = start + len(reference) - computed
+            computed += seen
+            progress(seen)
+            for dtype in dtypes:
+                place, logits = (start, reference) if dtype == REFERENCE else next(runs[dtype])
+                assert (place, logits.shape) == (start, reference.shape), (dtype, place, start)
+                if dtype != REFERENCE:
+                    progress(seen)
+                targets = tokens[start + 1 : start + 1 + rows]
+                records[dtype].add(reference[:rows], logits[:rows], targets, start)
+        for run in runs.values():
+            assert next(run, None) is None, "a cache has rows that the 16-bit cache has not"
+    return [_result(engines[dtype], dtype, records[dtype], len(windows), context) for dtype in dtypes]
+
+
+def check_dtypes(loaded: LoadedModel, dtypes: Sequence[str], context: int) -> None:
+    """Raise ``ConfigError`` or ``UnsupportedError`` now for what :func:`compare` would stumble over later."""
+    for dtype in dtypes:
+        PoolLayout.of(loaded.geometry, parse_policy(dtype, loaded.geometry.num_layers))
+    if context > loaded.geometry.max_position:
+        raise ConfigError(
+            f"a context of {context} tokens is over the {loaded.geometry.max_position} tokens of {loaded.name}"
+        )
+
+
+def pool_bytes(geometry: ModelGeometry, dtype: str, sequences: int, tokens: int) -> int:
+    """Bytes of a pool in which ``sequences`` running sequences of ``tokens`` tokens fit, one frame in 50 to spare."""
+    layout = PoolLayout.of(geometry, parse_policy(dtype, geometry.num_layers))
+    frames = (sequences + 1) * layout.open.frames + sequences * layout.frames_of(tokens)
+    return (frames + frames // 50 + 1) * layout.frame_bytes
+
+
+def _engine(loaded: LoadedModel, dtype: str, context: int, max_num_batched_tokens: int) -> Engine:
+    memory = pool_bytes(loaded.geometry, dtype, 1, context)
+    config = EngineConfig(dtype, memory, max_num_batched_tokens=max_num_batched_tokens, enable_prefix_caching=False)
+    return Engine(loaded, config)
+
+
+def _result(engine: Engine, dtype: str, record: Fidelity, windows: int, context: int) -> Comparison:
+    return Comparison(
+        dtype=dtype,
+        bits_per_element=engine.pool.bits_per_element(),
+        effective_bits_per_element=engine.pool.effective_bits_per_element(context),
+        windows=windows,
+        context=context,
+        fidelity=record,
+    )

@@ -1,0 +1,122 @@
+"""Prefill and decode speed of one cache dtype, through the real engine."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kvbits.config import EngineConfig
+from kvbits.engine.engine import Engine
+from kvbits.engine.params import SamplingParams
+from kvbits.errors import ConfigError
+from kvbits.evaluation.compare import pool_bytes
+from kvbits.evaluation.drive import drive
+from kvbits.evaluation.memory import peak_rss_bytes, reset_peak_rss
+from kvbits.models import LoadedModel
+
+WARM_UP = 2
+"""Decode steps before the timed ones."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """``prefill_tokens_per_s`` counts prompt tokens only; ``decode_step_ms`` is the median step of all sequences.
+
+    ``kv_bytes_per_token`` is of sealed pages, ``pool_bytes`` the whole reservation, ``peak_rss_bytes`` the process's
+    greatest resident size during the run.
+    """
+
+    dtype: str
+    context: int
+    batch: int
+    new_tokens: int
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    decode_step_ms: float
+    kv_bytes_per_token: float
+    pool_bytes: int
+    peak_rss_bytes: int
+
+    def as_json(self) -> dict[str, Any]:
+        """The result under the names of the command line's JSON."""
+        return asdict(self)
+
+
+def measure_speed(
+    loaded: LoadedModel,
+    dtype: str,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    max_num_batched_tokens: int = 512,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> Speed:
+    """Prefill ``prompts`` (token ids, all of one length), then time ``new_tokens`` decode steps of all of them.
+
+    Sequences whose prompt is stored decode along while the others' prompts are computed, as in service: they keep a few
+    rows of each step, and start the timed steps with a few tokens more than the prompt. The pool is made to
+    measure, without prefix caching. ``progress`` is told the tokens computed since its last call. Raises
+    ``ConfigError`` when prompt and new tokens exceed the model's context.
+    """
+    context, batch = len(prompts[0]), len(prompts)
+    # While the last prompts are computed the first sequences decode: one token a step.
+    along = -(-batch * context // max(max_num_batched_tokens - batch, 64)) + 1
+    longest = context + along + WARM_UP + new_tokens
+    if longest > loaded.geometry.max_position:
+        raise ConfigError(
+            f"a context of {context} and {new_tokens} new tokens (and {along + WARM_UP} on the way) exceed the "
+            f"{loaded.geometry.max_position} tokens of {loaded.name}"
+        )
+    config = EngineConfig(
+        kv_cache_dtype=dtype,
+        kv_cache_memory=pool_bytes(loaded.geometry, dtype, batch, longest),
+        max_num_seqs=batch,
+        max_num_batched_tokens=max_num_batched_tokens,
+        enable_prefix_caching=False,
+    )
+    reset_peak_rss()
+    engine = Engine(loaded, config)
+    begun = prefilled = 0
+    prefill_seconds = 0.0
+    decode: list[float] = []
+    params = SamplingParams(max_tokens=along + WARM_UP + new_tokens, temperature=0.0, ignore_eos=True)
+    for step in drive(engine, prompts, params):
+        if begun < batch:
+            begun += step.begun
+            prefilled += step.prompt_tokens
+            prefill_seconds += step.seconds
+            progress(step.prompt_tokens)
+            continue
+        assert step.decoded == batch, (step.decoded, batch)
+        decode.append(step.seconds)
+        progress(batch)
+        if len(decode) == WARM_UP + new_tokens:
+            break
+    median = statistics.median(decode[WARM_UP:])
+    return Speed(
+        dtype=dtype,
+        context=context,
+        batch=batch,
+        new_tokens=new_tokens,
+        prefill_tokens_per_s=prefilled / prefill_seconds,
+        decode_tokens_per_s=batch / median,
+        decode_step_ms=1000 * median,
+        kv_bytes_per_token=engine.pool.bytes_per_token(),
+        pool_bytes=config.kv_cache_memory,
+        peak_rss_bytes=peak_rss_bytes(),
+    )
+
+
+def distinct_prompts(tokens: Sequence[int], context: int, batch: int) -> list[list[int]]:
+    """``batch`` prompts of ``context`` tokens, no two alike: windows of the text, spread evenly over it.
+
+    They overlap where the text is short. Raises ``ConfigError`` when it has not even ``context + batch`` tokens.
+    """
+    room = len(tokens) - context
+    if room < batch:
+        raise ConfigError(
+            f"the text has {len(tokens)} tokens; {batch} prompts of {context} tokens need at least {context + batch}"
+        )
+    starts = [index * room // max(1, batch - 1) for index in range(batch)]
+    return [list(tokens[start : start + context]) for start in starts]
