@@ -1,0 +1,1 @@
+"""What several test files share: tiny models, a driver without a page manager."""

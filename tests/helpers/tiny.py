@@ -1,0 +1,98 @@
+"""Tiny random decoder models, one a family, in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
+
+VOCAB = 97
+
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+_HYBRID = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 40}
+
+_FAMILIES: dict[str, dict] = {
+    "llama": {"head_dim": 16},
+    "qwen2": {"head_dim": 16},
+    "qwen2-window": {
+        "model_type": "qwen2", "head_dim": 16, "use_sliding_window": True, "sliding_window": 70, "max_window_layers": 1,
+    },
+    "qwen3": {"head_dim": 32},
+    "mistral": {"head_dim": 16, "sliding_window": 50},
+    "gemma2": {
+        "head_dim": 32, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 24,
+        **_HYBRID,
+    },
+    "gemma3_text": {"head_dim": 32, "query_pre_attn_scalar": 20, **_HYBRID},
+    "phi3": {"sliding_window": 100},
+    "olmo2": {},
+    "gpt_oss": {
+        "head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, **_HYBRID,
+    },
+    "deepseek_v3": {
+        "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16,
+        "v_head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
+        "n_shared_experts": 1, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
+    },
+}  # fmt: skip
+
+FAMILIES = tuple(_FAMILIES)
+"""Names that :func:`tiny_config` and :func:`tiny_model` take."""
+
+
+def tiny_config(family: str, **changes: object) -> PreTrainedConfig:
+    options = {**_COMMON, **_FAMILIES[family], **changes}
+    return AutoConfig.for_model(options.pop("model_type", family), **options)
+
+
+def tiny_model(family: str, seed: int = 0, **changes: object) -> torch.nn.Module:
+    """A float32 model in eval mode whose attention is far from uniform, so that a wrong key shows in the logits."""
+    return randomized(AutoModelForCausalLM.from_config(tiny_config(family, **changes)), seed)
+
+
+def randomized(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Fill ``model`` with random weights large enough that attention matters."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                fan_in = parameter.shape[-1]
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * (1.5 / fan_in**0.5))
+            elif "sinks" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return model.float().eval()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Words ``w0`` ... and three special tokens."""
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {f"w{i}": i for i in range(4, VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def save(
+    model: torch.nn.Module, directory: object, tokenizer: Callable[[], PreTrainedTokenizerFast] | None = tiny_tokenizer
+) -> str:
+    """Write model and tokenizer as a Hugging Face directory."""
+    model.save_pretrained(directory)
+    if tokenizer is not None:
+        tokenizer().save_pretrained(directory)
+    return str(directory)
