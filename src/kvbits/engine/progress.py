@@ -22,7 +22,7 @@ class Progress:
             total=total, desc="prompts", unit="prompt", delay=_DELAY, disable=not show, file=sys.stderr, leave=False
         )
         self._stats = stats
-        self._last = time.perf_counter()
+        self._begin = self._last = time.perf_counter()
         self._counts = (stats.computed_tokens, stats.generated_tokens)
 
     def __enter__(self) -> Progress:
@@ -40,7 +40,7 @@ class Progress:
     def update(self) -> None:
         """Called once a step."""
         now = time.perf_counter()
-        if self._bar.disable or now - self._last < _INTERVAL:
+        if self._bar.disable or now - self._begin < _DELAY or now - self._last < _INTERVAL:
             return
         counts = (self._stats.computed_tokens, self._stats.generated_tokens)
         computed, generated = ((a - b) / (now - self._last) for a, b in zip(counts, self._counts, strict=True))
