@@ -126,6 +126,12 @@ class PageManager:
         """The tokens stored."""
         return self._table(seq_id).tokens.tolist()
 
+    def stored(self, seq_id: int) -> SequencePages:
+        """The pages of the tokens stored now, without a reservation's; ``head`` is empty without an open page."""
+        table = self._table(seq_id)
+        own = table.open or ()
+        return SequencePages(len(table.tokens), 0, list(table.sealed), own, own)
+
     def sequences(self) -> list[int]:
         """The ids of all sequences, oldest first."""
         return list(self._tables)

@@ -1,0 +1,405 @@
+"""Edges of the page manager, one by one: boundaries, sharing, the prefix cache and what is evicted first."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+
+from kvbits.errors import CacheError, OutOfPages
+from kvbits.pages import PageManager
+
+
+def store(manager: PageManager, seq_id: int, tokens: list[int], salt: bytes = b"") -> int:
+    """Open a sequence and store all of ``tokens``; returns what was cached."""
+    cached = manager.open(seq_id, tokens, salt)
+    extend(manager, seq_id, tokens[cached:])
+    return cached
+
+
+def extend(manager: PageManager, seq_id: int, tokens: list[int]) -> None:
+    manager.reserve(seq_id, len(tokens))
+    manager.take_copies()
+    manager.commit(seq_id, tokens)
+    manager.check()
+
+
+def text(seed: int, length: int) -> list[int]:
+    return random.Random(seed).choices(range(50_000), k=length)
+
+
+def test_exact_multiple_of_a_page_keeps_an_empty_open_page() -> None:
+    manager = PageManager(10, 4)
+    store(manager, 0, text(0, 128))
+    stats = manager.stats()
+    assert (stats.sealed, stats.open, stats.free) == (2, 4, 4)
+    assert manager.frames_needed(0, 63) == 0
+    assert manager.frames_needed(0, 64) == 1
+    assert manager.frames_needed(0, 200) == 3
+
+
+def test_slice_names_the_frames_of_every_page_that_fills() -> None:
+    manager = PageManager(10, 2)
+    store(manager, 0, text(0, 70))
+    (first,) = manager.stored(0).sealed
+    manager.reserve(0, 130)
+    pages = manager.slice(0)
+    assert (pages.start, pages.count, pages.sealed[0], len(set(pages.sealed))) == (70, 130, first, 3)
+    assert pages.head == pages.tail
+    assert not set(pages.head) & set(pages.sealed)
+    manager.rollback(0)
+    manager.check()
+    assert (manager.length(0), manager.stored(0).sealed) == (70, [first])
+
+
+@pytest.mark.parametrize(
+    ("length", "cached"), [(1, 0), (64, 0), (65, 64), (128, 64), (129, 128), (192, 128), (300, 192)]
+)
+def test_a_cached_prompt_leaves_one_token_to_compute(length: int, cached: int) -> None:
+    manager = PageManager(20, 4)
+    tokens = text(1, 300)
+    store(manager, 0, tokens[:200])
+    assert manager.lookup(tokens[:length]) == cached
+    assert manager.open(1, tokens[:length]) == cached
+    assert manager.tokens(1) == tokens[:cached]
+    assert list(manager.stored(1).sealed) == list(manager.stored(0).sealed[: cached // 64])
+    manager.check()
+
+
+def test_the_recomputed_last_page_of_a_cached_prompt_is_not_indexed_twice() -> None:
+    manager = PageManager(20, 1)
+    tokens = text(1, 128)
+    store(manager, 0, tokens)
+    assert store(manager, 1, tokens) == 64
+    one, two = manager.stored(0).sealed, manager.stored(1).sealed
+    assert one[0] == two[0]
+    assert one[1] != two[1]
+    manager.free(1)
+    manager.check()
+    assert manager.stats().cached == 0
+    manager.free(0)
+    assert manager.stats().cached == 2
+    manager.open(2, [*tokens, 5])
+    assert manager.stored(2).sealed == one
+
+
+def test_a_page_of_the_running_step_is_not_found() -> None:
+    manager = PageManager(20, 1)
+    tokens = text(2, 100)
+    manager.open(0, tokens)
+    manager.reserve(0, 100)
+    assert manager.lookup(tokens) == 0
+    manager.commit(0, tokens)
+    assert manager.lookup(tokens) == 64
+
+
+def test_salt_cache_key_and_history_separate() -> None:
+    tokens = text(3, 200)
+    manager = PageManager(40, 1, cache_key=b"int4")
+    store(manager, 0, tokens, salt=b"tenant a")
+    assert manager.lookup(tokens, b"tenant a") == 192
+    assert manager.lookup(tokens, b"tenant b") == 0
+    assert manager.lookup(tokens) == 0
+    # The same page after another first page is another page.
+    assert manager.lookup(text(4, 64) + tokens[64:], b"tenant a") == 0
+    assert manager.lookup(tokens[:64] + text(4, 64) + tokens[128:], b"tenant a") == 64
+
+
+def test_hashes_depend_on_key_salt_and_tokens_and_on_nothing_else() -> None:
+    def hashes(cache_key: bytes, salt: bytes, frames: int) -> list[bytes]:
+        seen: list[bytes] = []
+        manager = PageManager(frames, 1, cache_key=cache_key, on_evict=lambda digest, frame: seen.append(digest))
+        store(manager, 0, text(5, 130), salt)
+        manager.free(0)
+        store(manager, 1, text(6, 64 * (frames - 1)))
+        return seen
+
+    base = hashes(b"k", b"s", 5)
+    assert len(set(base)) == 2
+    assert hashes(b"k", b"s", 9) == base
+    for other in (hashes(b"K", b"s", 5), hashes(b"k", b"S", 5), hashes(b"ks", b"", 5), hashes(b"", b"ks", 5)):
+        assert not set(other) & set(base)
+
+
+def test_without_prefix_caching_nothing_stays() -> None:
+    manager = PageManager(20, 1, enable_prefix_caching=False)
+    tokens = text(7, 200)
+    store(manager, 0, tokens)
+    assert manager.lookup(tokens) == 0
+    assert store(manager, 1, tokens) == 0
+    manager.free(0)
+    manager.free(1)
+    stats = manager.stats()
+    assert (stats.free, stats.queries, stats.hits) == (20, 0, 0)
+
+
+def test_out_of_pages_changes_nothing_and_names_the_numbers() -> None:
+    manager = PageManager(8, 2)
+    store(manager, 0, text(8, 64 * 2))
+    manager.free(0)
+    store(manager, 1, text(9, 70))
+    before = manager.stats(), manager.stored(1), manager.lookup(text(8, 129))
+    with pytest.raises(OutOfPages, match="needs 6 frames for 380 more tokens; 5 of 8"):
+        manager.reserve(1, 380)
+    assert (manager.stats(), manager.stored(1), manager.lookup(text(8, 129))) == before
+    manager.check()
+    manager.reserve(1, 64 * 5)
+    assert manager.stats().evictions == 2
+    assert manager.stats().free == 0
+    manager.check()
+
+
+def test_pages_in_use_are_never_evicted() -> None:
+    manager = PageManager(6, 1)
+    tokens = text(10, 130)
+    store(manager, 0, tokens)
+    manager.free(0)
+    assert manager.open(1, tokens) == 128
+    held = list(manager.stored(1).sealed)
+    assert manager.available() == 4
+    manager.open(2, text(11, 300))
+    with pytest.raises(OutOfPages, match="needs 5 frames for 300 more tokens; 4 of 6"):
+        manager.reserve(2, 300)
+    manager.reserve(2, 192)
+    assert not set(held) & {*manager.slice(2).sealed, *manager.slice(2).head}
+    assert manager.stats().evictions == 0
+    manager.check()
+
+
+def evictions(manager: PageManager) -> list[int]:
+    """Evict everything, one frame at a time; the frames in order."""
+    order: list[int] = []
+    manager.on_evict = lambda digest, frame: order.append(frame)
+    manager.open(99, [])
+    while manager.available():
+        manager.reserve(99, 64 if manager.stored(99).head else 1)
+        manager.commit(99, [0] * manager.slice(99).count)
+        manager.check()
+    return order
+
+
+def test_the_deepest_page_of_the_oldest_text_goes_first() -> None:
+    manager = PageManager(12, 1)
+    old, new = text(12, 193), text(13, 193)
+    store(manager, 0, old)
+    store(manager, 1, new)
+    pages = [list(manager.stored(i).sealed) for i in (0, 1)]
+    manager.free(0)
+    manager.free(1)
+    assert evictions(manager) == pages[0][::-1] + pages[1][::-1]
+
+
+def test_a_hit_renews_the_pages_that_it_uses_and_only_those() -> None:
+    manager = PageManager(12, 1)
+    old, new = text(12, 193), text(13, 193)
+    store(manager, 0, old)
+    store(manager, 1, new)
+    pages = [list(manager.stored(i).sealed) for i in (0, 1)]
+    manager.free(0)
+    manager.free(1)
+    assert manager.open(2, old[:129]) == 128
+    manager.free(2)
+    assert evictions(manager) == [pages[0][2], *pages[1][::-1], pages[0][1], pages[0][0]]
+
+
+def test_a_shared_trunk_outlives_its_branches() -> None:
+    manager = PageManager(12, 1)
+    trunk = text(14, 64)
+    store(manager, 0, trunk + text(15, 65))
+    store(manager, 1, trunk + text(16, 65))
+    (shared, left), (same, right) = (manager.stored(i).sealed for i in (0, 1))
+    assert shared == same
+    manager.free(1)
+    manager.free(0)
+    assert evictions(manager) == [right, left, shared]
+
+
+def test_a_page_whose_parent_was_evicted_is_found_again_with_it() -> None:
+    """Two sequences compute the same text at once; only one copy of the first page is indexed, by the first."""
+    manager = PageManager(8, 1)
+    tokens = text(17, 129)
+    manager.open(0, tokens)
+    manager.open(1, tokens)
+    extend(manager, 0, tokens[:64])
+    extend(manager, 1, tokens)
+    second = manager.stored(1).sealed[1]
+    manager.free(0)
+    assert manager.lookup(tokens) == 128
+    extend(manager, 1, [0] * 64 * 4)
+    manager.open(2, [1])
+    manager.reserve(2, 1)
+    manager.check()
+    assert manager.stats().evictions == 1
+    assert manager.lookup(tokens) == 0
+    manager.free(1)
+    manager.commit(2, [1])
+    manager.check()
+    manager.open(3, tokens)
+    extend(manager, 3, tokens[:64])
+    manager.free(3)
+    manager.check()
+    assert manager.lookup(tokens) == 128
+    manager.open(4, tokens)
+    assert manager.stored(4).sealed[1] == second
+
+
+def test_clear_cache_forgets_also_what_sequences_still_hold() -> None:
+    manager = PageManager(12, 1)
+    tokens = text(18, 200)
+    store(manager, 0, tokens)
+    store(manager, 1, text(19, 70))
+    manager.free(1)
+    manager.clear_cache()
+    manager.check()
+    assert manager.lookup(tokens) == 0
+    assert manager.stats().free == 12 - 4
+    extend(manager, 0, text(20, 64))
+    assert manager.lookup(manager.tokens(0)) == 0
+    manager.free(0)
+    manager.check()
+
+
+def test_fork_copies_the_open_page_once_and_only_when_written() -> None:
+    manager = PageManager(20, 3)
+    store(manager, 0, text(21, 100))
+    manager.fork(0, 1)
+    assert manager.stats().shared == 4
+    assert manager.take_copies() == []
+    before = manager.stored(0)
+    assert manager.frames_needed(1, 1) == 3
+    manager.reserve(1, 1)
+    assert manager.take_copies() == [(before.head, manager.slice(1).head)]
+    assert manager.take_copies() == []
+    assert manager.stored(0) == before
+    assert manager.frames_needed(0, 1) == 0
+    manager.commit(1, [1])
+    manager.check()
+    assert manager.stats().shared == 1
+
+
+def test_fork_of_a_full_page_shares_no_open_page() -> None:
+    manager = PageManager(20, 3)
+    store(manager, 0, text(22, 64))
+    manager.fork(0, 1)
+    assert manager.stored(1).head == ()
+    extend(manager, 1, [1])
+    manager.reserve(0, 1)
+    assert manager.take_copies() == []
+
+
+@pytest.mark.parametrize("accepted", range(9))
+def test_tentative_step_over_a_boundary(accepted: int) -> None:
+    manager = PageManager(20, 3)
+    tokens = text(23, 60)
+    store(manager, 0, tokens)
+    head = manager.stored(0).head
+    assert manager.frames_needed(0, 8, tentative=True) == 4
+    manager.reserve(0, 8, tentative=True)
+    pages = manager.slice(0)
+    assert pages.head == head
+    assert not set(pages.head) & set(pages.tail)
+    manager.commit(0, list(range(accepted)))
+    manager.check()
+    after, stats = manager.stored(0), manager.stats()
+    assert manager.tokens(0) == tokens + list(range(accepted))
+    assert after.head == (pages.tail if accepted >= 4 else head)
+    assert list(after.sealed) == (list(pages.sealed) if accepted >= 4 else [])
+    assert (stats.open, stats.sealed) == (3, int(accepted >= 4))
+    # Only tokens that were accepted are indexed.
+    assert manager.lookup([*tokens, 0, 1, 2, 3, 9]) == (64 if accepted >= 4 else 0)
+    assert manager.lookup([*tokens, 0, 1, 2, 9, 9]) == 0
+
+
+def test_tentative_step_inside_a_page_takes_nothing() -> None:
+    manager = PageManager(20, 3)
+    store(manager, 0, text(24, 50))
+    assert manager.frames_needed(0, 8, tentative=True) == 0
+    manager.reserve(0, 8, tentative=True)
+    assert manager.slice(0).head == manager.slice(0).tail
+    manager.commit(0, [1])
+    assert manager.length(0) == 51
+
+
+def test_tentative_step_over_two_boundaries_is_refused() -> None:
+    manager = PageManager(20, 3)
+    store(manager, 0, text(25, 60))
+    with pytest.raises(CacheError, match="68 tentative ones would cross 2 page boundaries"):
+        manager.reserve(0, 68, tentative=True)
+    manager.reserve(0, 67, tentative=True)
+
+
+def test_truncate_reaches_the_open_page_only() -> None:
+    manager = PageManager(20, 3)
+    tokens = text(26, 100)
+    store(manager, 0, tokens)
+    with pytest.raises(CacheError, match="to 63 tokens: it has 100, of which the first 64 are in sealed pages"):
+        manager.truncate(0, 63)
+    with pytest.raises(CacheError, match="to 101 tokens"):
+        manager.truncate(0, 101)
+    manager.truncate(0, 64)
+    assert manager.tokens(0) == tokens[:64]
+    extend(manager, 0, text(27, 64))
+    assert manager.lookup([*tokens[:64], *text(27, 64), 1]) == 128
+
+
+def test_misuse_names_the_sequence() -> None:
+    manager = PageManager(20, 3)
+    store(manager, 5, [1, 2, 3])
+    with pytest.raises(CacheError, match="sequence 5 is already in the cache, with 3 tokens"):
+        manager.open(5, [])
+    with pytest.raises(CacheError, match="already"):
+        manager.fork(5, 5)
+    for call in (manager.free, manager.length, manager.tokens, manager.stored, manager.slice, manager.rollback):
+        with pytest.raises(CacheError, match="no sequence 6"):
+            call(6)
+    with pytest.raises(CacheError, match="sequence 5 has no reservation"):
+        manager.commit(5, [])
+    manager.reserve(5, 1)
+    for refused in (lambda: manager.reserve(5, 1), lambda: manager.fork(5, 7), lambda: manager.truncate(5, 1)):
+        with pytest.raises(CacheError, match="sequence 5: 1 tokens are reserved"):
+            refused()
+    manager.free(5)
+    assert manager.stats().free == 20
+
+
+def test_statistics_of_hits() -> None:
+    manager = PageManager(20, 1)
+    tokens = text(28, 100)
+    store(manager, 0, tokens)
+    store(manager, 1, tokens)
+    stats = manager.stats()
+    assert (stats.queries, stats.hits, stats.shared) == (200, 64, 1)
+
+
+def test_check_notices_a_wrong_count() -> None:
+    manager = PageManager(20, 1)
+    store(manager, 0, text(29, 100))
+    manager._allocator.refs[manager.stored(0).sealed[0]] += 1
+    with pytest.raises(AssertionError, match="references 2, named by"):
+        manager.check()
+
+
+def test_a_large_pool_stays_quick() -> None:
+    """100,000 frames, all of them cached, then evicted: work per page must not grow with the pool."""
+    manager = PageManager(100_000, 1)
+    begin = time.process_time()
+    for seq_id in range(200):
+        store_fast(manager, seq_id, list(range(seq_id, seq_id + 500 * 64)))
+        manager.free(seq_id)
+    filled = time.process_time() - begin
+    begin = time.process_time()
+    for seq_id in range(200, 300):
+        store_fast(manager, seq_id, list(range(seq_id, seq_id + 500 * 64)))
+        manager.free(seq_id)
+    evicted = time.process_time() - begin
+    manager.check()
+    assert manager.stats().evictions > 49_000
+    # Half as many sequences, each page now with an eviction. A walk over the pool per page would cost 1000 times more.
+    assert evicted < 10 * filled
+
+
+def store_fast(manager: PageManager, seq_id: int, tokens: list[int]) -> None:
+    manager.open(seq_id, tokens)
+    manager.reserve(seq_id, len(tokens))
+    manager.commit(seq_id, tokens)
