@@ -63,7 +63,7 @@ def _print(found: list[Comparison]) -> None:
     table = Table(
         title=f"{found[0].windows} windows of {found[0].context} tokens; 16 bit: {first.perplexity_16bit:.3f}"
     )
-    for name in ("KV cache", "bits", "effective bits", "perplexity", "change", "KL mean", "KL 99 %", "same top token"):
+    for name in ("KV cache", "bits", "all bits", "perplexity", "change", "KL mean", "KL 99 %", "same top"):
         table.add_column(name, justify="left" if name == "KV cache" else "right")
     for result in found:
         s = result.summary

@@ -1,0 +1,41 @@
+from collections.abc import Sequence
+from typing import Any
+
+MAX_DIM: int
+PAGE_TOKENS: int
+SPLIT_PAGES: int
+
+def available_isas() -> Sequence[str]: ...
+
+class Place:
+    def __init__(
+        self, key_codec: int, value_codec: int, frame: int, offset: int, head_bytes: int, value_offset: int
+    ) -> None: ...
+
+class Layer:
+    def __init__(
+        self,
+        heads: int,
+        kv_heads: int,
+        key_dim: int,
+        value_dim: int,
+        scale: float,
+        softcap: float,
+        window: int,
+        sealed: Place,
+        open: Place,
+        frame_bytes: int,
+        buffer: int,
+    ) -> None: ...
+
+class Batch:
+    def __init__(self, starts: Any, counts: Any, rows: Any, sealed: Any, head: Any, tail: Any) -> None: ...
+
+class Cpu:
+    def __init__(self, isa: str, threads: int, gomp_parallel: int) -> None: ...
+    @property
+    def isa(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+    def supports(self, key_codec: int, value_codec: int) -> str | None: ...
+    def forward(self, layer: Layer, batch: Batch, *arguments: Any) -> None: ...
