@@ -34,7 +34,10 @@ def test_fidelity_equals_torch_losses(rows: tuple[torch.Tensor, torch.Tensor, to
         fidelity.add(reference[part], other[part], targets[part])
     found = fidelity.summary()
     kl = torch.nn.functional.kl_div(
-        torch.log_softmax(other.double(), -1), torch.log_softmax(reference.double(), -1), reduction="none", log_target=True
+        torch.log_softmax(other.double(), -1),
+        torch.log_softmax(reference.double(), -1),
+        reduction="none",
+        log_target=True,
     ).sum(-1)
     assert found.tokens == 300
     assert found.kl_mean == pytest.approx(kl.mean().item(), rel=1e-12)

@@ -40,10 +40,11 @@ def bench(
 
     content = reference_text() if text is None else read_text(text)
     from kvbits.evaluation.compare import check_dtypes
-    from kvbits.evaluation.speed import distinct_prompts, measure_speed
+    from kvbits.evaluation.speed import distinct_prompts, longest_sequence, measure_speed
 
     loaded = load(model, dtype, threads)
     check_dtypes(loaded, kv_cache_dtype, context)
+    longest_sequence(loaded, context, batch, new_tokens, max_num_batched_tokens)
     prompts = distinct_prompts(tokens_of(loaded, content), context, batch)
     found = []
     for name in kv_cache_dtype:

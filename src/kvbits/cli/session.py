@@ -53,7 +53,7 @@ class Bar(AbstractContextManager[Callable[[int], None]]):
     def __init__(self, total: int, label: str) -> None:
         from tqdm import tqdm
 
-        self._bar = tqdm(total=total, desc=label, unit="tok", unit_scale=True, file=sys.stderr, leave=False)
+        self._bar = tqdm(total=total, desc=label, unit="tok", unit_scale=True, file=sys.stderr, leave=False, delay=1.0)
 
     def __enter__(self) -> Callable[[int], None]:
         return self._advance

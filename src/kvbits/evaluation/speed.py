@@ -44,6 +44,24 @@ class Speed:
         return asdict(self)
 
 
+def longest_sequence(
+    loaded: LoadedModel, context: int, batch: int, new_tokens: int, max_num_batched_tokens: int
+) -> int:
+    """Tokens that the longest sequence of :func:`measure_speed` reaches.
+
+    While the last prompts are computed the first sequences decode, one token a step. Raises ``ConfigError`` when the
+    model's context is too short for it.
+    """
+    along = -(-batch * context // max(max_num_batched_tokens - batch, 64)) + 1
+    longest = context + along + WARM_UP + new_tokens
+    if longest > loaded.geometry.max_position:
+        raise ConfigError(
+            f"a context of {context} and {new_tokens} new tokens (and {along + WARM_UP} on the way) exceed the "
+            f"{loaded.geometry.max_position} tokens of {loaded.name}"
+        )
+    return longest
+
+
 def measure_speed(
     loaded: LoadedModel,
     dtype: str,
@@ -60,14 +78,7 @@ def measure_speed(
     ``ConfigError`` when prompt and new tokens exceed the model's context.
     """
     context, batch = len(prompts[0]), len(prompts)
-    # While the last prompts are computed the first sequences decode: one token a step.
-    along = -(-batch * context // max(max_num_batched_tokens - batch, 64)) + 1
-    longest = context + along + WARM_UP + new_tokens
-    if longest > loaded.geometry.max_position:
-        raise ConfigError(
-            f"a context of {context} and {new_tokens} new tokens (and {along + WARM_UP} on the way) exceed the "
-            f"{loaded.geometry.max_position} tokens of {loaded.name}"
-        )
+    longest = longest_sequence(loaded, context, batch, new_tokens, max_num_batched_tokens)
     config = EngineConfig(
         kv_cache_dtype=dtype,
         kv_cache_memory=pool_bytes(loaded.geometry, dtype, batch, longest),
@@ -80,7 +91,7 @@ def measure_speed(
     begun = prefilled = 0
     prefill_seconds = 0.0
     decode: list[float] = []
-    params = SamplingParams(max_tokens=along + WARM_UP + new_tokens, temperature=0.0, ignore_eos=True)
+    params = SamplingParams(max_tokens=longest - context, temperature=0.0, ignore_eos=True)
     for step in drive(engine, prompts, params):
         if begun < batch:
             begun += step.begun
