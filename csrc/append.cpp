@@ -80,6 +80,8 @@ void Cpu::append(const Layer& layer, const Batch& batch, const Rows& rows, const
     uint8_t* keys = pages.open(s, page, head);
     uint8_t* values = keys + layer.open.value_offset;
     const int first = from - page * kPage, last = to - page * kPage;
+    // A weight of 0 must not meet what an earlier owner left in the rows to come: it may be no number.
+    if (first == 0) std::memset(values, 0, static_cast<size_t>(kPage) * layer.value_dim * sizeof(uint16_t));
     const int64_t key_at = row * rows.key_row + head * rows.key_head;
     const int64_t value_at = row * rows.value_row + head * rows.value_head;
     if (rows.dtype == Float::kF32) {

@@ -58,10 +58,6 @@ class RowBlock {
   QueryRow *rows_, *totals_;
 };
 
-inline void prefetch(const uint8_t* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(from + i, 0, 3);
-}
-
 inline void reset(QueryRow& row, int dim) {
   row.max = kNoMax;
   row.total = 0;
@@ -164,23 +160,23 @@ void Cpu::attend(const Layer& layer, const Batch& batch, const Rows& rows, const
         const bool is_own = page == own;
         const uint8_t* keys = is_own ? pages.open(item.s, page, item.head) : pages.sealed(item.s, page, item.head);
         const uint8_t* values = keys + (is_own ? layer.open : layer.sealed).value_offset;
-        const uint8_t* next = nullptr;
+        // The page to come, asked for while this one is read. An own page of another form has other offsets: it is
+        // small and recent, and asked for piece by piece all the same.
+        const uint8_t* next = keys;
         if (page < to) next = page + 1 == own ? pages.open(item.s, own, item.head) : pages.sealed(item.s, page + 1, item.head);
-        const Place& next_place = page + 1 == own ? layer.open : layer.sealed;
-        if (next) prefetch(next, next_place.value_offset);
         const KeyKernel& key = is_own ? open_key : sealed_key;
         const ValueKernel& value = is_own ? open_value : sealed_value;
         for (int r = 0; r < count; r += kBlockRows) {
           const int n = count - r < kBlockRows ? count - r : kBlockRows;
-          key.score(keys, key_dim, state + r, n, scores);
-          if (r == 0 && next) prefetch(next + next_place.value_offset, next_place.head_bytes - next_place.value_offset);
+          const ptrdiff_t ahead = r == 0 ? next - keys : 0;
+          key.score(keys, ahead, key_dim, state + r, n, scores);
           for (int i = 0; i < n; ++i) {
             const int query_position = position + (r + i) / group_size;
             const int last = is_own ? query_position - page * kPage + 1 : kPage;
             const int oldest = layer.window > 0 ? query_position - layer.window + 1 - page * kPage : 0;
             keep[i] = kernels_.softmax(scores + i * kPage, oldest > 0 ? oldest : 0, last, layer.softcap, state[r + i]);
           }
-          value.accumulate(values, value_dim, state + r, n, scores, keep);
+          value.accumulate(values, ahead, value_dim, state + r, n, scores, keep);
         }
       }
       if (item.group >= 0) continue;

@@ -56,16 +56,17 @@ struct QueryRow {
   float* accumulator; // [value_dim]
 };
 
-// One codec's work on one page of one head, for up to kBlockRows query rows at once.
+// One codec's work on one page of one head, for up to kBlockRows query rows at once. While it reads a page it asks for the
+// bytes `ahead` of those that it reads (0: nothing follows).
 struct KeyKernel {
   // Once per row, before any page.
   void (*prepare)(QueryRow& row, int dim);
   // scores[r * kPage + t] = row r's query . key t
-  void (*score)(const uint8_t* page, int dim, const QueryRow* rows, int count, float* scores);
+  void (*score)(const uint8_t* page, ptrdiff_t ahead, int dim, const QueryRow* rows, int count, float* scores);
 };
 struct ValueKernel {
   // row r: accumulator = accumulator * keep[r] + sum over t of weights[r * kPage + t] * value t
-  void (*accumulate)(const uint8_t* page, int dim, QueryRow* rows, int count, const float* weights, const float* keep);
+  void (*accumulate)(const uint8_t* page, ptrdiff_t ahead, int dim, QueryRow* rows, int count, const float* weights, const float* keep);
 };
 // Encodes one head's page from its bfloat16 form.
 using SealKernel = void (*)(const uint8_t* open_page, int dim, uint8_t* sealed_page);

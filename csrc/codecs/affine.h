@@ -9,7 +9,7 @@
 // same with the roles turned: the softmax weights are the unsigned operand, the codes the signed one.
 
 template <int BITS>
-constexpr int kTerms = BITS == 8 ? 2 : 2;
+constexpr int kTerms = BITS > 4 ? 2 : 1;  // one term's rounding is below 4-bit codes' own, not below finer ones'
 template <int BITS>
 constexpr int kRadix = BITS == 8 ? kRadixBits8 : 8;
 template <int BITS, bool SYMMETRIC>
@@ -18,6 +18,32 @@ constexpr float kMeanCode = SYMMETRIC ? static_cast<float>(1 << (BITS - 1)) : st
 template <int BITS>
 constexpr size_t code_bytes(int dim) {
   return static_cast<size_t>(kPage) * dim * BITS / 8;
+}
+
+// sum[r][t][v] = dot products of row r's term t with the page's codes over the whole reduced dimension, for VECTORS vectors
+// of lanes from `lane` on. CODES_UNSIGNED: which side of the instruction the codes are. A broadcast of the small operand
+// costs as much as a product, so each serves VECTORS of them.
+template <int BITS, int ROWS, int TERMS, int VECTORS, bool CODES_UNSIGNED>
+inline void dot_lanes(const uint8_t* page, ptrdiff_t ahead, int reduction, int lanes, int lane,
+                      const uint8_t* const* terms, int term_stride, I (&sum)[ROWS][TERMS][VECTORS]) {
+  using P = Planes<BITS>;
+  for (auto& row : sum)
+    for (auto& term : row)
+      for (I& s : term) s = i_zero();
+  for (int group = 0; group < reduction / (4 * P::kQuads); ++group) {
+    B codes[VECTORS][P::kQuads];
+    for (int v = 0; v < VECTORS; ++v) P::load(page, ahead, reduction, lanes, group, lane + v * kWidth, codes[v]);
+    for (int j = 0; j < P::kQuads; ++j) {
+      for (int r = 0; r < ROWS; ++r) {
+        for (int t = 0; t < TERMS; ++t) {
+          const B small = b_quad(terms[r] + t * term_stride + 4 * (group * P::kQuads + j));
+          for (int v = 0; v < VECTORS; ++v) {
+            sum[r][t][v] = CODES_UNSIGNED ? i_dot(sum[r][t][v], codes[v][j], small) : i_dot(sum[r][t][v], small, codes[v][j]);
+          }
+        }
+      }
+    }
+  }
 }
 
 template <int BITS, bool PER_CHANNEL, bool SYMMETRIC>
@@ -37,7 +63,7 @@ struct AffineKey {
   }
 
   template <int ROWS>
-  static void score_rows(const uint8_t* page, int dim, const QueryRow* rows, float* scores) {
+  static void score_rows(const uint8_t* page, ptrdiff_t ahead, int dim, const QueryRow* rows, float* scores) {
     const auto* scales = reinterpret_cast<const uint16_t*>(page + code_bytes<BITS>(dim));
     const uint16_t* zeros = scales + (PER_CHANNEL ? dim : kPage);
     const uint8_t* codes[ROWS];
@@ -68,29 +94,16 @@ struct AffineKey {
       }
     }
 
-    using P = Planes<BITS>;
-    for (int lane = 0; lane < kPage; lane += kWidth * kLaneBlock) {
-      I sum[ROWS][kT][kLaneBlock];
-      for (auto& row : sum)
-        for (auto& term : row)
-          for (I& s : term) s = i_zero();
-      for (int group = 0; group < dim / (4 * P::kQuads); ++group) {
-        B u[kLaneBlock][P::kQuads];
-        for (int b = 0; b < kLaneBlock; ++b) P::load(page, dim, kPage, group, lane + b * kWidth, u[b]);
-        for (int j = 0; j < P::kQuads; ++j) {
-          for (int r = 0; r < ROWS; ++r) {
-            for (int t = 0; t < kT; ++t) {
-              const B q = b_quad(codes[r] + t * dim + 4 * (group * P::kQuads + j));
-              for (int b = 0; b < kLaneBlock; ++b) sum[r][t][b] = i_dot(sum[r][t][b], u[b][j], q);
-            }
-          }
-        }
-      }
+    constexpr int kVectors = lane_vectors(ROWS * kT, Planes<BITS>::kQuads);
+    static_assert(kPage % (kWidth * kVectors) == 0);
+    for (int lane = 0; lane < kPage; lane += kWidth * kVectors) {
+      I sum[ROWS][kT][kVectors];
+      dot_lanes<BITS, ROWS, kT, kVectors, true>(page, ahead, dim, kPage, lane, codes, dim, sum);
       for (int r = 0; r < ROWS; ++r) {
-        for (int b = 0; b < kLaneBlock; ++b) {
-          const int token = lane + b * kWidth;
-          F dot = f_from(sum[r][0][b]);
-          if constexpr (kT == 2) dot = f_fma(dot, f_set(kRadixValue), f_from(sum[r][1][b]));
+        for (int v = 0; v < kVectors; ++v) {
+          const int token = lane + v * kWidth;
+          F dot = f_from(sum[r][0][v]);
+          if constexpr (kT == 2) dot = f_fma(dot, f_set(kRadixValue), f_from(sum[r][1][v]));
           F score = f_fma(dot, f_set(unit[r]), f_set(bias[r]));
           if constexpr (!PER_CHANNEL) {
             score = f_mul(score, f_load_half(scales + token));
@@ -111,7 +124,7 @@ struct AffineValue {
   static constexpr float kCenter = SYMMETRIC ? 0.0f : kMeanCode<BITS, false>;
 
   template <int ROWS>
-  static void accumulate_rows(const uint8_t* page, int dim, QueryRow* rows, const float* weights, const float* keep) {
+  static void accumulate_rows(const uint8_t* page, ptrdiff_t ahead, int dim, QueryRow* rows, const float* weights, const float* keep) {
     const auto* scales = reinterpret_cast<const uint16_t*>(page + code_bytes<BITS>(dim));
     const uint16_t* zeros = scales + (PER_CHANNEL ? dim : kPage);
     alignas(64) uint8_t codes[ROWS][2 * kPage];
@@ -133,31 +146,36 @@ struct AffineValue {
       bias[r] = kCenter * (total[r] - q.scale * q.sum) + f_reduce_add(zero_sum);
     }
 
-    using P = Planes<BITS>;
-    for (int lane = 0; lane < dim; lane += kWidth) {
-      I sum[ROWS][kT];
-      for (auto& row : sum)
-        for (I& s : row) s = i_zero();
-      for (int group = 0; group < kPage / (4 * P::kQuads); ++group) {
-        B v[P::kQuads];
-        P::load(page, kPage, dim, group, lane, v);
-        for (int j = 0; j < P::kQuads; ++j) {
-          for (int r = 0; r < ROWS; ++r) {
-            for (int t = 0; t < kT; ++t) {
-              sum[r][t] = i_dot(sum[r][t], b_quad(codes[r] + t * kPage + 4 * (group * P::kQuads + j)), v[j]);
-            }
-          }
-        }
-      }
-      for (int r = 0; r < ROWS; ++r) {
-        F dot = f_from(sum[r][0]);
-        if constexpr (kT == 2) dot = f_fma(dot, f_set(kRadixValue), f_from(sum[r][1]));
+    const uint8_t* terms[ROWS];
+    for (int r = 0; r < ROWS; ++r) terms[r] = codes[r];
+    constexpr int kVectors = lane_vectors(ROWS * kT, Planes<BITS>::kQuads);
+    int lane = 0;
+    for (; lane + kWidth * kVectors <= dim; lane += kWidth * kVectors) {
+      accumulate_lanes<ROWS, kVectors>(page, ahead, dim, lane, terms, unit, bias, total, scales, zeros, rows, keep);
+    }
+    for (; lane < dim; lane += kWidth) {
+      accumulate_lanes<ROWS, 1>(page, ahead, dim, lane, terms, unit, bias, total, scales, zeros, rows, keep);
+    }
+  }
+
+ private:
+  template <int ROWS, int VECTORS>
+  static void accumulate_lanes(const uint8_t* page, ptrdiff_t ahead, int dim, int lane, const uint8_t* const* codes,
+                               const float* unit, const float* bias, const float* total, const uint16_t* scales,
+                               const uint16_t* zeros, QueryRow* rows, const float* keep) {
+    I sum[ROWS][kT][VECTORS];
+    dot_lanes<BITS, ROWS, kT, VECTORS, false>(page, ahead, kPage, dim, lane, codes, kPage, sum);
+    for (int r = 0; r < ROWS; ++r) {
+      for (int v = 0; v < VECTORS; ++v) {
+        const int channel = lane + v * kWidth;
+        F dot = f_from(sum[r][0][v]);
+        if constexpr (kT == 2) dot = f_fma(dot, f_set(kRadixValue), f_from(sum[r][1][v]));
         F gain = f_fma(dot, f_set(unit[r]), f_set(bias[r]));
         if constexpr (PER_CHANNEL) {
-          gain = f_mul(gain, f_load_half(scales + lane));
-          if constexpr (!SYMMETRIC) gain = f_fma(f_load_half(zeros + lane), f_set(total[r]), gain);
+          gain = f_mul(gain, f_load_half(scales + channel));
+          if constexpr (!SYMMETRIC) gain = f_fma(f_load_half(zeros + channel), f_set(total[r]), gain);
         }
-        float* out = rows[r].accumulator + lane;
+        float* out = rows[r].accumulator + channel;
         f_store(out, f_fma(f_load(out), f_set(keep[r]), gain));
       }
     }

@@ -1,6 +1,20 @@
 // Codes of 8 to 2 bits as vectors of bytes. The byte order is defined, with its reason, in src/kvbits/codecs/packing.py.
 // Included inside a per-ISA anonymous namespace, after simd/*.h.
 
+// Vectors of lanes that a kernel keeps in registers at once beside `sums` accumulators for each, when one load gives
+// `quads` vectors of codes.
+constexpr int lane_vectors(int sums, int quads) {
+  int vectors = 1;
+  while (2 * vectors * sums <= kRegisters * 3 / 4 && 2 * vectors * quads <= 8 && vectors < 4) vectors *= 2;
+  return vectors;
+}
+
+// A load that also asks for the bytes `ahead` of it: the same place in the page to come, one page's work early.
+inline B b_stream(const uint8_t* p, ptrdiff_t ahead) {
+  __builtin_prefetch(p + ahead, 0, 3);
+  return b_load(p);
+}
+
 // Loads the codes of `kQuads` consecutive quads of the reduced dimension for one vector of lanes.
 template <int BITS>
 struct Planes;
@@ -8,16 +22,16 @@ struct Planes;
 template <>
 struct Planes<8> {
   static constexpr int kQuads = 1;
-  static inline void load(const uint8_t* codes, int, int lanes, int group, int lane, B* out) {
-    out[0] = b_load(codes + (static_cast<size_t>(group) * lanes + lane) * 4);
+  static inline void load(const uint8_t* codes, ptrdiff_t ahead, int, int lanes, int group, int lane, B* out) {
+    out[0] = b_stream(codes + (static_cast<size_t>(group) * lanes + lane) * 4, ahead);
   }
 };
 
 template <>
 struct Planes<4> {
   static constexpr int kQuads = 2;
-  static inline void load(const uint8_t* codes, int, int lanes, int group, int lane, B* out) {
-    const B v = b_load(codes + (static_cast<size_t>(group) * lanes + lane) * 4);
+  static inline void load(const uint8_t* codes, ptrdiff_t ahead, int, int lanes, int group, int lane, B* out) {
+    const B v = b_stream(codes + (static_cast<size_t>(group) * lanes + lane) * 4, ahead);
     out[0] = b_extract<0, 0x0f>(v);
     out[1] = b_extract<4, 0x0f>(v);
   }
@@ -26,8 +40,8 @@ struct Planes<4> {
 template <>
 struct Planes<2> {
   static constexpr int kQuads = 4;
-  static inline void load(const uint8_t* codes, int, int lanes, int group, int lane, B* out) {
-    const B v = b_load(codes + (static_cast<size_t>(group) * lanes + lane) * 4);
+  static inline void load(const uint8_t* codes, ptrdiff_t ahead, int, int lanes, int group, int lane, B* out) {
+    const B v = b_stream(codes + (static_cast<size_t>(group) * lanes + lane) * 4, ahead);
     out[0] = b_extract<0, 3>(v);
     out[1] = b_extract<2, 3>(v);
     out[2] = b_extract<4, 3>(v);
@@ -37,8 +51,8 @@ struct Planes<2> {
 
 // A 1-bit plane: eight quads, each bit moved to position SHIFT.
 template <int SHIFT>
-inline void load_bit_plane(const uint8_t* plane, int lanes, int group, int lane, B* out) {
-  const B v = b_load(plane + (static_cast<size_t>(group) * lanes + lane) * 4);
+inline void load_bit_plane(const uint8_t* plane, ptrdiff_t ahead, int lanes, int group, int lane, B* out) {
+  const B v = b_stream(plane + (static_cast<size_t>(group) * lanes + lane) * 4, ahead);
   constexpr int kMask = 1 << SHIFT;
   out[0] = b_extract<0 - SHIFT, kMask>(v);
   out[1] = b_extract<1 - SHIFT, kMask>(v);
@@ -53,11 +67,11 @@ inline void load_bit_plane(const uint8_t* plane, int lanes, int group, int lane,
 template <>
 struct Planes<3> {
   static constexpr int kQuads = 8;
-  static inline void load(const uint8_t* codes, int reduction, int lanes, int group, int lane, B* out) {
-    Planes<2>::load(codes, reduction, lanes, 2 * group, lane, out);
-    Planes<2>::load(codes, reduction, lanes, 2 * group + 1, lane, out + 4);
+  static inline void load(const uint8_t* codes, ptrdiff_t ahead, int reduction, int lanes, int group, int lane, B* out) {
+    Planes<2>::load(codes, ahead, reduction, lanes, 2 * group, lane, out);
+    Planes<2>::load(codes, ahead, reduction, lanes, 2 * group + 1, lane, out + 4);
     B high[8];
-    load_bit_plane<2>(codes + static_cast<size_t>(reduction) * lanes / 4, lanes, group, lane, high);
+    load_bit_plane<2>(codes + static_cast<size_t>(reduction) * lanes / 4, ahead, lanes, group, lane, high);
     for (int i = 0; i < 8; ++i) out[i] = b_or(out[i], high[i]);
   }
 };
@@ -65,10 +79,10 @@ struct Planes<3> {
 template <>
 struct Planes<5> {
   static constexpr int kQuads = 8;
-  static inline void load(const uint8_t* codes, int reduction, int lanes, int group, int lane, B* out) {
-    for (int i = 0; i < 4; ++i) Planes<4>::load(codes, reduction, lanes, 4 * group + i, lane, out + 2 * i);
+  static inline void load(const uint8_t* codes, ptrdiff_t ahead, int reduction, int lanes, int group, int lane, B* out) {
+    for (int i = 0; i < 4; ++i) Planes<4>::load(codes, ahead, reduction, lanes, 4 * group + i, lane, out + 2 * i);
     B high[8];
-    load_bit_plane<4>(codes + static_cast<size_t>(reduction) * lanes / 2, lanes, group, lane, high);
+    load_bit_plane<4>(codes + static_cast<size_t>(reduction) * lanes / 2, ahead, lanes, group, lane, high);
     for (int i = 0; i < 8; ++i) out[i] = b_or(out[i], high[i]);
   }
 };
@@ -76,10 +90,11 @@ struct Planes<5> {
 template <>
 struct Planes<6> {
   static constexpr int kQuads = 4;
-  static inline void load(const uint8_t* codes, int reduction, int lanes, int group, int lane, B* out) {
-    Planes<4>::load(codes, reduction, lanes, 2 * group, lane, out);
-    Planes<4>::load(codes, reduction, lanes, 2 * group + 1, lane, out + 2);
-    const B v = b_load(codes + static_cast<size_t>(reduction) * lanes / 2 + (static_cast<size_t>(group) * lanes + lane) * 4);
+  static inline void load(const uint8_t* codes, ptrdiff_t ahead, int reduction, int lanes, int group, int lane, B* out) {
+    Planes<4>::load(codes, ahead, reduction, lanes, 2 * group, lane, out);
+    Planes<4>::load(codes, ahead, reduction, lanes, 2 * group + 1, lane, out + 2);
+    const B v = b_stream(
+        codes + static_cast<size_t>(reduction) * lanes / 2 + (static_cast<size_t>(group) * lanes + lane) * 4, ahead);
     out[0] = b_or(out[0], b_extract<-4, 0x30>(v));
     out[1] = b_or(out[1], b_extract<-2, 0x30>(v));
     out[2] = b_or(out[2], b_extract<0, 0x30>(v));

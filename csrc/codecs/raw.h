@@ -1,27 +1,42 @@
 // bfloat16 pages (src/kvbits/codecs/raw.py): exact products in float. Included inside a per-ISA anonymous namespace.
 
+// The two elements of each lane of pair `pair`, for VECTORS vectors of lanes from `lane` on.
+template <int VECTORS>
+inline void load_pairs(const uint8_t* page, ptrdiff_t ahead, int lanes, int pair, int lane, F (&even)[VECTORS],
+                       F (&odd)[VECTORS]) {
+  for (int v = 0; v < VECTORS; ++v) {
+    const B both = b_stream(page + (static_cast<size_t>(pair) * lanes + lane + v * kWidth) * 4, ahead);
+    even[v] = b_even(both);
+    odd[v] = b_odd(both);
+  }
+}
+
+template <int VECTORS>
+inline void add_pairs(const float* factors, const F (&even)[VECTORS], const F (&odd)[VECTORS], F (&sum)[VECTORS]) {
+  const F first = f_set(factors[0]), second = f_set(factors[1]);
+  for (int v = 0; v < VECTORS; ++v) {
+    sum[v] = f_fma(even[v], first, sum[v]);
+    sum[v] = f_fma(odd[v], second, sum[v]);
+  }
+}
+
 struct RawKey {
   static void prepare(QueryRow&, int) {}
 
   template <int ROWS>
-  static void score_rows(const uint8_t* page, int dim, const QueryRow* rows, float* scores) {
-    constexpr int kStep = kWidth * kLaneBlock;
-    for (int lane = 0; lane < kPage; lane += kStep) {
-      F sum[ROWS][kLaneBlock];
+  static void score_rows(const uint8_t* page, ptrdiff_t ahead, int dim, const QueryRow* rows, float* scores) {
+    constexpr int kVectors = lane_vectors(ROWS, 2);
+    for (int lane = 0; lane < kPage; lane += kWidth * kVectors) {
+      F sum[ROWS][kVectors];
       for (auto& row : sum)
         for (F& s : row) s = f_set(0);
       for (int pair = 0; pair < dim / 2; ++pair) {
-        for (int b = 0; b < kLaneBlock; ++b) {
-          const B v = b_load(page + (static_cast<size_t>(pair) * kPage + lane + b * kWidth) * 4);
-          const F even = b_even(v), odd = b_odd(v);
-          for (int r = 0; r < ROWS; ++r) {
-            sum[r][b] = f_fma(even, f_set(rows[r].query[2 * pair]), sum[r][b]);
-            sum[r][b] = f_fma(odd, f_set(rows[r].query[2 * pair + 1]), sum[r][b]);
-          }
-        }
+        F even[kVectors], odd[kVectors];
+        load_pairs(page, ahead, kPage, pair, lane, even, odd);
+        for (int r = 0; r < ROWS; ++r) add_pairs(rows[r].query + 2 * pair, even, odd, sum[r]);
       }
       for (int r = 0; r < ROWS; ++r)
-        for (int b = 0; b < kLaneBlock; ++b) f_store(scores + r * kPage + lane + b * kWidth, sum[r][b]);
+        for (int v = 0; v < kVectors; ++v) f_store(scores + r * kPage + lane + v * kWidth, sum[r][v]);
     }
   }
 
@@ -32,21 +47,31 @@ struct RawKey {
 
 struct RawValue {
   template <int ROWS>
-  static void accumulate_rows(const uint8_t* page, int dim, QueryRow* rows, const float* weights, const float* keep) {
-    for (int lane = 0; lane < dim; lane += kWidth) {
-      F sum[ROWS];
-      for (int r = 0; r < ROWS; ++r) sum[r] = f_mul(f_load(rows[r].accumulator + lane), f_set(keep[r]));
-      for (int pair = 0; pair < kPage / 2; ++pair) {
-        const B v = b_load(page + (static_cast<size_t>(pair) * dim + lane) * 4);
-        const F even = b_even(v), odd = b_odd(v);
-        for (int r = 0; r < ROWS; ++r) {
-          sum[r] = f_fma(even, f_set(weights[r * kPage + 2 * pair]), sum[r]);
-          sum[r] = f_fma(odd, f_set(weights[r * kPage + 2 * pair + 1]), sum[r]);
-        }
-      }
-      for (int r = 0; r < ROWS; ++r) f_store(rows[r].accumulator + lane, sum[r]);
+  static void accumulate_rows(const uint8_t* page, ptrdiff_t ahead, int dim, QueryRow* rows, const float* weights, const float* keep) {
+    constexpr int kVectors = lane_vectors(ROWS, 2);
+    int lane = 0;
+    for (; lane + kWidth * kVectors <= dim; lane += kWidth * kVectors) {
+      accumulate_lanes<ROWS, kVectors>(page, ahead, dim, lane, rows, weights, keep);
     }
+    for (; lane < dim; lane += kWidth) accumulate_lanes<ROWS, 1>(page, ahead, dim, lane, rows, weights, keep);
   }
 
   static void seal(const uint8_t* open_page, int dim, uint8_t* out) { RawKey::seal(open_page, dim, out); }
+
+ private:
+  template <int ROWS, int VECTORS>
+  static void accumulate_lanes(const uint8_t* page, ptrdiff_t ahead, int dim, int lane, QueryRow* rows,
+                               const float* weights, const float* keep) {
+    F sum[ROWS][VECTORS];
+    for (int r = 0; r < ROWS; ++r)
+      for (int v = 0; v < VECTORS; ++v)
+        sum[r][v] = f_mul(f_load(rows[r].accumulator + lane + v * kWidth), f_set(keep[r]));
+    for (int pair = 0; pair < kPage / 2; ++pair) {
+      F even[VECTORS], odd[VECTORS];
+      load_pairs(page, ahead, dim, pair, lane, even, odd);
+      for (int r = 0; r < ROWS; ++r) add_pairs(weights + r * kPage + 2 * pair, even, odd, sum[r]);
+    }
+    for (int r = 0; r < ROWS; ++r)
+      for (int v = 0; v < VECTORS; ++v) f_store(rows[r].accumulator + lane + v * kWidth, sum[r][v]);
+  }
 };

@@ -1,6 +1,6 @@
 // 256-bit vectors: AVX2, FMA and F16C, no VNNI. Included only by isa/avx2.cpp, inside its anonymous namespace.
 constexpr int kWidth = 8;
-constexpr int kLaneBlock = 1;   // 16 registers
+constexpr int kRegisters = 16;
 constexpr int kRadixBits8 = 7;  // vpmaddubsw saturates at 16 bits: 2 * 255 * 64 still fits
 
 using F = __m256;

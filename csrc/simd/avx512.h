@@ -1,6 +1,6 @@
 // 512-bit vectors: AVX-512 F/BW/VL/DQ and VNNI. Included only by isa/avx512.cpp, inside its anonymous namespace.
 constexpr int kWidth = 16;      // 32-bit lanes in a vector
-constexpr int kLaneBlock = 2;   // vectors of lanes a kernel keeps in registers at once (32 registers)
+constexpr int kRegisters = 32;
 constexpr int kRadixBits8 = 8;  // bits of one term of the small operand beside 8-bit codes
 
 using F = __m512;   // float lanes

@@ -1,7 +1,7 @@
 // One lane, portable C++: the fall-back for every processor without a vector unit that we know (ARM included).
 // Included only by isa/scalar.cpp, inside its anonymous namespace.
 constexpr int kWidth = 1;
-constexpr int kLaneBlock = 1;
+constexpr int kRegisters = 16;
 constexpr int kRadixBits8 = 8;
 
 using F = float;
