@@ -20,6 +20,17 @@ Key = tuple[int, bytes, tuple[int, ...]]
 """What a cached page is known by: cache generation, salt, all tokens up to its end."""
 
 
+PROMPTS = st.tuples(
+    st.builds(
+        lambda pages, rest: [token for page in pages for token in [page] * P] + [1] * rest,
+        st.lists(st.integers(0, 1), max_size=4),
+        st.integers(0, P),
+    ),
+    st.sampled_from([b"", b"", b"", b"", b"", b"x"]),
+)
+"""Tokens that often begin alike, and a salt."""
+
+
 @dataclass
 class Sim:
     """What the test knows of a sequence."""
@@ -43,7 +54,10 @@ class PageMachine(RuleBasedStateMachine):
     """Frames hold lists of rows; the kernels are simulated as the real ones work, in place."""
 
     @initialize(
-        frames=st.integers(8, 24), open_frames=st.integers(1, 3), sealed_frames=st.integers(1, 2), caching=st.booleans()
+        frames=st.integers(6, 14),
+        open_frames=st.integers(1, 3),
+        sealed_frames=st.sampled_from([1, 1, 2]),
+        caching=st.sampled_from([True, True, True, False]),
     )
     def start(self, frames: int, open_frames: int, sealed_frames: int, caching: bool) -> None:
         self.open_frames, self.sealed_frames, self.caching = open_frames, sealed_frames, caching
@@ -136,20 +150,15 @@ class PageMachine(RuleBasedStateMachine):
             pages += 1
         return pages * P
 
-    def pick(self, data: st.DataObject, reserved: bool | None = None) -> int | None:
-        ids = [i for i, sim in self.live.items() if reserved is None or bool(sim.step) == reserved]
-        return data.draw(st.sampled_from(ids)) if ids else None
+    def ids(self, reserved: bool) -> list[int]:
+        return [i for i, sim in self.live.items() if bool(sim.step) == reserved]
 
     # Rules
 
-    @rule(
-        pages=st.lists(st.integers(0, 1), max_size=4),
-        rest=st.integers(0, P),
-        salt=st.sampled_from([b"", b"", b"x"]),
-    )
+    @rule(prompt=PROMPTS)
     @precondition(lambda self: len(self.live) < 5)
-    def open(self, pages: list[int], rest: int, salt: bytes) -> None:
-        tokens = [token for page in pages for token in [page] * P] + [7] * rest
+    def open(self, prompt: tuple[list[int], bytes]) -> None:
+        tokens, salt = prompt
         expected = self.expected_hit(tokens, salt)
         assert self.manager.lookup(tokens, salt) == expected
         got = self.manager.open(self.next_id, tokens, salt)
@@ -157,15 +166,35 @@ class PageMachine(RuleBasedStateMachine):
         self.live[self.next_id] = Sim(salt, self.generation, tokens[:got], tokens[got:])
         self.next_id += 1
 
-    @rule(data=st.data(), tentative=st.booleans())
-    def reserve(self, data: st.DataObject, tentative: bool) -> None:
-        seq_id = self.pick(data, reserved=False)
-        if seq_id is None:
-            return
+    @rule(prompt=PROMPTS, data=st.data(), stay=st.booleans())
+    @precondition(lambda self: len(self.live) < 5)
+    def serve(self, prompt: tuple[list[int], bytes], data: st.DataObject, stay: bool) -> None:
+        """A whole request at once: what random single operations reach too rarely."""
+        self.open(prompt)
+        seq_id = self.next_id - 1
+        if self.live[seq_id].prompt:
+            self.take(seq_id, len(self.live[seq_id].prompt), False, [])
+            self.step(data)
+        if not stay:
+            self.drop(seq_id)
+
+    @rule(data=st.data(), tentative=st.booleans(), count=st.integers(1, 10))
+    @precondition(lambda self: self.ids(reserved=False))
+    def decode(self, data: st.DataObject, tentative: bool, count: int) -> None:
+        self.reserve(data, tentative, count)
+        self.step(data)
+
+    @rule(data=st.data(), tentative=st.booleans(), count=st.integers(1, 10))
+    @precondition(lambda self: self.ids(reserved=False))
+    def reserve(self, data: st.DataObject, tentative: bool, count: int) -> None:
+        seq_id = data.draw(st.sampled_from(self.ids(reserved=False)))
+        if tentative:
+            count = min(count, 2 * P - 1 - len(self.live[seq_id].tokens) % P)
+        self.take(seq_id, count, tentative, data.draw(st.lists(st.integers(0, 1), min_size=count, max_size=count)))
+
+    def take(self, seq_id: int, count: int, tentative: bool, continuation: list[int]) -> None:
         sim = self.live[seq_id]
-        most = 2 * P - 1 - len(sim.tokens) % P if tentative else 10
-        count = data.draw(st.integers(1, most))
-        step = (sim.prompt + data.draw(st.lists(st.integers(0, 1), min_size=count, max_size=count)))[:count]
+        step = (sim.prompt + continuation)[:count]
         needed = self.needed(seq_id, count, tentative)
         named = self.named()
         available = len(self.buffer) - len(named)
@@ -188,7 +217,11 @@ class PageMachine(RuleBasedStateMachine):
         self.pending += self.manager.take_copies()
 
     @rule(data=st.data())
+    @precondition(lambda self: self.ids(reserved=True))
     def run(self, data: st.DataObject) -> None:
+        self.step(data)
+
+    def step(self, data: st.DataObject) -> None:
         """One kernel call over every reserved sequence, then the commits."""
         self.apply(self.buffer)
         self.pending = []
@@ -210,10 +243,9 @@ class PageMachine(RuleBasedStateMachine):
                     self.cached.setdefault(sim.key(page + 1), held)
 
     @rule(data=st.data())
+    @precondition(lambda self: self.ids(reserved=True))
     def rollback(self, data: st.DataObject) -> None:
-        seq_id = self.pick(data, reserved=True)
-        if seq_id is None:
-            return
+        seq_id = data.draw(st.sampled_from(self.ids(reserved=True)))
         sim = self.live[seq_id]
         if sim.tentative and data.draw(st.booleans()):
             self.apply(self.buffer)
@@ -223,10 +255,9 @@ class PageMachine(RuleBasedStateMachine):
         sim.step = []
 
     @rule(data=st.data())
+    @precondition(lambda self: self.ids(reserved=False))
     def truncate(self, data: st.DataObject) -> None:
-        seq_id = self.pick(data, reserved=False)
-        if seq_id is None:
-            return
+        seq_id = data.draw(st.sampled_from(self.ids(reserved=False)))
         sim = self.live[seq_id]
         length = data.draw(st.integers(0, len(sim.tokens)))
         sealed = len(self.manager.stored(seq_id).sealed) // self.sealed_frames * P
@@ -240,11 +271,9 @@ class PageMachine(RuleBasedStateMachine):
         del sim.tokens[length:]
 
     @rule(data=st.data())
-    @precondition(lambda self: len(self.live) < 5)
+    @precondition(lambda self: len(self.live) < 5 and self.ids(reserved=False))
     def fork(self, data: st.DataObject) -> None:
-        seq_id = self.pick(data, reserved=False)
-        if seq_id is None:
-            return
+        seq_id = data.draw(st.sampled_from(self.ids(reserved=False)))
         free = self.manager.available()
         self.manager.fork(seq_id, self.next_id)
         assert self.manager.available() == free
@@ -253,10 +282,12 @@ class PageMachine(RuleBasedStateMachine):
         self.next_id += 1
 
     @rule(data=st.data())
+    @precondition(lambda self: self.live)
     def free(self, data: st.DataObject) -> None:
-        seq_id = self.pick(data)
-        if seq_id is None:
-            return
+        seq_id = data.draw(st.sampled_from(list(self.live)))
+        self.drop(seq_id)
+
+    def drop(self, seq_id: int) -> None:
         used = self.named()
         self.manager.free(seq_id)
         del self.live[seq_id]
@@ -307,4 +338,4 @@ class PageMachine(RuleBasedStateMachine):
 
 
 TestPageMachine = PageMachine.TestCase
-TestPageMachine.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestPageMachine.settings = settings(max_examples=400, stateful_step_count=60, deadline=None)

@@ -1,0 +1,164 @@
+"""How many sessions fit: pure arithmetic over a model's geometry, cache policies and memory. Allocates nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from kvbits.codecs import OPEN, Policy, PoolLayout
+from kvbits.config import PAGE_TOKENS, ModelGeometry
+from kvbits.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ContextPlan:
+    """Sessions of ``context`` tokens each, in one scheme.
+
+    ``sessions`` is what the memory holds at once, open pages included; ``running`` is that number or ``max_num_seqs``,
+    whichever ``fills_first``. ``gain_over_16bit`` compares the bytes that one such session holds, so that rounding to
+    whole sessions does not blur it.
+    """
+
+    context: int
+    sessions: int
+    running: int
+    fills_first: Literal["memory", "max_num_seqs"]
+    session_bytes: int
+    effective_bits_per_element: float
+    gain_over_16bit: float
+
+
+@dataclass(frozen=True)
+class SchemePlan:
+    """One cache policy: sizes in bytes, and what fits.
+
+    ``kv_bytes_per_token`` and ``bits_per_element`` are those of sealed pages. ``longest_context`` is the longest that
+    one session alone can have, ``limited_by`` the memory or the model.
+    """
+
+    dtype: str
+    bits_per_element: float
+    kv_bytes_per_token: float
+    frame_bytes: int
+    open_page_bytes: int
+    num_frames: int
+    contexts: tuple[ContextPlan, ...]
+    longest_context: int
+    limited_by: Literal["memory", "model"]
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan in plain types; what depends on the context is keyed by it."""
+        return {
+            "dtype": self.dtype,
+            "bits_per_element": self.bits_per_element,
+            "kv_bytes_per_token": self.kv_bytes_per_token,
+            "frame_bytes": self.frame_bytes,
+            "open_page_bytes": self.open_page_bytes,
+            "num_frames": self.num_frames,
+            "sessions": {str(c.context): c.sessions for c in self.contexts},
+            "running": {str(c.context): c.running for c in self.contexts},
+            "fills_first": {str(c.context): c.fills_first for c in self.contexts},
+            "session_bytes": {str(c.context): c.session_bytes for c in self.contexts},
+            "effective_bits_per_element": {str(c.context): c.effective_bits_per_element for c in self.contexts},
+            "gain_over_16bit": {str(c.context): c.gain_over_16bit for c in self.contexts},
+            "longest_context": self.longest_context,
+            "limited_by": self.limited_by,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every policy makes of the same memory; ``cache_bytes`` is what weights and workspace leave."""
+
+    model: str
+    memory_bytes: int
+    weights_bytes: int
+    workspace_bytes: int
+    cache_bytes: int
+    max_num_seqs: int | None
+    schemes: tuple[SchemePlan, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan in plain types."""
+        return {
+            "model": self.model,
+            "memory_bytes": self.memory_bytes,
+            "weights_bytes": self.weights_bytes,
+            "workspace_bytes": self.workspace_bytes,
+            "cache_bytes": self.cache_bytes,
+            "max_num_seqs": self.max_num_seqs,
+            "schemes": [scheme.as_json() for scheme in self.schemes],
+        }
+
+
+def plan(
+    geometry: ModelGeometry,
+    policies: Sequence[Policy],
+    memory_bytes: int,
+    contexts: Iterable[int],
+    weights_bytes: int = 0,
+    workspace_bytes: int = 0,
+    max_num_seqs: int | None = None,
+) -> Plan:
+    """Plan ``memory_bytes`` (weights, workspace and cache together) for sessions of each of ``contexts`` tokens.
+
+    A policy that not even one session fits is planned with zero sessions. Raises ``ConfigError`` when nothing is left
+    for the cache or a context is not one that the model can have, ``UnsupportedError`` when a layer does not fit its
+    codec.
+    """
+    cache_bytes = memory_bytes - weights_bytes - workspace_bytes
+    if cache_bytes <= 0:
+        raise ConfigError(
+            f"{memory_bytes} bytes leave nothing for the KV cache: weights take {weights_bytes}, "
+            f"workspace {workspace_bytes}"
+        )
+    if max_num_seqs is not None and max_num_seqs <= 0:
+        raise ConfigError(f"max_num_seqs is {max_num_seqs}; it must be positive")
+    asked = tuple(dict.fromkeys(contexts))
+    for context in asked:
+        if not 0 < context <= geometry.max_position:
+            raise ConfigError(
+                f"a context of {context} tokens cannot be planned: {geometry.name} has 1 to {geometry.max_position}"
+            )
+    schemes = tuple(_scheme(geometry, policy, cache_bytes, asked, max_num_seqs) for policy in policies)
+    return Plan(geometry.name, memory_bytes, weights_bytes, workspace_bytes, cache_bytes, max_num_seqs, schemes)
+
+
+def _scheme(
+    geometry: ModelGeometry, policy: Policy, cache_bytes: int, contexts: Sequence[int], max_num_seqs: int | None
+) -> SchemePlan:
+    layout = PoolLayout.of(geometry, policy)
+    num_frames = cache_bytes // layout.frame_bytes
+    full = (num_frames - layout.open.frames) // layout.sealed.frames
+    # The last page of a running sequence is open and holds at most one token less than a page.
+    longest = full * PAGE_TOKENS + PAGE_TOKENS - 1 if full >= 0 else 0
+    return SchemePlan(
+        dtype=policy.name,
+        bits_per_element=policy.bits_per_element(geometry),
+        kv_bytes_per_token=layout.sealed.used_bytes / PAGE_TOKENS,
+        frame_bytes=layout.frame_bytes,
+        open_page_bytes=layout.open.frames * layout.frame_bytes,
+        num_frames=num_frames,
+        contexts=tuple(_context(geometry, layout, num_frames, c, max_num_seqs) for c in contexts),
+        longest_context=min(longest, geometry.max_position),
+        limited_by="memory" if longest < geometry.max_position else "model",
+    )
+
+
+def _context(
+    geometry: ModelGeometry, layout: PoolLayout, num_frames: int, context: int, max_num_seqs: int | None
+) -> ContextPlan:
+    sessions = num_frames // layout.frames_of(context)
+    held = layout.frames_of(context) * layout.frame_bytes
+    plain = PoolLayout.of(geometry, Policy("bf16", (OPEN,) * geometry.num_layers))
+    running = sessions if max_num_seqs is None else min(sessions, max_num_seqs)
+    return ContextPlan(
+        context=context,
+        sessions=sessions,
+        running=running,
+        fills_first="memory" if running == sessions else "max_num_seqs",
+        session_bytes=held,
+        effective_bits_per_element=8 * held / (context * geometry.bytes_per_token_16bit() / 2),
+        gain_over_16bit=plain.frames_of(context) * plain.frame_bytes / held,
+    )
