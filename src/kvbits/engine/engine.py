@@ -159,12 +159,15 @@ class Engine:
         return self._next - 1
 
     def _end(self, live: Live, reason: FinishReason, error: str | None = None) -> Delta:
+        delta = live.finish(reason, error)
         self._forget(live)
-        return live.finish(reason, error)
+        return delta
 
     def _forget(self, live: Live) -> None:
         """Free the pages of a sequence that ends."""
         request = live.request
+        reason = str(request.finish_reason)
+        self.stats.finished[reason] = self.stats.finished.get(reason, 0) + 1
         self.scheduler.remove(request)
         del self._live[request.seq_id]
         group = self._groups[request.group]
