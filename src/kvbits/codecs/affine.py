@@ -21,8 +21,8 @@ from kvbits.config import PAGE_TOKENS, align
 class Affine(Codec):
     """Affine codes of ``bits`` bits; parameters are float16.
 
-    ``per`` names the axis that has its own scale: each of the page's 64 tokens, or each channel. Symmetric codes have no
-    zero point: code ``c`` in ``[-(2**(b-1)-1), 2**(b-1)-1]`` is stored as ``c + 2**(b-1)`` for keys (the unsigned
+    ``per`` names the axis that has its own scale: each of the page's 64 tokens, or each channel. Symmetric codes have
+    no zero point: code ``c`` in ``[-(2**(b-1)-1), 2**(b-1)-1]`` is stored as ``c + 2**(b-1)`` for keys (the unsigned
     operand of the kernel's dot product) and as two's complement for values (the signed operand). Asymmetric codes run
     from 0 to ``2**b - 1`` with ``zero = min``.
 
@@ -46,14 +46,14 @@ class Affine(Codec):
         top = 2**self.bits - 1
         if self.symmetric:
             limit = 2 ** (self.bits - 1) - 1
-            scale = (rows.abs().amax(axis) / limit).half()
+            scale = _half(rows.abs().amax(axis) / limit)
             offset = limit + 1 if side == "key" else 0
             codes = torch.round(rows * _reciprocal(scale).unsqueeze(axis)).clamp(-limit, limit)
             codes = (codes.to(torch.int32) + offset) & top
             params = [scale]
         else:
-            zero = rows.amin(axis).half()
-            scale = ((rows.amax(axis) - zero.float()) / top).half()
+            zero = _half(rows.amin(axis))
+            scale = _half((rows.amax(axis) - zero.float()) / top)
             shifted = rows - zero.float().unsqueeze(axis)
             codes = torch.round(shifted * _reciprocal(scale).unsqueeze(axis)).clamp(0, top)
             params = [scale, zero]
@@ -85,6 +85,11 @@ class Affine(Codec):
     @property
     def native_id(self) -> int:
         return self.bits + 16 * (self.per == "channel") + 32 * self.symmetric
+
+
+def _half(x: Tensor) -> Tensor:
+    """Round to float16; what is beyond its range becomes its largest number, so that codes saturate and stay finite."""
+    return x.clamp(-65504.0, 65504.0).half()
 
 
 def _reciprocal(scale: Tensor) -> Tensor:

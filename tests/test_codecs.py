@@ -1,0 +1,227 @@
+"""Codecs: what a page loses, how many bytes it takes, and the strings that name them."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvbits.codecs import SCHEMES, Codec, PoolLayout, Side, codecs_in_use, parse_policy
+from kvbits.codecs.affine import Affine
+from kvbits.codecs.packing import PLANES, pack, quads_multiple, unpack
+from kvbits.config import ALIGNMENT, PAGE_TOKENS, LayerGeometry, ModelGeometry, align
+from kvbits.errors import ConfigError, UnsupportedError
+
+CODECS = codecs_in_use()
+DIMS = (64, 96, 256)
+HALF_EPS = 2.0**-11
+"""Largest relative error of rounding to float16."""
+HALF_TINY = 2.0**-25
+"""Largest absolute error of rounding to float16 near zero."""
+
+
+def rows_like_keys(dim: int, magnitude: float = 1.0, seed: int = 0) -> Tensor:
+    """``[2, 64, dim]`` bfloat16 values in float32, with a few channels far larger than the rest."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(2, PAGE_TOKENS, dim, generator=generator)
+    rows[..., :: dim // 4] *= 12
+    rows[..., 1 :: dim // 4] += 20
+    return (rows * magnitude).bfloat16().float()
+
+
+def error_bound(codec: Codec, rows: Tensor) -> Tensor:
+    """Half a step for every element, from the data alone, plus what rounding the parameters to float16 costs."""
+    if not isinstance(codec, Affine):
+        return rows.abs() * 2.0**-8  # rows are bfloat16 already, so even this is never used up
+    axis = -1 if codec.per == "token" else -2
+    if codec.symmetric:
+        steps = 2 ** (codec.bits - 1) - 1
+        step = rows.abs().amax(axis, keepdim=True) / steps
+        return step * (0.5 + steps * HALF_EPS) + steps * HALF_TINY
+    steps = 2**codec.bits - 1
+    low, high = rows.amin(axis, keepdim=True), rows.amax(axis, keepdim=True)
+    zero_error = low.abs() * HALF_EPS + HALF_TINY
+    step = (high - low + zero_error) / steps
+    return step * (0.5 + steps * HALF_EPS) + steps * HALF_TINY + zero_error
+
+
+@pytest.mark.parametrize("magnitude", [1.0, 1e-2, 300.0, 1e-6, 1e-30, 0.0])
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("name", CODECS)
+def test_round_trip_stays_within_half_a_step(name: str, dim: int, magnitude: float) -> None:
+    codec, side = CODECS[name]
+    rows = rows_like_keys(dim, magnitude)
+    error = (decode(codec, rows, side) - rows).abs()
+    # 1e-6: float32 arithmetic of the decoder
+    assert (error <= error_bound(codec, rows) * (1 + 1e-6) + rows.abs().max() * 1e-6).all()
+
+
+def decode(codec: Codec, rows: Tensor, side: Side) -> Tensor:
+    return codec.decode(codec.encode(rows, side), rows.shape[-1], side)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("name", CODECS)
+def test_sizes_are_those_of_the_bytes(name: str, dim: int) -> None:
+    codec, side = CODECS[name]
+    page = codec.encode(rows_like_keys(dim), side)
+    assert page.dtype == torch.uint8
+    assert page.shape == (2, codec.page_bytes(dim))
+    assert codec.page_bytes(dim) % ALIGNMENT == 0
+    assert codec.bits_per_element(dim) == 8 * page.shape[-1] / (PAGE_TOKENS * dim)
+
+
+def test_bits_per_element_of_head_size_64() -> None:
+    # codes, plus 16 bits of scale (and of zero) for every 64 elements
+    geometry = ModelGeometry("m", (LayerGeometry(9, 3, 64, 64, 0.125),) * 2, 4096, 100)
+    expected = {"bf16": 16, "int8": 8.25, "int6": 6.5, "int5": 5.5, "int4": 4.5, "int3": 3.5, "int2": 2.5}
+    assert set(expected) == set(SCHEMES)
+    for name, bits in expected.items():
+        assert parse_policy(name, 2).bits_per_element(geometry) == bits
+    assert parse_policy("0:int8,1:int4", 2).bits_per_element(geometry) == (8.25 + 4.5) / 2
+    assert parse_policy("int8/int4", 2).bits_per_element(geometry) == (8.25 + 4.5) / 2
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.5, 1e-20, 6e4])
+@pytest.mark.parametrize("name", CODECS)
+def test_a_constant_page_comes_back(name: str, value: float) -> None:
+    codec, side = CODECS[name]
+    rows = torch.full((1, PAGE_TOKENS, 64), value).bfloat16().float()
+    assert ((decode(codec, rows, side) - rows).abs() <= error_bound(codec, rows) * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("magnitude", [1e5, 1e8, 1e30, 2e36])
+@pytest.mark.parametrize("name", CODECS)
+def test_values_beyond_float16_saturate_and_stay_finite(name: str, magnitude: float) -> None:
+    codec, side = CODECS[name]
+    rows = rows_like_keys(64, magnitude)
+    decoded = decode(codec, rows, side)
+    assert torch.isfinite(decoded).all()
+    if not isinstance(codec, Affine):
+        assert torch.equal(decoded, rows)
+        return
+    # a zero point that float16 cannot say is clipped, which widens the range that the steps must cover; within that
+    # range nothing grows past half a step, and what lies outside of it shrinks to its edge
+    axis = -1 if codec.per == "token" else -2
+    widened = torch.cat([rows, rows.clamp(-65504, 65504)], axis)
+    assert (decoded.abs() <= rows.abs() + error_bound(codec, widened) * (1 + 1e-6)).all()
+
+
+def test_int8_reaches_past_float16() -> None:
+    # the scale is 1/127 of the largest value, so int8 itself holds values up to 127 * 65504
+    codec, _ = CODECS["int8-key"]
+    rows = rows_like_keys(64, 1e4)
+    assert rows.abs().max() > 65504
+    assert ((decode(codec, rows, "key") - rows).abs() <= error_bound(codec, rows)).all()
+
+
+@pytest.mark.parametrize("name", [n for n in CODECS if not n.startswith("bf16")])
+def test_each_group_has_parameters_of_its_own(name: str) -> None:
+    codec, side = CODECS[name]
+    assert isinstance(codec, Affine)
+    rows = rows_like_keys(64)
+    changed = rows.clone()
+    changed[:, 5, 7] += 500.0
+    before, after = decode(codec, rows, side), decode(codec, changed, side)
+    same = torch.ones(PAGE_TOKENS, 64, dtype=torch.bool)
+    if codec.per == "token":
+        same[5] = False
+    else:
+        same[:, 7] = False
+    assert torch.equal(before[:, same], after[:, same])
+    assert not torch.equal(before, after)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    bits=st.sampled_from(sorted(PLANES)),
+    groups=st.integers(1, 4),
+    lanes=st.sampled_from([16, 64, 80]),
+    batch=st.integers(1, 3),
+    seed=st.integers(0, 2**31),
+)
+def test_packing_loses_nothing(bits: int, groups: int, lanes: int, batch: int, seed: int) -> None:
+    reduction = groups * quads_multiple(bits)
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (batch, reduction, lanes), generator=generator, dtype=torch.uint8)
+    packed = pack(codes, bits)
+    assert packed.shape == (batch, reduction * lanes * bits // 8)
+    assert torch.equal(unpack(packed, bits, reduction, lanes), codes)
+
+
+def test_packing_puts_bits_where_the_format_says() -> None:
+    # reduced element 4 q + i of a lane: byte [q // 2, lane, i], low half for even q
+    codes = torch.zeros(8, 3, dtype=torch.uint8)
+    codes[2, 1] = 5
+    codes[6, 1] = 9
+    expected = torch.zeros(3, 4, dtype=torch.uint8)
+    expected[1, 2] = 9 << 4 | 5
+    assert torch.equal(pack(codes, 4), expected.flatten())
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_head_sizes_that_do_not_fit_are_named(name: str) -> None:
+    codec, _ = CODECS[name]
+    assert codec.supports(64) is None
+    assert "head size 24" in str(codec.supports(24))
+
+
+class TestPolicies:
+    def test_forms(self) -> None:
+        assert parse_policy(" INT4 ", 3).layers == (SCHEMES["int4"],) * 3
+        mixed = parse_policy("int8,int4", 2).layers[0]
+        assert (mixed.key, mixed.value) == (SCHEMES["int8"].key, SCHEMES["int4"].value)
+        assert parse_policy("int8/int4", 2).layers == (mixed, mixed)
+        layered = parse_policy("0-1:int8, 2:int8/int4, 3-4:int2", 5).layers
+        assert layered == (SCHEMES["int8"],) * 2 + (mixed,) + (SCHEMES["int2"],) * 2
+        assert mixed.name == "int8/int4"
+        assert SCHEMES["int4"].name == "int4"
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("", "the KV cache dtype is empty; choose from bf16, int8"),
+            ("fp7", "unknown KV cache dtype 'fp7'; choose from bf16, int8"),
+            ("int8/fp7", "unknown KV cache dtype 'fp7' in 'int8/fp7'; choose from bf16"),
+            ("0-3:fp7", "unknown KV cache dtype 'fp7' in '0-3:fp7'; choose from bf16"),
+            ("int8,int4,int2", "'int8,int4,int2' names 3 dtypes; write one, or one for keys and one for values"),
+            ("0-1:int8,int4", "'int4' in the policy '0-1:int8,int4' is not LAYER:DTYPE or FIRST-LAST:DTYPE"),
+            ("a:int8", "'a:int8' in the policy 'a:int8' is not LAYER:DTYPE or FIRST-LAST:DTYPE"),
+            ("0-4:int8", "'0-4:int8' in the policy '0-4:int8': the model's layers are 0 to 3"),
+            ("2-1:int8", "'2-1:int8' in the policy '2-1:int8': the model's layers are 0 to 3"),
+            ("0-2:int8,2-3:int4", "the policy '0-2:int8,2-3:int4' names layer 2 twice"),
+            ("1:int8,3:int4", "the policy '1:int8,3:int4' says nothing of layer 0, 2"),
+        ],
+    )
+    def test_messages(self, text: str, message: str) -> None:
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            parse_policy(text, 4)
+
+    def test_a_layer_that_does_not_fit_is_named(self) -> None:
+        layers = (LayerGeometry(2, 1, 64, 64, 0.1), LayerGeometry(2, 1, 24, 64, 0.1))
+        with pytest.raises(UnsupportedError, match="layer 1 cannot be stored as 'int4': head size 24"):
+            parse_policy("int4", 2).check(ModelGeometry("m", layers, 100, 10))
+
+
+@pytest.mark.parametrize("dtype", [*SCHEMES, "int8/int4", "0:int2,1-2:int8"])
+def test_layers_lie_side_by_side_in_their_frames(dtype: str) -> None:
+    layers = (LayerGeometry(4, 2, 64, 64, 0.1), LayerGeometry(4, 1, 128, 64, 0.1), LayerGeometry(4, 4, 96, 96, 0.1))
+    layout = PoolLayout.of(ModelGeometry("m", layers, 100, 10), parse_policy(dtype, 3))
+    assert layout.sealed.frames == 1
+    for form in (layout.sealed, layout.open):
+        taken: set[tuple[int, int]] = set()
+        for place, layer in zip(form.places, layers, strict=True):
+            size = layer.num_kv_heads * sum(
+                align(c.page_bytes(d))
+                for c, d in ((place.scheme.key, layer.key_dim), (place.scheme.value, layer.value_dim))
+            )
+            assert place.offset % ALIGNMENT == 0
+            assert place.offset + size <= layout.frame_bytes
+            lines = {(place.frame, line) for line in range(place.offset, place.offset + size, ALIGNMENT)}
+            assert not lines & taken
+            taken |= lines
+        assert form.used_bytes == len(taken) * ALIGNMENT
