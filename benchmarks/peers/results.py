@@ -1,0 +1,118 @@
+"""Measurements of one run: kept raw, summarised as medians with their range, written as JSON and Markdown."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from machine import describe
+
+from peers.case import Case, Measurement, Peer, label
+
+FIGURES = ("prefill_tokens_per_s", "decode_tokens_per_s")
+
+
+@dataclass
+class Results:
+    """Every sample and every failure, in the order in which they were measured."""
+
+    machine: dict[str, Any]
+    settings: dict[str, Any]
+    samples: dict[tuple[Peer, Case], list[Measurement]] = field(default_factory=dict)
+    failures: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, peer: Peer, case: Case, measurement: Measurement) -> None:
+        self.samples.setdefault((peer, case), []).append(measurement)
+
+    def fail(self, peer: Peer, case: Case, reason: str) -> None:
+        self.failures.append(_keys(peer, case) | {"reason": reason})
+
+    def failed(self, peer: Peer, case: Case) -> bool:
+        keys = _keys(peer, case)
+        return any(all(failure[key] == value for key, value in keys.items()) for failure in self.failures)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for each engine and case: medians, least and greatest."""
+        rows = []
+        for (peer, case), found in self.samples.items():
+            row = _keys(peer, case)
+            for name in FIGURES:
+                values = [getattr(measurement, name) for measurement in found]
+                row |= {name: statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
+            row |= {
+                "repeats": len(found),
+                "prefill_sequences": found[0].prefill_sequences,
+                "peak_rss_bytes": max(measurement.peak_rss_bytes for measurement in found),
+                "wall_s": statistics.median(measurement.wall_s for measurement in found),
+                "new_tokens": case.new_tokens,
+                "threads": case.threads,
+                "command": shlex.join(peer.command(case)),
+                "samples": [asdict(measurement) for measurement in found],
+            }
+            rows.append(row)
+        return rows
+
+    def write(self, path: Path) -> None:
+        """The whole run as JSON."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        result = {
+            "machine": self.machine,
+            "settings": self.settings,
+            "rows": self.rows(),
+            "failures": self.failures,
+        }
+        path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _keys(peer: Peer, case: Case) -> dict[str, Any]:
+    return {
+        "system": peer.system,
+        "kv_dtype": peer.kv_dtype,
+        "weights": peer.weights,
+        "batch": case.batch,
+        "context": case.context,
+    }
+
+
+def markdown(results: Results, peers: Sequence[Peer], cases: Sequence[Case]) -> str:
+    """Decode and prefill tables (medians, least to greatest in brackets), then command lines and failures."""
+    by_key = {(label_of(row), row["batch"], row["context"]): row for row in results.rows()}
+    lines = [describe(results.machine), ""]
+    if "read_bandwidth_gb_per_s" in results.settings:
+        lines += [f"Read bandwidth before the run: {results.settings['read_bandwidth_gb_per_s']:.1f} GB/s.", ""]
+    lines += ["Medians, least to greatest in brackets.", ""]
+    for figure, title in zip(FIGURES, ("Prefill", "Decode"), strict=True):
+        lines += [f"## {title}, tokens per second of all sequences", ""]
+        lines.append("| system | KV cache | weights | " + " | ".join(map(str, cases)) + " |")
+        lines.append("|---" * (3 + len(cases)) + "|")
+        for peer in peers:
+            cells = [_cell(by_key.get((label(peer), case.batch, case.context)), figure) for case in cases]
+            lines.append(f"| {peer.system} | {peer.kv_dtype} | {peer.weights} | " + " | ".join(cells) + " |")
+        lines.append("")
+    lines.append("llama.cpp computes one prompt and copies it (its prefill is one sequence's); the others compute all.")
+    lines += ["", "## Command lines", ""]
+    lines += [f"- {label(peer)}, {cases[-1]}: `{shlex.join(peer.command(cases[-1]))}`" for peer in peers]
+    if results.failures:
+        lines += ["", "## Not measured", ""]
+        for failure in results.failures:
+            head = failure["reason"].splitlines()[0]
+            lines.append(f"- {label_of(failure)} at {failure['batch']} x {failure['context']}: {head}")
+    return "\n".join(lines) + "\n"
+
+
+def label_of(row: dict[str, Any]) -> str:
+    """``label`` of a row's engine."""
+    return f"{row['system']}:{row['kv_dtype']}:{row['weights']}"
+
+
+def _cell(row: dict[str, Any] | None, figure: str) -> str:
+    if row is None:
+        return "-"
+    middle, least, most = (row[figure + end] for end in ("", "_min", "_max"))
+    digits = 0 if middle >= 100 else 1
+    return f"{middle:,.{digits}f} ({least:,.{digits}f} to {most:,.{digits}f})"
