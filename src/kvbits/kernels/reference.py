@@ -32,7 +32,7 @@ class ReferenceBackend(Backend):
             rows = slice(int(batch.rows[s]), int(batch.rows[s + 1]))
             start = int(batch.starts[s])
             keys, values = _own_rows(view, batch.head[s], start, key[rows], value[rows])
-            _store(view, batch.sealed[s], batch.tail[s], start, keys, values)
+            _store(view, batch.sealed[s], batch.head[s], batch.tail[s], start, keys, values)
             out[rows] = _attend(view, batch.sealed[s], start, query[rows].float(), keys, values, sinks).to(query.dtype)
         return out
 
@@ -47,19 +47,24 @@ def _own_rows(view: LayerView, head: Ints, start: int, key: Tensor, value: Tenso
     return torch.cat([old_key[:stored], key]), torch.cat([old_value[:stored], value])
 
 
-def _store(view: LayerView, sealed: Ints, tail: Ints, start: int, keys: Tensor, values: Tensor) -> None:
+def _store(view: LayerView, sealed: Ints, head: Ints, tail: Ints, start: int, keys: Tensor, values: Tensor) -> None:
     """Seal the pages that ``keys`` and ``values`` fill and leave the rest in the open page."""
     first = start // PAGE_TOKENS
+    if tail[0] != head[0]:  # tentative: the first page stays in 16 bit as well
+        _store_open(view, head, keys[:PAGE_TOKENS], values[:PAGE_TOKENS])
     full = len(keys) // PAGE_TOKENS
     for p in range(full):
         page = slice(p * PAGE_TOKENS, (p + 1) * PAGE_TOKENS)
         write_page(view, view.sealed, int(sealed[first + p]), keys[page], values[page])
     rest = len(keys) - full * PAGE_TOKENS
     if rest:
-        padding = (0, 0, 0, 0, 0, PAGE_TOKENS - rest)
-        last_keys = torch.nn.functional.pad(keys[-rest:], padding)
-        last_values = torch.nn.functional.pad(values[-rest:], padding)
-        write_page(view, view.open, int(tail[view.open.frame]), last_keys, last_values)
+        _store_open(view, tail, keys[-rest:], values[-rest:])
+
+
+def _store_open(view: LayerView, frames: Ints, keys: Tensor, values: Tensor) -> None:
+    padding = (0, 0, 0, 0, 0, PAGE_TOKENS - len(keys))
+    keys, values = (torch.nn.functional.pad(x, padding) for x in (keys, values))
+    write_page(view, view.open, int(frames[view.open.frame]), keys, values)
 
 
 def _attend(
