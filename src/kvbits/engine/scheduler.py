@@ -101,7 +101,7 @@ class Scheduler:
 
     def _alone(self, request: Request, plan: Plan, scheduled: set[int]) -> None:
         """A step for one request, which must find out whether it was the one that failed."""
-        while request not in self.running and not self._open(request):
+        while request not in self.running and not self._open(request, plan):
             if not self.running:
                 self.waiting.remove(request)
                 plan.exhausted.append(request)
@@ -161,19 +161,19 @@ class Scheduler:
                 self.waiting.remove(request)
                 plan.exhausted.append(request)
                 continue
-            if not self._open(request):
+            if not self._open(request, plan):
                 return
             budget -= self._advance(request, min(budget, request.remaining), plan, scheduled)
 
-    def _open(self, request: Request) -> bool:
+    def _open(self, request: Request, plan: Plan) -> bool:
         """Give ``request`` the pages that the prefix cache has of it, and a seat, if the rest would fit too."""
-        state = (request.seq_id, self.pages.available())
+        promised = self._promised(plan)
+        state = (request.seq_id, self.pages.available() - promised)
         if self.running and self._blocked == state:
             return False
         # Prompt log-probabilities need the logits of every prompt token, so none is taken from the cache.
         known = [] if request.params.prompt_logprobs is not None else request.tokens
         cached = self.pages.open(request.seq_id, known, request.salt)
-        promised = sum(self.pages.frames_needed(r.seq_id, r.remaining) for r in self.running if r.remaining > 1)
         needed = self.pages.frames_needed(request.seq_id, len(request.tokens) - cached)
         spare = self.pages.num_frames // WATERMARK if self.running else 0
         if needed + promised + spare > self.pages.available():
@@ -188,6 +188,16 @@ class Scheduler:
         self.waiting.remove(request)
         insort(self.running, request, key=_rank)
         return True
+
+    def _promised(self, plan: Plan) -> int:
+        """Frames that prompts under way will take after this step; what the step itself takes is reserved already."""
+        planned = {work.request.seq_id: work.count for work in plan.works}
+        need = self.pages.frames_needed
+        under_way = [r for r in self.running if r.remaining > 1]
+        return sum(
+            need(r.seq_id, r.remaining) - (need(r.seq_id, planned[r.seq_id]) if r.seq_id in planned else 0)
+            for r in under_way
+        )
 
 
 def _rank(request: Request) -> tuple[int, int]:
