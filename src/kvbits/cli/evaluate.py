@@ -42,12 +42,12 @@ def evaluate(
     from kvbits.evaluation.windows import cut_windows, read_text
 
     content = read_text(text)
-    from kvbits.evaluation.compare import check_dtypes, compare
+    from kvbits.evaluation.compare import REFERENCE, check_dtypes, compare
 
     loaded = load(model, dtype, threads)
     check_dtypes(loaded, kv_cache_dtype, context)
     parts = cut_windows(tokens_of(loaded, content), context, windows)
-    with Bar(context * windows * (1 + len(kv_cache_dtype)), "evaluating") as advance:
+    with Bar(context * windows * len({REFERENCE, *kv_cache_dtype}), "evaluating") as advance:
         found = compare(loaded, kv_cache_dtype, parts, max_num_batched_tokens, advance)
     _print(found)
     rows = [result.as_json() | {"compute_dtype": dtype} for result in found]
