@@ -244,6 +244,71 @@ def test_a_page_whose_parent_was_evicted_is_found_again_with_it() -> None:
     assert manager.stored(4).sealed[1] == second
 
 
+def test_a_page_goes_before_the_older_one_that_it_continues() -> None:
+    manager = PageManager(12, 1)
+    tokens = text(30, 129)
+    manager.open(0, tokens)
+    manager.open(1, tokens)
+    extend(manager, 0, tokens[:64])
+    extend(manager, 1, tokens)
+    first, second = manager.stored(0).sealed[0], manager.stored(1).sealed[1]
+    manager.free(0)
+    manager.free(1)
+    assert evictions(manager) == [second, first]
+
+
+def test_of_equally_old_pages_without_idle_successor_the_deepest_goes_first() -> None:
+    """A sequence ends with page 0 shared, a copy of page 1 that is not indexed, and page 2 indexed."""
+    manager = PageManager(12, 1)
+    tokens = text(31, 193)
+    # Page 0 is indexed from 3, page 1 from 4, which has a page 0 of its own and keeps running.
+    manager.open(3, tokens)
+    manager.open(4, tokens)
+    extend(manager, 3, tokens[:64])
+    manager.open(6, tokens[:65])
+    extend(manager, 4, tokens[:128])
+    manager.free(3)
+    extend(manager, 6, tokens[64:])
+    first, _, third = manager.stored(6).sealed
+    assert first != manager.stored(4).sealed[0]
+    manager.free(6)
+    manager.check()
+    order: list[int] = []
+    manager.on_evict = lambda digest, frame: order.append(frame)
+    manager.open(7, [])
+    while manager.available():
+        manager.reserve(7, 64 if manager.stored(7).head else 1)
+        manager.commit(7, [0] * manager.slice(7).count)
+    assert order == [third, first]
+
+
+def test_many_hits_without_eviction_keep_the_queue_short_and_in_order() -> None:
+    manager = PageManager(12, 1)
+    old, new, unused = (text(seed, 129) for seed in (32, 33, 35))
+    for seq_id, tokens in enumerate((old, new, unused)):
+        store(manager, seq_id, tokens)
+    pages = [list(manager.stored(i).sealed) for i in (0, 1, 2)]
+    for seq_id in (0, 1, 2):
+        manager.free(seq_id)
+    for turn in range(500):
+        manager.open(2, new if turn % 3 else old)
+        manager.free(2)
+    assert len(manager._index._heap) < 100
+    manager.open(2, old)
+    manager.free(2)
+    assert evictions(manager) == pages[2][::-1] + pages[1][::-1] + pages[0][::-1]
+
+
+def test_rollback_of_the_first_reservation_leaves_nothing() -> None:
+    manager = PageManager(20, 3)
+    manager.open(0, text(34, 100))
+    for tentative in (False, True):
+        manager.reserve(0, 100, tentative)
+        manager.rollback(0)
+        manager.check()
+        assert (manager.stats().free, manager.stored(0).head) == (20, ())
+
+
 def test_clear_cache_forgets_also_what_sequences_still_hold() -> None:
     manager = PageManager(12, 1)
     tokens = text(18, 200)
