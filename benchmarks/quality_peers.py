@@ -53,8 +53,8 @@ def parse(output: str, figures: dict[str, str]) -> dict[str, float]:
     return found
 
 
-def command(args: argparse.Namespace, caches: str, base: Path) -> list[str]:
-    """Command line for ``caches``, keys/values; the f16 run comes first and writes ``base``."""
+def command(args: argparse.Namespace, caches: str, base: Path, compare: bool) -> list[str]:
+    """Command line for ``caches``, keys/values: writes its logits to ``base``, or compares its own with them."""
     key, value = caches.split("/")
     options = {
         "-m": args.gguf,
@@ -70,7 +70,7 @@ def command(args: argparse.Namespace, caches: str, base: Path) -> list[str]:
     }
     tool = Installation(args.directory.resolve()).llama_tool("llama-perplexity")
     flags = [str(part) for option in options.items() for part in option]
-    return [str(tool), *flags, *(["--kl-divergence"] if caches != "f16/f16" else [])]
+    return [str(tool), *flags, *(["--kl-divergence"] if compare else [])]
 
 
 def run(line: list[str]) -> str:
@@ -87,10 +87,10 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         base = Path(scratch, "base.kld")
-        unquantized = parse(run(command(args, "f16/f16", base)), _BASE)
+        unquantized = parse(run(command(args, "f16/f16", base, compare=False)), _BASE)
         for caches in args.caches:
             key, value = caches.split("/")
-            line = command(args, caches, base)
+            line = command(args, caches, base, compare=True)
             row: dict[str, Any] = {"system": "llama.cpp", "key": key, "value": value}
             row["bits_per_element"] = (BITS[key] + BITS[value]) / 2
             rows.append(row | unquantized | parse(run(line), _FIGURES) | {"command": shlex.join(line)})
