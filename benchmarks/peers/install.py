@@ -88,6 +88,13 @@ def install_python_engines(place: Installation) -> None:
     _pip(place, "install", _TORCH, *_ENGINES)
 
 
+def build_quanto(place: Installation) -> None:
+    """quanto compiles its CPU kernel when it is first used, and needs ninja on the path then: not during a benchmark."""
+    use = "import torch, optimum.quanto; torch.ops.quanto.unpack(torch.zeros(8, dtype=torch.uint8), 4)"
+    path = f"{place.python.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    subprocess.run([str(place.python), "-c", use], check=True, env={**os.environ, "PATH": path})
+
+
 def fetch_llama_sources(place: Installation) -> None:
     """The source distribution, unpacked; nothing of it is built by pip."""
     if place.llama_source.is_dir():
@@ -117,6 +124,7 @@ def main() -> None:
     place = Installation(arguments.directory.resolve())
     place.directory.mkdir(parents=True, exist_ok=True)
     install_python_engines(place)
+    build_quanto(place)
     fetch_llama_sources(place)
     build_llama(place, arguments.jobs)
     assert not place.missing(), place.missing()
