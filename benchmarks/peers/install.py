@@ -89,7 +89,7 @@ def install_python_engines(place: Installation) -> None:
 
 
 def build_quanto(place: Installation) -> None:
-    """quanto compiles its CPU kernel when it is first used, and needs ninja on the path then: not during a benchmark."""
+    """quanto compiles its CPU kernel on first use, with the ninja on the path; here, so not during a benchmark."""
     use = "import torch, optimum.quanto; torch.ops.quanto.unpack(torch.zeros(8, dtype=torch.uint8), 4)"
     path = f"{place.python.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     subprocess.run([str(place.python), "-c", use], check=True, env={**os.environ, "PATH": path})
