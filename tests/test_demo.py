@@ -43,7 +43,7 @@ def smollm2() -> ModelGeometry:
 def test_the_demo_runs_more_sessions_from_the_same_bytes(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # 16 bit: 64 tokens x 3 layers x 2 heads x 32 elements x 2 bytes = 24 KiB a page; two sessions of about 1,000 tokens.
+    # 16 bit: 64 tokens x 3 layers x 2 heads x 32 elements x 2 bytes = 24 KiB a page, so two sessions of 1,000 tokens.
     options = ("--sessions", "8", "--document-tokens", "800", "--windows", "1", "--kv-cache-memory", "1MiB")
     with pytest.raises(SystemExit) as caught:
         run(["demo", model, "--dtype", "float32", "--output", str(tmp_path), *options])
