@@ -15,7 +15,7 @@ from torch import Tensor
 from kvbits.codecs import SCHEMES
 from kvbits.config import PAGE_TOKENS, LayerGeometry, ModelGeometry
 from kvbits.kernels import Backend, BatchLayout, SequenceSlice
-from kvbits.kernels.reference import ReferenceBackend
+from kvbits.kernels.reference import ReferenceBackend, read_page
 
 LENGTH = 200
 SHAPES = {
@@ -130,8 +130,6 @@ def test_chunks_leave_no_trace(cuts: list[int], shape: str, dtype: str) -> None:
 
 def open_rows(frames: Frames, layer: LayerGeometry) -> Tensor:
     """Keys and values of the tokens in the open page."""
-    from kvbits.kernels.reference import read_page
-
     view = frames.pool.layers[1]
     frame = frames.slice(0, 0).head[view.open.frame]
     rest = LENGTH % PAGE_TOKENS
@@ -152,19 +150,20 @@ def test_sequences_of_one_step_do_not_see_each_other() -> None:
         torch.testing.assert_close(got, alone, rtol=1e-5, atol=1e-6)
 
 
-def test_a_tentative_step_leaves_its_head_alone() -> None:
+def test_a_tentative_step_keeps_its_first_page_in_16_bit() -> None:
     layer = SHAPES["gqa"]
     query, key, value, _ = random_step(layer, 80)
     frames = Frames(model_of(layer), "int4")
     backend, view = ReferenceBackend(), frames.pool.layers[1]
     first = frames.slice(0, 60)
     backend.forward(view, BatchLayout.of([first]), query[:60], key[:60], value[:60], None)
-    before = frames.open_bytes(0)
     other = frames.slice(1, 0)  # frames for the tail
     sealed = frames.slice(0, 20).sealed
     step = SequenceSlice(60, 20, sealed, first.head, other.head)
     out = backend.forward(view, BatchLayout.of([step]), query[60:], key[60:], value[60:], None)
-    assert torch.equal(frames.open_bytes(0), before)
+    head_keys, head_values = read_page(view, view.open, first.head[view.open.frame])
+    assert torch.equal(head_keys, key[:PAGE_TOKENS].bfloat16().float())
+    assert torch.equal(head_values, value[:PAGE_TOKENS].bfloat16().float())
     expected = dense(layer, "int4", (query, key, value, None))[60:]
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
     # and the tail holds what the next step needs

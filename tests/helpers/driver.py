@@ -49,6 +49,7 @@ class Frames:
         return self.pool.buffer[torch.tensor(self.sealed[sequence], dtype=torch.long)].clone()
 
     def open_bytes(self, sequence: int) -> Tensor:
+        """The open page of ``sequence``, ``uint8 [open frames, frame_bytes]``."""
         return self.pool.buffer[torch.tensor(self._open[sequence])].clone()
 
 

@@ -1,11 +1,12 @@
 """How small integers lie in bytes, in torch: the slow, obvious side of ``csrc/codecs/planes.h``.
 
 A page of one head is a matrix ``[reduction, lanes]``: for keys the channels are reduced and the tokens are lanes, for
-values the tokens are reduced and the channels are lanes. A kernel's dot product eats four reduced elements per lane at
-once (one 32-bit lane of ``vpdpbusd``), so codes are stored quad by quad: byte ``[q, lane, i]`` belongs to reduced
-element ``4 q + i``. A code of ``b`` bits is cut into *planes* of 8, 4, 2 or 1 bits, low bits first in the widest plane.
-A plane of ``w`` bits keeps ``8 / w`` quads in one byte: bits ``w j .. w j + w - 1`` of byte ``[g, lane, i]`` belong to quad
-``(8 / w) g + j``. So one aligned load holds ``8 / w`` vectors that a shift and a mask separate, at any vector width.
+values the tokens are reduced and the channels are lanes. A kernel's dot product eats four reduced elements per lane
+at once (one 32-bit lane of ``vpdpbusd``), so codes are stored quad by quad: byte ``[q, lane, i]`` belongs to reduced
+element ``4 q + i``. A code of ``b`` bits is cut into *planes* of 8, 4, 2 or 1 bits, low bits first in the widest
+plane. A plane of ``w`` bits keeps ``8 / w`` quads in one byte: bits ``w j .. w j + w - 1`` of byte ``[g, lane, i]``
+belong to quad ``(8 / w) g + j``. So one aligned load holds ``8 / w`` vectors that a shift and a mask separate, at any
+vector width.
 """
 
 from __future__ import annotations
