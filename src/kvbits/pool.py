@@ -35,7 +35,9 @@ class PagedPool:
     whom is :class:`kvbits.pages.PageManager`'s business, not the pool's.
     """
 
-    def __init__(self, geometry: ModelGeometry, policy: Policy, memory_bytes: int, buffer: Tensor | None = None) -> None:
+    def __init__(
+        self, geometry: ModelGeometry, policy: Policy, memory_bytes: int, buffer: Tensor | None = None
+    ) -> None:
         """Reserve ``memory_bytes`` (or use ``buffer``, ``uint8``, of at least that size).
 
         Raises ``ConfigError`` when not even one short sequence fits, ``UnsupportedError`` when a layer does not fit
@@ -48,8 +50,8 @@ class PagedPool:
         least = self.layout.sealed.frames + self.layout.open.frames
         if self.num_frames < least:
             raise ConfigError(
-                f"a KV cache of {memory_bytes} bytes holds {self.num_frames} frames of {self.layout.frame_bytes} bytes; "
-                f"one session needs {least} ({least * self.layout.frame_bytes} bytes)"
+                f"a KV cache of {memory_bytes} bytes holds {self.num_frames} frames of {self.layout.frame_bytes} bytes;"
+                f" one session needs {least} ({least * self.layout.frame_bytes} bytes)"
             )
         size = self.num_frames * self.layout.frame_bytes
         block = _reserve(size) if buffer is None else buffer[:size]

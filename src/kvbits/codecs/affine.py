@@ -74,7 +74,7 @@ class Affine(Codec):
         scale = params[..., :n].unsqueeze(axis)
         if self.symmetric:
             half = 2 ** (self.bits - 1)
-            signed = codes.float() - half if side == "key" else (codes.float() + half) % (2 * half) - half
+            signed: Tensor = codes.float() - half if side == "key" else (codes.float() + half) % (2 * half) - half
             return signed * scale
         return codes.float() * scale + params[..., n:].unsqueeze(axis)
 

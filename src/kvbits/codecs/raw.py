@@ -27,12 +27,13 @@ class Raw(Codec):
     def encode(self, rows: Tensor, side: Side) -> Tensor:
         matrix = rows.transpose(-1, -2) if side == "key" else rows
         pairs = matrix.to(torch.bfloat16).unflatten(-2, (-1, 2)).transpose(-1, -2)
-        return pairs.contiguous().view(torch.uint8).flatten(-3)
+        page: Tensor = pairs.contiguous().view(torch.uint8).flatten(-3)
+        return page
 
     def decode(self, page: Tensor, dim: int, side: Side) -> Tensor:
         lanes = PAGE_TOKENS if side == "key" else dim
         pairs = page.contiguous().view(torch.bfloat16).unflatten(-1, (-1, lanes, 2))
-        matrix = pairs.transpose(-1, -2).flatten(-3, -2).float()
+        matrix: Tensor = pairs.transpose(-1, -2).flatten(-3, -2).float()
         return matrix.transpose(-1, -2) if side == "key" else matrix
 
     def supports(self, dim: int) -> str | None:

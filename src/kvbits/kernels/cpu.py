@@ -27,7 +27,8 @@ class CpuBackend(Backend):
 
     def __init__(self, isa: str = "auto", threads: int | None = None) -> None:
         if isa != "auto" and isa not in available_isas():
-            raise ConfigError(f"the instruction set '{isa}' does not run here; choose from {', '.join(available_isas())}")
+            choices = ", ".join(available_isas())
+            raise ConfigError(f"the instruction set '{isa}' does not run here; choose from {choices}")
         count = torch.get_num_threads() if threads is None else threads
         if count < 1:
             raise ConfigError(f"threads is {count}; it must be positive")
