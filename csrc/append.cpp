@@ -29,9 +29,7 @@ uint8_t* Pages::open(int s, int page, int head) const {
   return staging_ + (index * layer_.kv_heads + head) * layer_.open.head_bytes;
 }
 
-bool Pages::must_settle(int s) const {
-  return last_page(s) > first_page(s) && ends_inside_page(s) && !own_tail(s);
-}
+bool Pages::must_settle(int s) const { return last_page(s) > first_page(s) && ends_inside_page(s) && !own_tail(s); }
 
 int Pages::staged(int s) const {
   const int later = last_page(s) - first_page(s);
@@ -86,7 +84,8 @@ void Cpu::append(const Layer& layer, const Batch& batch, const Rows& rows, const
     const int64_t value_at = row * rows.value_row + head * rows.value_head;
     if (rows.dtype == Float::kF32) {
       store_keys(static_cast<const float*>(rows.key) + key_at, rows.key_row, first, last, layer.key_dim, keys);
-      store_values(static_cast<const float*>(rows.value) + value_at, rows.value_row, first, last, layer.value_dim, values);
+      store_values(static_cast<const float*>(rows.value) + value_at, rows.value_row, first, last, layer.value_dim,
+                   values);
     } else {
       store_keys(static_cast<const uint16_t*>(rows.key) + key_at, rows.key_row, first, last, layer.key_dim, keys);
       store_values(static_cast<const uint16_t*>(rows.value) + value_at, rows.value_row, first, last, layer.value_dim,

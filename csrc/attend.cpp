@@ -1,8 +1,8 @@
 // Attention over pages: which rows meet which pages, in which order.
 //
 // A query row's result is the same sequence of operations whatever else the step holds: pages in order, in splits of
-// kSplitPages whose partial results are merged in order. So decode and prefill, any batch and any number of threads give
-// the same bits.
+// kSplitPages whose partial results are merged in order. So decode and prefill, any batch and any number of threads
+// give the same bits.
 #include <atomic>
 #include <cstring>
 #include <vector>
@@ -13,15 +13,15 @@ namespace kvbits {
 namespace {
 
 constexpr float kNoMax = -1e30f;
-constexpr int kTileRows = 64;     // query rows of a prefill tile: their state stays in the L2 cache
-constexpr int kSplitTokens = 8;   // up to so many new tokens, a sequence's splits are separate tasks
+constexpr int kTileRows = 64;    // query rows of a prefill tile: their state stays in the L2 cache
+constexpr int kSplitTokens = 8;  // up to so many new tokens, a sequence's splits are separate tasks
 constexpr size_t kLine = 64;
 
 struct Item {
-  int s, head;          // sequence, KV head
-  int token, tokens;    // first new token and how many, all in one page
+  int s, head, heads;     // sequence, first KV head and how many
+  int token, tokens;      // first new token and how many, all in one page
   int split, last_split;  // [split, last_split)
-  int group;            // index of the shared result when splits are separate tasks, else -1
+  int group;              // index of the shared result when splits are separate tasks, else -1
 };
 
 struct Group {
@@ -60,13 +60,13 @@ class RowBlock {
 
 inline void reset(QueryRow& row, int dim) {
   row.max = kNoMax;
-  row.total = 0;
+  std::memset(row.total, 0, sizeof(row.total));
   std::memset(row.accumulator, 0, dim * sizeof(float));
 }
 
 inline void take(QueryRow& to, const QueryRow& from, int dim) {
   to.max = from.max;
-  to.total = from.total;
+  std::memcpy(to.total, from.total, sizeof(to.total));
   std::memcpy(to.accumulator, from.accumulator, dim * sizeof(float));
 }
 
@@ -98,13 +98,21 @@ void Cpu::attend(const Layer& layer, const Batch& batch, const Rows& rows, const
       }
     }
   };
-  for_tiles([&](int s, int, int, int, int) { groups += batch.counts[s] <= kSplitTokens ? layer.kv_heads : 0; });
+  // A page's heads lie side by side: a task that takes them all reads memory in order. With few tasks each takes one.
+  int pieces = 0, most_new = 0;
+  for (int s = 0; s < batch.sequences; ++s) most_new = batch.counts[s] > most_new ? batch.counts[s] : most_new;
+  for_tiles([&](int, int, int, int split, int last_split) { pieces += last_split - split; });
+  const bool all_heads = most_new <= kSplitTokens && pieces >= 4 * workers_.threads();
+  const int item_heads = all_heads ? layer.kv_heads : 1;
+
+  for_tiles(
+      [&](int s, int, int, int, int) { groups += batch.counts[s] <= kSplitTokens ? layer.kv_heads / item_heads : 0; });
   std::vector<Group> shared(groups);
   size_t next_group = 0;
   for_tiles([&](int s, int token, int tokens, int split, int last_split) {
-    for (int head = 0; head < layer.kv_heads; ++head) {
+    for (int head = 0; head < layer.kv_heads; head += item_heads) {
       if (batch.counts[s] > kSplitTokens || last_split - split == 1) {
-        items.push_back({s, head, token, tokens, split, last_split, -1});
+        items.push_back({s, head, item_heads, token, tokens, split, last_split, -1});
         continue;
       }
       Group& group = shared[next_group];
@@ -112,44 +120,50 @@ void Cpu::attend(const Layer& layer, const Batch& batch, const Rows& rows, const
       group.splits = last_split - split;
       group.partial = partial_rows;
       group.missing.store(group.splits, std::memory_order_relaxed);
-      partial_rows += static_cast<size_t>(group.splits) * tokens * group_size;
+      partial_rows += static_cast<size_t>(group.splits) * tokens * group_size * item_heads;
       for (int i = split; i < last_split; ++i) {
-        items.push_back({s, head, token, tokens, i, i + 1, static_cast<int>(next_group)});
+        items.push_back({s, head, item_heads, token, tokens, i, i + 1, static_cast<int>(next_group)});
       }
       ++next_group;
     }
   });
 
-  const size_t partial_stride = 2 + round_up(value_dim, 16);
+  const size_t partial_stride = 2 * kLanes + round_up(value_dim, kLanes);
   auto* partials = reinterpret_cast<float*>(partials_.get(partial_rows * partial_stride * sizeof(float) + kLine));
-  const int most_rows = tile_tokens * group_size;
+  const int most_rows = tile_tokens * group_size * item_heads;
   const size_t per_thread = round_up(static_cast<int>(RowBlock::bytes(most_rows, key_dim, value_dim)), 4096);
   uint8_t* scratch = thread_scratch_.get(per_thread * workers_.threads());
 
   workers_.run(static_cast<int>(items.size()), [&](int index, int thread) {
     const Item item = items[index];
-    const int count = item.tokens * group_size;
+    const int head_rows = item.tokens * group_size;  // rows of one KV head
+    const int count = head_rows * item.heads;
     RowBlock block(scratch + thread * per_thread, count, key_dim, value_dim);
     QueryRow* state = block.rows();
     QueryRow* totals = block.totals();
     const int64_t first_row = batch.rows[item.s] + item.token;
     const int position = batch.starts[item.s] + item.token;
     const int own = position / kPage;
+    // Row r belongs to token r % head_rows / group_size and to this query head:
+    const auto query_head = [&](int r) { return (item.head + r / head_rows) * group_size + r % group_size; };
+    const auto token_row = [&](int r) { return first_row + r % head_rows / group_size; };
     for (int r = 0; r < count; ++r) {
-      const int head = item.head * group_size + r % group_size;
-      const int64_t at = (first_row + r / group_size) * rows.query_row + head * rows.query_head;
+      const int64_t at = token_row(r) * rows.query_row + query_head(r) * rows.query_head;
       kernels_.load_query(static_cast<const uint8_t*>(rows.query) + at * width, rows.dtype, layer.scale, key_dim,
                           state[r].query);
       sealed_key.prepare(state[r], key_dim);
     }
     const auto finish = [&](const QueryRow& row, int r) {
-      const int head = item.head * group_size + r % group_size;
-      const int64_t at = ((first_row + r / group_size) * layer.heads + head) * value_dim;
-      kernels_.store_output(row, rows.sinks ? rows.sinks + head : nullptr, value_dim, rows.dtype,
+      const int64_t at = (token_row(r) * layer.heads + query_head(r)) * value_dim;
+      kernels_.store_output(row, rows.sinks ? rows.sinks + query_head(r) : nullptr, value_dim, rows.dtype,
                             static_cast<uint8_t*>(rows.out) + at * width);
+    };
+    const auto page_block = [&](int page, int head) {
+      return page == own ? pages.open(item.s, page, head) : pages.sealed(item.s, page, head);
     };
 
     const int first_page = layer.window > 0 && position >= layer.window ? (position - layer.window + 1) / kPage : 0;
+    const int last_head = item.head + item.heads - 1;
     alignas(64) float scores[kBlockRows * kPage];
     float keep[kBlockRows];
     for (int split = item.split; split < item.last_split; ++split) {
@@ -158,25 +172,33 @@ void Cpu::attend(const Layer& layer, const Batch& batch, const Rows& rows, const
       const int to = (split + 1) * kSplitPages - 1 < own ? (split + 1) * kSplitPages - 1 : own;
       for (int page = from; page <= to; ++page) {
         const bool is_own = page == own;
-        const uint8_t* keys = is_own ? pages.open(item.s, page, item.head) : pages.sealed(item.s, page, item.head);
-        const uint8_t* values = keys + (is_own ? layer.open : layer.sealed).value_offset;
-        // The page to come, asked for while this one is read. An own page of another form has other offsets: it is
-        // small and recent, and asked for piece by piece all the same.
-        const uint8_t* next = keys;
-        if (page < to) next = page + 1 == own ? pages.open(item.s, own, item.head) : pages.sealed(item.s, page + 1, item.head);
         const KeyKernel& key = is_own ? open_key : sealed_key;
         const ValueKernel& value = is_own ? open_value : sealed_value;
-        for (int r = 0; r < count; r += kBlockRows) {
-          const int n = count - r < kBlockRows ? count - r : kBlockRows;
-          const ptrdiff_t ahead = r == 0 ? next - keys : 0;
-          key.score(keys, ahead, key_dim, state + r, n, scores);
-          for (int i = 0; i < n; ++i) {
-            const int query_position = position + (r + i) / group_size;
-            const int last = is_own ? query_position - page * kPage + 1 : kPage;
-            const int oldest = layer.window > 0 ? query_position - layer.window + 1 - page * kPage : 0;
-            keep[i] = kernels_.softmax(scores + i * kPage, oldest > 0 ? oldest : 0, last, layer.softcap, state[r + i]);
+        for (int head = item.head; head <= last_head; ++head) {
+          const uint8_t* keys = page_block(page, head);
+          const uint8_t* values = keys + (is_own ? layer.open : layer.sealed).value_offset;
+          // The block to come, asked for while this one is read. An own page of another form has other offsets: it is
+          // small and recent, and asked for piece by piece all the same.
+          const uint8_t* next = keys;
+          if (head < last_head) {
+            next = page_block(page, head + 1);
+          } else if (page < to) {
+            next = page_block(page + 1, item.head);
           }
-          value.accumulate(values, ahead, value_dim, state + r, n, scores, keep);
+          QueryRow* head_state = state + (head - item.head) * head_rows;
+          for (int r = 0; r < head_rows; r += kBlockRows) {
+            const int n = head_rows - r < kBlockRows ? head_rows - r : kBlockRows;
+            const ptrdiff_t ahead = r == 0 ? next - keys : 0;
+            key.score(keys, ahead, key_dim, head_state + r, n, scores);
+            int oldest[kBlockRows], last[kBlockRows];
+            for (int i = 0; i < n; ++i) {
+              const int offset = position + (r + i) / group_size - page * kPage;  // of the query from the page's start
+              last[i] = is_own ? offset + 1 : kPage;
+              oldest[i] = layer.window > 0 && offset >= layer.window ? offset - layer.window + 1 : 0;
+            }
+            kernels_.softmax(scores, n, oldest, last, layer.softcap, head_state + r, keep);
+            value.accumulate(values, ahead, value_dim, head_state + r, n, scores, keep);
+          }
         }
       }
       if (item.group >= 0) continue;
@@ -200,8 +222,8 @@ void Cpu::attend(const Layer& layer, const Batch& batch, const Rows& rows, const
     for (int r = 0; r < count; ++r) {
       float* out = partial(item.split - group.first_split, r);
       out[0] = state[r].max;
-      out[1] = state[r].total;
-      std::memcpy(out + 2, state[r].accumulator, value_dim * sizeof(float));
+      std::memcpy(out + kLanes, state[r].total, sizeof(state[r].total));
+      std::memcpy(out + 2 * kLanes, state[r].accumulator, value_dim * sizeof(float));
     }
     if (group.missing.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
     for (int r = 0; r < count; ++r) {
@@ -209,8 +231,8 @@ void Cpu::attend(const Layer& layer, const Batch& batch, const Rows& rows, const
         float* in = partial(split, r);
         QueryRow part = state[r];
         part.max = in[0];
-        part.total = in[1];
-        part.accumulator = in + 2;
+        std::memcpy(part.total, in + kLanes, sizeof(part.total));
+        part.accumulator = in + 2 * kLanes;
         if (split == 0) {
           take(totals[r], part, value_dim);
         } else {

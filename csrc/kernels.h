@@ -9,6 +9,7 @@ constexpr int kPage = 64;        // tokens in a page
 constexpr int kSplitPages = 16;  // pages whose partial result is kept apart and merged in order (part of the numerics)
 constexpr int kMaxDim = 576;     // largest head size (MLA's latent key)
 constexpr int kBlockRows = 4;    // query rows that a kernel treats at once
+constexpr int kLanes = 16;       // floats in the widest vector
 
 // Where one layer lies inside a page, and how it is coded.
 struct Place {
@@ -47,17 +48,18 @@ struct Rows {
 
 // One query row while it meets one sequence's pages.
 struct QueryRow {
-  float* query;       // [key_dim], scaled
-  uint8_t* codes;     // [2 * key_dim]: high and low terms of the query, for codecs that quantize it once
-  float scale;        // value of one unit of `codes`
-  float sum;          // sum of the query
-  float code_sum;     // scale * sum of `codes`
-  float max, total;   // running maximum and sum of the softmax
-  float* accumulator; // [value_dim]
+  float* query;         // [key_dim], scaled
+  uint8_t* codes;       // [2 * key_dim]: high and low terms of the query, for codecs that quantize it once
+  float unit;           // value of one unit of `codes`
+  float correction;     // what a page's products need beside those with `codes`
+  float sum;            // sum of the query
+  float max;            // running maximum of the scores, in units of log 2
+  float total[kLanes];  // running sum of the softmax, spread over a vector's lanes
+  float* accumulator;   // [value_dim]
 };
 
-// One codec's work on one page of one head, for up to kBlockRows query rows at once. While it reads a page it asks for the
-// bytes `ahead` of those that it reads (0: nothing follows).
+// One codec's work on one page of one head, for up to kBlockRows query rows at once. While it reads a page it asks for
+// the bytes `ahead` of those that it reads (0: nothing follows).
 struct KeyKernel {
   // Once per row, before any page.
   void (*prepare)(QueryRow& row, int dim);
@@ -66,22 +68,25 @@ struct KeyKernel {
 };
 struct ValueKernel {
   // row r: accumulator = accumulator * keep[r] + sum over t of weights[r * kPage + t] * value t
-  void (*accumulate)(const uint8_t* page, ptrdiff_t ahead, int dim, QueryRow* rows, int count, const float* weights, const float* keep);
+  void (*accumulate)(const uint8_t* page, ptrdiff_t ahead, int dim, QueryRow* rows, int count, const float* weights,
+                     const float* keep);
 };
 // Encodes one head's page from its bfloat16 form.
 using SealKernel = void (*)(const uint8_t* open_page, int dim, uint8_t* sealed_page);
 
 struct Kernels {
   const char* isa;
-  const KeyKernel* (*key)(int codec);      // null: no such codec
+  const KeyKernel* (*key)(int codec);  // null: no such codec
   const ValueKernel* (*value)(int codec);
   SealKernel (*seal_key)(int codec);
   SealKernel (*seal_value)(int codec);
-  // Scores to softmax weights for one row and page: soft cap, mask outside [first, last), running maximum and sum.
-  // Returns the factor by which the accumulator must shrink.
-  float (*softmax)(float* scores, int first, int last, float softcap, QueryRow& row);
+  // Scores to softmax weights for `count` rows on one page: soft cap, mask outside [first[r], last[r]), running maximum
+  // and sum. keep[r] is the factor by which row r's accumulator must shrink.
+  void (*softmax)(float* scores, int count, const int* first, const int* last, float softcap, QueryRow* rows,
+                  float* keep);
   // a, b: partial results of the same row over different pages; a becomes their union.
   void (*merge)(QueryRow& a, const QueryRow& b, int dim);
+  // The row times `scale` (and 1 / ln 2, so that the softmax takes powers of two).
   void (*load_query)(const void* row, Float dtype, float scale, int dim, float* out);
   // Divide by the softmax's sum (and the sink's share) and round.
   void (*store_output)(const QueryRow& row, const float* sink, int dim, Float dtype, void* out);

@@ -48,8 +48,17 @@ NB_MODULE(_native, m) {
           "__init__",
           [](Layer* self, int heads, int kv_heads, int key_dim, int value_dim, float scale, float softcap, int window,
              Place sealed, Place open, int64_t frame_bytes, uintptr_t buffer) {
-            new (self) Layer{heads, kv_heads, key_dim,     value_dim,               scale, softcap, window,
-                             sealed, open,    frame_bytes, pointer<uint8_t>(buffer)};
+            new (self) Layer{heads,
+                             kv_heads,
+                             key_dim,
+                             value_dim,
+                             scale,
+                             softcap,
+                             window,
+                             sealed,
+                             open,
+                             frame_bytes,
+                             pointer<uint8_t>(buffer)};
           },
           nb::arg("heads"), nb::arg("kv_heads"), nb::arg("key_dim"), nb::arg("value_dim"), nb::arg("scale"),
           nb::arg("softcap"), nb::arg("window"), nb::arg("sealed"), nb::arg("open"), nb::arg("frame_bytes"),
@@ -62,9 +71,19 @@ NB_MODULE(_native, m) {
             const Batch batch{static_cast<int32_t>(starts.shape(0)),
                               static_cast<int32_t>(sealed.shape(1)),
                               static_cast<int32_t>(head.shape(1)),
-                              starts.data(), counts.data(), rows.data(), sealed.data(), head.data(), tail.data()};
-            new (self) BatchTables{std::move(starts), std::move(counts), std::move(rows),
-                                   std::move(sealed), std::move(head),   std::move(tail), batch};
+                              starts.data(),
+                              counts.data(),
+                              rows.data(),
+                              sealed.data(),
+                              head.data(),
+                              tail.data()};
+            new (self) BatchTables{std::move(starts),
+                                   std::move(counts),
+                                   std::move(rows),
+                                   std::move(sealed),
+                                   std::move(head),
+                                   std::move(tail),
+                                   batch};
           },
           nb::arg("starts"), nb::arg("counts"), nb::arg("rows"), nb::arg("sealed"), nb::arg("head"), nb::arg("tail"));
 
@@ -88,16 +107,22 @@ NB_MODULE(_native, m) {
              const char* reason = self.supports(layer);
              return reason ? nb::cast(std::string(reason)) : nb::none();
            })
-      .def(
-          "forward",
-          [](Cpu& self, const Layer& layer, const BatchTables& tables, bool is_float32, uintptr_t query,
-             int64_t query_row, int64_t query_head, uintptr_t key, int64_t key_row, int64_t key_head, uintptr_t value,
-             int64_t value_row, int64_t value_head, uintptr_t sinks, uintptr_t out) {
-            const Rows rows{is_float32 ? Float::kF32 : Float::kBf16,
-                            pointer<void>(query), pointer<void>(key), pointer<void>(value),
-                            query_row, query_head, key_row, key_head, value_row, value_head,
-                            pointer<float>(sinks), pointer<void>(out)};
-            nb::gil_scoped_release release;
-            self.forward(layer, tables.batch, rows);
-          });
+      .def("forward", [](Cpu& self, const Layer& layer, const BatchTables& tables, bool is_float32, uintptr_t query,
+                         int64_t query_row, int64_t query_head, uintptr_t key, int64_t key_row, int64_t key_head,
+                         uintptr_t value, int64_t value_row, int64_t value_head, uintptr_t sinks, uintptr_t out) {
+        const Rows rows{is_float32 ? Float::kF32 : Float::kBf16,
+                        pointer<void>(query),
+                        pointer<void>(key),
+                        pointer<void>(value),
+                        query_row,
+                        query_head,
+                        key_row,
+                        key_head,
+                        value_row,
+                        value_head,
+                        pointer<float>(sinks),
+                        pointer<void>(out)};
+        nb::gil_scoped_release release;
+        self.forward(layer, tables.batch, rows);
+      });
 }

@@ -1,91 +1,122 @@
-// The float side of attention for one query row. Included inside a per-ISA anonymous namespace.
+// The float side of attention. Included inside a per-ISA anonymous namespace.
+//
+// Scores are in units of ln 2 (load_query multiplies by 1 / ln 2), so a weight is a power of two.
 
-constexpr float kExpLeast = -87.0f;  // below it a weight is 0; exact no-ops for masked pages follow
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kMasked = -3e38f;
+constexpr float kExp2Least = -125.0f;  // below it a weight is 0
 
-// exp(x) for x <= 0 to 2 ulp: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes expf's coefficients).
-inline F exp_negative(F x) {
-  const F bounded = f_max(x, f_set(kExpLeast));
-  const F n = f_round(f_mul(bounded, f_set(1.44269504088896341f)));
-  F r = f_fma(n, f_set(-0.693359375f), bounded);
-  r = f_fma(n, f_set(2.12194440e-4f), r);
-  F p = f_set(1.9875691500e-4f);
-  p = f_fma(p, r, f_set(1.3981999507e-3f));
-  p = f_fma(p, r, f_set(8.3334519073e-3f));
-  p = f_fma(p, r, f_set(4.1665795894e-2f));
-  p = f_fma(p, r, f_set(1.6666665459e-1f));
-  p = f_fma(p, r, f_set(5.0000001201e-1f));
-  p = f_fma(f_mul(p, r), r, f_add(r, f_set(1.0f)));
-  return f_keep_if_ge(x, kExpLeast, f_scale2(p, n));
+// 2^x for x <= 0, to 2e-7; exactly 1 at 0 and 0 far below it. The polynomial is the minimax one of relative error on
+// [-1/2, 1/2] with constant term 1.
+inline F exp2_negative(F x) {
+  const F n = f_round(x);
+  const F r = f_sub(x, n);
+  F p = f_set(1.326472753255555e-3f);
+  p = f_fma(p, r, f_set(9.671512709484877e-3f));
+  p = f_fma(p, r, f_set(5.550733742003984e-2f));
+  p = f_fma(p, r, f_set(2.402224208385461e-1f));
+  p = f_fma(p, r, f_set(6.931469776002867e-1f));
+  p = f_fma(p, r, f_set(1.0f));
+  return f_scale2_from(p, n, kExp2Least);
 }
 
 // One value through the same code as a vector's lanes.
-inline float exp_negative_one(float x) {
+inline float exp2_negative_one(float x) {
   alignas(64) float lanes[kWidth];
-  f_store(lanes, exp_negative(f_set(x)));
+  f_store(lanes, exp2_negative(f_set(x)));
   return lanes[0];
 }
 
-// cap * tanh(x / cap) = cap * sign(x) (1 - e) / (1 + e), e = exp(-2 |x| / cap)
+// x in units of ln 2: cap * tanh(x / cap) = cap * sign(x) (1 - e) / (1 + e), e = exp(-2 |x| / cap)
 inline F soft_cap(F x, float cap) {
-  const F size = f_abs(x);
-  const F e = exp_negative(f_mul(size, f_set(-2.0f / cap)));
+  const F e = exp2_negative(f_mul(f_abs(x), f_set(-2.0f / cap)));
   const F one = f_set(1.0f);
-  const F bounded = f_mul(f_div(f_sub(one, e), f_add(one, e)), f_set(cap));
+  const F bounded = f_mul(f_div(f_sub(one, e), f_add(one, e)), f_set(cap * kLog2E));
   // Copy the sign: x / |x| would fail at 0, where `bounded` is 0 anyway.
   return f_sub(f_keep_if_ge(x, 0.0f, f_add(bounded, bounded)), bounded);
 }
 
-inline float softmax_page(float* scores, int first, int last, float softcap, QueryRow& row) {
-  if (first >= last) {  // nothing of this page is visible: leave the row exactly as it is
-    for (int i = 0; i < kPage; ++i) scores[i] = 0;
-    return 1.0f;
+template <int ROWS>
+inline void softmax_rows(float* scores, const int* first, const int* last, float softcap, QueryRow* rows, float* keep) {
+  for (int r = 0; r < ROWS; ++r) {
+    float* s = scores + r * kPage;
+    if (softcap > 0) {
+      for (int i = 0; i < kPage; i += kWidth) f_store(s + i, soft_cap(f_load(s + i), softcap));
+    }
+    // A row that sees nothing of the page stays exactly as it is: all weights 0, keep 1.
+    const int begin = first[r] < last[r] ? first[r] : kPage;
+    for (int i = 0; i < begin; ++i) s[i] = kMasked;
+    for (int i = last[r] > begin ? last[r] : begin; i < kPage; ++i) s[i] = kMasked;
   }
-  if (softcap > 0) {
-    for (int i = 0; i < kPage; i += kWidth) f_store(scores + i, soft_cap(f_load(scores + i), softcap));
+  F most[ROWS];
+  for (int r = 0; r < ROWS; ++r) most[r] = f_load(scores + r * kPage);
+  for (int i = kWidth; i < kPage; i += kWidth)
+    for (int r = 0; r < ROWS; ++r) most[r] = f_max(most[r], f_load(scores + r * kPage + i));
+  float top[4];
+  f_reduce_max_rows<ROWS>(most, top);
+
+  alignas(64) float shrink[kLanes] = {};
+  for (int r = 0; r < ROWS; ++r) {
+    top[r] = top[r] > rows[r].max ? top[r] : rows[r].max;
+    shrink[r] = rows[r].max - top[r];
+    rows[r].max = top[r];
   }
-  for (int i = 0; i < first; ++i) scores[i] = -1e30f;
-  for (int i = last; i < kPage; ++i) scores[i] = -1e30f;
-  F most = f_load(scores);
-  for (int i = kWidth; i < kPage; i += kWidth) most = f_max(most, f_load(scores + i));
-  const float page_max = f_reduce_max(most);
-  const float max = page_max > row.max ? page_max : row.max;
-  F sum = f_set(0);
+  for (int i = 0; i < ROWS; i += kWidth) f_store(shrink + i, exp2_negative(f_load(shrink + i)));
+  F total[ROWS];
+  for (int r = 0; r < ROWS; ++r) {
+    keep[r] = shrink[r];
+    total[r] = f_mul(f_load(rows[r].total), f_set(shrink[r]));
+  }
   for (int i = 0; i < kPage; i += kWidth) {
-    const F weight = exp_negative(f_sub(f_load(scores + i), f_set(max)));
-    f_store(scores + i, weight);
-    sum = f_add(sum, weight);
+    for (int r = 0; r < ROWS; ++r) {
+      const F weight = exp2_negative(f_sub(f_load(scores + r * kPage + i), f_set(top[r])));
+      f_store(scores + r * kPage + i, weight);
+      total[r] = f_add(total[r], weight);
+    }
   }
-  const float keep = exp_negative_one(row.max - max);
-  row.max = max;
-  row.total = row.total * keep + f_reduce_add(sum);
-  return keep;
+  for (int r = 0; r < ROWS; ++r) f_store(rows[r].total, total[r]);
+}
+
+inline void softmax_any(float* scores, int count, const int* first, const int* last, float softcap, QueryRow* rows,
+                        float* keep) {
+  switch (count) {
+    case 1:
+      return softmax_rows<1>(scores, first, last, softcap, rows, keep);
+    case 2:
+      return softmax_rows<2>(scores, first, last, softcap, rows, keep);
+    case 3:
+      return softmax_rows<3>(scores, first, last, softcap, rows, keep);
+    default:
+      return softmax_rows<4>(scores, first, last, softcap, rows, keep);
+  }
 }
 
 inline void merge_rows(QueryRow& a, const QueryRow& b, int dim) {
   const float max = a.max > b.max ? a.max : b.max;
-  const float keep_a = exp_negative_one(a.max - max), keep_b = exp_negative_one(b.max - max);
+  const F keep_a = f_set(exp2_negative_one(a.max - max)), keep_b = f_set(exp2_negative_one(b.max - max));
   a.max = max;
-  a.total = a.total * keep_a + b.total * keep_b;
+  f_store(a.total, f_fma(f_load(b.total), keep_b, f_mul(f_load(a.total), keep_a)));
   for (int i = 0; i < dim; i += kWidth) {
-    const F mine = f_mul(f_load(a.accumulator + i), f_set(keep_a));
-    f_store(a.accumulator + i, f_fma(f_load(b.accumulator + i), f_set(keep_b), mine));
+    f_store(a.accumulator + i, f_fma(f_load(b.accumulator + i), keep_b, f_mul(f_load(a.accumulator + i), keep_a)));
   }
 }
 
 inline void load_query(const void* source, Float dtype, float scale, int dim, float* out) {
+  const F factor = f_set(scale * kLog2E);
   for (int i = 0; i < dim; i += kWidth) {
     const F x = dtype == Float::kF32 ? f_load(static_cast<const float*>(source) + i)
                                      : f_load_bf16(static_cast<const uint16_t*>(source) + i);
-    f_store(out + i, f_mul(x, f_set(scale)));
+    f_store(out + i, f_mul(x, factor));
   }
 }
 
 inline void store_output(const QueryRow& row, const float* sink, int dim, Float dtype, void* out) {
-  float keep = 1.0f, total = row.total;
+  float keep = 1.0f, total = f_reduce_add(f_load(row.total));
   if (sink != nullptr) {
-    const float max = *sink > row.max ? *sink : row.max;
-    keep = exp_negative_one(row.max - max);
-    total = row.total * keep + exp_negative_one(*sink - max);
+    const float logit = *sink * kLog2E;
+    const float max = logit > row.max ? logit : row.max;
+    keep = exp2_negative_one(row.max - max);
+    total = total * keep + exp2_negative_one(logit - max);
   }
   const float factor = keep / total;
   for (int i = 0; i < dim; ++i) {

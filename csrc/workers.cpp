@@ -45,10 +45,12 @@ void Workers::run(int tasks, const std::function<void(int, int)>& task) {
   next_.store(0, std::memory_order_relaxed);
   if (gomp_ != nullptr) {
     next_thread_.store(0, std::memory_order_relaxed);
-    gomp_([](void* self) {
-      auto* workers = static_cast<Workers*>(self);
-      workers->drain(workers->next_thread_.fetch_add(1, std::memory_order_relaxed));
-    }, this, static_cast<unsigned>(threads_), 0);
+    gomp_(
+        [](void* self) {
+          auto* workers = static_cast<Workers*>(self);
+          workers->drain(workers->next_thread_.fetch_add(1, std::memory_order_relaxed));
+        },
+        this, static_cast<unsigned>(threads_), 0);
     return;
   }
   {

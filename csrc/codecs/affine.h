@@ -4,9 +4,9 @@
 // A key is k = s (u - o) + z with an unsigned code u; o is 128 for symmetric 8-bit codes and 0 else. Its product with a
 // query is s (q . u) + (z - o s) sum(q). The query is rounded to integers q' (one or two byte terms); to keep that
 // rounding from meeting the codes' mean, the mean code c is taken out of it exactly:
-//   q . u ~ q' . u + c (sum(q) - sum(q')).
-// Per channel, s is folded into the query first, once per page, and z gives one number for the whole page. Values are the
-// same with the roles turned: the softmax weights are the unsigned operand, the codes the signed one.
+//   q . u ~ q' . u + c sum(q - q').
+// Per channel, s is folded into the query first, once per page, and z gives one number for the whole page. Values are
+// the same with the roles turned: the softmax weights are the unsigned operand, the codes the signed one.
 
 template <int BITS>
 constexpr int kTerms = BITS > 4 ? 2 : 1;  // one term's rounding is below 4-bit codes' own, not below finer ones'
@@ -20,30 +20,39 @@ constexpr size_t code_bytes(int dim) {
   return static_cast<size_t>(kPage) * dim * BITS / 8;
 }
 
-// sum[r][t][v] = dot products of row r's term t with the page's codes over the whole reduced dimension, for VECTORS vectors
-// of lanes from `lane` on. CODES_UNSIGNED: which side of the instruction the codes are. A broadcast of the small operand
-// costs as much as a product, so each serves VECTORS of them.
+// sum[r][t][v] = dot products of row r's term t with the page's codes over the whole reduced dimension, for VECTORS
+// vectors of lanes from `lane` on. CODES_UNSIGNED: which side of the instruction the codes are. A broadcast of the
+// small operand costs as much as a product, so each serves VECTORS of them.
 template <int BITS, int ROWS, int TERMS, int VECTORS, bool CODES_UNSIGNED>
 inline void dot_lanes(const uint8_t* page, ptrdiff_t ahead, int reduction, int lanes, int lane,
                       const uint8_t* const* terms, int term_stride, I (&sum)[ROWS][TERMS][VECTORS]) {
   using P = Planes<BITS>;
-  for (auto& row : sum)
-    for (auto& term : row)
-      for (I& s : term) s = i_zero();
+  // A local array: stores to the caller's could be what the next broadcast loads, for all the compiler knows.
+  I acc[ROWS][TERMS][VECTORS];
+  unrolled<ROWS>([&](auto r) KVBITS_INLINE {
+    unrolled<TERMS>([&](auto t)
+                        KVBITS_INLINE { unrolled<VECTORS>([&](auto v) KVBITS_INLINE { acc[r][t][v] = i_zero(); }); });
+  });
   for (int group = 0; group < reduction / (4 * P::kQuads); ++group) {
     B codes[VECTORS][P::kQuads];
-    for (int v = 0; v < VECTORS; ++v) P::load(page, ahead, reduction, lanes, group, lane + v * kWidth, codes[v]);
-    for (int j = 0; j < P::kQuads; ++j) {
-      for (int r = 0; r < ROWS; ++r) {
-        for (int t = 0; t < TERMS; ++t) {
+    unrolled<VECTORS>(
+        [&](auto v) KVBITS_INLINE { P::load(page, ahead, reduction, lanes, group, lane + v * kWidth, codes[v]); });
+    unrolled<P::kQuads>([&](auto j) KVBITS_INLINE {
+      unrolled<ROWS>([&](auto r) KVBITS_INLINE {
+        unrolled<TERMS>([&](auto t) KVBITS_INLINE {
           const B small = b_quad(terms[r] + t * term_stride + 4 * (group * P::kQuads + j));
-          for (int v = 0; v < VECTORS; ++v) {
-            sum[r][t][v] = CODES_UNSIGNED ? i_dot(sum[r][t][v], codes[v][j], small) : i_dot(sum[r][t][v], small, codes[v][j]);
-          }
-        }
-      }
-    }
+          unrolled<VECTORS>([&](auto v) KVBITS_INLINE {
+            acc[r][t][v] =
+                CODES_UNSIGNED ? i_dot(acc[r][t][v], codes[v][j], small) : i_dot(acc[r][t][v], small, codes[v][j]);
+          });
+        });
+      });
+    });
   }
+  unrolled<ROWS>([&](auto r) KVBITS_INLINE {
+    unrolled<TERMS>(
+        [&](auto t) KVBITS_INLINE { unrolled<VECTORS>([&](auto v) KVBITS_INLINE { sum[r][t][v] = acc[r][t][v]; }); });
+  });
 }
 
 template <int BITS, bool PER_CHANNEL, bool SYMMETRIC>
@@ -52,13 +61,17 @@ struct AffineKey {
   static constexpr float kRadixValue = static_cast<float>(1 << kRadix<BITS>);
 
   static void prepare(QueryRow& row, int dim) {
-    F sum = f_set(0);
-    for (int i = 0; i < dim; i += kWidth) sum = f_add(sum, f_load(row.query + i));
-    row.sum = f_reduce_add(sum);
+    F sum[1] = {f_set(0)}, most[1] = {f_set(0)}, correction[1] = {f_set(0)};
+    for (int i = 0; i < dim; i += kWidth) {
+      const F q = f_load(row.query + i);
+      sum[0] = f_add(sum[0], q);
+      most[0] = f_max(most[0], f_abs(q));
+    }
+    row.sum = f_reduce_add(sum[0]);
     if constexpr (!PER_CHANNEL) {
-      const Quantized q = quantize_signed<kT, kRadix<BITS>>(row.query, dim, row.codes, row.codes + dim);
-      row.scale = q.scale;
-      row.code_sum = q.scale * q.sum;
+      quantize_rows<1, kT, kRadix<BITS>, true>(row.query, dim, dim, most, sum, kMeanCode<BITS, SYMMETRIC>, row.codes,
+                                               2 * dim, &row.unit, correction);
+      row.correction = f_reduce_add(correction[0]) - (SYMMETRIC ? kMeanCode<BITS, true> * row.sum : 0.0f);
     }
   }
 
@@ -66,31 +79,34 @@ struct AffineKey {
   static void score_rows(const uint8_t* page, ptrdiff_t ahead, int dim, const QueryRow* rows, float* scores) {
     const auto* scales = reinterpret_cast<const uint16_t*>(page + code_bytes<BITS>(dim));
     const uint16_t* zeros = scales + (PER_CHANNEL ? dim : kPage);
+    prefetch_all(scales, ahead, (PER_CHANNEL ? dim : kPage) * (SYMMETRIC ? 2 : 4));
     const uint8_t* codes[ROWS];
-    float unit[ROWS], bias[ROWS];
+    float unit[ROWS], bias[4];
     alignas(64) uint8_t folded_codes[PER_CHANNEL ? ROWS : 1][2 * kMaxDim];
     if constexpr (PER_CHANNEL) {
-      for (int r = 0; r < ROWS; ++r) {
-        alignas(64) float folded[kMaxDim];
-        F sum = f_set(0), zero_sum = f_set(0);
-        for (int i = 0; i < dim; i += kWidth) {
+      alignas(64) float folded[ROWS][kMaxDim];
+      F most[ROWS], sum[ROWS], correction[ROWS];
+      for (int r = 0; r < ROWS; ++r) most[r] = sum[r] = correction[r] = f_set(0);
+      for (int i = 0; i < dim; i += kWidth) {
+        const F scale = f_load_half(scales + i), zero = f_load_half(zeros + i);
+        for (int r = 0; r < ROWS; ++r) {
           const F q = f_load(rows[r].query + i);
-          const F f = f_mul(q, f_load_half(scales + i));
-          f_store(folded + i, f);
-          sum = f_add(sum, f);
-          zero_sum = f_fma(q, f_load_half(zeros + i), zero_sum);
+          const F product = f_mul(q, scale);
+          f_store(folded[r] + i, product);
+          most[r] = f_max(most[r], f_abs(product));
+          sum[r] = f_add(sum[r], product);
+          correction[r] = f_fma(q, zero, correction[r]);
         }
-        const Quantized q = quantize_signed<kT, kRadix<BITS>>(folded, dim, folded_codes[r], folded_codes[r] + dim);
-        codes[r] = folded_codes[r];
-        unit[r] = q.scale;
-        bias[r] = kMeanCode<BITS, SYMMETRIC> * (f_reduce_add(sum) - q.scale * q.sum) + f_reduce_add(zero_sum);
       }
+      quantize_rows<ROWS, kT, kRadix<BITS>, true>(folded[0], kMaxDim, dim, most, sum, kMeanCode<BITS, SYMMETRIC>,
+                                                  folded_codes[0], 2 * kMaxDim, unit, correction);
+      f_reduce_add_rows<ROWS>(correction, bias);
+      for (int r = 0; r < ROWS; ++r) codes[r] = folded_codes[r];
     } else {
       for (int r = 0; r < ROWS; ++r) {
         codes[r] = rows[r].codes;
-        unit[r] = rows[r].scale;
-        const float rounding = rows[r].sum - rows[r].code_sum;
-        bias[r] = kMeanCode<BITS, SYMMETRIC> * rounding - (SYMMETRIC ? kMeanCode<BITS, true> * rows[r].sum : 0.0f);
+        unit[r] = rows[r].unit;
+        bias[r] = rows[r].correction;
       }
     }
 
@@ -99,8 +115,8 @@ struct AffineKey {
     for (int lane = 0; lane < kPage; lane += kWidth * kVectors) {
       I sum[ROWS][kT][kVectors];
       dot_lanes<BITS, ROWS, kT, kVectors, true>(page, ahead, dim, kPage, lane, codes, dim, sum);
-      for (int r = 0; r < ROWS; ++r) {
-        for (int v = 0; v < kVectors; ++v) {
+      unrolled<ROWS>([&](auto r) KVBITS_INLINE {
+        unrolled<kVectors>([&](auto v) KVBITS_INLINE {
           const int token = lane + v * kWidth;
           F dot = f_from(sum[r][0][v]);
           if constexpr (kT == 2) dot = f_fma(dot, f_set(kRadixValue), f_from(sum[r][1][v]));
@@ -110,8 +126,8 @@ struct AffineKey {
             if constexpr (!SYMMETRIC) score = f_fma(f_load_half(zeros + token), f_set(rows[r].sum), score);
           }
           f_store(scores + r * kPage + token, score);
-        }
-      }
+        });
+      });
     }
   }
 };
@@ -124,27 +140,39 @@ struct AffineValue {
   static constexpr float kCenter = SYMMETRIC ? 0.0f : kMeanCode<BITS, false>;
 
   template <int ROWS>
-  static void accumulate_rows(const uint8_t* page, ptrdiff_t ahead, int dim, QueryRow* rows, const float* weights, const float* keep) {
+  static void accumulate_rows(const uint8_t* page, ptrdiff_t ahead, int dim, QueryRow* rows, const float* weights,
+                              const float* keep) {
     const auto* scales = reinterpret_cast<const uint16_t*>(page + code_bytes<BITS>(dim));
     const uint16_t* zeros = scales + (PER_CHANNEL ? dim : kPage);
+    prefetch_all(scales, ahead, (PER_CHANNEL ? dim : kPage) * (SYMMETRIC ? 2 : 4));
     alignas(64) uint8_t codes[ROWS][2 * kPage];
-    float unit[ROWS], bias[ROWS];  // per channel: bias is in units of the channel's scale, total in those of its zero
-    float total[ROWS];
-    for (int r = 0; r < ROWS; ++r) {
-      alignas(64) float folded[kPage];
-      F sum = f_set(0), zero_sum = f_set(0);
-      for (int i = 0; i < kPage; i += kWidth) {
+    float unit[ROWS], bias[4];
+    float total[4];  // per channel: what the channel's zero point meets
+    alignas(64) float folded[PER_CHANNEL ? 1 : ROWS][kPage];
+    F most[ROWS], correction[ROWS], sum[ROWS];
+    for (int r = 0; r < ROWS; ++r) most[r] = correction[r] = sum[r] = f_set(0);
+    for (int i = 0; i < kPage; i += kWidth) {
+      F scale = f_set(1), zero = f_set(0);
+      if constexpr (!PER_CHANNEL) scale = f_load_half(scales + i);
+      if constexpr (!PER_CHANNEL && !SYMMETRIC) zero = f_load_half(zeros + i);
+      for (int r = 0; r < ROWS; ++r) {
         const F p = f_load(weights + r * kPage + i);
-        const F f = PER_CHANNEL ? p : f_mul(p, f_load_half(scales + i));
-        f_store(folded + i, f);
-        sum = f_add(sum, f);
-        if constexpr (!PER_CHANNEL && !SYMMETRIC) zero_sum = f_fma(p, f_load_half(zeros + i), zero_sum);
+        if constexpr (PER_CHANNEL) {
+          most[r] = f_max(most[r], p);
+          sum[r] = f_add(sum[r], p);
+        } else {
+          const F product = f_mul(p, scale);
+          f_store(folded[r] + i, product);
+          most[r] = f_max(most[r], product);
+          sum[r] = f_add(sum[r], product);
+          if constexpr (!SYMMETRIC) correction[r] = f_fma(p, zero, correction[r]);
+        }
       }
-      const Quantized q = quantize_unsigned<kT, kRadix<BITS>>(folded, kPage, codes[r], codes[r] + kPage);
-      total[r] = f_reduce_add(sum);
-      unit[r] = q.scale;
-      bias[r] = kCenter * (total[r] - q.scale * q.sum) + f_reduce_add(zero_sum);
     }
+    quantize_rows<ROWS, kT, kRadix<BITS>, false>(PER_CHANNEL ? weights : folded[0], kPage, kPage, most, sum, kCenter,
+                                                 codes[0], 2 * kPage, unit, correction);
+    f_reduce_add_rows<ROWS>(correction, bias);
+    if constexpr (PER_CHANNEL) f_reduce_add_rows<ROWS>(sum, total);
 
     const uint8_t* terms[ROWS];
     for (int r = 0; r < ROWS; ++r) terms[r] = codes[r];
@@ -165,8 +193,8 @@ struct AffineValue {
                                const uint16_t* zeros, QueryRow* rows, const float* keep) {
     I sum[ROWS][kT][VECTORS];
     dot_lanes<BITS, ROWS, kT, VECTORS, false>(page, ahead, kPage, dim, lane, codes, kPage, sum);
-    for (int r = 0; r < ROWS; ++r) {
-      for (int v = 0; v < VECTORS; ++v) {
+    unrolled<ROWS>([&](auto r) KVBITS_INLINE {
+      unrolled<VECTORS>([&](auto v) KVBITS_INLINE {
         const int channel = lane + v * kWidth;
         F dot = f_from(sum[r][0][v]);
         if constexpr (kT == 2) dot = f_fma(dot, f_set(kRadixValue), f_from(sum[r][1][v]));
@@ -177,13 +205,13 @@ struct AffineValue {
         }
         float* out = rows[r].accumulator + channel;
         f_store(out, f_fma(f_load(out), f_set(keep[r]), gain));
-      }
-    }
+      });
+    });
   }
 };
 
-// Encoding, once per page: plain loops over a matrix [reduction][lanes] that the compiler vectorizes. Every operation is
-// the one of the torch reference, in float32 and in its order, so the bytes agree.
+// Encoding, once per page: plain loops over a matrix [reduction][lanes] that the compiler vectorizes. Every operation
+// is the one of the torch reference, in float32 and in its order, so the bytes agree.
 template <int BITS, bool SYMMETRIC>
 struct AffineSeal {
   // kKey: the stored code is unsigned. PER_ROW: one parameter per reduced element, else one per lane.

@@ -1,18 +1,25 @@
-// Codes of 8 to 2 bits as vectors of bytes. The byte order is defined, with its reason, in src/kvbits/codecs/packing.py.
-// Included inside a per-ISA anonymous namespace, after simd/*.h.
+// Codes of 8 to 2 bits as vectors of bytes. The byte order is defined, with its reason, in
+// src/kvbits/codecs/packing.py. Included inside a per-ISA anonymous namespace, after simd/*.h.
 
-// Vectors of lanes that a kernel keeps in registers at once beside `sums` accumulators for each, when one load gives
-// `quads` vectors of codes.
-constexpr int lane_vectors(int sums, int quads) {
+// Vectors of lanes that a kernel keeps in registers at once, with `sums` accumulators for each, when one load gives
+// `quads` vectors of codes. More than `budget` accumulators make the compiler spill them.
+constexpr int lane_vectors(int sums, int quads, int budget = kRegisters / 2) {
   int vectors = 1;
-  while (2 * vectors * sums <= kRegisters * 3 / 4 && 2 * vectors * quads <= 8 && vectors < 4) vectors *= 2;
+  while (2 * vectors * sums <= budget && 2 * vectors * quads <= 8 && vectors < 4) vectors *= 2;
   return vectors;
 }
 
-// A load that also asks for the bytes `ahead` of it: the same place in the page to come, one page's work early.
+// A load that also asks for the bytes `ahead` of it: the same place in the page to come, one page's work early. Into
+// the second-level cache: asking for the first (`prefetcht0`) halves the speed of everything here on Zen 4, where such
+// requests fill the few buffers that ordinary loads need.
 inline B b_stream(const uint8_t* p, ptrdiff_t ahead) {
-  __builtin_prefetch(p + ahead, 0, 3);
+  __builtin_prefetch(p + ahead, 0, 2);
   return b_load(p);
+}
+
+// The same for a codec's parameters.
+inline void prefetch_all(const void* p, ptrdiff_t ahead, int bytes) {
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const uint8_t*>(p) + ahead + i, 0, 2);
 }
 
 // Loads the codes of `kQuads` consecutive quads of the reduced dimension for one vector of lanes.
@@ -67,7 +74,8 @@ inline void load_bit_plane(const uint8_t* plane, ptrdiff_t ahead, int lanes, int
 template <>
 struct Planes<3> {
   static constexpr int kQuads = 8;
-  static inline void load(const uint8_t* codes, ptrdiff_t ahead, int reduction, int lanes, int group, int lane, B* out) {
+  static inline void load(const uint8_t* codes, ptrdiff_t ahead, int reduction, int lanes, int group, int lane,
+                          B* out) {
     Planes<2>::load(codes, ahead, reduction, lanes, 2 * group, lane, out);
     Planes<2>::load(codes, ahead, reduction, lanes, 2 * group + 1, lane, out + 4);
     B high[8];
@@ -79,7 +87,8 @@ struct Planes<3> {
 template <>
 struct Planes<5> {
   static constexpr int kQuads = 8;
-  static inline void load(const uint8_t* codes, ptrdiff_t ahead, int reduction, int lanes, int group, int lane, B* out) {
+  static inline void load(const uint8_t* codes, ptrdiff_t ahead, int reduction, int lanes, int group, int lane,
+                          B* out) {
     for (int i = 0; i < 4; ++i) Planes<4>::load(codes, ahead, reduction, lanes, 4 * group + i, lane, out + 2 * i);
     B high[8];
     load_bit_plane<4>(codes + static_cast<size_t>(reduction) * lanes / 2, ahead, lanes, group, lane, high);
@@ -90,7 +99,8 @@ struct Planes<5> {
 template <>
 struct Planes<6> {
   static constexpr int kQuads = 4;
-  static inline void load(const uint8_t* codes, ptrdiff_t ahead, int reduction, int lanes, int group, int lane, B* out) {
+  static inline void load(const uint8_t* codes, ptrdiff_t ahead, int reduction, int lanes, int group, int lane,
+                          B* out) {
     Planes<4>::load(codes, ahead, reduction, lanes, 2 * group, lane, out);
     Planes<4>::load(codes, ahead, reduction, lanes, 2 * group + 1, lane, out + 2);
     const B v = b_stream(

@@ -4,20 +4,20 @@
 template <int VECTORS>
 inline void load_pairs(const uint8_t* page, ptrdiff_t ahead, int lanes, int pair, int lane, F (&even)[VECTORS],
                        F (&odd)[VECTORS]) {
-  for (int v = 0; v < VECTORS; ++v) {
+  unrolled<VECTORS>([&](auto v) KVBITS_INLINE {
     const B both = b_stream(page + (static_cast<size_t>(pair) * lanes + lane + v * kWidth) * 4, ahead);
     even[v] = b_even(both);
     odd[v] = b_odd(both);
-  }
+  });
 }
 
 template <int VECTORS>
 inline void add_pairs(const float* factors, const F (&even)[VECTORS], const F (&odd)[VECTORS], F (&sum)[VECTORS]) {
   const F first = f_set(factors[0]), second = f_set(factors[1]);
-  for (int v = 0; v < VECTORS; ++v) {
+  unrolled<VECTORS>([&](auto v) KVBITS_INLINE {
     sum[v] = f_fma(even[v], first, sum[v]);
     sum[v] = f_fma(odd[v], second, sum[v]);
-  }
+  });
 }
 
 struct RawKey {
@@ -25,18 +25,19 @@ struct RawKey {
 
   template <int ROWS>
   static void score_rows(const uint8_t* page, ptrdiff_t ahead, int dim, const QueryRow* rows, float* scores) {
-    constexpr int kVectors = lane_vectors(ROWS, 2);
+    constexpr int kVectors = lane_vectors(ROWS, 2, kRegisters * 3 / 4);
     for (int lane = 0; lane < kPage; lane += kWidth * kVectors) {
       F sum[ROWS][kVectors];
-      for (auto& row : sum)
-        for (F& s : row) s = f_set(0);
+      unrolled<ROWS>([&](auto r)
+                         KVBITS_INLINE { unrolled<kVectors>([&](auto v) KVBITS_INLINE { sum[r][v] = f_set(0); }); });
       for (int pair = 0; pair < dim / 2; ++pair) {
         F even[kVectors], odd[kVectors];
         load_pairs(page, ahead, kPage, pair, lane, even, odd);
-        for (int r = 0; r < ROWS; ++r) add_pairs(rows[r].query + 2 * pair, even, odd, sum[r]);
+        unrolled<ROWS>([&](auto r) KVBITS_INLINE { add_pairs(rows[r].query + 2 * pair, even, odd, sum[r]); });
       }
-      for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < kVectors; ++v) f_store(scores + r * kPage + lane + v * kWidth, sum[r][v]);
+      unrolled<ROWS>([&](auto r) KVBITS_INLINE {
+        unrolled<kVectors>([&](auto v) KVBITS_INLINE { f_store(scores + r * kPage + lane + v * kWidth, sum[r][v]); });
+      });
     }
   }
 
@@ -47,8 +48,9 @@ struct RawKey {
 
 struct RawValue {
   template <int ROWS>
-  static void accumulate_rows(const uint8_t* page, ptrdiff_t ahead, int dim, QueryRow* rows, const float* weights, const float* keep) {
-    constexpr int kVectors = lane_vectors(ROWS, 2);
+  static void accumulate_rows(const uint8_t* page, ptrdiff_t ahead, int dim, QueryRow* rows, const float* weights,
+                              const float* keep) {
+    constexpr int kVectors = lane_vectors(ROWS, 2, kRegisters * 3 / 4);
     int lane = 0;
     for (; lane + kWidth * kVectors <= dim; lane += kWidth * kVectors) {
       accumulate_lanes<ROWS, kVectors>(page, ahead, dim, lane, rows, weights, keep);
@@ -63,15 +65,18 @@ struct RawValue {
   static void accumulate_lanes(const uint8_t* page, ptrdiff_t ahead, int dim, int lane, QueryRow* rows,
                                const float* weights, const float* keep) {
     F sum[ROWS][VECTORS];
-    for (int r = 0; r < ROWS; ++r)
-      for (int v = 0; v < VECTORS; ++v)
+    unrolled<ROWS>([&](auto r) KVBITS_INLINE {
+      unrolled<VECTORS>([&](auto v) KVBITS_INLINE {
         sum[r][v] = f_mul(f_load(rows[r].accumulator + lane + v * kWidth), f_set(keep[r]));
+      });
+    });
     for (int pair = 0; pair < kPage / 2; ++pair) {
       F even[VECTORS], odd[VECTORS];
       load_pairs(page, ahead, dim, pair, lane, even, odd);
-      for (int r = 0; r < ROWS; ++r) add_pairs(weights + r * kPage + 2 * pair, even, odd, sum[r]);
+      unrolled<ROWS>([&](auto r) KVBITS_INLINE { add_pairs(weights + r * kPage + 2 * pair, even, odd, sum[r]); });
     }
-    for (int r = 0; r < ROWS; ++r)
-      for (int v = 0; v < VECTORS; ++v) f_store(rows[r].accumulator + lane + v * kWidth, sum[r][v]);
+    unrolled<ROWS>([&](auto r) KVBITS_INLINE {
+      unrolled<VECTORS>([&](auto v) KVBITS_INLINE { f_store(rows[r].accumulator + lane + v * kWidth, sum[r][v]); });
+    });
   }
 };

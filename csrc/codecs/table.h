@@ -5,20 +5,29 @@ template <class K>
 void score_any(const uint8_t* page, ptrdiff_t ahead, int dim, const QueryRow* rows, int count, float* scores) {
   static_assert(kBlockRows == 4);
   switch (count) {
-    case 1: return K::template score_rows<1>(page, ahead, dim, rows, scores);
-    case 2: return K::template score_rows<2>(page, ahead, dim, rows, scores);
-    case 3: return K::template score_rows<3>(page, ahead, dim, rows, scores);
-    default: return K::template score_rows<4>(page, ahead, dim, rows, scores);
+    case 1:
+      return K::template score_rows<1>(page, ahead, dim, rows, scores);
+    case 2:
+      return K::template score_rows<2>(page, ahead, dim, rows, scores);
+    case 3:
+      return K::template score_rows<3>(page, ahead, dim, rows, scores);
+    default:
+      return K::template score_rows<4>(page, ahead, dim, rows, scores);
   }
 }
 
 template <class V>
-void accumulate_any(const uint8_t* page, ptrdiff_t ahead, int dim, QueryRow* rows, int count, const float* weights, const float* keep) {
+void accumulate_any(const uint8_t* page, ptrdiff_t ahead, int dim, QueryRow* rows, int count, const float* weights,
+                    const float* keep) {
   switch (count) {
-    case 1: return V::template accumulate_rows<1>(page, ahead, dim, rows, weights, keep);
-    case 2: return V::template accumulate_rows<2>(page, ahead, dim, rows, weights, keep);
-    case 3: return V::template accumulate_rows<3>(page, ahead, dim, rows, weights, keep);
-    default: return V::template accumulate_rows<4>(page, ahead, dim, rows, weights, keep);
+    case 1:
+      return V::template accumulate_rows<1>(page, ahead, dim, rows, weights, keep);
+    case 2:
+      return V::template accumulate_rows<2>(page, ahead, dim, rows, weights, keep);
+    case 3:
+      return V::template accumulate_rows<3>(page, ahead, dim, rows, weights, keep);
+    default:
+      return V::template accumulate_rows<4>(page, ahead, dim, rows, weights, keep);
   }
 }
 

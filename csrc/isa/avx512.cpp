@@ -4,6 +4,7 @@
 
 #include "../kernels.h"
 #include "../numbers.h"
+#include "../unrolled.h"
 
 namespace kvbits {
 namespace {
@@ -18,8 +19,8 @@ namespace {
 // clang-format on
 
 const Kernels kKernels = {
-    "avx512",      key_kernel, value_kernel, seal_key_kernel, seal_value_kernel, softmax_page,
-    merge_rows, load_query, store_output,
+    "avx512",    key_kernel, value_kernel, seal_key_kernel, seal_value_kernel,
+    softmax_any, merge_rows, load_query,   store_output,
 };
 }  // namespace
 

@@ -2,6 +2,7 @@
 // up a function that this file's compiler flags made.
 #include "../kernels.h"
 #include "../numbers.h"
+#include "../unrolled.h"
 
 namespace kvbits {
 namespace {
@@ -16,8 +17,8 @@ namespace {
 // clang-format on
 
 const Kernels kKernels = {
-    "scalar",      key_kernel, value_kernel, seal_key_kernel, seal_value_kernel, softmax_page,
-    merge_rows, load_query, store_output,
+    "scalar",    key_kernel, value_kernel, seal_key_kernel, seal_value_kernel,
+    softmax_any, merge_rows, load_query,   store_output,
 };
 }  // namespace
 

@@ -30,12 +30,21 @@ inline float f_reduce_add(F a) {
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
 }
+template <int ROWS>
+inline void f_reduce_max_rows(const F (&v)[ROWS], float* out) {
+  for (int r = 0; r < ROWS; ++r) out[r] = f_reduce_max(v[r]);
+}
+template <int ROWS>
+inline void f_reduce_add_rows(const F (&v)[ROWS], float* out) {
+  for (int r = 0; r < ROWS; ++r) out[r] = f_reduce_add(v[r]);
+}
 inline F f_keep_if_ge(F x, float bound, F a) {
   return _mm256_and_ps(_mm256_cmp_ps(x, _mm256_set1_ps(bound), _CMP_GE_OQ), a);
 }
-inline F f_scale2(F a, F n) {
-  const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
-  return _mm256_mul_ps(a, _mm256_castsi256_ps(exponent));
+inline F f_scale2_from(F a, F n, float least) {
+  const __m256i power =
+      _mm256_add_epi32(_mm256_cvtps_epi32(_mm256_max_ps(n, _mm256_set1_ps(-126.0f))), _mm256_set1_epi32(127));
+  return f_keep_if_ge(n, least, _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(power, 23))));
 }
 inline F f_load_half(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -59,8 +68,9 @@ inline I i_sll(I a) {
   return _mm256_slli_epi32(a, N);
 }
 inline void i_store_bytes(uint8_t* p, I a) {
-  const __m256i low = _mm256_shuffle_epi8(a, _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0,
-                                                              4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1));
+  const __m256i low =
+      _mm256_shuffle_epi8(a, _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8, 12,
+                                              -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1));
   const int32_t words[2] = {_mm256_extract_epi32(low, 0), _mm256_extract_epi32(low, 4)};
   __builtin_memcpy(p, words, 8);
 }
@@ -82,4 +92,6 @@ inline B b_extract(B a) {
   return _mm256_and_si256(a, _mm256_set1_epi8(static_cast<char>(MASK)));
 }
 inline F b_even(B a) { return _mm256_castsi256_ps(_mm256_slli_epi32(a, 16)); }
-inline F b_odd(B a) { return _mm256_castsi256_ps(_mm256_and_si256(a, _mm256_set1_epi32(static_cast<int>(0xffff0000)))); }
+inline F b_odd(B a) {
+  return _mm256_castsi256_ps(_mm256_and_si256(a, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+}

@@ -1,5 +1,5 @@
 // 512-bit vectors: AVX-512 F/BW/VL/DQ and VNNI. Included only by isa/avx512.cpp, inside its anonymous namespace.
-constexpr int kWidth = 16;      // 32-bit lanes in a vector
+constexpr int kWidth = 16;  // 32-bit lanes in a vector
 constexpr int kRegisters = 32;
 constexpr int kRadixBits8 = 8;  // bits of one term of the small operand beside 8-bit codes
 
@@ -22,12 +22,35 @@ inline F f_round(F a) { return _mm512_roundscale_ps(a, 0); }
 inline F f_from(I a) { return _mm512_cvtepi32_ps(a); }
 inline float f_reduce_max(F a) { return _mm512_reduce_max_ps(a); }
 inline float f_reduce_add(F a) { return _mm512_reduce_add_ps(a); }
+// Four vectors' lanes combined to one number each, in the same order whatever the other three hold. Rows past ROWS may
+// be undefined.
+template <class Combine>
+inline void reduce_four(F a, F b, F c, F d, Combine combine, float* out) {
+  const F ab = combine(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  const F cd = combine(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
+  F x = combine(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+  x = combine(x, _mm512_permute_ps(x, 0x4e));
+  x = combine(x, _mm512_permute_ps(x, 0xb1));
+  const __m512i first = _mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
+  _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(first, x)));
+}
+// out[0..3] (only the first ROWS are meaningful)
+template <int ROWS>
+inline void f_reduce_max_rows(const F (&v)[ROWS], float* out) {
+  reduce_four(v[0], v[ROWS > 1 ? 1 : 0], v[ROWS > 2 ? 2 : 0], v[ROWS > 3 ? 3 : 0], f_max, out);
+}
+template <int ROWS>
+inline void f_reduce_add_rows(const F (&v)[ROWS], float* out) {
+  reduce_four(v[0], v[ROWS > 1 ? 1 : 0], v[ROWS > 2 ? 2 : 0], v[ROWS > 3 ? 3 : 0], f_add, out);
+}
 // a where x >= bound, 0 elsewhere.
 inline F f_keep_if_ge(F x, float bound, F a) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(bound), _CMP_GE_OQ), a);
 }
-// a * 2^n for integral n in [-126, 127].
-inline F f_scale2(F a, F n) { return _mm512_scalef_ps(a, n); }
+// a * 2^n for integral n <= 127; 0 where n < least.
+inline F f_scale2_from(F a, F n, float least) {
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, _mm512_set1_ps(least), _CMP_GE_OQ), a, n);
+}
 inline F f_load_half(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
@@ -50,9 +73,7 @@ inline I i_sll(I a) {
   return _mm512_slli_epi32(a, N);
 }
 // The low byte of each lane.
-inline void i_store_bytes(uint8_t* p, I a) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
-}
+inline void i_store_bytes(uint8_t* p, I a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a)); }
 // Lane sums of four products of unsigned and signed bytes.
 inline I i_dot(I sum, B u, B s) { return _mm512_dpbusd_epi32(sum, u, s); }
 
@@ -72,4 +93,6 @@ inline B b_extract(B a) {
 }
 // The two bfloat16 of each lane as floats.
 inline F b_even(B a) { return _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)); }
-inline F b_odd(B a) { return _mm512_castsi512_ps(_mm512_and_si512(a, _mm512_set1_epi32(static_cast<int>(0xffff0000)))); }
+inline F b_odd(B a) {
+  return _mm512_castsi512_ps(_mm512_and_si512(a, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+}

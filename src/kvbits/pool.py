@@ -88,7 +88,8 @@ def _reserve(size: int) -> Tensor:
     Attention walks the pool in pieces of a few kilobytes; with 4 KiB pages the address translation costs as much as the
     reading.
     """
-    block = mmap.mmap(-1, size)
+    # private: shared memory gets no huge pages
+    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         block.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(block, dtype=torch.uint8)
