@@ -8,6 +8,7 @@ from kvbits.config import PAGE_TOKENS
 from kvbits.errors import CacheError, OutOfPages
 from kvbits.pages.allocator import FrameAllocator, Frames
 from kvbits.pages.check import check_invariants
+from kvbits.pages.map import frame_map
 from kvbits.pages.prefix import CachedPage, PageHasher, PrefixIndex
 from kvbits.pages.stats import PoolStats
 from kvbits.pages.table import Reservation, SequencePages, SequenceTable
@@ -255,6 +256,10 @@ class PageManager:
             hits=self._hits,
             evictions=self._evictions,
         )
+
+    def map(self) -> bytes:
+        """What each frame is, as :func:`kvbits.pages.map.frame_map` writes it."""
+        return frame_map(self._tables.values(), self._allocator, self._index)
 
     def check(self) -> None:
         """Recount everything from the tables; raise ``AssertionError`` with every term if something does not add up."""
