@@ -64,7 +64,7 @@ class StopStrings:
             place, stop = min(hits, key=lambda hit: (hit[0] + len(hit[1]), hit[0]))
             shown, self._held = self._held[:place], ""
             return shown, stop
-        keep = max((_overlap(self._held, s) for s in self._stops), default=0)
+        keep = max((overlap(self._held, s) for s in self._stops), default=0)
         cut = len(self._held) - keep
         shown, self._held = self._held[:cut], self._held[cut:]
         return shown, None
@@ -75,7 +75,7 @@ class StopStrings:
         return text
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of ``text`` that is a true beginning of ``stop``."""
     for size in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:size]):

@@ -110,6 +110,10 @@ class Engine:
         """Whether :meth:`step` has anything left to do or to say."""
         return bool(self._live or self._pending)
 
+    def is_unfinished(self, request_id: str) -> bool:
+        """Whether any sequence of a request is still to end."""
+        return request_id in self._groups
+
     def load(self) -> Load:
         """Sequences and frames at this moment."""
         scheduler = self.scheduler

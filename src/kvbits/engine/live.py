@@ -41,7 +41,7 @@ class Live:
             reason, stop = FinishReason.STOP, token
         else:
             text, stop = self._stops.push(self._detokenizer.push(token))
-            if stop is not None:
+            if stop is not None or self.sampling.complete:
                 reason = FinishReason.STOP
             elif len(request.tokens) >= self._limit:
                 reason = FinishReason.LENGTH

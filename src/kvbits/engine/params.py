@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvbits.errors import RequestError
+
+if TYPE_CHECKING:
+    from kvbits.engine.grammar import Grammar
 
 MAX_LOGPROBS = 64
 """Most alternatives that a request may ask for at each token."""
@@ -21,7 +24,8 @@ class SamplingParams:
     keeps all tokens. ``seed=None`` draws a fresh seed. ``stop`` strings end the text and are not part of it;
     ``stop_token_ids`` end it like the model's own end token. ``logprobs=k`` reports the chosen token and the ``k``
     likeliest ones, of the model's raw distribution; ``prompt_logprobs`` the same for each prompt token. The penalties
-    and ``logit_bias`` are those of OpenAI (``repetition_penalty``: Keskar et al. 2019, over prompt and output).
+    and ``logit_bias`` are those of OpenAI (``repetition_penalty``: Keskar et al. 2019, over prompt and output). A
+    ``grammar`` (:class:`kvbits.engine.grammar.GrammarCompiler`) bounds what may be said; the answer ends where it does.
 
     Raises ``RequestError`` for a value out of range, naming the field.
     """
@@ -42,6 +46,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -79,7 +84,8 @@ class SamplingParams:
     @property
     def plain_greedy(self) -> bool:
         """Whether the arg max of the raw logits is all that is asked for."""
-        return self.greedy and not self.penalised and not self.logit_bias and self.logprobs is None
+        plain = self.greedy and not self.penalised and not self.logit_bias
+        return plain and self.logprobs is None and self.grammar is None
 
     def _integers(self) -> None:
         bounds: dict[str, tuple[int, int | None, bool]] = {

@@ -1,6 +1,7 @@
 """From logits to tokens.
 
-The order is vLLM's: report raw log-probabilities, then bias and penalties, temperature, min-p, top-k, top-p, draw.
+The order is vLLM's: report raw log-probabilities, then bias and penalties, the grammar's mask, temperature, min-p,
+top-k, top-p, draw.
 A draw inverts the cumulative distribution at the request's next random number.
 """
 
@@ -42,8 +43,15 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
         elif state.params.plain_greedy:
             chosen.append(Sampled(tokens[row]))
         else:
-            chosen.append(_sample_row(logits[row], state))
+            chosen.append(_try_row(logits[row], state))
     return chosen
+
+
+def _try_row(raw: Tensor, state: SamplingState) -> Sampled:
+    try:
+        return _sample_row(raw, state)
+    except RequestError as error:
+        return Sampled(-1, error=str(error))
 
 
 def _sample_row(raw: Tensor, state: SamplingState) -> Sampled:
@@ -59,9 +67,12 @@ def _sample_row(raw: Tensor, state: SamplingState) -> Sampled:
 
 
 def adjust(raw: Tensor, state: SamplingState) -> Tensor:
-    """Logits ``[vocab]`` with the request's bias and penalties; the input is left as it is."""
+    """Logits ``[vocab]`` with the request's bias, penalties and grammar; the input is left as it is.
+
+    Raises ``RequestError`` when the grammar allows no token.
+    """
     params = state.params
-    if not params.penalised and not params.logit_bias:
+    if not params.penalised and not params.logit_bias and state.matcher is None:
         return raw
     logits = raw.clone()
     if params.logit_bias:
@@ -75,6 +86,8 @@ def adjust(raw: Tensor, state: SamplingState) -> Tensor:
         tokens, counts = state.generated()
         change = params.frequency_penalty * counts + params.presence_penalty
         logits[torch.from_numpy(tokens).to(raw.device)] -= torch.from_numpy(change).float().to(raw.device)
+    if state.matcher is not None:
+        logits[~state.matcher.allowed().to(raw.device)] = -torch.inf
     return logits
 
 

@@ -22,6 +22,7 @@ class SamplingState:
         self._prompt = prompt
         self._seen: set[int] | None = None
         self._counts: dict[int, int] = {}
+        self.matcher = None if params.grammar is None else params.grammar.start()
 
     def uniform(self) -> float:
         """The next number of the stream, in [0, 1)."""
@@ -29,10 +30,17 @@ class SamplingState:
 
     def observe(self, token: int) -> None:
         """Count a sampled token."""
+        if self.matcher is not None:
+            self.matcher.accept(token)
         if self.params.penalised:
             self._counts[token] = self._counts.get(token, 0) + 1
             if self._seen is not None:
                 self._seen.add(token)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the grammar allows nothing more."""
+        return self.matcher is not None and self.matcher.finished
 
     def seen(self) -> NDArray[np.int64]:
         """Distinct tokens of prompt and output."""
