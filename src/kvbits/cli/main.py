@@ -10,7 +10,7 @@ import sys
 import typer
 from typer.exceptions import Abort, TyperException
 
-from kvbits.cli import bench, demo, evaluate, generate
+from kvbits.cli import bench, demo, evaluate, generate, serve
 from kvbits.errors import KVBitsError
 
 USER_ERROR = 2
@@ -24,6 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(generate.generate)
+app.command()(serve.serve)
 app.command()(evaluate.evaluate)
 app.command()(bench.bench)
 app.command()(demo.demo)

@@ -1,0 +1,83 @@
+"""``kvbits serve``: an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from kvbits.cli import options
+from kvbits.cli.session import load, note
+from kvbits.errors import ConfigError
+
+
+def serve(
+    model: options.Model,
+    host: Annotated[str, typer.Option(metavar="HOST", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="PORT", help="Port to listen on.")] = 8000,
+    kv_cache_dtype: options.KVCacheDtype = "int8",
+    kv_cache_memory: options.KVCacheMemory = "1GiB",
+    max_model_len: options.MaxModelLen = None,
+    max_num_seqs: options.MaxNumSeqs = 64,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = 512,
+    enable_prefix_caching: Annotated[
+        bool, typer.Option(help="Keep sealed pages after a request for prompts that begin alike.")
+    ] = True,
+    served_model_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The model's name in the API. Default: MODEL.")
+    ] = None,
+    api_key: Annotated[
+        list[str] | None, typer.Option(metavar="KEY", help="Clients must send one of these; repeat for several.")
+    ] = None,
+    allowed_origins: Annotated[
+        list[str] | None, typer.Option(metavar="ORIGIN", help="CORS: web pages from here may ask; '*' for all.")
+    ] = None,
+    max_queue: Annotated[
+        int, typer.Option(metavar="N", help="Sequences that may wait beyond --max-num-seqs; more get 429.")
+    ] = 256,
+    request_timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="A request that takes longer ends with 503.")
+    ] = None,
+    drain_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="How long running requests may go on after SIGTERM.")
+    ] = 30.0,
+    max_body: Annotated[
+        str, typer.Option(metavar="SIZE", help="Largest request body; a larger one gets 413.")
+    ] = "8MiB",
+    dtype: options.Dtype = "bfloat16",
+    threads: options.Threads = None,
+    log_level: Annotated[str, typer.Option(metavar="LEVEL", help="debug, info, warning or error.")] = "info",
+) -> None:
+    """Serve the model over HTTP as OpenAI does; a live page is at /, metrics are at /metrics."""
+    from kvbits.config import EngineConfig, parse_bytes
+    from kvbits.server.logs import set_up
+    from kvbits.server.options import ServerOptions
+
+    if not 0 < port < 65536:
+        raise ConfigError(f"port is {port}; it must be from 1 to 65535")
+    served = ServerOptions(
+        served_model_name=model if served_model_name is None else served_model_name,
+        api_keys=tuple(api_key or ()),
+        allowed_origins=tuple(allowed_origins or ()),
+        max_queue=max_queue,
+        request_timeout=request_timeout,
+        drain_timeout=drain_timeout,
+        max_body=parse_bytes(max_body),
+    )
+    config = EngineConfig(
+        kv_cache_dtype=kv_cache_dtype,
+        kv_cache_memory=parse_bytes(kv_cache_memory),
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        enable_prefix_caching=enable_prefix_caching,
+    )
+    set_up(log_level)
+    loaded = load(model, dtype, threads)
+    from kvbits.engine.engine import Engine
+    from kvbits.server.run import serve as run
+    from kvbits.server.run import start_line
+
+    engine = Engine(loaded, config)
+    note(start_line(engine, served, host, port))
+    run(engine, served, host, port)

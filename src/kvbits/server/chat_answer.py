@@ -1,0 +1,138 @@
+"""The answer of ``/v1/chat/completions``: chunks of a stream, or one object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvbits.engine.outputs import Delta
+from kvbits.server.logprobs import TokenBytes, chat_logprobs
+from kvbits.server.tools import Call, CallParser
+from kvbits.server.usage import Usage
+
+
+@dataclass
+class Piece:
+    """What one delta of the engine adds to one choice."""
+
+    text: str
+    calls: list[Call]
+    logprobs: list[dict[str, Any]]
+    finish_reason: str | None
+
+
+@dataclass
+class Choice:
+    """One of the ``n`` answers as it grows. ``top`` is ``None`` where no log-probabilities are wanted."""
+
+    index: int
+    parser: CallParser | None
+    top: int | None
+    name: TokenBytes
+    several: bool
+    text: str = ""
+    calls: list[Call] = field(default_factory=list)
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
+    finish_reason: str | None = None
+    started: bool = False
+
+    def push(self, delta: Delta) -> Piece:
+        """Take in a delta."""
+        text = delta.text
+        calls: list[Call] = []
+        if self.parser is not None:
+            text, calls = self.parser.push(text)
+            if delta.finish_reason is not None:
+                text += self.parser.flush()
+        if not self.several:
+            calls = calls[: max(0, 1 - len(self.calls))]
+        piece = Piece(text, calls, self._logprobs(delta), delta.finish_reason)
+        self.text += text
+        self.calls += calls
+        self.logprobs += piece.logprobs
+        if self.calls and piece.finish_reason == "stop":
+            piece.finish_reason = "tool_calls"
+        self.finish_reason = piece.finish_reason
+        return piece
+
+    def message(self) -> dict[str, Any]:
+        """The whole answer."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.text or None, "refusal": None}
+        if self.calls:
+            message["tool_calls"] = [call.as_json() for call in self.calls]
+        else:
+            message["content"] = self.text
+        return message
+
+    def _logprobs(self, delta: Delta) -> list[dict[str, Any]]:
+        # The end token ends the answer and is not part of it.
+        ended = isinstance(delta.stop_reason, int)
+        if self.top is None or delta.logprobs is None or ended:
+            return []
+        return chat_logprobs(delta.token_ids, delta.logprobs, self.top, self.name)
+
+
+class ChatAnswer:
+    """All choices of one request; ``head`` is what every object begins with."""
+
+    def __init__(self, head: dict[str, Any], choices: list[Choice], usage: Usage, include_usage: bool) -> None:
+        self._head = head
+        self._choices = choices
+        self._include_usage = include_usage
+        self.usage = usage
+
+    def push(self, delta: Delta) -> list[dict[str, Any]]:
+        """Take in a delta; returns the chunks of a stream that it makes."""
+        choice = self._choices[delta.index]
+        self.usage.add(0, delta)
+        piece = choice.push(delta)
+        chunks = []
+        if not choice.started:
+            choice.started = True
+            chunks.append(self._chunk(choice, {"role": "assistant", "content": ""}))
+        if piece.text or piece.logprobs:
+            chunks.append(self._chunk(choice, {"content": piece.text}, piece.logprobs or None))
+        for number, call in enumerate(piece.calls, start=len(choice.calls) - len(piece.calls)):
+            chunks.append(self._chunk(choice, {"tool_calls": [call.as_json(number)]}))
+        if piece.finish_reason is not None:
+            chunks.append(self._chunk(choice, {}, finish_reason=piece.finish_reason))
+        return chunks
+
+    def last(self) -> list[dict[str, Any]]:
+        """The chunks after the last choice has ended."""
+        if not self._include_usage:
+            return []
+        return [{**self._head, "object": "chat.completion.chunk", "choices": [], "usage": self.usage.as_json()}]
+
+    def whole(self) -> dict[str, Any]:
+        """The answer as one object."""
+        choices = [
+            {
+                "index": choice.index,
+                "message": choice.message(),
+                "logprobs": None if choice.top is None else {"content": choice.logprobs, "refusal": None},
+                "finish_reason": choice.finish_reason,
+            }
+            for choice in self._choices
+        ]
+        return {**self._head, "object": "chat.completion", "choices": choices, "usage": self.usage.as_json()}
+
+    @property
+    def finish_reasons(self) -> list[str | None]:
+        return [choice.finish_reason for choice in self._choices]
+
+    def _chunk(
+        self,
+        choice: Choice,
+        delta: dict[str, Any],
+        logprobs: list[dict[str, Any]] | None = None,
+        finish_reason: str | None = None,
+    ) -> dict[str, Any]:
+        found = {
+            "index": choice.index,
+            "delta": delta,
+            "logprobs": None if logprobs is None else {"content": logprobs, "refusal": None},
+            "finish_reason": finish_reason,
+        }
+        chunk = {**self._head, "object": "chat.completion.chunk", "choices": [found]}
+        return chunk | {"usage": None} if self._include_usage else chunk

@@ -1,0 +1,111 @@
+"""The answer of ``/v1/completions``: chunks of a stream, or one object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvbits.engine.outputs import Delta
+from kvbits.server.logprobs import CompletionLogprobs, TokenBytes
+from kvbits.server.usage import Usage
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a client wants to see: ``echo`` the prompt, ``logprobs`` (alternatives), ``generated`` text at all."""
+
+    echo: bool
+    logprobs: int | None
+    generated: bool
+
+
+@dataclass
+class Choice:
+    """One completion as it grows; ``prompt`` is its text and ``prompt_tokens`` its ids, for the echo."""
+
+    index: int
+    prompt: str
+    prompt_tokens: list[int]
+    wanted: Wanted
+    grow: CompletionLogprobs
+    text: str = ""
+    logprobs: dict[str, list[Any]] = field(default_factory=dict)
+    finish_reason: str | None = None
+    started: bool = False
+
+    def push(self, delta: Delta) -> tuple[str, dict[str, list[Any]] | None]:
+        """Take in a delta; returns the text and the log-probabilities that it adds."""
+        text = ""
+        found: dict[str, list[Any]] = {}
+        if not self.started and self.wanted.echo:
+            text = self.prompt
+            if delta.prompt_logprobs is not None:
+                _join(found, self.grow.extend(self.prompt_tokens, delta.prompt_logprobs))
+        self.started = True
+        if self.wanted.generated:
+            text += delta.text
+            if delta.logprobs is not None and not isinstance(delta.stop_reason, int):
+                _join(found, self.grow.extend(delta.token_ids, delta.logprobs))
+        self.text += text
+        _join(self.logprobs, found)
+        self.finish_reason = delta.finish_reason if self.wanted.generated else delta.finish_reason and "length"
+        return text, found or None
+
+
+class CompletionAnswer:
+    """All completions of all prompts; ``n`` of each. ``head`` is what every object begins with."""
+
+    def __init__(
+        self,
+        head: dict[str, Any],
+        prompts: list[tuple[str, list[int]]],
+        n: int,
+        wanted: Wanted,
+        name: TokenBytes,
+        include_usage: bool,
+    ) -> None:
+        self._head = {**head, "object": "text_completion"}
+        self._n = n
+        self._wanted = wanted
+        self._include_usage = include_usage
+        self.usage = Usage([len(tokens) for _, tokens in prompts])
+        self._choices = [
+            Choice(p * n + i, text, tokens, wanted, CompletionLogprobs(wanted.logprobs or 0, name))
+            for p, (text, tokens) in enumerate(prompts)
+            for i in range(n)
+        ]
+
+    def push(self, prompt: int, delta: Delta) -> list[dict[str, Any]]:
+        """Take in a delta of the ``prompt``-th prompt; returns the chunks of a stream that it makes."""
+        choice = self._choices[prompt * self._n + delta.index]
+        self.usage.add(prompt, delta, self._wanted.generated)
+        text, logprobs = choice.push(delta)
+        if not text and logprobs is None and choice.finish_reason is None:
+            return []
+        chunk = {**self._head, "choices": [_choice(choice.index, text, logprobs, choice.finish_reason)]}
+        return [chunk | {"usage": None} if self._include_usage else chunk]
+
+    def last(self) -> list[dict[str, Any]]:
+        """The chunks after the last completion has ended."""
+        return [{**self._head, "choices": [], "usage": self.usage.as_json()}] if self._include_usage else []
+
+    def whole(self) -> dict[str, Any]:
+        """The answer as one object."""
+        choices = [
+            _choice(c.index, c.text, c.logprobs if self._wanted.logprobs is not None else None, c.finish_reason)
+            for c in self._choices
+        ]
+        return {**self._head, "choices": choices, "usage": self.usage.as_json()}
+
+    @property
+    def finish_reasons(self) -> list[str | None]:
+        return [choice.finish_reason for choice in self._choices]
+
+
+def _choice(index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+def _join(total: dict[str, list[Any]], more: dict[str, Any]) -> None:
+    for name, values in more.items():
+        total.setdefault(name, []).extend(values)

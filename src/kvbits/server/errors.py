@@ -1,0 +1,68 @@
+"""Every failure in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``, and never a traceback."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+from starlette.responses import JSONResponse
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "invalid_request_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "service_unavailable_error",
+}
+
+
+class ApiError(Exception):
+    """A request that ends with an HTTP error. ``retry_after`` is in seconds."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.retry_after = retry_after
+
+    def body(self) -> dict[str, Any]:
+        """The JSON that the client gets, also in the middle of a stream."""
+        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """The whole answer."""
+        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return JSONResponse(self.body(), self.status, headers)
+
+
+def invalid(error: ValidationError) -> ApiError:
+    """What a client got wrong in its JSON: the first mistake, by the name of its field."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    # Members of unions are classes of ours, not part of the path in the client's JSON.
+    path = ".".join(str(part) for part in first["loc"] if part not in ("str", "int") and "[" not in str(part))
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"unknown field '{path}'", param=path, code="unknown_parameter")
+    if first["type"] == "unsupported":
+        return ApiError(400, first["msg"], param=first["ctx"]["name"], code="unsupported_parameter")
+    if first["type"] == "missing":
+        return ApiError(400, f"the field '{path}' is missing", param=path, code="missing_required_parameter")
+    message = first["msg"].removeprefix("Value error, ")
+    where = f"{path}: " if path else ""
+    return ApiError(400, f"{where}{message}", param=path or None, code="invalid_value")

@@ -1,0 +1,70 @@
+"""What happens to every request: an id, the key, a line in the log."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import re
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from kvbits.server.errors import ApiError
+from kvbits.server.http import Gone
+
+log = logging.getLogger("kvbits.access")
+
+_PROTECTED = ("/v1", "/tokenize", "/detokenize", "/kvbits/")
+_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+class Gate:
+    """ASGI middleware. ``X-Request-Id`` is taken from the client where it is harmless, and sent back."""
+
+    def __init__(self, app: ASGIApp, api_keys: tuple[str, ...]) -> None:
+        self._app = app
+        self._keys = tuple(key.encode() for key in api_keys)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        facts: dict[str, object] = {"request_id": request_id}
+        scope.setdefault("state", {})["facts"] = facts
+        status = 0
+        begin = time.monotonic()
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        try:
+            if self._allowed(scope, headers):
+                await self._app(scope, receive, answer)
+            else:
+                error = ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+                await error.response()(scope, receive, answer)
+        except Gone:
+            status = status or 499
+        finally:
+            facts |= {"method": scope["method"], "path": scope["path"], "status": status}
+            facts["seconds"] = round(time.monotonic() - begin, 4)
+            client = scope.get("client")
+            log.info("request", extra={"facts": {**facts, "client": client[0] if client else None}})
+
+    def _allowed(self, scope: Scope, headers: Headers) -> bool:
+        if not self._keys or scope["method"] == "OPTIONS" or not scope["path"].startswith(_PROTECTED):
+            return True
+        kind, _, key = headers.get("authorization", "").partition(" ")
+        given = key.strip().encode()
+        # Every key is compared, in constant time, so that the time tells nothing.
+        matches = [hmac.compare_digest(given, known) for known in self._keys]
+        return kind.lower() == "bearer" and any(matches)

@@ -1,0 +1,109 @@
+"""Reading bodies, sending events, and noticing that a client went away."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from kvbits.server.errors import ApiError, invalid
+
+M = TypeVar("M", bound=BaseModel)
+T = TypeVar("T")
+
+
+class Gone(Exception):
+    """The client closed its connection before it had its answer."""
+
+
+async def read(request: Request, kind: type[M], limit: int, timeout: float) -> M:
+    """The request's JSON as a ``kind``.
+
+    Raises ``ApiError`` for a body that is larger than ``limit`` bytes, comes slower than ``timeout`` seconds, or is not
+    such JSON.
+    """
+    try:
+        body = await asyncio.wait_for(_body(request, limit), timeout)
+    except asyncio.TimeoutError:
+        raise ApiError(408, f"the request's body did not come within {timeout:g} seconds") from None
+    except ClientDisconnect:
+        raise Gone from None
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise invalid(error) from None
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    too_large = ApiError(413, f"the request's body is larger than {limit} bytes", code="request_too_large")
+    stated = request.headers.get("content-length", "")
+    if stated.isdigit() and int(stated[:20]) > limit:
+        raise too_large
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > limit:
+            raise too_large
+    return bytes(body)
+
+
+async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
+    """The result of ``work``, which is cancelled when the client goes away. Raises ``Gone`` then."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Gone
+        return await task
+    finally:
+        for each in (task, watch):
+            each.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Server-sent events: each object of ``events`` as JSON, then ``[DONE]``.
+
+    An ``ApiError`` becomes the last event. ``done`` is called once, however the stream ends.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[dict[str, Any]], done: Callable[[], None]) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+        self._done = done
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await unless_gone(receive, self._send(send))
+        except Gone:
+            pass
+        finally:
+            self._done()
+
+    async def _send(self, send: Send) -> None:
+        async def line(text: str, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": more})
+
+        try:
+            async for event in self._events:
+                await line(json.dumps(event, separators=(",", ":")))
+        except ApiError as error:
+            await line(json.dumps(error.body()), more=False)
+            return
+        await line("[DONE]", more=False)

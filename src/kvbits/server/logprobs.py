@@ -1,0 +1,63 @@
+"""Log-probabilities in OpenAI's two shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kvbits.engine.outputs import Logprob, Logprobs
+
+TokenBytes = Callable[[int], bytes]
+_LOWEST = -9999.0
+"""What JSON gets for a probability of zero."""
+
+
+def chat_logprobs(tokens: Sequence[int], found: Sequence[Logprobs], top: int, name: TokenBytes) -> list[dict[str, Any]]:
+    """Entries of ``logprobs.content``: the chosen token and the ``top`` likeliest ones at each place."""
+    entries = []
+    for token, at in zip(tokens, found, strict=True):
+        best = sorted((item for item in at.items() if item[1].rank <= top), key=lambda item: item[1].rank)[:top]
+        alternatives = [_entry(name(other), logprob) for other, logprob in best]
+        entries.append({**_entry(name(token), at[token]), "top_logprobs": alternatives})
+    return entries
+
+
+def _entry(raw: bytes, logprob: Logprob) -> dict[str, Any]:
+    return {"token": raw.decode("utf-8", "replace"), "logprob": _finite(logprob.logprob), "bytes": list(raw)}
+
+
+class CompletionLogprobs:
+    """Grows the ``logprobs`` object of a text completion; ``top`` alternatives at each place."""
+
+    def __init__(self, top: int, name: TokenBytes) -> None:
+        self._top = top
+        self._name = name
+        self._offset = 0
+
+    def extend(self, tokens: Sequence[int], found: Sequence[Logprobs | None]) -> dict[str, Any]:
+        """The object for the next ``tokens``; a place without a prediction (the first one) has ``None``."""
+        result: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for token, at in zip(tokens, found, strict=True):
+            text = self._text(token)
+            result["tokens"].append(text)
+            result["token_logprobs"].append(None if at is None else _finite(at[token].logprob))
+            result["top_logprobs"].append(None if at is None else self._likeliest(token, at))
+            result["text_offset"].append(self._offset)
+            self._offset += len(text)
+        return result
+
+    def _likeliest(self, token: int, at: Logprobs) -> dict[str, float]:
+        kept = [(t, p) for t, p in at.items() if p.rank <= self._top or t == token]
+        return {self._text(other): _finite(p.logprob) for other, p in sorted(kept, key=lambda item: item[1].rank)}
+
+    def _text(self, token: int) -> str:
+        raw = self._name(token)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            # As OpenAI writes part of a character, so that different parts stay different keys.
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _LOWEST)

@@ -1,0 +1,89 @@
+"""What Prometheus reads: the names of vLLM's dashboards for what both engines have, our own for the quantized cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from kvbits.config import PAGE_TOKENS
+from kvbits.server.worker import EngineWorker
+
+
+class EngineCollector(Collector):
+    """Turns the worker's snapshot into metrics when it is asked; costs the engine nothing."""
+
+    def __init__(self, worker: EngineWorker, model: str) -> None:
+        self._worker = worker
+        self._model = model
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        snapshot = self._worker.snapshot
+        load, pool, stats = snapshot.load, snapshot.pool, snapshot.stats
+        yield self._gauge("num_requests_running", "Sequences that run.", load.running)
+        yield self._gauge("num_requests_waiting", "Sequences that wait.", load.waiting)
+        yield self._gauge("kv_cache_usage_perc", "Share of the pool that running sequences hold, 0 to 1.", load.usage)
+        yield self._counter("prompt_tokens", "Prompt tokens.", stats.prompt_tokens)
+        yield self._counter("generation_tokens", "Generated tokens.", stats.generated_tokens)
+        yield self._counter("num_preemptions", "Sequences whose pages were taken for others.", stats.preemptions)
+        yield self._counter("prefix_cache_queries", "Tokens looked up in the prefix cache.", pool.queries)
+        yield self._counter("prefix_cache_hits", "Tokens found in the prefix cache.", pool.hits)
+        yield self._config()
+        yield from self._own()
+
+    def _config(self) -> Metric:
+        engine = self._worker.engine
+        labels = {
+            "model_name": self._model,
+            "block_size": str(PAGE_TOKENS),
+            "cache_dtype": engine.pool.policy.name,
+            "enable_prefix_caching": str(engine.config.enable_prefix_caching),
+            "num_gpu_blocks": "0",
+            "num_cpu_blocks": str(engine.pool.num_frames),
+            "kv_cache_memory_bytes": str(engine.config.kv_cache_memory),
+            "max_num_seqs": str(engine.config.max_num_seqs),
+            "max_num_batched_tokens": str(engine.config.max_num_batched_tokens),
+        }
+        info = GaugeMetricFamily("vllm:cache_config_info", "How the cache is set up.", labels=list(labels))
+        info.add_metric(list(labels.values()), 1)
+        return info
+
+    def _own(self) -> Iterator[Metric]:
+        pool, stats = self._worker.snapshot.pool, self._worker.snapshot.stats
+        held = self._worker.engine.pool
+        frames = GaugeMetricFamily("kvbits:pool_frames", "Frames by what they hold.", labels=["model_name", "state"])
+        for state in ("free", "open", "sealed", "shared", "cached"):
+            frames.add_metric([self._model, state], getattr(pool, state))
+        yield frames
+        layers = GaugeMetricFamily(
+            "kvbits:kv_bytes",
+            "Bytes of sealed pages in use or cached, by layer and dtype.",
+            labels=["model_name", "layer", "dtype"],
+        )
+        pages = (pool.sealed + pool.cached) / held.layout.sealed.frames
+        for index, place in enumerate(held.layout.sealed.places):
+            size = place.scheme.layer_bytes(held.geometry.layers[index])
+            layers.add_metric([self._model, str(index), place.scheme.name], pages * size)
+        yield layers
+        yield self._gauge("bits_per_element", "Of a sealed page.", held.bits_per_element(), "kvbits:")
+        yield self._gauge("bytes_per_token", "Of a sealed page.", held.bytes_per_token(), "kvbits:")
+        yield self._counter("cached_pages_evicted", "Cached pages given up.", pool.evictions, "kvbits:")
+        yield self._counter("engine_steps", "Steps of the engine.", stats.steps, "kvbits:")
+        phases = CounterMetricFamily("kvbits:step_seconds", "Time in steps.", labels=["model_name", "phase"])
+        for phase, seconds in stats.seconds.items():
+            phases.add_metric([self._model, phase], seconds)
+        yield phases
+
+    def _gauge(self, name: str, text: str, value: float, prefix: str = "vllm:") -> Metric:
+        metric = GaugeMetricFamily(prefix + name, text, labels=["model_name"])
+        metric.add_metric([self._model], value)
+        return metric
+
+    def _counter(self, name: str, text: str, value: float, prefix: str = "vllm:") -> Metric:
+        metric = CounterMetricFamily(prefix + name, text, labels=["model_name"])
+        metric.add_metric([self._model], value)
+        return metric

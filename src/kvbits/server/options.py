@@ -1,0 +1,41 @@
+"""What an operator decides about the server, besides the engine's own options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvbits.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """Options of the HTTP side.
+
+    ``max_queue`` counts sequences that wait beyond the engine's ``max_num_seqs``; ``request_timeout`` and
+    ``drain_timeout`` are in seconds, ``max_body`` in bytes, ``body_timeout`` the seconds that a client has to send it.
+    No ``api_keys``: everybody may ask. Raises ``ConfigError`` for a value that cannot work.
+    """
+
+    served_model_name: str
+    api_keys: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+    max_queue: int = 256
+    request_timeout: float | None = None
+    drain_timeout: float = 30.0
+    max_body: int = 8 << 20
+    body_timeout: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_queue", "max_body"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("request_timeout", "body_timeout"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} is {value}; it must be a positive number of seconds")
+        if not self.drain_timeout >= 0:
+            raise ConfigError(f"drain_timeout is {self.drain_timeout}; it must be a number of seconds, 0 or more")
+        if any(not key or key != key.strip() for key in self.api_keys):
+            raise ConfigError("an API key is empty or has blanks around it")
+        if not self.served_model_name:
+            raise ConfigError("served_model_name is empty")

@@ -1,0 +1,94 @@
+"""What every route needs: the engine's thread, the preparer, the options."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from starlette.requests import Request
+
+from kvbits.engine.params import SamplingParams
+from kvbits.server.errors import ApiError
+from kvbits.server.http import M, read
+from kvbits.server.observe import Observer
+from kvbits.server.options import ServerOptions
+from kvbits.server.prepare import Preparer
+from kvbits.server.stream import Stream
+from kvbits.server.worker import EngineWorker
+
+RETRY_SECONDS = 5
+"""What a client is told to wait when the queue is full."""
+
+
+class Service:
+    """The parts of one server."""
+
+    def __init__(self, worker: EngineWorker, preparer: Preparer, observer: Observer, options: ServerOptions) -> None:
+        self.worker = worker
+        self.preparer = preparer
+        self.observer = observer
+        self.options = options
+        self.started = int(time.time())
+        engine = worker.engine
+        self.model = options.served_model_name
+        self.fingerprint = f"{engine.loaded.fingerprint}-{engine.pool.policy.name}"
+
+    async def read(self, request: Request, kind: type[M]) -> M:
+        """The request's body; raises ``ApiError``."""
+        return await read(request, kind, self.options.max_body, self.options.body_timeout)
+
+    def check_model(self, name: str | None) -> None:
+        """Raise ``ApiError`` unless ``name`` is what this server serves."""
+        if name not in (None, self.model):
+            raise ApiError(
+                404,
+                f"the model '{name}' is not served here; it is '{self.model}'",
+                param="model",
+                code="model_not_found",
+            )
+
+    def check_room(self, sequences: int) -> None:
+        """Raise ``ApiError`` when the queue has no room for ``sequences`` more."""
+        self.worker.check_ready()
+        most = self.options.max_queue + self.worker.engine.config.max_num_seqs
+        there = self.worker.snapshot.load.running + self.worker.waiting
+        if there + sequences > most:
+            message = f"{there} sequences run or wait; {sequences} more would exceed {most}"
+            raise ApiError(429, message, code="queue_full", retry_after=RETRY_SECONDS)
+
+    async def submit(
+        self, request_id: str, prompt: list[int], params: SamplingParams, priority: int | None, salt: str | None
+    ) -> Stream:
+        """Hand a request to the engine."""
+        return await self.worker.submit(
+            request_id,
+            prompt,
+            params,
+            priority=max(-1000, min(1000, priority or 0)),
+            salt=salt or "",
+            timeout=self.options.request_timeout,
+        )
+
+    def head(self, request_id: str) -> dict[str, Any]:
+        """What every completion object begins with."""
+        return {
+            "id": request_id,
+            "created": int(time.time()),
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+        }
+
+
+def service_of(request: Request) -> Service:
+    """The service of the application that ``request`` came to."""
+    service = request.app.state.service
+    assert isinstance(service, Service)
+    return service
+
+
+def note(request: Request, facts: Mapping[str, Any]) -> None:
+    """Add ``facts`` to the request's line in the log."""
+    with suppress(AttributeError):
+        request.state.facts.update(facts)

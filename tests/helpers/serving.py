@@ -1,0 +1,94 @@
+"""A server on a tiny model whose tokens are bytes, in this process."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from helpers.tiny import tiny_model
+from kvbits.config import EngineConfig
+from kvbits.engine.engine import Engine
+from kvbits.models import LoadedModel
+from kvbits.models.load import wrap
+from kvbits.server.app import create_app
+from kvbits.server.options import ServerOptions
+from kvbits.server.service import Service
+
+MODEL = "tiny"
+CONTEXT = 1024
+TEMPLATE = (
+    "{% for message in messages %}{{ '[' + message['role'] + ']' + message['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and three special ones: any text has tokens, and any tokens have a text."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2} | {letter: i for i, letter in enumerate(letters, start=3)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE
+    )
+
+
+def byte_model(**changes: object) -> LoadedModel:
+    model = tiny_model("llama", vocab_size=259, max_position_embeddings=CONTEXT, **changes)
+    return wrap(model, byte_tokenizer(), MODEL)
+
+
+def engine_of(loaded: LoadedModel, **changes: object) -> Engine:
+    options = {"kv_cache_dtype": "int8", "kv_cache_memory": 4 << 20, "max_num_batched_tokens": 256, **changes}
+    return Engine(loaded, EngineConfig(**options))
+
+
+class Running:
+    """A server that listens, with its parts at hand."""
+
+    def __init__(self, engine: Engine, url: str, service: Service, server: uvicorn.Server) -> None:
+        self.engine = engine
+        self.url = url
+        self.service = service
+        self.server = server
+
+    def idle(self, seconds: float = 20.0) -> None:
+        """Wait until no request is left, then check that no page is."""
+        end = time.monotonic() + seconds
+        while self.engine.has_unfinished() or self.service.worker.open_requests:
+            assert time.monotonic() < end, (self.engine.load(), self.service.worker.open_requests)
+            time.sleep(0.01)
+        self.engine.pages.check()
+        stats = self.engine.pages.stats()
+        assert (stats.open, stats.sealed) == (0, 0), stats
+
+
+@contextmanager
+def running(engine: Engine, **options: object) -> Iterator[Running]:
+    """A real uvicorn in a thread, on a free port."""
+    app = create_app(engine, ServerOptions(**{"served_model_name": MODEL, **options}))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            end = time.monotonic() + 20
+            while not server.started:
+                assert thread.is_alive()
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            yield Running(engine, f"http://127.0.0.1:{port}", app.state.service, server)
+        finally:
+            server.should_exit = True
+            thread.join(20)
+            assert not thread.is_alive()
