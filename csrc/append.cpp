@@ -56,6 +56,12 @@ void store_values(const T* rows, int64_t stride, int first, int last, int dim, u
   }
 }
 
+// `plain`: to nearest, as the sink is.
+Rounding rounding(const float* feedback, const float* clip, int head, int dim, bool plain) {
+  return {feedback == nullptr || plain ? nullptr : feedback + static_cast<size_t>(head) * dim * dim,
+          clip == nullptr || plain ? 1.0f : clip[head]};
+}
+
 struct Job {
   int s, page, head;
 };
@@ -67,8 +73,6 @@ void Cpu::append(const Layer& layer, const Batch& batch, const Rows& rows, const
     for (int page = pages.first_page(s); page <= pages.last_page(s); ++page)
       for (int head = 0; head < layer.kv_heads; ++head) jobs.push_back({s, page, head});
 
-  const SealKernel seal_key = kernels_.seal_key(layer.sealed.key_codec);
-  const SealKernel seal_value = kernels_.seal_value(layer.sealed.value_codec);
   const auto store = [&](int index, int) {
     const auto [s, page, head] = jobs[index];
     const int start = batch.starts[s], end = start + batch.counts[s];
@@ -92,9 +96,14 @@ void Cpu::append(const Layer& layer, const Batch& batch, const Rows& rows, const
                    values);
     }
     if (last == kPage) {
+      const Place& place = pages.sealed_place(page);
       uint8_t* sealed = pages.sealed(s, page, head);
-      seal_key(keys, layer.key_dim, sealed);
-      seal_value(values, layer.value_dim, sealed + layer.sealed.value_offset);
+      const bool plain = pages.is_sink(page);
+      kernels_.seal_key(place.key_codec)(
+          keys, layer.key_dim, rounding(layer.key_feedback, layer.key_clip, head, layer.key_dim, plain), sealed);
+      kernels_.seal_value(place.value_codec)(
+          values, layer.value_dim, rounding(layer.value_feedback, layer.value_clip, head, layer.value_dim, plain),
+          sealed + place.value_offset);
     }
   };
   // Waking threads costs more than storing a decode step's few rows.

@@ -77,6 +77,8 @@ void Cpu::attend(const Layer& layer, const Batch& batch, const Rows& rows, const
   const int key_dim = layer.key_dim, value_dim = layer.value_dim;
   const KeyKernel& sealed_key = *kernels_.key(layer.sealed.key_codec);
   const ValueKernel& sealed_value = *kernels_.value(layer.sealed.value_codec);
+  const KeyKernel& sink_key = *kernels_.key(layer.sink.key_codec);
+  const ValueKernel& sink_value = *kernels_.value(layer.sink.value_codec);
   const KeyKernel& open_key = *kernels_.key(layer.open.key_codec);
   const ValueKernel& open_value = *kernels_.value(layer.open.value_codec);
   const size_t width = rows.dtype == Float::kF32 ? 4 : 2;
@@ -151,7 +153,6 @@ void Cpu::attend(const Layer& layer, const Batch& batch, const Rows& rows, const
       const int64_t at = token_row(r) * rows.query_row + query_head(r) * rows.query_head;
       kernels_.load_query(static_cast<const uint8_t*>(rows.query) + at * width, rows.dtype, layer.scale, key_dim,
                           state[r].query);
-      sealed_key.prepare(state[r], key_dim);
     }
     const auto finish = [&](const QueryRow& row, int r) {
       const int64_t at = (token_row(r) * layer.heads + query_head(r)) * value_dim;
@@ -170,13 +171,23 @@ void Cpu::attend(const Layer& layer, const Batch& batch, const Rows& rows, const
       for (int r = 0; r < count; ++r) reset(state[r], value_dim);
       const int from = split * kSplitPages > first_page ? split * kSplitPages : first_page;
       const int to = (split + 1) * kSplitPages - 1 < own ? (split + 1) * kSplitPages - 1 : own;
+      // A row holds the query in one codec's form: the sink's while its page is read, then the others'.
+      const bool begins_with_sink = from == 0 && layer.has_sink;
+      if (split == item.split || begins_with_sink) {
+        const KeyKernel& first = begins_with_sink ? sink_key : sealed_key;
+        for (int r = 0; r < count; ++r) first.prepare(state[r], key_dim);
+      }
       for (int page = from; page <= to; ++page) {
         const bool is_own = page == own;
-        const KeyKernel& key = is_own ? open_key : sealed_key;
-        const ValueKernel& value = is_own ? open_value : sealed_value;
+        const bool is_sink = pages.is_sink(page);
+        const KeyKernel& key = is_own ? open_key : is_sink ? sink_key : sealed_key;
+        const ValueKernel& value = is_own ? open_value : is_sink ? sink_value : sealed_value;
+        if (begins_with_sink && page == 1) {
+          for (int r = 0; r < count; ++r) sealed_key.prepare(state[r], key_dim);
+        }
         for (int head = item.head; head <= last_head; ++head) {
           const uint8_t* keys = page_block(page, head);
-          const uint8_t* values = keys + (is_own ? layer.open : layer.sealed).value_offset;
+          const uint8_t* values = keys + (is_own ? layer.open : pages.sealed_place(page)).value_offset;
           // The block to come, asked for while this one is read. An own page of another form has other offsets: it is
           // small and recent, and asked for piece by piece all the same.
           const uint8_t* next = keys;

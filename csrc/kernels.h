@@ -22,17 +22,21 @@ struct Place {
 
 struct Layer {
   int32_t heads, kv_heads, key_dim, value_dim;
-  float scale, softcap;  // softcap 0: none
-  int32_t window;        // 0: none
-  Place sealed, open;
+  float scale, softcap;      // softcap 0: none
+  int32_t window;            // 0: none
+  Place sealed, open, sink;  // sink: the first page of a sequence; equal to `sealed` where it has no form of its own
+  bool has_sink;
   int64_t frame_bytes;
   uint8_t* buffer;
+  // Per KV head, how sealed pages (not the sink) are rounded; null: to nearest.
+  const float *key_feedback, *value_feedback;  // [kv_heads, dim, dim]
+  const float *key_clip, *value_clip;          // [kv_heads]
 };
 
 // A step; see BatchLayout in kernels/base.py. The pointers are borrowed for the call.
 struct Batch {
-  int32_t sequences, max_pages, open_frames;
-  const int32_t *starts, *counts, *rows, *sealed, *head, *tail;
+  int32_t sequences, max_pages, open_frames, sink_frames;
+  const int32_t *starts, *counts, *rows, *sealed, *head, *tail, *sink;
 };
 
 enum class Float : int32_t { kBf16, kF32 };
@@ -71,8 +75,13 @@ struct ValueKernel {
   void (*accumulate)(const uint8_t* page, ptrdiff_t ahead, int dim, QueryRow* rows, int count, const float* weights,
                      const float* keep);
 };
+// How one head's codes are chosen (Rounding in codecs/base.py).
+struct Rounding {
+  const float* feedback;  // [dim, dim]: what channel c's error takes from the channels after it; null: round to nearest
+  float clip;             // share of a group's range that the codes span; 1: all of it
+};
 // Encodes one head's page from its bfloat16 form.
-using SealKernel = void (*)(const uint8_t* open_page, int dim, uint8_t* sealed_page);
+using SealKernel = void (*)(const uint8_t* open_page, int dim, const Rounding& rounding, uint8_t* sealed_page);
 
 struct Kernels {
   const char* isa;

@@ -1,9 +1,11 @@
 // The Python face of the kernels; the only file that knows nanobind.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -17,7 +19,7 @@ using Table = nb::ndarray<const int32_t, nb::c_contig, nb::device::cpu>;
 
 // Keeps the arrays that a Batch borrows.
 struct BatchTables {
-  Table starts, counts, rows, sealed, head, tail;
+  Table starts, counts, rows, sealed, head, tail, sink;
   Batch batch;
 };
 
@@ -47,7 +49,8 @@ NB_MODULE(_native, m) {
       .def(
           "__init__",
           [](Layer* self, int heads, int kv_heads, int key_dim, int value_dim, float scale, float softcap, int window,
-             Place sealed, Place open, int64_t frame_bytes, uintptr_t buffer) {
+             Place sealed, Place open, std::optional<Place> sink, int64_t frame_bytes, uintptr_t buffer,
+             uintptr_t key_feedback, uintptr_t value_feedback, uintptr_t key_clip, uintptr_t value_clip) {
             new (self) Layer{heads,
                              kv_heads,
                              key_dim,
@@ -57,35 +60,41 @@ NB_MODULE(_native, m) {
                              window,
                              sealed,
                              open,
+                             sink.value_or(sealed),
+                             sink.has_value(),
                              frame_bytes,
-                             pointer<uint8_t>(buffer)};
+                             pointer<uint8_t>(buffer),
+                             pointer<float>(key_feedback),
+                             pointer<float>(value_feedback),
+                             pointer<float>(key_clip),
+                             pointer<float>(value_clip)};
           },
           nb::arg("heads"), nb::arg("kv_heads"), nb::arg("key_dim"), nb::arg("value_dim"), nb::arg("scale"),
-          nb::arg("softcap"), nb::arg("window"), nb::arg("sealed"), nb::arg("open"), nb::arg("frame_bytes"),
-          nb::arg("buffer"));
+          nb::arg("softcap"), nb::arg("window"), nb::arg("sealed"), nb::arg("open"), nb::arg("sink").none(),
+          nb::arg("frame_bytes"), nb::arg("buffer"), nb::arg("key_feedback"), nb::arg("value_feedback"),
+          nb::arg("key_clip"), nb::arg("value_clip"));
 
   nb::class_<BatchTables>(m, "Batch")
       .def(
           "__init__",
-          [](BatchTables* self, Table starts, Table counts, Table rows, Table sealed, Table head, Table tail) {
+          [](BatchTables* self, Table starts, Table counts, Table rows, Table sealed, Table head, Table tail,
+             Table sink) {
             const Batch batch{static_cast<int32_t>(starts.shape(0)),
                               static_cast<int32_t>(sealed.shape(1)),
                               static_cast<int32_t>(head.shape(1)),
+                              static_cast<int32_t>(sink.shape(1)),
                               starts.data(),
                               counts.data(),
                               rows.data(),
                               sealed.data(),
                               head.data(),
-                              tail.data()};
-            new (self) BatchTables{std::move(starts),
-                                   std::move(counts),
-                                   std::move(rows),
-                                   std::move(sealed),
-                                   std::move(head),
-                                   std::move(tail),
-                                   batch};
+                              tail.data(),
+                              sink.data()};
+            new (self) BatchTables{std::move(starts), std::move(counts), std::move(rows), std::move(sealed),
+                                   std::move(head),   std::move(tail),   std::move(sink), batch};
           },
-          nb::arg("starts"), nb::arg("counts"), nb::arg("rows"), nb::arg("sealed"), nb::arg("head"), nb::arg("tail"));
+          nb::arg("starts"), nb::arg("counts"), nb::arg("rows"), nb::arg("sealed"), nb::arg("head"), nb::arg("tail"),
+          nb::arg("sink"));
 
   nb::class_<Cpu>(m, "Cpu")
       .def(

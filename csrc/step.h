@@ -30,9 +30,15 @@ class Pages {
 
   // Head `head` of the sealed page `page` of sequence `s`: its keys, at value_offset its values.
   uint8_t* sealed(int s, int page, int head) const {
+    if (is_sink(page)) {
+      return at(layer_.sink, batch_.sink[static_cast<size_t>(s) * batch_.sink_frames + layer_.sink.frame], head);
+    }
     const int32_t frame = batch_.sealed[static_cast<size_t>(s) * batch_.max_pages + page];
     return at(layer_.sealed, frame, head);
   }
+  // A sequence's first page may be sealed in a form of its own.
+  bool is_sink(int page) const { return page == 0 && layer_.has_sink; }
+  const Place& sealed_place(int page) const { return is_sink(page) ? layer_.sink : layer_.sealed; }
   // The 16-bit form of a page that the step touches.
   uint8_t* open(int s, int page, int head) const;
   // Where the page with the next token ends up.

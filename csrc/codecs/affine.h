@@ -216,7 +216,7 @@ template <int BITS, bool SYMMETRIC>
 struct AffineSeal {
   // kKey: the stored code is unsigned. PER_ROW: one parameter per reduced element, else one per lane.
   template <bool kKey, bool kPerRow>
-  static void seal(const uint8_t* open_page, int reduction, int lanes, uint8_t* out) {
+  static void seal(const uint8_t* open_page, int reduction, int lanes, const Rounding& rounding, uint8_t* out) {
     thread_local float matrix[kPage * kMaxDim];
     thread_local uint8_t codes[kPage * kMaxDim];
     const auto* pairs = reinterpret_cast<const uint16_t*>(open_page);
@@ -227,7 +227,7 @@ struct AffineSeal {
       }
     }
     const int n = kPerRow ? reduction : lanes;
-    float low[kMaxDim], high[kMaxDim], inverse[kMaxDim];
+    float low[kMaxDim], high[kMaxDim], scale[kMaxDim], inverse[kMaxDim];
     for (int i = 0; i < n; ++i) low[i] = high[i] = kPerRow ? matrix[i * lanes] : matrix[i];
     for (int row = 0; row < reduction; ++row) {
       const float* x = matrix + row * lanes;
@@ -253,24 +253,60 @@ struct AffineSeal {
         scales[i] = to_half((high[i] > -low[i] ? high[i] : -low[i]) / kLimit);
         low[i] = 0;
       } else {
+        if (rounding.clip != 1.0f) {
+          const float middle = (low[i] + high[i]) * 0.5f, reach = (high[i] - low[i]) * 0.5f * rounding.clip;
+          low[i] = middle - reach;
+          high[i] = middle + reach;
+        }
         scales[n + i] = to_half(low[i]);
         low[i] = half_to_float(scales[n + i]);
         scales[i] = to_half((high[i] - low[i]) / kTop);
       }
-      const float scale = half_to_float(scales[i]);
-      inverse[i] = scale > 0 ? 1.0f / scale : 0.0f;
+      scale[i] = half_to_float(scales[i]);
+      inverse[i] = scale[i] > 0 ? 1.0f / scale[i] : 0.0f;
     }
-    for (int row = 0; row < reduction; ++row) {
-      const float* x = matrix + row * lanes;
-      uint8_t* c = codes + row * lanes;
-      for (int lane = 0; lane < lanes; ++lane) {
-        const int i = kPerRow ? row : lane;
-        const float code = __builtin_rintf((x[lane] - low[i]) * inverse[i]);
-        if constexpr (SYMMETRIC) {
-          const float bounded = code < -kLimit ? -kLimit : code > kLimit ? kLimit : code;
-          c[lane] = static_cast<uint8_t>((static_cast<int>(bounded) + (kKey ? kLimit + 1 : 0)) & kTop);
-        } else {
-          c[lane] = static_cast<uint8_t>(code < 0 ? 0 : code > kTop ? kTop : code);
+    const auto nearest = [&](float x, int i) {
+      const float code = __builtin_rintf((x - low[i]) * inverse[i]);
+      constexpr float kLeast = SYMMETRIC ? -kLimit : 0, kMost = SYMMETRIC ? kLimit : kTop;
+      return code < kLeast ? kLeast : code > kMost ? kMost : code;
+    };
+    const auto stored = [&](float code) {
+      if constexpr (SYMMETRIC) return static_cast<uint8_t>((static_cast<int>(code) + (kKey ? kLimit + 1 : 0)) & kTop);
+      return static_cast<uint8_t>(code);
+    };
+    if (rounding.feedback == nullptr) {
+      for (int row = 0; row < reduction; ++row) {
+        for (int lane = 0; lane < lanes; ++lane) {
+          codes[row * lanes + lane] = stored(nearest(matrix[row * lanes + lane], kPerRow ? row : lane));
+        }
+      }
+    } else if constexpr (kKey) {
+      // Channels are rows: what a row's rounding loses is taken from the rows after it, lane by lane.
+      float error[kPage];
+      for (int row = 0; row < reduction; ++row) {
+        for (int lane = 0; lane < kPage; ++lane) {
+          const int i = kPerRow ? row : lane;
+          const float x = matrix[row * kPage + lane], code = nearest(x, i);
+          codes[row * kPage + lane] = stored(code);
+          error[lane] = x - (code * scale[i] + low[i]);
+        }
+        const float* factors = rounding.feedback + static_cast<size_t>(row) * reduction;
+        for (int later = row + 1; later < reduction; ++later) {
+          float* y = matrix + later * kPage;
+          for (int lane = 0; lane < kPage; ++lane) y[lane] -= error[lane] * factors[later];
+        }
+      }
+    } else {
+      // Channels are lanes: the same along each token's row.
+      for (int row = 0; row < reduction; ++row) {
+        float* x = matrix + row * lanes;
+        for (int lane = 0; lane < lanes; ++lane) {
+          const int i = kPerRow ? row : lane;
+          const float code = nearest(x[lane], i);
+          codes[row * lanes + lane] = stored(code);
+          const float error = x[lane] - (code * scale[i] + low[i]);
+          const float* factors = rounding.feedback + static_cast<size_t>(lane) * lanes;
+          for (int later = lane + 1; later < lanes; ++later) x[later] -= error * factors[later];
         }
       }
     }
@@ -284,10 +320,10 @@ struct AffineSeal {
 };
 
 template <int BITS, bool PER_CHANNEL, bool SYMMETRIC>
-void seal_affine_key(const uint8_t* open_page, int dim, uint8_t* out) {
-  AffineSeal<BITS, SYMMETRIC>::template seal<true, PER_CHANNEL>(open_page, dim, kPage, out);
+void seal_affine_key(const uint8_t* open_page, int dim, const Rounding& rounding, uint8_t* out) {
+  AffineSeal<BITS, SYMMETRIC>::template seal<true, PER_CHANNEL>(open_page, dim, kPage, rounding, out);
 }
 template <int BITS, bool PER_CHANNEL, bool SYMMETRIC>
-void seal_affine_value(const uint8_t* open_page, int dim, uint8_t* out) {
-  AffineSeal<BITS, SYMMETRIC>::template seal<false, !PER_CHANNEL>(open_page, kPage, dim, out);
+void seal_affine_value(const uint8_t* open_page, int dim, const Rounding& rounding, uint8_t* out) {
+  AffineSeal<BITS, SYMMETRIC>::template seal<false, !PER_CHANNEL>(open_page, kPage, dim, rounding, out);
 }

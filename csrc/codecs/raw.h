@@ -41,7 +41,7 @@ struct RawKey {
     }
   }
 
-  static void seal(const uint8_t* open_page, int dim, uint8_t* out) {
+  static void seal(const uint8_t* open_page, int dim, const Rounding&, uint8_t* out) {
     __builtin_memcpy(out, open_page, static_cast<size_t>(kPage) * dim * 2);
   }
 };
@@ -58,7 +58,9 @@ struct RawValue {
     for (; lane < dim; lane += kWidth) accumulate_lanes<ROWS, 1>(page, ahead, dim, lane, rows, weights, keep);
   }
 
-  static void seal(const uint8_t* open_page, int dim, uint8_t* out) { RawKey::seal(open_page, dim, out); }
+  static void seal(const uint8_t* open_page, int dim, const Rounding& rounding, uint8_t* out) {
+    RawKey::seal(open_page, dim, rounding, out);
+  }
 
  private:
   template <int ROWS, int VECTORS>

@@ -24,12 +24,17 @@ class Layer:
         window: int,
         sealed: Place,
         open: Place,
+        sink: Place | None,
         frame_bytes: int,
         buffer: int,
+        key_feedback: int,
+        value_feedback: int,
+        key_clip: int,
+        value_clip: int,
     ) -> None: ...
 
 class Batch:
-    def __init__(self, starts: Any, counts: Any, rows: Any, sealed: Any, head: Any, tail: Any) -> None: ...
+    def __init__(self, starts: Any, counts: Any, rows: Any, sealed: Any, head: Any, tail: Any, sink: Any) -> None: ...
 
 class Cpu:
     def __init__(self, isa: str, threads: int, gomp_parallel: int) -> None: ...

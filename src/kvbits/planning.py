@@ -130,9 +130,9 @@ def _scheme(
 ) -> SchemePlan:
     layout = PoolLayout.of(geometry, policy)
     num_frames = cache_bytes // layout.frame_bytes
-    full = (num_frames - layout.open.frames) // layout.sealed.frames
+    full = layout.full_pages(num_frames)
     # The last page of a running sequence is open and holds at most one token less than a page.
-    longest = full * PAGE_TOKENS + PAGE_TOKENS - 1 if full >= 0 else 0
+    longest = max(0, full * PAGE_TOKENS + PAGE_TOKENS - 1)
     return SchemePlan(
         dtype=policy.name,
         bits_per_element=policy.bits_per_element(geometry),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvbits.codecs import Place, Policy, PoolLayout
+from kvbits.codecs import LayerRounding, Place, Policy, PoolLayout
 from kvbits.config import PAGE_TOKENS, LayerGeometry, ModelGeometry
 from kvbits.errors import ConfigError
 
@@ -17,8 +17,9 @@ from kvbits.errors import ConfigError
 class LayerView:
     """One layer of the pool: all that a kernel ever gets.
 
-    ``buffer`` is ``uint8 [num_frames, frame_bytes]``; ``sealed`` and ``open`` say where in a page's frames this layer
-    lies and how it is coded.
+    ``buffer`` is ``uint8 [num_frames, frame_bytes]``; ``sealed``, ``open`` and ``sink`` (a sequence's first page, where
+    it has a form of its own) say where in a page's frames this layer lies and how it is coded; ``rounding`` how codes
+    are chosen when a page other than the sink is sealed.
     """
 
     index: int
@@ -26,6 +27,8 @@ class LayerView:
     buffer: Tensor
     sealed: Place
     open: Place
+    sink: Place | None = None
+    rounding: LayerRounding | None = None
 
 
 class PagedPool:
@@ -47,7 +50,7 @@ class PagedPool:
         self.policy = policy
         self.layout = PoolLayout.of(geometry, policy)
         self.num_frames = memory_bytes // self.layout.frame_bytes
-        least = self.layout.sealed.frames + self.layout.open.frames
+        least = self.layout.first_frames + self.layout.open.frames
         if self.num_frames < least:
             raise ConfigError(
                 f"a KV cache of {memory_bytes} bytes holds {self.num_frames} frames of {self.layout.frame_bytes} bytes;"
@@ -56,8 +59,19 @@ class PagedPool:
         size = self.num_frames * self.layout.frame_bytes
         block = _reserve(size) if buffer is None else buffer[:size]
         self.buffer = block.view(self.num_frames, self.layout.frame_bytes)
-        places = zip(geometry.layers, self.layout.sealed.places, self.layout.open.places, strict=True)
-        self.layers = tuple(LayerView(i, g, self.buffer, s, o) for i, (g, s, o) in enumerate(places))
+        sealed, own, sink = self.layout.sealed, self.layout.open, self.layout.sink
+        self.layers = tuple(
+            LayerView(
+                index=i,
+                geometry=layer,
+                buffer=self.buffer,
+                sealed=sealed.places[i],
+                open=own.places[i],
+                sink=sink.places[i] if sink else None,
+                rounding=policy.rounding[i] if policy.rounding else None,
+            )
+            for i, layer in enumerate(geometry.layers)
+        )
 
     def copy(self, source: tuple[int, ...], target: tuple[int, ...]) -> None:
         """Copy a page frame by frame (copy-on-write)."""

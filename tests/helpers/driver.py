@@ -30,6 +30,7 @@ class Frames:
         self._free = order.tolist()
         self._open: dict[int, list[int]] = {}
         self.sealed: dict[int, list[int]] = {}
+        self.sink: dict[int, list[int]] = {}
         self.length: dict[int, int] = {}
 
     def slice(self, sequence: int, count: int) -> SequenceSlice:
@@ -39,10 +40,15 @@ class Frames:
             self.sealed[sequence], self.length[sequence] = [], 0
         start = self.length[sequence]
         self.length[sequence] += count
-        while len(self.sealed[sequence]) < self.length[sequence] // PAGE_TOKENS:
+        full = self.length[sequence] // PAGE_TOKENS
+        if self.pool.layout.sink and full and sequence not in self.sink:
+            self.sink[sequence] = [self._free.pop() for _ in range(self.pool.layout.sink.frames)]
+        while len(self.sealed[sequence]) < full - (sequence in self.sink):
             self.sealed[sequence].append(self._free.pop())
         frames = self._open[sequence]
-        return SequenceSlice(start, count, list(self.sealed[sequence]), frames, frames)
+        return SequenceSlice(
+            start, count, list(self.sealed[sequence]), frames, frames, list(self.sink.get(sequence, []))
+        )
 
     def page_bytes(self, sequence: int) -> Tensor:
         """The sealed pages of ``sequence``, ``uint8 [pages, frame_bytes]``."""

@@ -1,6 +1,6 @@
 """What the bytes of a page mean."""
 
-from kvbits.codecs.base import Codec, Scheme, Side
+from kvbits.codecs.base import Codec, LayerRounding, Rounding, Scheme, Side
 from kvbits.codecs.layout import PageFormat, Place, PoolLayout
 from kvbits.codecs.policy import OPEN, SCHEMES, Policy, codecs_in_use, parse_policy
 
@@ -8,10 +8,12 @@ __all__ = [
     "OPEN",
     "SCHEMES",
     "Codec",
+    "LayerRounding",
     "PageFormat",
     "Place",
     "Policy",
     "PoolLayout",
+    "Rounding",
     "Scheme",
     "Side",
     "codecs_in_use",

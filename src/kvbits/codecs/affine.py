@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvbits.codecs.base import Codec, Side
+from kvbits.codecs.base import Codec, Rounding, Side
 from kvbits.codecs.packing import pack, quads_multiple, unpack
 from kvbits.config import PAGE_TOKENS, align
 
@@ -41,21 +41,25 @@ class Affine(Codec):
         codes = PAGE_TOKENS * dim * self.bits // 8
         return align(codes + self._params(dim) * (2 if self.symmetric else 4))
 
-    def encode(self, rows: Tensor, side: Side) -> Tensor:
+    def encode(self, rows: Tensor, side: Side, rounding: Rounding | None = None) -> Tensor:
+        rounding = rounding or Rounding()
         axis = -1 if self.per == "token" else -2
         top = 2**self.bits - 1
         if self.symmetric:
             limit = 2 ** (self.bits - 1) - 1
             scale = _half(rows.abs().amax(axis) / limit)
+            zero = torch.zeros_like(scale)
             offset = limit + 1 if side == "key" else 0
-            codes = torch.round(rows * _reciprocal(scale).unsqueeze(axis)).clamp(-limit, limit)
+            codes = _choose(rows, scale, zero, axis, -limit, limit, rounding.feedback)
             codes = (codes.to(torch.int32) + offset) & top
             params = [scale]
         else:
-            zero = _half(rows.amin(axis))
-            scale = _half((rows.amax(axis) - zero.float()) / top)
-            shifted = rows - zero.float().unsqueeze(axis)
-            codes = torch.round(shifted * _reciprocal(scale).unsqueeze(axis)).clamp(0, top)
+            low, high = rows.amin(axis), rows.amax(axis)
+            if rounding.clip is not None:
+                low, high = _clipped(low, high, rounding.clip)
+            zero = _half(low)
+            scale = _half((high - zero.float()) / top)
+            codes = _choose(rows, scale, zero, axis, 0, top, rounding.feedback)
             params = [scale, zero]
         codes = codes.to(torch.uint8)
         matrix = codes.transpose(-1, -2) if side == "key" else codes
@@ -85,6 +89,29 @@ class Affine(Codec):
     @property
     def native_id(self) -> int:
         return self.bits + 16 * (self.per == "channel") + 32 * self.symmetric
+
+
+def _clipped(low: Tensor, high: Tensor, clip: Tensor) -> tuple[Tensor, Tensor]:
+    """Range ends ``[..., kv_heads, n]`` moved towards their middle; exactly kept where ``clip`` is 1."""
+    share = clip.unsqueeze(-1)
+    middle, reach = (low + high) * 0.5, (high - low) * 0.5 * share
+    return torch.where(share == 1, low, middle - reach), torch.where(share == 1, high, middle + reach)
+
+
+def _choose(
+    rows: Tensor, scale: Tensor, zero: Tensor, axis: int, least: int, most: int, feedback: Tensor | None
+) -> Tensor:
+    """The code of every element, as float32. The order of operations is the kernels': the bytes must agree."""
+    inverse = _reciprocal(scale).unsqueeze(axis).expand_as(rows)
+    scale, zero = (x.float().unsqueeze(axis).expand_as(rows) for x in (scale, zero))
+    if feedback is None:
+        return torch.round((rows - zero) * inverse).clamp(least, most)
+    rest, codes = rows.clone(), torch.empty_like(rows)
+    for c in range(rows.shape[-1]):
+        codes[..., c] = torch.round((rest[..., c] - zero[..., c]) * inverse[..., c]).clamp(least, most)
+        error = rest[..., c] - (codes[..., c] * scale[..., c] + zero[..., c])
+        rest[..., c + 1 :] -= error.unsqueeze(-1) * feedback[:, None, c, c + 1 :]
+    return codes
 
 
 def _half(x: Tensor) -> Tensor:

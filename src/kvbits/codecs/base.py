@@ -17,6 +17,29 @@ Side = Literal["key", "value"]
 
 
 @dataclass(frozen=True)
+class Rounding:
+    """How the codes of one layer's keys or values are chosen when a page is sealed; what a page means stays the same.
+
+    ``feedback`` ``float32 [kv_heads, dim, dim]``: channels are rounded in order, and the error ``e`` of channel ``c``
+    takes ``e * feedback[head, c, j]`` from every later channel ``j``, which compensates it under the metric that the
+    factors were made for (as GPTQ rounds weights: Frantar et al., 2022, arXiv:2210.17323). ``clip`` ``float32
+    [kv_heads]``: the share of a group's range, about its middle, that asymmetric codes span; what lies outside
+    saturates. ``None`` for either: to nearest, the whole range.
+    """
+
+    feedback: Tensor | None = None
+    clip: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LayerRounding:
+    """The rounding of a layer's keys and of its values."""
+
+    key: Rounding = Rounding()
+    value: Rounding = Rounding()
+
+
+@dataclass(frozen=True)
 class Codec(ABC):
     """How a page of one KV head, ``[64 tokens, dim]``, becomes ``page_bytes(dim)`` bytes.
 
@@ -30,8 +53,11 @@ class Codec(ABC):
         """Bytes of one page of one head, parameters included, a multiple of 64."""
 
     @abstractmethod
-    def encode(self, rows: Tensor, side: Side) -> Tensor:
-        """``float32 [..., 64, dim]`` to ``uint8 [..., page_bytes(dim)]``."""
+    def encode(self, rows: Tensor, side: Side, rounding: Rounding | None = None) -> Tensor:
+        """``float32 [..., 64, dim]`` to ``uint8 [..., page_bytes(dim)]``.
+
+        With ``rounding`` the rows are ``[..., kv_heads, 64, dim]``; a codec without choice ignores it.
+        """
 
     @abstractmethod
     def decode(self, page: Tensor, dim: int, side: Side) -> Tensor:

@@ -37,11 +37,15 @@ class PageFormat:
 
 @dataclass(frozen=True)
 class PoolLayout:
-    """Frame size and page forms that follow from a model and a policy."""
+    """Frame size and page forms that follow from a model and a policy.
+
+    ``sink`` is the form of a sequence's first page once it is full, where it differs from ``sealed``.
+    """
 
     frame_bytes: int
     sealed: PageFormat
     open: PageFormat
+    sink: PageFormat | None = None
 
     @classmethod
     def of(cls, geometry: ModelGeometry, policy: Policy) -> PoolLayout:
@@ -49,17 +53,34 @@ class PoolLayout:
         policy.check(geometry)
         open_schemes = (OPEN,) * geometry.num_layers
         sealed_bytes = sum(s.layer_bytes(g) for s, g in zip(policy.layers, geometry.layers, strict=True))
-        # A frame must also hold any one layer of an open page: binds only for models of very few layers.
-        frame_bytes = max(sealed_bytes, *(OPEN.layer_bytes(g) for g in geometry.layers))
+        # A frame must also hold any one layer of a larger page: binds only for models of very few layers.
+        larger = [*zip(open_schemes, geometry.layers, strict=True)]
+        larger += zip(policy.sink, geometry.layers, strict=True) if policy.sink else ()
+        frame_bytes = max(sealed_bytes, *(s.layer_bytes(g) for s, g in larger))
         return cls(
             frame_bytes,
             _place(policy.layers, geometry.layers, frame_bytes),
             _place(open_schemes, geometry.layers, frame_bytes),
+            _place(policy.sink, geometry.layers, frame_bytes) if policy.sink else None,
         )
+
+    @property
+    def first_frames(self) -> int:
+        """Frames of a sequence's first page once it is full."""
+        return (self.sink or self.sealed).frames
+
+    def full_pages(self, frames: int) -> int:
+        """Full pages of one sequence that ``frames`` frames hold beside its open page; -1 when not even that fits."""
+        rest = frames - self.open.frames
+        if rest < self.first_frames:
+            return -1 if rest < 0 else 0
+        return 1 + (rest - self.first_frames) // self.sealed.frames
 
     def frames_of(self, tokens: int) -> int:
         """Frames that a running sequence of ``tokens`` tokens holds: its full pages sealed, and one open page."""
-        return tokens // PAGE_TOKENS * self.sealed.frames + self.open.frames
+        full = tokens // PAGE_TOKENS
+        first = self.first_frames - self.sealed.frames if full else 0
+        return full * self.sealed.frames + first + self.open.frames
 
 
 def _place(schemes: tuple[Scheme, ...], layers: tuple[LayerGeometry, ...], frame_bytes: int) -> PageFormat:

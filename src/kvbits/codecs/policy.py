@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvbits.codecs.affine import Affine
-from kvbits.codecs.base import Codec, Scheme
+from kvbits.codecs.base import Codec, LayerRounding, Scheme
 from kvbits.codecs.raw import Raw
 from kvbits.config import PAGE_TOKENS, ModelGeometry
 from kvbits.errors import ConfigError, UnsupportedError
@@ -34,10 +34,17 @@ SCHEMES: dict[str, Scheme] = {
 
 @dataclass(frozen=True)
 class Policy:
-    """A scheme for each layer; ``name`` is the canonical string that :func:`parse_policy` reads."""
+    """A scheme for each layer; ``name`` is the canonical string that :func:`parse_policy` reads.
+
+    ``sink`` are the schemes of every sequence's first page (``None``: those of all pages). ``rounding`` says, layer by
+    layer, how sealed pages are rounded, where that was calibrated; ``name`` then identifies the calibration too, so
+    that equal names mean equal bytes.
+    """
 
     name: str
     layers: tuple[Scheme, ...]
+    sink: tuple[Scheme, ...] | None = None
+    rounding: tuple[LayerRounding, ...] | None = field(default=None, compare=False, repr=False)
 
     def bits_per_element(self, geometry: ModelGeometry) -> float:
         """Stored bits per element of a sealed page, every parameter counted."""
@@ -46,21 +53,30 @@ class Policy:
 
     def check(self, geometry: ModelGeometry) -> None:
         """Raise ``UnsupportedError`` where a layer's head size does not fit its codec."""
-        for index, (scheme, layer) in enumerate(zip(self.layers, geometry.layers, strict=True)):
-            reason = scheme.supports(layer)
-            if reason:
-                raise UnsupportedError(f"layer {index} cannot be stored as '{scheme.name}': {reason}")
+        for schemes in (self.layers, self.sink or ()):
+            for index, (scheme, layer) in enumerate(zip(schemes, geometry.layers, strict=bool(schemes))):
+                reason = scheme.supports(layer)
+                if reason:
+                    raise UnsupportedError(f"layer {index} cannot be stored as '{scheme.name}': {reason}")
 
 
 def parse_policy(text: str, num_layers: int) -> Policy:
     """Read ``--kv-cache-dtype``.
 
     ``"int4"``: every layer; ``"int8,int4"`` or ``"int8/int4"``: keys, values; ``"0-1:int8,2-29:int8/int4"``: by layer,
-    every layer named once. Raises ``ConfigError`` with the part that is wrong.
+    every layer named once. ``"int4+sink:int8"``: the first page of every sequence, where attention sinks lie, is stored
+    as the dtype after ``+sink:`` in all layers. Raises ``ConfigError`` with the part that is wrong.
     """
     text = text.strip().lower()
     if not text:
         raise ConfigError(f"the KV cache dtype is empty; choose from {', '.join(SCHEMES)}")
+    text, plus, suffix = text.partition("+")
+    if plus:
+        if not suffix.startswith("sink:"):
+            raise ConfigError(f"'+{suffix}' in the policy '{text}+{suffix}' is not +sink:DTYPE")
+        policy = parse_policy(text, num_layers)
+        sink = _scheme(suffix.removeprefix("sink:"), suffix)
+        return Policy(f"{policy.name}+{suffix}", policy.layers, (sink,) * num_layers)
     if ":" not in text:
         return Policy(text, (_scheme(text, text),) * num_layers)
     layers: list[Scheme | None] = [None] * num_layers

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvbits.codecs.base import Codec, Side
+from kvbits.codecs.base import Codec, Rounding, Side
 from kvbits.config import PAGE_TOKENS
 
 
@@ -24,7 +24,7 @@ class Raw(Codec):
     def page_bytes(self, dim: int) -> int:
         return PAGE_TOKENS * dim * 2
 
-    def encode(self, rows: Tensor, side: Side) -> Tensor:
+    def encode(self, rows: Tensor, side: Side, rounding: Rounding | None = None) -> Tensor:
         matrix = rows.transpose(-1, -2) if side == "key" else rows
         pairs = matrix.to(torch.bfloat16).unflatten(-2, (-1, 2)).transpose(-1, -2)
         page: Tensor = pairs.contiguous().view(torch.uint8).flatten(-3)

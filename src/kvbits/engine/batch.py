@@ -54,7 +54,7 @@ def build(pieces: Sequence[Piece], pages: PageManager) -> StepBatch:
         out += piece.outputs
         part = pages.slice(piece.seq_id)
         assert (part.start, part.count) == (piece.start, count), (part, piece.start, count)
-        slices.append(SequenceSlice(part.start, part.count, part.sealed, part.head, part.tail))
+        slices.append(SequenceSlice(part.start, part.count, part.sealed, part.head, part.tail, part.sink))
     return StepBatch(
         torch.from_numpy(ids), torch.from_numpy(positions), BatchLayout.of(slices), torch.from_numpy(wanted)
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from kvbits.codecs import Policy, parse_policy
+from kvbits.codecs import Policy
+from kvbits.codecs.artifact import resolve_policy
 from kvbits.config import PAGE_TOKENS, EngineConfig
 from kvbits.engine.limits import Limits
 from kvbits.errors import ConfigError, UnsupportedError
@@ -23,11 +24,12 @@ def context_of(loaded: LoadedModel, config: EngineConfig) -> int:
 
 def policy_of(loaded: LoadedModel, config: EngineConfig, backend: Backend) -> Policy:
     """The cache policy; raises ``UnsupportedError`` where ``backend`` cannot run a layer as the policy stores it."""
-    policy = parse_policy(config.kv_cache_dtype, loaded.geometry.num_layers)
-    for index, (scheme, layer) in enumerate(zip(policy.layers, loaded.geometry.layers, strict=True)):
-        reason = backend.supports(scheme, layer)
-        if reason:
-            raise UnsupportedError(f"layer {index} of {loaded.name} cannot be stored as '{scheme.name}': {reason}")
+    policy = resolve_policy(config.kv_cache_dtype, loaded.geometry, loaded.fingerprint)
+    for schemes in (policy.layers, policy.sink or ()):
+        for index, (scheme, layer) in enumerate(zip(schemes, loaded.geometry.layers, strict=bool(schemes))):
+            reason = backend.supports(scheme, layer)
+            if reason:
+                raise UnsupportedError(f"layer {index} of {loaded.name} cannot be stored as '{scheme.name}': {reason}")
     return policy
 
 
@@ -40,11 +42,12 @@ def pages_of(pool: PagedPool, loaded: LoadedModel, config: EngineConfig) -> Page
         layout.sealed.frames,
         enable_prefix_caching=config.enable_prefix_caching,
         cache_key=f"{loaded.fingerprint}|{pool.policy.name}".encode(),
+        sink_frames=layout.sink.frames if layout.sink else None,
     )
 
 
 def limits_of(pool: PagedPool, context: int, config: EngineConfig) -> Limits:
     """What one request may use when it has the pool to itself."""
     layout = pool.layout
-    full = (pool.num_frames - layout.open.frames) // layout.sealed.frames
+    full = layout.full_pages(pool.num_frames)
     return Limits(pool.geometry.vocab_size, context, full * PAGE_TOKENS + PAGE_TOKENS - 1, config.kv_cache_memory)

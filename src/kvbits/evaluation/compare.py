@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from kvbits.codecs import PoolLayout, parse_policy
-from kvbits.config import EngineConfig, ModelGeometry
+from kvbits.codecs import PoolLayout
+from kvbits.codecs.artifact import resolve_policy
+from kvbits.config import EngineConfig
 from kvbits.engine.engine import Engine
 from kvbits.errors import ConfigError
 from kvbits.evaluation.fidelity import Fidelity, FidelitySummary
@@ -89,22 +90,22 @@ def compare(
 def check_dtypes(loaded: LoadedModel, dtypes: Sequence[str], context: int) -> None:
     """Raise ``ConfigError`` or ``UnsupportedError`` now for what :func:`compare` would stumble over later."""
     for dtype in dtypes:
-        PoolLayout.of(loaded.geometry, parse_policy(dtype, loaded.geometry.num_layers))
+        PoolLayout.of(loaded.geometry, resolve_policy(dtype, loaded.geometry, loaded.fingerprint))
     if context > loaded.geometry.max_position:
         raise ConfigError(
             f"a context of {context} tokens is over the {loaded.geometry.max_position} tokens of {loaded.name}"
         )
 
 
-def pool_bytes(geometry: ModelGeometry, dtype: str, sequences: int, tokens: int) -> int:
+def pool_bytes(loaded: LoadedModel, dtype: str, sequences: int, tokens: int) -> int:
     """Bytes of a pool in which ``sequences`` running sequences of ``tokens`` tokens fit, one frame in 50 to spare."""
-    layout = PoolLayout.of(geometry, parse_policy(dtype, geometry.num_layers))
+    layout = PoolLayout.of(loaded.geometry, resolve_policy(dtype, loaded.geometry, loaded.fingerprint))
     frames = (sequences + 1) * layout.open.frames + sequences * layout.frames_of(tokens)
     return (frames + frames // 50 + 1) * layout.frame_bytes
 
 
 def _engine(loaded: LoadedModel, dtype: str, context: int, max_num_batched_tokens: int) -> Engine:
-    memory = pool_bytes(loaded.geometry, dtype, 1, context)
+    memory = pool_bytes(loaded, dtype, 1, context)
     config = EngineConfig(dtype, memory, max_num_batched_tokens=max_num_batched_tokens, enable_prefix_caching=False)
     return Engine(loaded, config)
 

@@ -81,7 +81,7 @@ def measure_speed(
     longest = longest_sequence(loaded, context, batch, new_tokens, max_num_batched_tokens)
     config = EngineConfig(
         kv_cache_dtype=dtype,
-        kv_cache_memory=pool_bytes(loaded.geometry, dtype, batch, longest),
+        kv_cache_memory=pool_bytes(loaded, dtype, batch, longest),
         max_num_seqs=batch,
         max_num_batched_tokens=max_num_batched_tokens,
         enable_prefix_caching=False,

@@ -24,10 +24,11 @@ Ints = NDArray[np.int32]
 class SequenceSlice:
     """One sequence's part of a step: ``count`` new tokens after ``start`` stored ones, and its frames.
 
-    ``sealed[p]`` is the frame of page ``p`` for every page that is full when the step ends. ``head`` are the frames
-    of the open page that holds token ``start``; ``tail`` those of the page that holds token ``start + count``. They
-    are the same frames, except in a tentative (speculative) step that crosses a page boundary, where the head must
-    outlive the step.
+    ``sealed[p]`` is the frame of page ``p`` for every page that is full when the step ends. Where the first page has a
+    form of its own its frames are ``sink`` (empty until it is full), and ``sealed`` begins with page 1. ``head`` are
+    the frames of the open page that holds token ``start``; ``tail`` those of the page that holds token ``start +
+    count``. They are the same, except in a tentative (speculative) step that crosses a page boundary, where the head
+    must outlive the step.
     """
 
     start: int
@@ -35,6 +36,7 @@ class SequenceSlice:
     sealed: Sequence[int]
     head: Sequence[int]
     tail: Sequence[int]
+    sink: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class BatchLayout:
     """A step over several sequences whose new tokens are packed into one row dimension, sequence after sequence.
 
     ``starts``, ``counts`` ``int32 [S]``; ``rows`` ``int32 [S + 1]``, first row of each sequence; ``sealed`` ``int32
-    [S, max pages]``, unused entries -1; ``head``, ``tail`` ``int32 [S, open frames]``.
+    [S, max pages]``, unused entries -1; ``head``, ``tail`` ``int32 [S, open frames]``; ``sink`` ``int32 [S, sink
+    frames]``, -1 where the first page is not full, no columns where no sequence has one.
     """
 
     starts: Ints
@@ -51,6 +54,7 @@ class BatchLayout:
     sealed: Ints
     head: Ints
     tail: Ints
+    sink: Ints
 
     @classmethod
     def of(cls, slices: Sequence[SequenceSlice]) -> BatchLayout:
@@ -60,8 +64,12 @@ class BatchLayout:
         sealed = np.full((len(slices), max(pages, 1)), -1, dtype=np.int32)
         for row, s in zip(sealed, slices, strict=True):
             full = (s.start + s.count) // PAGE_TOKENS
-            assert len(s.sealed) >= full, (len(s.sealed), full)
-            row[:full] = s.sealed[:full]
+            first = 1 if s.sink else 0
+            assert len(s.sealed) + first >= full, (len(s.sealed), full)
+            row[first:full] = s.sealed[: max(full - first, 0)]
+        sink = np.full((len(slices), max(len(s.sink) for s in slices)), -1, dtype=np.int32)
+        for row, s in zip(sink, slices, strict=True):
+            row[: len(s.sink)] = s.sink
         return cls(
             starts=np.array([s.start for s in slices], dtype=np.int32),
             counts=counts,
@@ -69,6 +77,7 @@ class BatchLayout:
             sealed=sealed,
             head=np.array([s.head for s in slices], dtype=np.int32),
             tail=np.array([s.tail for s in slices], dtype=np.int32),
+            sink=sink,
         )
 
     @property

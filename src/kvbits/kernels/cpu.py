@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvbits import _native
-from kvbits.codecs import Place, Scheme
+from kvbits.codecs import LayerRounding, Place, Scheme
 from kvbits.config import LayerGeometry, align
 from kvbits.errors import ConfigError
 from kvbits.kernels.base import Backend, BatchLayout
@@ -85,7 +85,7 @@ class CpuBackend(Backend):
     def _layer(self, view: LayerView) -> _native.Layer:
         known = self._layers.get(view.index)
         if known is None or known[0] is not view:
-            layer = view.geometry
+            layer, rounding = view.geometry, view.rounding or LayerRounding()
             native = _native.Layer(
                 layer.num_heads,
                 layer.num_kv_heads,
@@ -96,15 +96,22 @@ class CpuBackend(Backend):
                 layer.window or 0,
                 _place(view.sealed, layer),
                 _place(view.open, layer),
+                None if view.sink is None else _place(view.sink, layer),
                 view.buffer.stride(0),
                 view.buffer.data_ptr(),
+                _table(rounding.key.feedback, layer.num_kv_heads, layer.key_dim, layer.key_dim),
+                _table(rounding.value.feedback, layer.num_kv_heads, layer.value_dim, layer.value_dim),
+                _table(rounding.key.clip, layer.num_kv_heads),
+                _table(rounding.value.clip, layer.num_kv_heads),
             )
             known = self._layers[view.index] = (view, native)
         return known[1]
 
     def _tables(self, batch: BatchLayout) -> _native.Batch:
         if self._batch is None or self._batch[0] is not batch:
-            native = _native.Batch(batch.starts, batch.counts, batch.rows, batch.sealed, batch.head, batch.tail)
+            native = _native.Batch(
+                batch.starts, batch.counts, batch.rows, batch.sealed, batch.head, batch.tail, batch.sink
+            )
             self._batch = (batch, native)
         return self._batch[1]
 
@@ -116,6 +123,16 @@ def available_isas() -> list[str]:
 
 def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _table(table: Tensor | None, *shape: int) -> int:
+    """Address of a parameter table that the layer's view keeps alive; 0 for none."""
+    if table is None:
+        return 0
+    assert table.shape == shape, (table.shape, shape)
+    assert table.dtype == torch.float32, table.dtype
+    assert table.is_contiguous(), table.stride()
+    return table.data_ptr()
 
 
 def _place(place: Place, layer: LayerGeometry) -> _native.Place:

@@ -6,10 +6,12 @@ were written.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from kvbits.codecs import Place, Scheme
+from kvbits.codecs import LayerRounding, Place, Scheme
 from kvbits.config import PAGE_TOKENS, LayerGeometry, align
 from kvbits.kernels.base import Backend, BatchLayout, Ints
 from kvbits.pool import LayerView
@@ -32,9 +34,33 @@ class ReferenceBackend(Backend):
             rows = slice(int(batch.rows[s]), int(batch.rows[s + 1]))
             start = int(batch.starts[s])
             keys, values = _own_rows(view, batch.head[s], start, key[rows], value[rows])
-            _store(view, batch.sealed[s], batch.head[s], batch.tail[s], start, keys, values)
-            out[rows] = _attend(view, batch.sealed[s], start, query[rows].float(), keys, values, sinks).to(query.dtype)
+            pages = _Sealed(view, batch.sealed[s], batch.sink[s])
+            _store(view, pages, batch.head[s], batch.tail[s], start, keys, values)
+            out[rows] = _attend(view, pages, start, query[rows].float(), keys, values, sinks).to(query.dtype)
         return out
+
+
+@dataclass(frozen=True)
+class _Sealed:
+    """Where the sealed pages of one sequence lie; the first may have a form of its own."""
+
+    view: LayerView
+    frames: Ints
+    sink: Ints
+
+    def read(self, page: int) -> tuple[Tensor, Tensor]:
+        return read_page(self.view, *self._where(page))
+
+    def write(self, page: int, keys: Tensor, values: Tensor) -> None:
+        place, frame = self._where(page)
+        rounding = self.view.rounding if place is self.view.sealed else None
+        write_page(self.view, place, frame, keys, values, rounding)
+
+    def _where(self, page: int) -> tuple[Place, int]:
+        sink = self.view.sink
+        if page == 0 and sink is not None:
+            return sink, int(self.sink[sink.frame])
+        return self.view.sealed, int(self.frames[page])
 
 
 def _own_rows(view: LayerView, head: Ints, start: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,7 +73,7 @@ def _own_rows(view: LayerView, head: Ints, start: int, key: Tensor, value: Tenso
     return torch.cat([old_key[:stored], key]), torch.cat([old_value[:stored], value])
 
 
-def _store(view: LayerView, sealed: Ints, head: Ints, tail: Ints, start: int, keys: Tensor, values: Tensor) -> None:
+def _store(view: LayerView, pages: _Sealed, head: Ints, tail: Ints, start: int, keys: Tensor, values: Tensor) -> None:
     """Seal the pages that ``keys`` and ``values`` fill and leave the rest in the open page."""
     first = start // PAGE_TOKENS
     if tail[0] != head[0]:  # tentative: the first page stays in 16 bit as well
@@ -55,7 +81,7 @@ def _store(view: LayerView, sealed: Ints, head: Ints, tail: Ints, start: int, ke
     full = len(keys) // PAGE_TOKENS
     for p in range(full):
         page = slice(p * PAGE_TOKENS, (p + 1) * PAGE_TOKENS)
-        write_page(view, view.sealed, int(sealed[first + p]), keys[page], values[page])
+        pages.write(first + p, keys[page], values[page])
     rest = len(keys) - full * PAGE_TOKENS
     if rest:
         _store_open(view, tail, keys[-rest:], values[-rest:])
@@ -68,7 +94,7 @@ def _store_open(view: LayerView, frames: Ints, keys: Tensor, values: Tensor) -> 
 
 
 def _attend(
-    view: LayerView, sealed: Ints, start: int, query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None
+    view: LayerView, sealed: _Sealed, start: int, query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None
 ) -> Tensor:
     """``query`` ``[count, heads, key_dim]``; ``keys``, ``values``: rows from the page of ``start`` on."""
     first, end = start // PAGE_TOKENS, start + len(query)
@@ -77,7 +103,7 @@ def _attend(
         begin, stop = max(start, p * PAGE_TOKENS), min(end, (p + 1) * PAGE_TOKENS)
         # pages that the window has left behind are not read: their frames may hold anything
         oldest = 0 if view.geometry.window is None else max(0, begin - view.geometry.window + 1) // PAGE_TOKENS
-        pages = [read_page(view, view.sealed, int(sealed[q])) for q in range(oldest, p)]
+        pages = [sealed.read(q) for q in range(oldest, p)]
         own = slice((p - first) * PAGE_TOKENS, stop - first * PAGE_TOKENS)
         seen_keys = torch.cat([*(k for k, _ in pages), keys[own]])
         seen_values = torch.cat([*(v for _, v in pages), values[own]])
@@ -123,11 +149,14 @@ def read_page(view: LayerView, place: Place, frame: int) -> tuple[Tensor, Tensor
     return keys.transpose(0, 1), values.transpose(0, 1)
 
 
-def write_page(view: LayerView, place: Place, frame: int, keys: Tensor, values: Tensor) -> None:
+def write_page(
+    view: LayerView, place: Place, frame: int, keys: Tensor, values: Tensor, rounding: LayerRounding | None = None
+) -> None:
     """Encode ``float32 [64, kv_heads, dim]`` into the page at ``frame``."""
+    rounding = rounding or LayerRounding()
     key_block, value_block = _blocks(view, place, frame)
-    key_block.copy_(place.scheme.key.encode(keys.transpose(0, 1), "key"))
-    value_block.copy_(place.scheme.value.encode(values.transpose(0, 1), "value"))
+    key_block.copy_(place.scheme.key.encode(keys.transpose(0, 1), "key", rounding.key))
+    value_block.copy_(place.scheme.value.encode(values.transpose(0, 1), "value", rounding.value))
 
 
 def _blocks(view: LayerView, place: Place, frame: int) -> tuple[Tensor, Tensor]:

@@ -33,9 +33,11 @@ class PageManager:
         enable_prefix_caching: bool = True,
         cache_key: bytes = b"",
         on_evict: Callable[[bytes, int], None] | None = None,
+        sink_frames: int | None = None,
     ) -> None:
         """Manage ``num_frames`` frames, of which an open and a sealed page take ``open_frames`` and ``sealed_frames``.
 
+        ``sink_frames``: what the first page of every sequence takes once it is full, where it has a form of its own.
         ``cache_key`` stands for all that decides a page's bytes besides its tokens: model and policy. ``on_evict`` is
         called with the hash and each frame of a cached page before the frame is used for something else.
         """
@@ -43,6 +45,9 @@ class PageManager:
         self.num_frames = num_frames
         self.open_frames = open_frames
         self.sealed_frames = sealed_frames
+        self.sink_frames = sink_frames
+        assert sink_frames is None or sink_frames > 0, sink_frames
+        self._first_frames = sealed_frames if sink_frames is None else sink_frames
         self.page_tokens = page_tokens
         self.enable_prefix_caching = enable_prefix_caching
         self.on_evict = on_evict
@@ -116,8 +121,8 @@ class PageManager:
         self._index.tick()
         if table.open is not None:
             self._release_open(table.open)
-        for number in reversed(range(len(table.sealed) // self.sealed_frames)):
-            self._release_sealed(table.page(number, self.sealed_frames))
+        for number in reversed(range(self._full_pages(table))):
+            self._release_sealed(self._page(table, number))
 
     def length(self, seq_id: int) -> int:
         """Tokens stored, without those of a reservation."""
@@ -131,7 +136,7 @@ class PageManager:
         """The pages of the tokens stored now, without a reservation's; ``head`` is empty without an open page."""
         table = self._table(seq_id)
         own = table.open or ()
-        return SequencePages(len(table.tokens), 0, list(table.sealed), own, own)
+        return self._pages(len(table.tokens), 0, list(table.sealed), own, own)
 
     def sequences(self) -> list[int]:
         """The ids of all sequences, oldest first."""
@@ -144,11 +149,11 @@ class PageManager:
         table = self._table(seq_id)
         crossed = self._crossed(table, count)
         pages = self._writable(table) is None
-        return crossed * self.sealed_frames + (pages + (tentative and crossed > 0)) * self.open_frames
+        return self._sealed_frames(table, crossed) + (pages + (tentative and crossed > 0)) * self.open_frames
 
     def available(self) -> int:
         """Frames that can be had: free ones, and cached ones without an owner."""
-        return self._allocator.free + self._index.idle * self.sealed_frames
+        return self._allocator.free + self._index.idle_frames
 
     def reserve(self, seq_id: int, count: int, tentative: bool = False) -> None:
         """Take the frames for ``count`` more tokens, all or none.
@@ -178,7 +183,7 @@ class PageManager:
         table.reservation = Reservation(
             count=count,
             tentative=tentative,
-            sealed=self._allocator.take(crossed * self.sealed_frames),
+            sealed=self._allocator.take(self._sealed_frames(table, crossed)),
             tail=self._take_open() if tentative and crossed else None,
             new_open=not had_open,
         )
@@ -188,7 +193,7 @@ class PageManager:
         table, step = self._reserved(seq_id)
         assert table.open is not None
         sealed = [*table.sealed, *step.sealed]
-        return SequencePages(len(table.tokens), step.count, sealed, table.open, step.tail or table.open)
+        return self._pages(len(table.tokens), step.count, sealed, table.open, step.tail or table.open)
 
     def take_copies(self) -> list[Copy]:
         """Pages to copy, (source frames, target frames), in this order, before the next kernel runs."""
@@ -202,18 +207,19 @@ class PageManager:
         """
         table, step = self._reserved(seq_id)
         assert len(tokens) == step.count or (step.tentative and len(tokens) < step.count), (len(tokens), step.count)
-        completed = self._crossed(table, len(tokens)) * self.sealed_frames
+        pages = self._crossed(table, len(tokens))
+        completed = self._sealed_frames(table, pages)
         table.reservation = None
         if step.tail is not None:
             assert table.open is not None
-            keep, drop = (step.tail, table.open) if completed else (table.open, step.tail)
+            keep, drop = (step.tail, table.open) if pages else (table.open, step.tail)
             self._release_open(drop)
             table.open = keep
         self._put_unused(step.sealed[completed:])
-        first = len(table.sealed) // self.sealed_frames
+        first = self._full_pages(table)
         table.tokens.extend(tokens)
         table.sealed.extend(step.sealed[:completed])
-        for number in range(first, first + completed // self.sealed_frames):
+        for number in range(first, first + pages):
             self._seal(table, number)
 
     def rollback(self, seq_id: int) -> None:
@@ -244,7 +250,7 @@ class PageManager:
     def stats(self) -> PoolStats:
         """The pool in numbers."""
         free = self._allocator.free
-        cached = self._index.idle * self.sealed_frames
+        cached = self._index.idle_frames
         return PoolStats(
             num_frames=self.num_frames,
             free=free,
@@ -290,7 +296,24 @@ class PageManager:
         return table, table.reservation
 
     def _in_open(self, table: SequenceTable) -> int:
-        return len(table.tokens) - len(table.sealed) // self.sealed_frames * self.page_tokens
+        return len(table.tokens) - self._full_pages(table) * self.page_tokens
+
+    def _full_pages(self, table: SequenceTable) -> int:
+        held = len(table.sealed)
+        return 1 + (held - self._first_frames) // self.sealed_frames if held else 0
+
+    def _sealed_frames(self, table: SequenceTable, pages: int) -> int:
+        """Frames of the next ``pages`` pages that ``table`` seals."""
+        first = self._first_frames - self.sealed_frames if pages and not table.sealed else 0
+        return pages * self.sealed_frames + first
+
+    def _page(self, table: SequenceTable, number: int) -> Frames:
+        return table.page(number, self.sealed_frames, self._first_frames)
+
+    def _pages(self, start: int, count: int, sealed: list[int], head: Frames, tail: Frames) -> SequencePages:
+        """``sealed``: the frames of all full pages, the first one's included."""
+        sink = () if self.sink_frames is None else tuple(sealed[: self.sink_frames])
+        return SequencePages(start, count, sealed[len(sink) :], head, tail, sink)
 
     def _crossed(self, table: SequenceTable, count: int) -> int:
         return (self._in_open(table) + count) // self.page_tokens
@@ -354,7 +377,7 @@ class PageManager:
         parent = table.hash
         table.hash = self._hasher.page(parent, table.tokens[start : start + self.page_tokens])
         if self._index.get(table.hash) is None:
-            self._index.insert(CachedPage(table.hash, parent, number, table.page(number, self.sealed_frames)))
+            self._index.insert(CachedPage(table.hash, parent, number, self._page(table, number)))
 
     def _evict(self) -> None:
         page = self._index.oldest()

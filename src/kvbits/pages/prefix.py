@@ -64,6 +64,7 @@ class PrefixIndex:
 
     def __init__(self) -> None:
         self.idle = 0
+        self.idle_frames = 0
         self._by_hash: dict[bytes, CachedPage] = {}
         self._by_frame: dict[int, CachedPage] = {}
         self._idle_children: Counter[bytes] = Counter()
@@ -96,6 +97,7 @@ class PrefixIndex:
         assert page.stamp is None, page
         page.stamp = self._clock
         self.idle += 1
+        self.idle_frames += len(page.frames)
         self._idle_children[page.parent] += 1
         self._offer(page)
 
@@ -123,6 +125,7 @@ class PrefixIndex:
 
     def _leave_queue(self, page: CachedPage) -> None:
         self.idle -= 1
+        self.idle_frames -= len(page.frames)
         self._idle_children[page.parent] -= 1
         if self._idle_children[page.parent]:
             return

@@ -13,7 +13,8 @@ from kvbits.pages.allocator import Frames
 class SequencePages:
     """One sequence's part of a step, in the terms of the kernels: ``count`` new tokens after ``start`` stored ones.
 
-    ``sealed`` holds the frames of every page that is full when the step ends; ``head`` those of the open page with
+    ``sealed`` holds the frames of every page that is full when the step ends, but for a first page with a form of its
+    own, whose frames are ``sink``; ``head`` those of the open page with
     token ``start``; ``tail`` those of the page with token ``start + count``. They are the same, except in a tentative
     step that crosses a page boundary.
     """
@@ -23,6 +24,7 @@ class SequencePages:
     sealed: Sequence[int]
     head: Frames
     tail: Frames
+    sink: Frames = ()
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Reservation:
 
 @dataclass
 class SequenceTable:
-    """What a sequence holds: ``sealed`` frames page after page, then at most one open page.
+    """What a sequence holds: ``sealed`` frames page after page (the first may take more), then at most one open page.
 
     ``hash`` is the chain hash of the sealed pages.
     """
@@ -52,6 +54,9 @@ class SequenceTable:
     open: Frames | None = None
     reservation: Reservation | None = None
 
-    def page(self, number: int, sealed_frames: int) -> Frames:
-        """The frames of sealed page ``number``."""
-        return tuple(self.sealed[number * sealed_frames : (number + 1) * sealed_frames])
+    def page(self, number: int, sealed_frames: int, first_frames: int) -> Frames:
+        """The frames of sealed page ``number``, when page 0 takes ``first_frames`` and the others ``sealed_frames``."""
+        if number == 0:
+            return tuple(self.sealed[:first_frames])
+        start = first_frames + (number - 1) * sealed_frames
+        return tuple(self.sealed[start : start + sealed_frames])

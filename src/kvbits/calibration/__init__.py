@@ -1,0 +1,1 @@
+"""Fit a cache policy to a model and a text."""

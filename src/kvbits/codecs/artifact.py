@@ -1,0 +1,159 @@
+"""A calibrated policy on disk: ``policy.json`` and ``rounding.safetensors`` in one directory.
+
+``docs/calibration.md`` describes every field. The JSON carries the SHA-256 of the tensor file, so that a policy that
+was damaged or mixed with another is refused, and the model's fingerprint, so that one of another model is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from kvbits.codecs.base import LayerRounding, Rounding
+from kvbits.codecs.policy import Policy, parse_policy
+from kvbits.config import ModelGeometry
+from kvbits.errors import ConfigError
+
+FORMAT, VERSION = "kvbits-policy", 1
+PREFIX = "policy:"
+"""What a KV cache dtype begins with when it names a directory."""
+
+_JSON, _TENSORS = "policy.json", "rounding.safetensors"
+
+
+def resolve_policy(text: str, geometry: ModelGeometry, fingerprint: str) -> Policy:
+    """Read a KV cache dtype: ``policy:DIR`` is a calibrated policy, anything else what :func:`parse_policy` knows.
+
+    Raises ``ConfigError`` for what cannot be read or belongs to another model.
+    """
+    if text.startswith(PREFIX):
+        return load_policy(Path(text.removeprefix(PREFIX)), geometry, fingerprint)
+    return parse_policy(text, geometry.num_layers)
+
+
+def save_policy(
+    directory: Path, policy: Policy, geometry: ModelGeometry, fingerprint: str, measured: Mapping[str, Any]
+) -> Policy:
+    """Write ``policy`` (layers, sink, rounding) to ``directory``; returns it under the name that loading gives it.
+
+    ``measured`` is kept as it is: what the policy was fitted to and what was measured.
+    """
+    tensors = _tensors_of(policy)
+    data = save_tensors(tensors)
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": {"name": geometry.name, "fingerprint": fingerprint},
+        "layers": [scheme.name for scheme in policy.layers],
+        "sink": None if policy.sink is None else [scheme.name for scheme in policy.sink],
+        "bits_per_element": policy.bits_per_element(geometry),
+        "tensors": {"file": _TENSORS, "sha256": hashlib.sha256(data).hexdigest()},
+        "measured": dict(measured),
+    }
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / _TENSORS).write_bytes(data)
+        (directory / _JSON).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write the policy to '{directory}': {error.strerror or error}") from error
+    return load_policy(directory, geometry, fingerprint)
+
+
+def load_policy(directory: Path, geometry: ModelGeometry, fingerprint: str) -> Policy:
+    """Read the policy in ``directory``, made for the model with ``fingerprint``.
+
+    Raises ``ConfigError`` when a file is missing, damaged or of another version, when a layer is missing, or when the
+    policy belongs to another model.
+    """
+    path = directory / _JSON
+    document = _document(path)
+    found = {"format": document.get("format"), "version": document.get("version")}
+    if found != {"format": FORMAT, "version": VERSION}:
+        raise ConfigError(f"'{path}' is {found}; this version reads {FORMAT} version {VERSION}")
+    try:
+        model, names, sink = document["model"], document["layers"], document["sink"]
+        owner, checksum = (model["name"], model["fingerprint"]), document["tensors"]["sha256"]
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"'{path}' is damaged: it has no {error}") from error
+    if owner[1] != fingerprint:
+        raise ConfigError(
+            f"the policy '{directory}' was calibrated for {owner[0]} ({owner[1]}); this model is {geometry.name} "
+            f"({fingerprint})"
+        )
+    data = _read(directory / _TENSORS)
+    if hashlib.sha256(data).hexdigest() != checksum:
+        raise ConfigError(f"'{directory / _TENSORS}' does not belong to '{path}': its SHA-256 is another one")
+    try:
+        tensors = load_tensors(data)
+    except SafetensorError as error:
+        raise ConfigError(f"'{directory / _TENSORS}' is no safetensors file: {error}") from error
+    layers = _schemes(path, "layers", names, geometry)
+    sinks = None if sink is None else _schemes(path, "sink", sink, geometry)
+    rounding = tuple(
+        LayerRounding(
+            _rounding(tensors, f"{i}.key", g.num_kv_heads, g.key_dim),
+            _rounding(tensors, f"{i}.value", g.num_kv_heads, g.value_dim),
+        )
+        for i, g in enumerate(geometry.layers)
+    )
+    identity = hashlib.sha256(json.dumps([names, sink, checksum]).encode()).hexdigest()[:16]
+    return Policy(f"calibrated-{identity}", layers, sinks, rounding)
+
+
+def _document(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(_read(path))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"'{path}' is damaged: {error}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"'{path}' is damaged: it holds no JSON object")
+    return document
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read the policy file '{path}': {error.strerror or error}") from error
+
+
+def _schemes(path: Path, what: str, names: Any, geometry: ModelGeometry) -> tuple[Any, ...]:
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"'{path}' is damaged: '{what}' is no list of dtypes")
+    if len(names) != geometry.num_layers:
+        raise ConfigError(f"'{path}' has {len(names)} {what}; {geometry.name} has {geometry.num_layers} layers")
+    return tuple(parse_policy(name, 1).layers[0] for name in names)
+
+
+def _tensors_of(policy: Policy) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for index, layer in enumerate(policy.rounding or ()):
+        for side, rounding in (("key", layer.key), ("value", layer.value)):
+            for name, tensor in (("feedback", rounding.feedback), ("clip", rounding.clip)):
+                if tensor is not None:
+                    tensors[f"{index}.{side}.{name}"] = tensor.to(torch.float32).contiguous()
+    return tensors
+
+
+def _rounding(tensors: Mapping[str, Tensor], name: str, heads: int, dim: int) -> Rounding:
+    found = []
+    for part, shape in (("feedback", (heads, dim, dim)), ("clip", (heads,))):
+        tensor = tensors.get(f"{name}.{part}")
+        if tensor is not None and not (
+            tensor.shape == shape and tensor.dtype == torch.float32 and bool(torch.isfinite(tensor).all())
+        ):
+            raise ConfigError(
+                f"the tensor '{name}.{part}' of the policy is {tensor.dtype} {tuple(tensor.shape)}; it must be "
+                f"finite float32 {shape}"
+            )
+        found.append(tensor)
+    return Rounding(*found)

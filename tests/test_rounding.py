@@ -1,0 +1,108 @@
+"""Calibrated rounding: its purpose, its edges, and the same bytes from every kernel."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.driver import Frames
+from test_kernels import PLAIN, Inputs, make_inputs
+from torch import Tensor
+
+from kvbits.calibration.fit import feedback_of
+from kvbits.codecs import SCHEMES, LayerRounding, Rounding
+from kvbits.config import LayerGeometry, ModelGeometry
+from kvbits.kernels import Backend, BatchLayout
+from kvbits.kernels.cpu import CpuBackend, available_isas
+from kvbits.kernels.reference import ReferenceBackend
+
+DTYPES = [name for name in SCHEMES if name != "bf16"]
+
+
+def skewed_metric(heads: int, dim: int, seed: int = 0) -> Tensor:
+    """Second moments of vectors that lie near a few directions, as queries do."""
+    g = torch.Generator().manual_seed(seed)
+    few = torch.randn(heads, 6, dim, generator=g)
+    vectors = torch.randn(heads, 500, 6, generator=g) @ few + 0.1 * torch.randn(heads, 500, dim, generator=g)
+    return vectors.transpose(1, 2) @ vectors
+
+
+def rounding_of(layer: LayerGeometry, clip: float | None) -> LayerRounding:
+    clips = None if clip is None else torch.linspace(clip, 1.0, layer.num_kv_heads)
+    return LayerRounding(
+        Rounding(feedback_of(skewed_metric(layer.num_kv_heads, layer.key_dim)), clips),
+        Rounding(feedback_of(skewed_metric(layer.num_kv_heads, layer.value_dim, seed=1)), clips),
+    )
+
+
+def pages(backend: Backend, layer: LayerGeometry, dtype: str, inputs: Inputs, rounding: LayerRounding) -> Tensor:
+    frames = Frames(ModelGeometry("test", (layer, layer), 8192, 16), dtype, 32)
+    view = replace(frames.pool.layers[1], rounding=rounding)
+    count = len(inputs.query[0])
+    backend.forward(
+        view, BatchLayout.of([frames.slice(0, count)]), inputs.query[0], inputs.key[0], inputs.value[0], None
+    )
+    size = view.sealed.scheme.layer_bytes(layer)
+    return frames.page_bytes(0)[:, view.sealed.offset : view.sealed.offset + size]
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("clip", [None, 0.7])
+def test_kernels_and_reference_write_the_same_bytes(dtype: str, isa: str, clip: float | None) -> None:
+    for layer in (PLAIN, LayerGeometry(2, 2, 96, 64, 0.1)):
+        inputs = make_inputs(layer, [200])
+        rounding = rounding_of(layer, clip)
+        expected = pages(ReferenceBackend(), layer, dtype, inputs, rounding)
+        assert torch.equal(pages(CpuBackend(isa), layer, dtype, inputs, rounding), expected)
+        plain = pages(ReferenceBackend(), layer, dtype, inputs, LayerRounding())
+        assert not torch.equal(plain, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_feedback_lowers_the_error_that_the_metric_measures(dtype: str) -> None:
+    metric = skewed_metric(2, 64)
+    rows = make_inputs(PLAIN, [64 * 8]).key[0].unflatten(0, (8, 64)).transpose(1, 2).bfloat16().float()
+    codec = SCHEMES[dtype].key
+
+    def loss(rounding: Rounding | None) -> float:
+        error = codec.decode(codec.encode(rows, "key", rounding), 64, "key") - rows
+        return float(torch.einsum("phtc,hcd,phtd->", error, metric, error))
+
+    assert loss(Rounding(feedback_of(metric))) < 0.6 * loss(None)
+
+
+def test_a_diagonal_metric_gives_no_feedback() -> None:
+    metric = torch.diag(torch.arange(1.0, 17.0)).expand(2, 16, 16)
+    assert not feedback_of(metric, damping=0.0).any()
+    assert not feedback_of(torch.zeros(1, 16, 16)).any()
+
+
+def test_feedback_is_the_best_completion() -> None:
+    """With channel 0 off by 1 and all others free and exact, they must move to the minimum of the quadratic form."""
+    metric = skewed_metric(1, 16)[0].double()
+    factors = feedback_of(metric[None], damping=0.0)[0].double()
+    best = -torch.linalg.solve(metric[1:, 1:], metric[1:, 0])  # minimizes e^T H e over the others when e[0] = 1
+    torch.testing.assert_close(factors[0, 1:], best, rtol=1e-3, atol=1e-3)
+
+
+def test_clip_of_one_changes_nothing_and_less_narrows_the_range() -> None:
+    rows = torch.randn(3, 2, 64, 32, generator=torch.Generator().manual_seed(3))
+    codec = SCHEMES["int2"].value
+    plain = codec.encode(rows, "value")
+    assert torch.equal(codec.encode(rows, "value", Rounding(clip=torch.ones(2))), plain)
+    narrow = codec.decode(codec.encode(rows, "value", Rounding(clip=torch.tensor([1.0, 0.5]))), 32, "value")
+    wide = codec.decode(plain, 32, "value")
+    assert torch.equal(narrow[:, 0], wide[:, 0])
+    ratio = (narrow[:, 1].amax(-1) - narrow[:, 1].amin(-1)) / (wide[:, 1].amax(-1) - wide[:, 1].amin(-1))
+    torch.testing.assert_close(ratio, torch.full_like(ratio, 0.5), rtol=0.01, atol=0.0)
+
+
+def test_a_page_with_one_wild_value_stays_finite() -> None:
+    inputs = make_inputs(PLAIN, [64])
+    inputs.key[0][5, 0, 3] = 3e38
+    rounding = rounding_of(PLAIN, 0.7)
+    for dtype in DTYPES:
+        expected = pages(ReferenceBackend(), PLAIN, dtype, inputs, rounding)
+        assert torch.equal(pages(CpuBackend(), PLAIN, dtype, inputs, rounding), expected)
