@@ -16,6 +16,7 @@ def serve(
     host: Annotated[str, typer.Option(metavar="HOST", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(metavar="PORT", help="Port to listen on.")] = 8000,
     kv_cache_dtype: options.KVCacheDtype = "int8",
+    kv_policy: options.KVPolicy = None,
     kv_cache_memory: options.KVCacheMemory = "1GiB",
     max_model_len: options.MaxModelLen = None,
     max_num_seqs: options.MaxNumSeqs = 64,
@@ -65,7 +66,7 @@ def serve(
         max_body=parse_bytes(max_body),
     )
     config = EngineConfig(
-        kv_cache_dtype=kv_cache_dtype,
+        kv_cache_dtype=options.cache_dtype(kv_cache_dtype, kv_policy),
         kv_cache_memory=parse_bytes(kv_cache_memory),
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,

@@ -46,7 +46,9 @@ class Server(uvicorn.Server):
         if not self._service.worker.draining:
             self._service.worker.draining = True
             log.info("shutting down", extra={"facts": {"open_requests": self._service.worker.open_requests}})
-        super().handle_exit(sig, frame)
+        # Not uvicorn's own, which kills the process with the same signal at the end: a drained server ends with 0.
+        self.force_exit = self.should_exit
+        self.should_exit = True
 
     async def shutdown(self, sockets: object = None) -> None:
         self._service.worker.draining = True

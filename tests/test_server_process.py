@@ -1,0 +1,159 @@
+"""``kvbits serve`` as a process: what it says when it starts, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from helpers.serving import CONTEXT, byte_tokenizer
+from helpers.tiny import save, tiny_model
+
+from kvbits.cli.main import run
+
+LONG = {"prompt": "abc", "max_tokens": 1000, "ignore_eos": True, "stream": True}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    model = tiny_model("llama", vocab_size=259, max_position_embeddings=CONTEXT)
+    return save(model, tmp_path_factory.mktemp("model"), byte_tokenizer)
+
+
+@pytest.fixture(autouse=True)
+def own_logs() -> Iterator[None]:
+    """Undo what a server that starts in this process does to the loggers."""
+    loggers = [logging.getLogger(name) for name in ("kvbits", "uvicorn")]
+    before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def command(model: str, port: int, *options: str) -> list[str]:
+    start = "from kvbits.cli.main import run; run()"
+    fixed = ["--port", str(port), "--dtype", "float32", "--kv-cache-memory", "4MiB", "--threads", "1"]
+    return [sys.executable, "-c", start, "serve", model, *fixed, "--kv-cache-dtype", "int4", *options]
+
+
+@contextmanager
+def serving(model: str, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    port = free_port()
+    process = subprocess.Popen(command(model, port, *options), stderr=subprocess.PIPE, text=True, env=os.environ)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        end = time.monotonic() + 90
+        while True:
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < end
+            try:
+                if httpx.get(url + "/health", timeout=5).status_code == 200:
+                    break
+            except httpx.TransportError:
+                time.sleep(0.2)
+        yield process, url
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_it_says_what_it_serves_and_drains_on_sigterm(model: str) -> None:
+    with serving(model, "--served-model-name", "small") as (process, url):
+        lines: list[str] = []
+        with httpx.stream("POST", url + "/v1/completions", json=LONG | {"model": "small"}, timeout=60) as answer:
+            events = answer.iter_lines()
+            next(events)
+            process.send_signal(signal.SIGTERM)
+            lines = [line for line in events if line]
+        assert lines[-1] == "data: [DONE]"
+        assert process.wait(30) == 0
+        assert process.stderr is not None
+        said = process.stderr.read().splitlines()
+    start = next(line for line in said if line.startswith("kvbits serves"))
+    for part in ("small", "int4", "bits per element", "4 MiB", "1,024 tokens"):
+        assert part in start
+    logged = [json.loads(line) for line in said if line.startswith("{")]
+    (done,) = [line for line in logged if line.get("path") == "/v1/completions"]
+    assert done["status"] == 200
+    assert done["finish"] == ["length"]
+    assert done["completion_tokens"] == 1000
+    assert done["request_id"]
+    assert not any("exception" in line for line in logged)
+
+
+def test_what_does_not_end_in_time_is_ended(model: str) -> None:
+    with serving(model, "--drain-timeout", "0.1", "--max-num-seqs", "8") as (process, url):
+        last: list[str] = []
+
+        def read(i: int) -> None:
+            body = LONG | {"n": 8, "seed": i}
+            with httpx.stream("POST", url + "/v1/completions", json=body, timeout=60) as answer:
+                last.append([line for line in answer.iter_lines() if line][-1])
+
+        threads = [threading.Thread(target=read, args=(i,)) for i in range(3)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+        for thread in threads:
+            thread.join(10)
+        assert len(last) == 3
+        assert all("shutting down" in line for line in last), last
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--log-level", "loud"), "loud"),
+        (("--max-queue", "0"), "max_queue"),
+        (("--api-key", ""), "API key"),
+        (("--max-body", "big"), "big"),
+        (("--request-timeout", "-1"), "request_timeout"),
+        (("--port", "0"), "port"),
+        (("--kv-cache-dtype", "int9"), "int9"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    model: str, options: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        run(["serve", model, *options])
+    assert end.value.code == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("kvbits: error: ")
+    assert named in said
+
+
+def test_a_port_that_is_taken(model: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = subprocess.run(command(model, port), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith(f"kvbits: error: cannot listen on 127.0.0.1:{port}")
+
+
+def test_the_page_is_installed() -> None:
+    import kvbits.server
+
+    assert (Path(kvbits.server.__file__).parent / "page.html").stat().st_size > 1000
