@@ -20,6 +20,7 @@ from kvbits.config import ModelGeometry
 from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.models.geometry import geometry_of
 from kvbits.models.locate import Source, locate
+from kvbits.models.packed import pack_linears
 from kvbits.models.quiet import quiet
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -89,7 +90,9 @@ def load_model(
     if source.gguf:
         options["quantization_config"] = GgufConfig(dequantize=True)
     model = _read(name, "weights", AutoModelForCausalLM, source, **options)
-    return wrap(model, tokenizer, name, geometry)
+    loaded = wrap(model, tokenizer, name, geometry)
+    pack_linears(model)  # after the fingerprint, which reads the plain weights
+    return loaded
 
 
 def wrap(model: Any, tokenizer: Any, name: str, geometry: ModelGeometry | None = None) -> LoadedModel:
