@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 NATIVE := $(wildcard CMakeLists.txt) $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench clean
+.PHONY: help install demo test lint format bench bench-peers clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -50,10 +50,17 @@ format: $(INSTALLED) ## rewrite the sources in the project's format
 	$(BIN)/ruff format src tests benchmarks
 	find csrc -name '*.h' -o -name '*.cpp' | xargs --no-run-if-empty $(BIN)/clang-format -i
 
-bench: $(INSTALLED) ## prefill and decode speed of the three dtypes, 8 sequences of 4,096 tokens
+bench: $(INSTALLED) ## read bandwidth, attention alone, and the whole engine, per dtype
 	mkdir -p out
+	$(BIN)/python benchmarks/bandwidth.py --json out/bandwidth.json
+	$(BIN)/python benchmarks/attention.py --json out/attention.json --batch 1 8 --context 512 2048 8192
+	$(BIN)/python benchmarks/attention.py --json out/attention-prefill.json --phase prefill --batch 1 --context 4096 8192
 	$(BIN)/kvbits bench $(MODEL) --kv-cache-dtype bf16 --kv-cache-dtype int8 --kv-cache-dtype int4 \
 	  --context 4096 --batch 8 --new-tokens 64 --json out/bench.json
+
+bench-peers: $(INSTALLED) ## the same beside llama.cpp, OpenVINO GenAI and transformers (installs them in scratch/peers)
+	$(BIN)/python benchmarks/peers/install.py
+	$(BIN)/python benchmarks/peers.py --json out/peers.json
 
 clean: ## remove what was built; keeps .venv
 	rm -rf build out $(INSTALLED)

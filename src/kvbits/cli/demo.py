@@ -24,9 +24,10 @@ WINDOW = 2048
 def demo(
     model: Annotated[str, typer.Argument(metavar="[MODEL]", help="As for generate.")] = "smollm2-135m",
     sessions: Annotated[int, typer.Option(metavar="N", help="Conversations, each about its own document.")] = 8,
-    document_tokens: Annotated[int, typer.Option(metavar="TOKENS", help="Least length of a document.")] = 3000,
+    document_tokens: Annotated[int, typer.Option(metavar="TOKENS", help="Least length of a document.")] = 2500,
     new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens that each conversation generates.")] = 64,
-    kv_cache_memory: options.KVCacheMemory = "192MiB",
+    kv_cache_memory: options.KVCacheMemory = "160MiB",
+    kv_policy: options.KVPolicies = None,
     windows: Annotated[int, typer.Option(metavar="N", help="Windows of 2,048 tokens for KL and top-1.")] = 1,
     max_num_batched_tokens: options.MaxNumBatchedTokens = 512,
     dtype: options.Dtype = "bfloat16",
@@ -43,13 +44,14 @@ def demo(
     from kvbits.evaluation.showcase import show
 
     memory = parse_bytes(kv_cache_memory)
+    dtypes = options.cache_dtypes(list(DTYPES), kv_policy)
     # Fidelity in float32, as evaluate does it: bfloat16 layers add noise of their own that INT8 would be blamed for.
-    fidelity = _fidelity(load(model, "float32", threads), windows, max_num_batched_tokens)
+    fidelity = _fidelity(load(model, "float32", threads), dtypes, windows, max_num_batched_tokens)
     loaded = load(model, dtype, threads)
     documents = hide_facts(sessions, document_tokens, lambda part: len(tokens_of(loaded, part)))
     note(f"{sessions} conversations over documents of {document_tokens}+ tokens; each cache has {kv_cache_memory}.")
     shown = []
-    for name in DTYPES:
+    for name in dtypes:
         with Bar(sessions * (document_tokens + new_tokens), f"{name} conversations") as advance:
             shown.append(
                 show(loaded, name, memory, documents, fidelity[name], new_tokens, max_num_batched_tokens, advance)
@@ -62,15 +64,17 @@ def demo(
     print(f"picture: {picture}\nresults: {results.path}\n{seconds:.0f} s in all")
 
 
-def _fidelity(loaded: LoadedModel, windows: int, max_num_batched_tokens: int) -> dict[str, FidelitySummary]:
+def _fidelity(
+    loaded: LoadedModel, dtypes: list[str], windows: int, max_num_batched_tokens: int
+) -> dict[str, FidelitySummary]:
     """Each dtype against 16 bit on the start of the reference."""
     from kvbits.evaluation.compare import compare
     from kvbits.evaluation.documents import reference_text
     from kvbits.evaluation.windows import cut_windows
 
     parts = cut_windows(tokens_of(loaded, reference_text()), WINDOW, windows)
-    with Bar(WINDOW * windows * len(DTYPES), "fidelity") as advance:
-        return {c.dtype: c.summary for c in compare(loaded, DTYPES, parts, max_num_batched_tokens, advance)}
+    with Bar(WINDOW * windows * len(dtypes), "fidelity") as advance:
+        return {c.dtype: c.summary for c in compare(loaded, dtypes, parts, max_num_batched_tokens, advance)}
 
 
 def _print(shown: list[Showing], memory: str) -> None:

@@ -31,8 +31,8 @@ class PackedLinear(nn.Module):
 def pack_linears(model: nn.Module) -> int:
     """Replace the bfloat16 linear layers of ``model`` on the CPU; returns how many were.
 
-    Layers of another type (subclasses, quantized ones) and other dtypes stay as they are, as does everything where torch
-    was built without oneDNN or the processor has no use for it in bfloat16.
+    Layers of another type (subclasses, quantized ones) and other dtypes stay as they are, as does everything where
+    torch was built without oneDNN or the processor has no use for it in bfloat16.
     """
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return 0
