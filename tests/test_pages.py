@@ -57,12 +57,20 @@ class PageMachine(RuleBasedStateMachine):
         frames=st.integers(6, 14),
         open_frames=st.integers(1, 3),
         sealed_frames=st.sampled_from([1, 1, 2]),
+        sink_frames=st.sampled_from([None, None, 1, 2, 3]),
         caching=st.sampled_from([True, True, True, False]),
     )
-    def start(self, frames: int, open_frames: int, sealed_frames: int, caching: bool) -> None:
+    def start(self, frames: int, open_frames: int, sealed_frames: int, sink_frames: int | None, caching: bool) -> None:
         self.open_frames, self.sealed_frames, self.caching = open_frames, sealed_frames, caching
+        self.first_frames = sink_frames or sealed_frames
         self.manager = PageManager(
-            frames, open_frames, sealed_frames, page_tokens=P, enable_prefix_caching=caching, on_evict=self.evicted
+            frames,
+            open_frames,
+            sealed_frames,
+            page_tokens=P,
+            enable_prefix_caching=caching,
+            on_evict=self.evicted,
+            sink_frames=sink_frames,
         )
         self.buffer: list[tuple[str, int, list] | None] = [None] * frames
         self.pending: list = []
@@ -74,12 +82,25 @@ class PageMachine(RuleBasedStateMachine):
 
     # The simulated pool
 
+    def full(self, pages: SequencePages) -> int:
+        """Full pages."""
+        held = len(pages.sink) + len(pages.sealed)
+        return 1 + (held - self.first_frames) // self.sealed_frames if held else 0
+
+    def page(self, pages: SequencePages, number: int) -> tuple[int, ...]:
+        """The frames of a full page."""
+        held = [*pages.sink, *pages.sealed]
+        if number == 0:
+            return tuple(held[: self.first_frames])
+        start = self.first_frames + (number - 1) * self.sealed_frames
+        return tuple(held[start : start + self.sealed_frames])
+
     def named(self) -> set[int]:
         """Frames that live sequences name, by what the manager has told."""
         frames: set[int] = set()
         for seq_id, sim in self.live.items():
             pages = self.manager.slice(seq_id) if sim.step else self.manager.stored(seq_id)
-            frames |= {*pages.sealed, *pages.head, *pages.tail}
+            frames |= {*pages.sink, *pages.sealed, *pages.head, *pages.tail}
         return frames
 
     def idle(self) -> dict[Key, tuple[int, ...]]:
@@ -89,13 +110,12 @@ class PageMachine(RuleBasedStateMachine):
     def evicted(self, digest: bytes, frame: int) -> None:
         assert len(digest) == 32
         self.evicting.append(frame)
-        if len(self.evicting) < self.sealed_frames:
-            return
-        frames, self.evicting = tuple(self.evicting), []
+        frames = tuple(self.evicting)
         idle = self.idle()
-        victims = [key for key, held in idle.items() if held == frames]
-        assert len(victims) == 1, f"{frames} is not an idle cached page; idle are {idle}"
-        victim = victims[0]
+        (victim,) = [key for key, held in idle.items() if held[: len(frames)] == frames]
+        if idle[victim] != frames:
+            return
+        self.evicting = []
 
         def leaf(key: Key) -> bool:
             return not any(k[:2] == key[:2] and len(k[2]) == len(key[2]) + P and k[2][:-P] == key[2] for k in idle)
@@ -127,18 +147,20 @@ class PageMachine(RuleBasedStateMachine):
             if index % P == P - 1:
                 number = index // P
                 rows = list(self.buffer[current[0]][2])  # type: ignore[index]
-                for part in range(self.sealed_frames):
-                    self.buffer[pages.sealed[number * self.sealed_frames + part]] = ("sealed", part, list(rows))
+                for part, frame in enumerate(self.page(pages, number)):
+                    self.buffer[frame] = ("sealed", part, list(rows))
                 current = tuple(pages.tail)
 
     def needed(self, seq_id: int, count: int, tentative: bool) -> int:
         """Frames of the sequence after the step, less those that it alone has now."""
         sim, pages = self.live[seq_id], self.manager.stored(seq_id)
-        after = (len(sim.tokens) + count) // P * self.sealed_frames
-        crossing = after > len(pages.sealed)
+        before = len(pages.sink) + len(pages.sealed)
+        full = (len(sim.tokens) + count) // P
+        after = self.first_frames + (full - 1) * self.sealed_frames if full else 0
+        crossing = after > before
         others = {f for other in self.live if other != seq_id for f in self.manager.stored(other).head}
         own_open = bool(pages.head) and not others & set(pages.head)
-        return after - len(pages.sealed) + self.open_frames * ((not own_open) + (tentative and crossing))
+        return after - before + self.open_frames * ((not own_open) + (tentative and crossing))
 
     def expected_hit(self, tokens: list[int], salt: bytes) -> int:
         pages = 0
@@ -236,11 +258,10 @@ class PageMachine(RuleBasedStateMachine):
             sim.tokens += sim.step[:count]
             sim.prompt = sim.prompt[count:]
             sim.step = []
-            frames = self.manager.stored(seq_id).sealed
+            pages = self.manager.stored(seq_id)
             for page in range(first, len(sim.tokens) // P):
-                held = tuple(frames[page * self.sealed_frames : (page + 1) * self.sealed_frames])
                 if self.caching:
-                    self.cached.setdefault(sim.key(page + 1), held)
+                    self.cached.setdefault(sim.key(page + 1), self.page(pages, page))
 
     @rule(data=st.data())
     @precondition(lambda self: self.ids(reserved=True))
@@ -260,7 +281,7 @@ class PageMachine(RuleBasedStateMachine):
         seq_id = data.draw(st.sampled_from(self.ids(reserved=False)))
         sim = self.live[seq_id]
         length = data.draw(st.integers(0, len(sim.tokens)))
-        sealed = len(self.manager.stored(seq_id).sealed) // self.sealed_frames * P
+        sealed = self.full(self.manager.stored(seq_id)) * P
         if length < sealed:
             with pytest.raises(CacheError, match=f"first {sealed} are in sealed"):
                 self.manager.truncate(seq_id, length)
@@ -311,7 +332,7 @@ class PageMachine(RuleBasedStateMachine):
             return
         self.manager.check()
         stats = self.manager.stats()
-        assert stats.cached == self.sealed_frames * len(self.idle())
+        assert stats.cached == sum(len(frames) for frames in self.idle().values())
         assert stats.free + stats.open + stats.sealed + stats.cached == len(self.buffer)
         assert self.manager.sequences() == list(self.live)
 
@@ -325,11 +346,11 @@ class PageMachine(RuleBasedStateMachine):
             assert self.manager.tokens(seq_id) == sim.tokens
             assert self.manager.length(seq_id) == len(sim.tokens)
             pages = self.manager.slice(seq_id) if sim.step else self.manager.stored(seq_id)
-            sealed = len(self.manager.stored(seq_id).sealed) // self.sealed_frames
+            sealed = self.full(self.manager.stored(seq_id))
             rows = [sim.row(i) for i in range(len(sim.tokens))]
-            for i in range(sealed * self.sealed_frames):
-                page, part = divmod(i, self.sealed_frames)
-                assert buffer[pages.sealed[i]] == ("sealed", part, rows[page * P : (page + 1) * P]), (seq_id, page)
+            for page in range(sealed):
+                for part, frame in enumerate(self.page(pages, page)):
+                    assert buffer[frame] == ("sealed", part, rows[page * P : (page + 1) * P]), (seq_id, page)
             count = len(sim.tokens) - sealed * P
             for part, frame in enumerate(pages.head if count else ()):
                 held = buffer[frame]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -11,12 +11,13 @@ from kvbits.config import ALIGNMENT
 from kvbits.errors import ConfigError
 
 
-@dataclass(frozen=True)
-class Option:
+class Option(Protocol):
     """``bytes`` (a multiple of 64) and ``cost`` of one choice."""
 
-    bytes: int
-    cost: float
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def cost(self) -> float: ...
 
 
 def allocate(table: Sequence[Sequence[Option]], budget: int) -> list[int]:

@@ -44,18 +44,23 @@ class DenseBackend(Backend):
     def supports(self, scheme: Scheme, layer: LayerGeometry) -> str | None:
         return None
 
+    def errors(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the differentiation happens: no error at all. ``index`` is the layer."""
+        return torch.zeros_like(key), torch.zeros_like(value)
+
     def forward(
         self, view: LayerView, batch: BatchLayout, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None
     ) -> Tensor:
         assert len(batch.counts) == 1, batch.counts
         assert batch.starts[0] == 0, batch.starts
         key, value = key.float(), value.float()
+        key_error, value_error = self.errors(view.index, key, value)
         shared = query.detach().float().unflatten(1, (view.geometry.num_kv_heads, -1))
         window = Window(
             key=key.detach(),
             value=value.detach(),
-            key_error=torch.zeros_like(key).requires_grad_(),
-            value_error=torch.zeros_like(value).requires_grad_(),
+            key_error=key_error.requires_grad_(torch.is_grad_enabled()),
+            value_error=value_error.requires_grad_(torch.is_grad_enabled()),
             queries=torch.einsum("tkgc,tkgd->kcd", shared, shared),
         )
         self.windows[view.index] = window

@@ -50,7 +50,7 @@ def fit(
     names: Sequence[str] = tuple(SCHEMES),
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[Choice]]:
-    """For every sample of ``statistics``, what each of the dtypes ``names`` costs with its best rounding.
+    """For every sample of ``statistics``, what each of the dtypes ``names`` that can store it costs, rounded at best.
 
     Keys are rounded with feedback under ``E[q q^T]``; the range is fitted head by head for few bits. The order is the
     samples'. ``progress`` is told after each sample.
@@ -58,14 +58,14 @@ def fit(
     table = []
     for sample in statistics.samples:
         feedback = feedback_of(statistics.queries[sample.layer]) if sample.side == "key" else None
-        table.append([_choice(sample, name, feedback, statistics.scored) for name in names])
+        fitting = [name for name in names if _codec(sample, name).supports(sample.rows.shape[-1]) is None]
+        table.append([_choice(sample, name, feedback, statistics.scored) for name in fitting])
         progress(1)
     return table
 
 
 def _choice(sample: TensorSample, name: str, feedback: Tensor | None, scored: int) -> Choice:
-    scheme = SCHEMES[name]
-    codec = scheme.key if sample.side == "key" else scheme.value
+    codec = _codec(sample, name)
     heads, dim = sample.rows.shape[1], sample.rows.shape[3]
     size = heads * codec.page_bytes(dim)
     bits = getattr(codec, "bits", 16)
@@ -83,6 +83,10 @@ def _choice(sample: TensorSample, name: str, feedback: Tensor | None, scored: in
         cost = best
     clip_or_none = best_clip if bits <= CLIPPED_BITS else None
     return Choice(name, size, float(cost.sum()) / scored, Rounding(feedback, clip_or_none))
+
+
+def _codec(sample: TensorSample, name: str) -> Codec:
+    return SCHEMES[name].key if sample.side == "key" else SCHEMES[name].value
 
 
 def _cost(sample: TensorSample, codec: Codec, rounding: Rounding) -> Tensor:

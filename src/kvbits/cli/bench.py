@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 def bench(
     model: options.Model,
-    kv_cache_dtype: options.KVCacheDtypes,
+    kv_cache_dtype: options.KVCacheDtypes = None,
+    kv_policy: options.KVPolicies = None,
     context: Annotated[int, typer.Option(metavar="TOKENS", help="Prompt of each sequence.")] = 4096,
     batch: Annotated[int, typer.Option(metavar="N", help="Sequences that decode together.")] = 8,
     new_tokens: Annotated[int, typer.Option(metavar="N", help="Timed decode steps.")] = 32,
@@ -32,6 +33,7 @@ def bench(
 ) -> None:
     """Time prefill, then decode steps with all sequences running (the median step). Prefix caching is off."""
     results = JsonFile(json_file)
+    dtypes = options.cache_dtypes(kv_cache_dtype, kv_policy)
     for name, value in (("context", context), ("batch", batch), ("new-tokens", new_tokens)):
         if value < 1:
             raise ConfigError(f"--{name} is {value}; it must be at least 1")
@@ -43,11 +45,11 @@ def bench(
     from kvbits.evaluation.speed import distinct_prompts, longest_sequence, measure_speed
 
     loaded = load(model, dtype, threads)
-    check_dtypes(loaded, kv_cache_dtype, context)
+    check_dtypes(loaded, dtypes, context)
     longest_sequence(loaded, context, batch, new_tokens, max_num_batched_tokens)
     prompts = distinct_prompts(tokens_of(loaded, content), context, batch)
     found = []
-    for name in kv_cache_dtype:
+    for name in dtypes:
         with Bar(batch * (context + new_tokens), name) as advance:
             found.append(measure_speed(loaded, name, prompts, new_tokens, max_num_batched_tokens, advance))
     _print(found)

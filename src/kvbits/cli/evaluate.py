@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def evaluate(
     model: options.Model,
     text: Annotated[Path, typer.Option(metavar="FILE", help="A UTF-8 text, evaluated from its start.")],
-    kv_cache_dtype: options.KVCacheDtypes,
+    kv_cache_dtype: options.KVCacheDtypes = None,
+    kv_policy: options.KVPolicies = None,
     context: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens of one window.")] = 2048,
     windows: Annotated[int, typer.Option(metavar="N", help="Windows, one after another, not overlapping.")] = 8,
     max_num_batched_tokens: options.MaxNumBatchedTokens = 512,
@@ -39,16 +40,17 @@ def evaluate(
     same.
     """
     results = JsonFile(json_file)
+    dtypes = options.cache_dtypes(kv_cache_dtype, kv_policy)
     from kvbits.evaluation.windows import cut_windows, read_text
 
     content = read_text(text)
     from kvbits.evaluation.compare import REFERENCE, check_dtypes, compare
 
     loaded = load(model, dtype, threads)
-    check_dtypes(loaded, kv_cache_dtype, context)
+    check_dtypes(loaded, dtypes, context)
     parts = cut_windows(tokens_of(loaded, content), context, windows)
-    with Bar(context * windows * len({REFERENCE, *kv_cache_dtype}), "evaluating") as advance:
-        found = compare(loaded, kv_cache_dtype, parts, max_num_batched_tokens, advance)
+    with Bar(context * windows * len({REFERENCE, *dtypes}), "evaluating") as advance:
+        found = compare(loaded, dtypes, parts, max_num_batched_tokens, advance)
     _print(found)
     rows = [result.as_json() | {"compute_dtype": dtype} for result in found]
     flat = rows[0] if len(rows) == 1 else {}

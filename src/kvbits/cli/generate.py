@@ -29,6 +29,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text; may repeat.")] = None,
     kv_cache_dtype: options.KVCacheDtype = "int8",
+    kv_policy: options.KVPolicy = None,
     kv_cache_memory: options.KVCacheMemory = "1GiB",
     max_model_len: options.MaxModelLen = None,
     max_num_seqs: options.MaxNumSeqs = 64,
@@ -39,6 +40,7 @@ def generate(
 ) -> None:
     """Generate text; it appears as it comes. Several prompts run together and are printed one after another."""
     results = JsonFile(json_file)
+    kv_cache_dtype = options.cache_dtype(kv_cache_dtype, kv_policy)
     texts = prompts_of(prompt or [], prompt_file or [])
     from kvbits.engine.llm import LLM
     from kvbits.engine.params import SamplingParams

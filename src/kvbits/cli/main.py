@@ -10,7 +10,7 @@ import sys
 import typer
 from typer.exceptions import Abort, TyperException
 
-from kvbits.cli import bench, demo, evaluate, generate, serve
+from kvbits.cli import bench, calibrate, demo, evaluate, generate, serve
 from kvbits.errors import KVBitsError
 
 USER_ERROR = 2
@@ -26,6 +26,7 @@ app = typer.Typer(
 app.command()(generate.generate)
 app.command()(serve.serve)
 app.command()(evaluate.evaluate)
+app.command()(calibrate.calibrate)
 app.command()(bench.bench)
 app.command()(demo.demo)
 

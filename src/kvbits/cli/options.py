@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from kvbits.errors import ConfigError
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -17,14 +19,25 @@ KVCacheDtype = Annotated[
     str,
     typer.Option(
         metavar="DTYPE",
-        help="'int4', 'bf16', ... for all; 'int8,int4' for keys and values; '0-1:int8,2-29:int4' by layer.",
+        help="'int4', 'bf16', ... for all; 'int8,int4' for keys and values; '0-1:int8,2-29:int4' by layer; "
+        "'int4+sink:int8' with another dtype for each sequence's first page.",
     ),
 ]
 KVCacheDtypes = Annotated[
-    list[str],
+    list[str] | None,
     typer.Option(
-        metavar="DTYPE", help="As for generate ('int4', 'int8,int4', '0-1:int8,2-29:int4'); repeat to compare several."
+        "--kv-cache-dtype",
+        metavar="DTYPE",
+        help="As for generate ('int4', 'int8,int4', '0-1:int8,2-29:int4'); repeat to compare several.",
     ),
+]
+KVPolicy = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="A policy that 'kvbits calibrate' wrote, in the place of --kv-cache-dtype."),
+]
+KVPolicies = Annotated[
+    list[Path] | None,
+    typer.Option("--kv-policy", metavar="DIR", help="A policy that 'kvbits calibrate' wrote; repeat for several."),
 ]
 KVCacheMemory = Annotated[str, typer.Option(metavar="SIZE", help="Bytes of the cache, for example 256MiB or 1.5GB.")]
 MaxModelLen = Annotated[
@@ -35,3 +48,16 @@ MaxNumBatchedTokens = Annotated[int, typer.Option(metavar="TOKENS", help="Token 
 Dtype = Annotated[str, typer.Option(metavar="DTYPE", help="Arithmetic of the model's layers: bfloat16 or float32.")]
 Threads = Annotated[int | None, typer.Option(metavar="N", help="CPU threads. Default: what torch chooses.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results here as JSON.")]
+
+
+def cache_dtype(dtype: str, policy: Path | None) -> str:
+    """The dtype that the engine is given: the policy's directory where there is one."""
+    return dtype if policy is None else f"policy:{policy}"
+
+
+def cache_dtypes(dtypes: list[str] | None, policies: list[Path] | None) -> list[str]:
+    """All dtypes and policies to run. Raises ``ConfigError`` when there is none."""
+    found = [*(dtypes or ()), *(f"policy:{path}" for path in policies or ())]
+    if not found:
+        raise ConfigError("there is nothing to run; give --kv-cache-dtype DTYPE or --kv-policy DIR")
+    return found

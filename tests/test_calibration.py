@@ -1,0 +1,350 @@
+"""Calibration: what the gradients predict, the allocation, the files, and the command."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.tiny import save, tiny_model, tiny_tokenizer
+from safetensors.torch import load_file
+from test_cli import complaint, status
+from test_kernels import SHAPES, make_inputs, run
+
+from kvbits.attention import Forward
+from kvbits.calibration.allocate import allocate, cheapest_within, total_cost
+from kvbits.calibration.collect import Statistics, collect
+from kvbits.calibration.dense import DenseBackend
+from kvbits.calibration.fit import Choice, fit
+from kvbits.calibration.policy import NAMES, Planner
+from kvbits.calibration.texts import split_windows
+from kvbits.codecs import SCHEMES, Policy, PoolLayout, parse_policy
+from kvbits.codecs.artifact import load_policy, resolve_policy, save_policy
+from kvbits.config import ModelGeometry
+from kvbits.errors import ConfigError
+from kvbits.kernels import BatchLayout, SequenceSlice
+from kvbits.kernels.reference import ReferenceBackend
+from kvbits.models import LoadedModel
+from kvbits.models.load import wrap
+from kvbits.pool import PagedPool
+
+CONTEXT = 256
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    return wrap(tiny_model("llama", head_dim=32), tiny_tokenizer(), "tiny")
+
+
+@pytest.fixture(scope="module")
+def windows() -> list[list[int]]:
+    source = random.Random(0)
+    return [[source.randrange(4, 97) for _ in range(CONTEXT)] for _ in range(2)]
+
+
+@pytest.fixture(scope="module")
+def statistics(loaded: LoadedModel, windows: list[list[int]]) -> Statistics:
+    return collect(loaded, windows)
+
+
+@pytest.fixture(scope="module")
+def table(statistics: Statistics) -> list[list[Choice]]:
+    return fit(statistics, NAMES)
+
+
+class Shifted(DenseBackend):
+    """The same attention with given errors in one layer's rows, and no gradients."""
+
+    def __init__(self, layer: int, side: str, error: torch.Tensor) -> None:
+        super().__init__()
+        self.layer, self.side, self.error = layer, side, error
+
+    def errors(self, index: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        zero = torch.zeros_like(key), torch.zeros_like(value)
+        if index != self.layer:
+            return zero
+        return (self.error, zero[1]) if self.side == "key" else (zero[0], self.error)
+
+
+def logits_of(loaded: LoadedModel, backend: DenseBackend | ReferenceBackend, window: list[int]) -> torch.Tensor:
+    policy = parse_policy("bf16", loaded.geometry.num_layers)
+    layout = PoolLayout.of(loaded.geometry, policy)
+    pool = PagedPool(loaded.geometry, policy, layout.frames_of(len(window)) * layout.frame_bytes)
+    pages = len(window) // 64
+    frames = list(range(layout.open.frames))
+    sealed = list(range(layout.open.frames, layout.open.frames + pages))
+    batch = BatchLayout.of([SequenceSlice(0, len(window), sealed, frames, frames)])
+    step = Forward(pool, backend, batch)
+    rows = torch.arange(len(window))
+    with torch.no_grad():
+        return loaded.forward(torch.tensor(window), rows, step, rows)
+
+
+def test_dense_attention_is_the_cache_s_at_16_bit(loaded: LoadedModel, windows: list[list[int]]) -> None:
+    expected = logits_of(loaded, ReferenceBackend(), windows[0])
+    got = logits_of(loaded, DenseBackend(), windows[0])
+    assert (got - expected).abs().max() < 0.03 * expected.abs().max()  # the cache rounds its rows to bfloat16
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dense_attention_follows_window_softcap_and_sinks(shape: str) -> None:
+    layer = SHAPES[shape]
+    inputs = make_inputs(layer, [200])
+    rounded = replace(inputs, key=[inputs.key[0].bfloat16().float()], value=[inputs.value[0].bfloat16().float()])
+    expected, _ = run(ReferenceBackend(), layer, "bf16", rounded)
+    got, _ = run(DenseBackend(), layer, "bf16", rounded)
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["key", "value"])
+def test_gradients_predict_the_divergence(loaded: LoadedModel, windows: list[list[int]], side: str) -> None:
+    """A small random error in one layer: the KL measured against the one that the gradients foretell."""
+    layer, size = 1, 0.02
+    generator = torch.Generator().manual_seed(1)
+    base = torch.log_softmax(logits_of(loaded, DenseBackend(), windows[0])[CONTEXT // 2 :].double(), -1)
+    draws = [collect(loaded, windows[:1], seed) for seed in range(12)]
+    measured = predicted = 0.0
+    for _ in range(4):
+        sample = draws[0].samples[2 * layer + (side == "value")]
+        error = size * torch.randn(sample.rows.shape, generator=generator)
+        rows = torch.zeros(CONTEXT, *sample.rows.shape[1::2])
+        rows[64:] = error.transpose(1, 2).flatten(0, 1)
+        moved = torch.log_softmax(
+            logits_of(loaded, Shifted(layer, side, rows), windows[0])[CONTEXT // 2 :].double(), -1
+        )
+        measured += float((base.exp() * (base - moved)).sum())
+        for draw in draws:
+            part = draw.samples[2 * layer + (side == "value")]
+            predicted += float(part.cost(part.rows + error).sum()) / len(draws)
+    assert 0.6 < predicted / measured < 1.6, (predicted, measured)
+
+
+def test_samples_leave_out_the_first_page_and_hold_bfloat16(statistics: Statistics, loaded: LoadedModel) -> None:
+    assert len(statistics.samples) == 2 * loaded.geometry.num_layers
+    for sample in statistics.samples:
+        assert sample.rows.shape == sample.gradients.shape == (2 * (CONTEXT // 64 - 1), 2, 64, 32)
+        assert torch.equal(sample.rows, sample.rows.bfloat16().float())
+        # nothing reads the last page as a code
+        assert not sample.gradients[CONTEXT // 64 - 2].any()
+        assert sample.gradients[0].any()
+    assert statistics.scored == CONTEXT
+    for moment in statistics.queries:
+        assert (torch.linalg.eigvalsh(moment) > -1e-3).all()
+
+
+def test_more_bits_cost_less_and_fitted_rounding_no_more(statistics: Statistics, table: list[list[Choice]]) -> None:
+    for sample, row in zip(statistics.samples, table, strict=True):
+        costs = {choice.name: choice.cost for choice in row}
+        assert costs["int8"] < costs["int5"] < costs["int3"] < costs["int2"]
+        codec = SCHEMES["int2"].key if sample.side == "key" else SCHEMES["int2"].value
+        plain = float(sample.cost(codec.decode(codec.encode(sample.rows, sample.side), 32, sample.side)).sum())
+        assert costs["int2"] <= plain / statistics.scored * (1.5 if sample.side == "key" else 1.0)
+
+
+@dataclass(frozen=True)
+class Option:
+    bytes: int
+    cost: float
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_allocation_is_the_best_of_all(seed: int) -> None:
+    source = random.Random(seed)
+    rows = [[Option(64 * source.randint(1, 9), source.random()) for _ in range(source.randint(1, 4))] for _ in range(5)]
+    for budget in range(64 * 5, 64 * 46, 96):
+        fitting = [
+            sum(o.cost for o in pick) for pick in itertools.product(*rows) if sum(o.bytes for o in pick) <= budget
+        ]
+        if not fitting:
+            with pytest.raises(ConfigError, match="the least possible is"):
+                allocate(rows, budget)
+            continue
+        chosen = allocate(rows, budget)
+        assert sum(row[i].bytes for row, i in zip(rows, chosen, strict=True)) <= budget
+        assert total_cost(rows, chosen) == pytest.approx(min(fitting))
+
+
+def test_cheapest_within_is_tight(table: list[list[Choice]]) -> None:
+    most = total_cost(table, allocate(table, sum(row[3].bytes for row in table)))
+    budget = cheapest_within(table, most)
+    assert total_cost(table, allocate(table, budget)) <= most
+    assert total_cost(table, allocate(table, budget - 64)) > most
+    with pytest.raises(ConfigError, match="the least possible is"):
+        cheapest_within(table, 0.0)
+
+
+def test_planner_budgets(loaded: LoadedModel, table: list[list[Choice]]) -> None:
+    planner = Planner(loaded.geometry, table, "int8")
+    for bits in (planner.bits(planner.least), 5.5, 7.0):
+        policy = planner.policy(planner.of_bits(bits))
+        assert policy.bits_per_element(loaded.geometry) <= bits + 1e-9
+    with pytest.raises(ConfigError, match="1 bits per element cannot be met; the least possible is"):
+        planner.of_bits(1.0)
+    layout = PoolLayout.of(loaded.geometry, planner.policy(planner.least))
+    least = 3 * layout.frames_of(300) * layout.frame_bytes
+    for memory in (least, 2 * least):
+        layout = PoolLayout.of(loaded.geometry, planner.policy(planner.of_memory(memory, 3, 300)))
+        assert 3 * layout.frames_of(300) * layout.frame_bytes <= memory
+    with pytest.raises(ConfigError, match=f"the least possible is {least} bytes"):
+        planner.of_memory(least - 1, 3, 300)
+
+
+def test_windows_are_disjoint_and_from_every_text() -> None:
+    texts = [list(range(1000)), list(range(5000, 6200))]
+    fitted, checked = split_windows(texts, 100, 8, 3)
+    starts = [w[0] for w in fitted + checked]
+    assert len(set(starts)) == 11
+    assert {s >= 5000 for s in starts} == {True, False}
+    assert all(len(w) == 100 and w[-1] - w[0] == 99 for w in fitted + checked)
+    with pytest.raises(ConfigError, match="1000, 1200 tokens: 22 windows of 100"):
+        split_windows(texts, 100, 20, 3)
+    with pytest.raises(ConfigError, match="0 check windows"):
+        split_windows(texts, 100, 20, 0)
+
+
+# The files
+
+
+@pytest.fixture
+def saved(loaded: LoadedModel, table: list[list[Choice]], tmp_path: Path) -> tuple[Path, Policy]:
+    planner = Planner(loaded.geometry, table, "int8")
+    policy = planner.policy(planner.of_bits(6.5))
+    return tmp_path, save_policy(tmp_path, policy, loaded.geometry, loaded.fingerprint, {"kl": 0.5})
+
+
+def test_a_policy_survives_the_disk(loaded: LoadedModel, saved: tuple[Path, Policy]) -> None:
+    directory, policy = saved
+    again = resolve_policy(f"policy:{directory}", loaded.geometry, loaded.fingerprint)
+    assert again == policy
+    assert again.name.startswith("calibrated-")
+    assert again.sink == (SCHEMES["int8"],) * 3
+    assert again.rounding is not None
+    assert policy.rounding is not None
+    for a, b in zip(again.rounding, policy.rounding, strict=True):
+        assert a.key.feedback is not None
+        assert torch.equal(a.key.feedback, b.key.feedback)
+        assert a.value.feedback is None
+    assert json.loads((directory / "policy.json").read_text())["measured"] == {"kl": 0.5}
+    assert set(load_file(directory / "rounding.safetensors")) >= {"0.key.feedback", "2.key.feedback"}
+
+
+def test_the_name_follows_whatever_changes_bytes(
+    loaded: LoadedModel, saved: tuple[Path, Policy], tmp_path: Path
+) -> None:
+    _, policy = saved
+    plain = save_policy(tmp_path / "b", replace(policy, rounding=None), loaded.geometry, loaded.fingerprint, {})
+    deeper = save_policy(tmp_path / "c", replace(policy, sink=None), loaded.geometry, loaded.fingerprint, {})
+    assert len({policy.name, plain.name, deeper.name}) == 3
+    same = save_policy(tmp_path / "d", policy, loaded.geometry, loaded.fingerprint, {"other": 1})
+    assert same.name == policy.name
+
+
+def test_what_does_not_fit_is_refused(loaded: LoadedModel, saved: tuple[Path, Policy]) -> None:
+    directory, _ = saved
+
+    def refused(part: str, geometry: ModelGeometry = loaded.geometry, fingerprint: str = loaded.fingerprint) -> None:
+        with pytest.raises(ConfigError, match=part):
+            load_policy(directory, geometry, fingerprint)
+
+    refused("was calibrated for tiny .*; this model is tiny \\(abc\\)", fingerprint="abc")
+    json_file, tensor_file = directory / "policy.json", directory / "rounding.safetensors"
+    document, data = json.loads(json_file.read_text()), tensor_file.read_bytes()
+
+    def with_json(part: str, **changes: object) -> None:
+        json_file.write_text(json.dumps(document | changes))
+        refused(part)
+
+    with_json("has 2 layers; tiny has 3 layers", layers=document["layers"][:2])
+    with_json("unknown KV cache dtype 'int9'", layers=["int9"] * 3)
+    with_json("'layers' is no list of dtypes", layers="int4")
+    with_json("version 1", version=2)
+    with_json("has no 'sha256'", tensors={})
+    json_file.write_text(json.dumps({k: v for k, v in document.items() if k != "sink"}))
+    refused("has no 'sink'")
+    json_file.write_text("[1]")
+    refused("holds no JSON object")
+    json_file.write_bytes(b"\xff{")
+    refused("damaged")
+    json_file.write_text(json.dumps(document))
+    tensor_file.write_bytes(data[:-1] + b"?")
+    refused("SHA-256")
+    tensor_file.unlink()
+    refused("cannot read the policy file .*rounding")
+    json_file.unlink()
+    refused("cannot read the policy file .*policy.json")
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save(tiny_model("llama", head_dim=32), tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    source = random.Random(5)
+    path.write_text(" ".join(f"w{source.randrange(4, 97)}" for _ in range(1500)))
+    return str(path)
+
+
+SMALL = ("--context", CONTEXT, "--windows", 2, "--check-windows", 1)
+
+
+def test_calibrate_then_use(model: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    policy, out = tmp_path / "policy", tmp_path / "out.json"
+    assert status("calibrate", model, "--text", text, "--bits", 6.5, "-o", policy, *SMALL) == 0
+    assert "checked on 1 windows: KL" in capsys.readouterr().out
+    document = json.loads((policy / "policy.json").read_text())
+    assert document["bits_per_element"] <= 6.5
+    assert document["measured"]["check"]["kl_mean"] > 0
+    common = ("--text", text, "--context", CONTEXT, "--windows", 1, "--json", out)
+    assert status("evaluate", model, "--kv-policy", policy, "--kv-cache-dtype", "int2", *common) == 0
+    coarse, fitted = json.loads(out.read_text())["results"]
+    assert (coarse["dtype"], fitted["dtype"]) == ("int2", f"policy:{policy}")
+    assert fitted["kl_mean"] < coarse["kl_mean"]
+    assert status("generate", model, "--kv-policy", policy, "-p", "w5 w6", "--max-tokens", 4) == 0
+    other = save(tiny_model("llama", seed=1, head_dim=32), tmp_path / "other")
+    capsys.readouterr()
+    assert "was calibrated for" in complaint(capsys, "generate", other, "--kv-policy", policy, "-p", "w5")
+
+
+def test_dtypes_that_a_head_size_rules_out_are_not_chosen(text: str, tmp_path: Path) -> None:
+    small = save(tiny_model("llama", head_dim=16), tmp_path / "small")
+    assert status("calibrate", small, "--text", text, "--bits", 6, "-o", tmp_path / "policy", *SMALL) == 0
+    names = json.loads((tmp_path / "policy" / "policy.json").read_text())["layers"]
+    assert not {"int3", "int5"} & {name.split("/")[0] for name in names}
+
+
+def test_calibrate_to_a_divergence(model: str, text: str, tmp_path: Path) -> None:
+    assert status("calibrate", model, "--text", text, "--max-kl", 0.05, "-o", tmp_path, *SMALL) == 0
+    assert json.loads((tmp_path / "policy.json").read_text())["measured"]["check"]["kl_mean"] <= 0.05
+
+
+def test_mistakes_are_one_clear_line(model: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def wrong(*options: object, source: object = text) -> str:
+        return complaint(capsys, "calibrate", model, "--text", source, "-o", tmp_path / "p", *options)
+
+    assert "exactly one of" in wrong()
+    assert "exactly one of" in wrong("--bits", 4, "--max-kl", 0.1)
+    assert "--bits is -1.0" in wrong("--bits", -1)
+    assert "1 bits per element cannot be met; the least possible is 2.75" in wrong("--bits", 1, *SMALL)
+    assert "cannot fit 1024 bytes" in wrong("--memory", "1KiB", *SMALL)
+    assert "windows of 256" in wrong("--bits", 5, "--context", CONTEXT, "--windows", 20)
+    assert "too short" in wrong("--bits", 5, "--context", 128, "--windows", 2)
+    assert "unknown KV cache dtype 'int9'" in wrong("--bits", 5, "--sink", "int9", *SMALL)
+    empty, latin = tmp_path / "empty.txt", tmp_path / "latin.txt"
+    empty.write_text("\n")
+    latin.write_bytes(b"caf\xe9")
+    assert "is empty" in wrong("--bits", 5, source=empty)
+    assert "not UTF-8" in wrong("--bits", 5, source=latin)
+    assert status("calibrate", model, "--text", text, "-o", tmp_path / "p", "--max-kl", 1e-9, *SMALL) == 2
+    assert "a predicted KL of 1e-09 cannot be met; the least possible is" in capsys.readouterr().err
+    assert "nothing to run" in complaint(capsys, "evaluate", model, "--text", text)
+    assert "cannot read the policy file" in complaint(capsys, "generate", model, "-p", "w5", "--kv-policy", tmp_path)
