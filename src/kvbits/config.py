@@ -61,7 +61,8 @@ class EngineConfig:
     """Options of the engine; names are the ones that vLLM users know.
 
     ``kv_cache_memory`` is in bytes. ``max_num_batched_tokens`` is the token budget of one step (prefill chunks
-    included).
+    included). ``batch_invariant`` makes the engine refuse a model whose linear layers round by the number of rows, so
+    that answers are the same to the last bit in any batch.
     """
 
     kv_cache_dtype: str = "int8"

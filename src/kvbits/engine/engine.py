@@ -21,7 +21,7 @@ from kvbits.engine.request import FinishReason, Request
 from kvbits.engine.runner import Runner
 from kvbits.engine.sampler import Sampled, report, sample
 from kvbits.engine.scheduler import Plan, Scheduler, Work
-from kvbits.engine.setup import context_of, limits_of, pages_of, policy_of
+from kvbits.engine.setup import check_invariance, context_of, limits_of, pages_of, policy_of
 from kvbits.engine.stats import EngineStats, Load
 from kvbits.engine.teacher import teacher_forced
 from kvbits.engine.text import decoder, end_tokens
@@ -44,6 +44,7 @@ class Engine:
         self.loaded = loaded
         self.config = config = config or EngineConfig()
         self.backend = backend or default_backend()
+        check_invariance(loaded, config)
         self.max_model_len = context_of(loaded, config)
         self.pool = PagedPool(loaded.geometry, policy_of(loaded, config, self.backend), config.kv_cache_memory)
         self.pages = pages_of(self.pool, loaded, config)

@@ -33,6 +33,13 @@ def policy_of(loaded: LoadedModel, config: EngineConfig, backend: Backend) -> Po
     return policy
 
 
+def check_invariance(loaded: LoadedModel, config: EngineConfig) -> None:
+    """Raise ``UnsupportedError`` where bit-identical answers are asked for and the linear layers do not give them."""
+    reason = loaded.depends_on_rows() if config.batch_invariant else None
+    if reason:
+        raise UnsupportedError(f"batch_invariant cannot be kept with {loaded.name} here: {reason}")
+
+
 def pages_of(pool: PagedPool, loaded: LoadedModel, config: EngineConfig) -> PageManager:
     """The manager of ``pool``'s frames."""
     layout = pool.layout

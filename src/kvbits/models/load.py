@@ -20,7 +20,7 @@ from kvbits.config import ModelGeometry
 from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.models.geometry import geometry_of
 from kvbits.models.locate import Source, locate
-from kvbits.models.packed import pack_linears
+from kvbits.models.packed import depends_on_rows, pack_linears
 from kvbits.models.quiet import quiet
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -64,6 +64,10 @@ class LoadedModel:
         )
         logits: Tensor = out.logits[0].float()
         return logits
+
+    def depends_on_rows(self) -> str | None:
+        """``None``, or why a token's result may depend on the other rows of its step (``--batch-invariant``)."""
+        return depends_on_rows(self.model)
 
 
 def load_model(
