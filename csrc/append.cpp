@@ -57,8 +57,9 @@ void store_values(const T* rows, int64_t stride, int first, int last, int dim, u
 }
 
 // `plain`: to nearest, as the sink is.
-Rounding rounding(const float* feedback, const float* clip, int head, int dim, bool plain) {
+Rounding rounding(const float* feedback, const int32_t* order, const float* clip, int head, int dim, bool plain) {
   return {feedback == nullptr || plain ? nullptr : feedback + static_cast<size_t>(head) * dim * dim,
+          order == nullptr ? nullptr : order + static_cast<size_t>(head) * dim,
           clip == nullptr || plain ? 1.0f : clip[head]};
 }
 
@@ -100,9 +101,11 @@ void Cpu::append(const Layer& layer, const Batch& batch, const Rows& rows, const
       uint8_t* sealed = pages.sealed(s, page, head);
       const bool plain = pages.is_sink(page);
       kernels_.seal_key(place.key_codec)(
-          keys, layer.key_dim, rounding(layer.key_feedback, layer.key_clip, head, layer.key_dim, plain), sealed);
+          keys, layer.key_dim,
+          rounding(layer.key_feedback, layer.key_order, layer.key_clip, head, layer.key_dim, plain), sealed);
       kernels_.seal_value(place.value_codec)(
-          values, layer.value_dim, rounding(layer.value_feedback, layer.value_clip, head, layer.value_dim, plain),
+          values, layer.value_dim,
+          rounding(layer.value_feedback, layer.value_order, layer.value_clip, head, layer.value_dim, plain),
           sealed + place.value_offset);
     }
   };

@@ -31,6 +31,7 @@ struct Layer {
   // Per KV head, how sealed pages (not the sink) are rounded; null: to nearest.
   const float *key_feedback, *value_feedback;  // [kv_heads, dim, dim]
   const float *key_clip, *value_clip;          // [kv_heads]
+  const int32_t *key_order, *value_order;      // [kv_heads, dim]
 };
 
 // A step; see BatchLayout in kernels/base.py. The pointers are borrowed for the call.
@@ -77,7 +78,8 @@ struct ValueKernel {
 };
 // How one head's codes are chosen (Rounding in codecs/base.py).
 struct Rounding {
-  const float* feedback;  // [dim, dim]: what channel c's error takes from the channels after it; null: round to nearest
+  const float* feedback;  // [dim, dim]: what the c-th rounded channel's error takes from the later; null: to nearest
+  const int32_t* order;   // [dim]: which channel is rounded when; null: as they come
   float clip;             // share of a group's range that the codes span; 1: all of it
 };
 // Encodes one head's page from its bfloat16 form.

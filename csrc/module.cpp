@@ -50,7 +50,8 @@ NB_MODULE(_native, m) {
           "__init__",
           [](Layer* self, int heads, int kv_heads, int key_dim, int value_dim, float scale, float softcap, int window,
              Place sealed, Place open, std::optional<Place> sink, int64_t frame_bytes, uintptr_t buffer,
-             uintptr_t key_feedback, uintptr_t value_feedback, uintptr_t key_clip, uintptr_t value_clip) {
+             uintptr_t key_feedback, uintptr_t value_feedback, uintptr_t key_clip, uintptr_t value_clip,
+             uintptr_t key_order, uintptr_t value_order) {
             new (self) Layer{heads,
                              kv_heads,
                              key_dim,
@@ -67,12 +68,14 @@ NB_MODULE(_native, m) {
                              pointer<float>(key_feedback),
                              pointer<float>(value_feedback),
                              pointer<float>(key_clip),
-                             pointer<float>(value_clip)};
+                             pointer<float>(value_clip),
+                             pointer<int32_t>(key_order),
+                             pointer<int32_t>(value_order)};
           },
           nb::arg("heads"), nb::arg("kv_heads"), nb::arg("key_dim"), nb::arg("value_dim"), nb::arg("scale"),
           nb::arg("softcap"), nb::arg("window"), nb::arg("sealed"), nb::arg("open"), nb::arg("sink").none(),
           nb::arg("frame_bytes"), nb::arg("buffer"), nb::arg("key_feedback"), nb::arg("value_feedback"),
-          nb::arg("key_clip"), nb::arg("value_clip"));
+          nb::arg("key_clip"), nb::arg("value_clip"), nb::arg("key_order"), nb::arg("value_order"));
 
   nb::class_<BatchTables>(m, "Batch")
       .def(

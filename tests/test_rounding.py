@@ -10,7 +10,7 @@ from helpers.driver import Frames
 from test_kernels import PLAIN, Inputs, make_inputs
 from torch import Tensor
 
-from kvbits.calibration.fit import feedback_of
+from kvbits.calibration.fit import feedback_of, ordered_feedback
 from kvbits.codecs import SCHEMES, LayerRounding, Rounding
 from kvbits.config import LayerGeometry, ModelGeometry
 from kvbits.kernels import Backend, BatchLayout
@@ -30,10 +30,13 @@ def skewed_metric(heads: int, dim: int, seed: int = 0) -> Tensor:
 
 def rounding_of(layer: LayerGeometry, clip: float | None) -> LayerRounding:
     clips = None if clip is None else torch.linspace(clip, 1.0, layer.num_kv_heads)
-    return LayerRounding(
-        Rounding(feedback_of(skewed_metric(layer.num_kv_heads, layer.key_dim)), clips),
-        Rounding(feedback_of(skewed_metric(layer.num_kv_heads, layer.value_dim, seed=1)), clips),
+    key, value = (
+        ordered_feedback(skewed_metric(layer.num_kv_heads, dim, seed))
+        for dim, seed in ((layer.key_dim, 0), (layer.value_dim, 1))
     )
+    if clip is None:  # and, for a change, channels as they come
+        key, value = (Rounding(r.feedback) for r in (key, value))
+    return LayerRounding(replace(key, clip=clips), replace(value, clip=clips))
 
 
 def pages(backend: Backend, layer: LayerGeometry, dtype: str, inputs: Inputs, rounding: LayerRounding) -> Tensor:
@@ -71,6 +74,7 @@ def test_feedback_lowers_the_error_that_the_metric_measures(dtype: str) -> None:
         return float(torch.einsum("phtc,hcd,phtd->", error, metric, error))
 
     assert loss(Rounding(feedback_of(metric))) < 0.6 * loss(None)
+    assert loss(ordered_feedback(metric)) < 0.6 * loss(None)
 
 
 def test_a_diagonal_metric_gives_no_feedback() -> None:
@@ -85,6 +89,23 @@ def test_feedback_is_the_best_completion() -> None:
     factors = feedback_of(metric[None], damping=0.0)[0].double()
     best = -torch.linalg.solve(metric[1:, 1:], metric[1:, 0])  # minimizes e^T H e over the others when e[0] = 1
     torch.testing.assert_close(factors[0, 1:], best, rtol=1e-3, atol=1e-3)
+
+
+def test_order_is_followed() -> None:
+    """Permuted channels under a permuted metric: the same codes, permuted."""
+    metric = skewed_metric(2, 32)
+    rows = torch.randn(3, 2, 64, 32, generator=torch.Generator().manual_seed(3))
+    rounding = ordered_feedback(metric)
+    assert rounding.order is not None
+    order = rounding.order.long()
+    codec = SCHEMES["int3"].key
+    got = codec.decode(codec.encode(rows, "key", rounding), 32, "key")
+    index = order[None, :, None].expand_as(rows)
+    permuted = rows.gather(-1, index)
+    expected = codec.decode(codec.encode(permuted, "key", Rounding(rounding.feedback)), 32, "key")
+    assert torch.equal(got.gather(-1, index), expected)
+    diagonal = metric.diagonal(dim1=-2, dim2=-1).gather(-1, order)
+    assert (diagonal.diff(dim=-1) <= 0).all()
 
 
 def test_clip_of_one_changes_nothing_and_less_narrows_the_range() -> None:

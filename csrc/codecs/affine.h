@@ -281,18 +281,19 @@ struct AffineSeal {
         }
       }
     } else if constexpr (kKey) {
-      // Channels are rows: what a row's rounding loses is taken from the rows after it, lane by lane.
+      // Channels are rows: what a row's rounding loses is taken from the rows still to come, lane by lane.
       float error[kPage];
-      for (int row = 0; row < reduction; ++row) {
+      for (int step = 0; step < reduction; ++step) {
+        const int row = rounding.order ? rounding.order[step] : step;
         for (int lane = 0; lane < kPage; ++lane) {
           const int i = kPerRow ? row : lane;
           const float x = matrix[row * kPage + lane], code = nearest(x, i);
           codes[row * kPage + lane] = stored(code);
           error[lane] = x - (code * scale[i] + low[i]);
         }
-        const float* factors = rounding.feedback + static_cast<size_t>(row) * reduction;
-        for (int later = row + 1; later < reduction; ++later) {
-          float* y = matrix + later * kPage;
+        const float* factors = rounding.feedback + static_cast<size_t>(step) * reduction;
+        for (int later = step + 1; later < reduction; ++later) {
+          float* y = matrix + (rounding.order ? rounding.order[later] : later) * kPage;
           for (int lane = 0; lane < kPage; ++lane) y[lane] -= error[lane] * factors[later];
         }
       }
@@ -300,13 +301,16 @@ struct AffineSeal {
       // Channels are lanes: the same along each token's row.
       for (int row = 0; row < reduction; ++row) {
         float* x = matrix + row * lanes;
-        for (int lane = 0; lane < lanes; ++lane) {
+        for (int step = 0; step < lanes; ++step) {
+          const int lane = rounding.order ? rounding.order[step] : step;
           const int i = kPerRow ? row : lane;
           const float code = nearest(x[lane], i);
           codes[row * lanes + lane] = stored(code);
           const float error = x[lane] - (code * scale[i] + low[i]);
-          const float* factors = rounding.feedback + static_cast<size_t>(lane) * lanes;
-          for (int later = lane + 1; later < lanes; ++later) x[later] -= error * factors[later];
+          const float* factors = rounding.feedback + static_cast<size_t>(step) * lanes;
+          for (int later = step + 1; later < lanes; ++later) {
+            x[rounding.order ? rounding.order[later] : later] -= error * factors[later];
+          }
         }
       }
     }

@@ -31,6 +31,8 @@ class Layer:
         value_feedback: int,
         key_clip: int,
         value_clip: int,
+        key_order: int,
+        value_order: int,
     ) -> None: ...
 
 class Batch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from kvbits.codecs import SCHEMES, Codec, Rounding
 DAMPING = 0.01
 """Share of the metric's mean diagonal that is added to it: directions that the text never asked for stay cheap."""
 
-CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6)
+CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
 CLIPPED_BITS = 3
 """Codecs of up to so many bits have their range fitted; finer ones lose more by saturation than they gain."""
 
@@ -27,6 +27,14 @@ class Choice:
     bytes: int
     cost: float
     rounding: Rounding
+
+
+def ordered_feedback(metric: Tensor, damping: float = DAMPING) -> Rounding:
+    """Feedback under ``metric``, heaviest channels first: most others are then still free to make up for them."""
+    order = metric.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
+    rows = metric.gather(-2, order.unsqueeze(-1).expand_as(metric))
+    permuted = rows.gather(-1, order.unsqueeze(-2).expand_as(metric))
+    return Rounding(feedback_of(permuted, damping), order=order.int().contiguous())
 
 
 def feedback_of(metric: Tensor, damping: float = DAMPING) -> Tensor:
@@ -57,14 +65,14 @@ def fit(
     """
     table = []
     for sample in statistics.samples:
-        feedback = feedback_of(statistics.queries[sample.layer]) if sample.side == "key" else None
+        fitted = ordered_feedback(statistics.queries[sample.layer]) if sample.side == "key" else Rounding()
         fitting = [name for name in names if _codec(sample, name).supports(sample.rows.shape[-1]) is None]
-        table.append([_choice(sample, name, feedback, statistics.scored) for name in fitting])
+        table.append([_choice(sample, name, fitted, statistics.scored) for name in fitting])
         progress(1)
     return table
 
 
-def _choice(sample: TensorSample, name: str, feedback: Tensor | None, scored: int) -> Choice:
+def _choice(sample: TensorSample, name: str, fitted: Rounding, scored: int) -> Choice:
     codec = _codec(sample, name)
     heads, dim = sample.rows.shape[1], sample.rows.shape[3]
     size = heads * codec.page_bytes(dim)
@@ -74,15 +82,15 @@ def _choice(sample: TensorSample, name: str, feedback: Tensor | None, scored: in
     if bits > 8:
         return Choice(name, size, float(cost.sum()) / scored, plain)
     best_clip = torch.ones(heads)
-    if bits <= CLIPPED_BITS or feedback is not None:
+    if bits <= CLIPPED_BITS or fitted.feedback is not None:
         best = torch.full((heads,), float("inf"), dtype=torch.float64)
         for clip in CLIPS if bits <= CLIPPED_BITS else CLIPS[:1]:
-            found = _cost(sample, codec, Rounding(feedback, torch.full((heads,), clip)))
+            found = _cost(sample, codec, replace(fitted, clip=torch.full((heads,), clip)))
             best_clip = torch.where(found < best, torch.tensor(clip), best_clip)
             best = torch.minimum(best, found)
         cost = best
-    clip_or_none = best_clip if bits <= CLIPPED_BITS else None
-    return Choice(name, size, float(cost.sum()) / scored, Rounding(feedback, clip_or_none))
+    fitted = replace(fitted, clip=best_clip if bits <= CLIPPED_BITS else None)
+    return Choice(name, size, float(cost.sum()) / scored, fitted)
 
 
 def _codec(sample: TensorSample, name: str) -> Codec:

@@ -50,7 +50,7 @@ class Affine(Codec):
             scale = _half(rows.abs().amax(axis) / limit)
             zero = torch.zeros_like(scale)
             offset = limit + 1 if side == "key" else 0
-            codes = _choose(rows, scale, zero, axis, -limit, limit, rounding.feedback)
+            codes = _choose(rows, scale, zero, axis, -limit, limit, rounding)
             codes = (codes.to(torch.int32) + offset) & top
             params = [scale]
         else:
@@ -59,7 +59,7 @@ class Affine(Codec):
                 low, high = _clipped(low, high, rounding.clip)
             zero = _half(low)
             scale = _half((high - zero.float()) / top)
-            codes = _choose(rows, scale, zero, axis, 0, top, rounding.feedback)
+            codes = _choose(rows, scale, zero, axis, 0, top, rounding)
             params = [scale, zero]
         codes = codes.to(torch.uint8)
         matrix = codes.transpose(-1, -2) if side == "key" else codes
@@ -98,20 +98,22 @@ def _clipped(low: Tensor, high: Tensor, clip: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(share == 1, low, middle - reach), torch.where(share == 1, high, middle + reach)
 
 
-def _choose(
-    rows: Tensor, scale: Tensor, zero: Tensor, axis: int, least: int, most: int, feedback: Tensor | None
-) -> Tensor:
+def _choose(rows: Tensor, scale: Tensor, zero: Tensor, axis: int, least: int, most: int, rounding: Rounding) -> Tensor:
     """The code of every element, as float32. The order of operations is the kernels': the bytes must agree."""
     inverse = _reciprocal(scale).unsqueeze(axis).expand_as(rows)
     scale, zero = (x.float().unsqueeze(axis).expand_as(rows) for x in (scale, zero))
+    feedback = rounding.feedback
     if feedback is None:
         return torch.round((rows - zero) * inverse).clamp(least, most)
+    if rounding.order is not None:
+        order = rounding.order.long().unsqueeze(-2).expand_as(rows)
+        rows, scale, zero, inverse = (x.gather(-1, order) for x in (rows, scale, zero, inverse))
     rest, codes = rows.clone(), torch.empty_like(rows)
     for c in range(rows.shape[-1]):
         codes[..., c] = torch.round((rest[..., c] - zero[..., c]) * inverse[..., c]).clamp(least, most)
         error = rest[..., c] - (codes[..., c] * scale[..., c] + zero[..., c])
         rest[..., c + 1 :] -= error.unsqueeze(-1) * feedback[:, None, c, c + 1 :]
-    return codes
+    return codes if rounding.order is None else torch.empty_like(codes).scatter_(-1, order, codes)
 
 
 def _half(x: Tensor) -> Tensor:

@@ -138,22 +138,27 @@ def _tensors_of(policy: Policy) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for index, layer in enumerate(policy.rounding or ()):
         for side, rounding in (("key", layer.key), ("value", layer.value)):
-            for name, tensor in (("feedback", rounding.feedback), ("clip", rounding.clip)):
+            for name, tensor in (("feedback", rounding.feedback), ("clip", rounding.clip), ("order", rounding.order)):
                 if tensor is not None:
-                    tensors[f"{index}.{side}.{name}"] = tensor.to(torch.float32).contiguous()
+                    tensors[f"{index}.{side}.{name}"] = tensor.contiguous()
     return tensors
 
 
 def _rounding(tensors: Mapping[str, Tensor], name: str, heads: int, dim: int) -> Rounding:
-    found = []
-    for part, shape in (("feedback", (heads, dim, dim)), ("clip", (heads,))):
-        tensor = tensors.get(f"{name}.{part}")
-        if tensor is not None and not (
-            tensor.shape == shape and tensor.dtype == torch.float32 and bool(torch.isfinite(tensor).all())
-        ):
+    found = {}
+    for part, shape, dtype in (
+        ("feedback", (heads, dim, dim), torch.float32),
+        ("clip", (heads,), torch.float32),
+        ("order", (heads, dim), torch.int32),
+    ):
+        tensor = found[part] = tensors.get(f"{name}.{part}")
+        if tensor is None:
+            continue
+        if tensor.shape != shape or tensor.dtype != dtype or not bool(torch.isfinite(tensor).all()):
             raise ConfigError(
-                f"the tensor '{name}.{part}' of the policy is {tensor.dtype} {tuple(tensor.shape)}; it must be "
-                f"finite float32 {shape}"
+                f"the tensor '{name}.{part}' of the policy is {tensor.dtype} {tuple(tensor.shape)}; it must be finite "
+                f"{dtype} {shape}"
             )
-        found.append(tensor)
-    return Rounding(*found)
+        if part == "order" and not torch.equal(tensor.sort(-1).values, torch.arange(dim).int().expand(heads, dim)):
+            raise ConfigError(f"the tensor '{name}.{part}' of the policy is no order of {dim} channels")
+    return Rounding(**found)

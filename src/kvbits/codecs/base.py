@@ -20,15 +20,17 @@ Side = Literal["key", "value"]
 class Rounding:
     """How the codes of one layer's keys or values are chosen when a page is sealed; what a page means stays the same.
 
-    ``feedback`` ``float32 [kv_heads, dim, dim]``: channels are rounded in order, and the error ``e`` of channel ``c``
-    takes ``e * feedback[head, c, j]`` from every later channel ``j``, which compensates it under the metric that the
-    factors were made for (as GPTQ rounds weights: Frantar et al., 2022, arXiv:2210.17323). ``clip`` ``float32
+    ``feedback`` ``float32 [kv_heads, dim, dim]``: channels are rounded one after another, in the order ``order``
+    ``int32 [kv_heads, dim]`` (``None``: as they come), and the error ``e`` of the ``c``-th takes
+    ``e * feedback[head, c, j]`` from every later, ``j``-th one, which compensates it under the metric that the factors
+    were made for (as GPTQ rounds weights: Frantar et al., 2022, arXiv:2210.17323). ``clip`` ``float32
     [kv_heads]``: the share of a group's range, about its middle, that asymmetric codes span; what lies outside
     saturates. ``None`` for either: to nearest, the whole range.
     """
 
     feedback: Tensor | None = None
     clip: Tensor | None = None
+    order: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,8 @@ class CpuBackend(Backend):
                 _table(rounding.value.feedback, layer.num_kv_heads, layer.value_dim, layer.value_dim),
                 _table(rounding.key.clip, layer.num_kv_heads),
                 _table(rounding.value.clip, layer.num_kv_heads),
+                _table(rounding.key.order, layer.num_kv_heads, layer.key_dim, dtype=torch.int32),
+                _table(rounding.value.order, layer.num_kv_heads, layer.value_dim, dtype=torch.int32),
             )
             known = self._layers[view.index] = (view, native)
         return known[1]
@@ -125,12 +127,12 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _table(table: Tensor | None, *shape: int) -> int:
+def _table(table: Tensor | None, *shape: int, dtype: torch.dtype = torch.float32) -> int:
     """Address of a parameter table that the layer's view keeps alive; 0 for none."""
     if table is None:
         return 0
     assert table.shape == shape, (table.shape, shape)
-    assert table.dtype == torch.float32, table.dtype
+    assert table.dtype == dtype, table.dtype
     assert table.is_contiguous(), table.stride()
     return table.data_ptr()
 
