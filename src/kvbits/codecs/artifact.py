@@ -140,7 +140,9 @@ def _tensors_of(policy: Policy) -> dict[str, Tensor]:
         for side, rounding in (("key", layer.key), ("value", layer.value)):
             for name, tensor in (("feedback", rounding.feedback), ("clip", rounding.clip), ("order", rounding.order)):
                 if tensor is not None:
-                    tensors[f"{index}.{side}.{name}"] = tensor.contiguous()
+                    tensors[f"{index}.{side}.{name}"] = tensor.clone(
+                        memory_format=torch.contiguous_format
+                    )  # the format has no shared memory
     return tensors
 
 
