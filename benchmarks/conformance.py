@@ -119,15 +119,14 @@ class Run:
             self._check("CreateChatCompletionStreamResponse", json.loads(line.removeprefix("data: ")))
 
     def complete(self, text: str) -> None:
-        """A text completion."""
-        body = {
-            "model": self._model,
-            "prompt": text[:2000],
-            "max_tokens": self._new_tokens,
-            "logprobs": 2,
-            "echo": True,
-        }
-        self._check("CreateCompletionResponse", self._http.post("/v1/completions", json=body).json())
+        """Text completions. Echo and log-probabilities apart: together, the first token has none, which is ``null``.
+
+        So OpenAI answers too, but its schema wants a number there.
+        """
+        for options in ({"echo": True}, {"logprobs": 2}):
+            body = {"model": self._model, "prompt": text[:2000], "max_tokens": self._new_tokens, **options}
+            self._check("CreateCompletionRequest", body)
+            self._check("CreateCompletionResponse", self._http.post("/v1/completions", json=body).json())
 
     def refuse(self) -> None:
         """Requests that must fail, in the shape of an error."""

@@ -49,6 +49,8 @@ def _plain(message: Message, as_text: bool) -> Plain:
     if message.name is not None:
         found["name"] = message.name
     if isinstance(message, AssistantMessage):
+        if message.reasoning_content is not None:
+            found["reasoning_content"] = message.reasoning_content
         calls = [{"name": c.function.name, "arguments": _arguments(c.function.arguments)}
                  for c in message.tool_calls or ()]  # fmt: skip
         if calls and as_text:

@@ -61,11 +61,12 @@ class UserMessage(Strict):
 
 
 class AssistantMessage(Strict):
-    """``assistant``."""
+    """``assistant``. ``reasoning_content`` is an extension of many servers; it goes to the template."""
 
     role: Literal["assistant"]
     content: StrictStr | list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]] | None = None
     refusal: StrictStr | None = None
+    reasoning_content: StrictStr | None = None
     name: StrictStr | None = None
     tool_calls: list[ToolCall] | None = None
     annotations: list[Any] | None = None
