@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from helpers.serving import CONTEXT, byte_tokenizer
+from helpers.serving import CONTEXT, byte_model, byte_tokenizer, engine_of, running
 from helpers.tiny import save, tiny_model
 
 from kvbits.cli.main import run
@@ -157,3 +158,40 @@ def test_the_page_is_installed() -> None:
     import kvbits.server
 
     assert (Path(kvbits.server.__file__).parent / "page.html").stat().st_size > 1000
+
+
+def test_chat_and_top_against_a_server(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(engine_of(byte_model()), api_keys=("k",)) as server:
+        monkeypatch.setattr("sys.stdin", io.StringIO("hello\nagain\n\n"))
+        with pytest.raises(SystemExit) as end:
+            run(["chat", "--url", server.url + "/v1", "--api-key", "k", "--max-tokens", "5"])
+        assert end.value.code == 0
+        shown = capsys.readouterr()
+        assert shown.err.count("tokens/s") == 2
+        assert "MiB" in shown.err
+        ask = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 5, "temperature": 0}
+        answer = httpx.post(server.url + "/v1/chat/completions", json=ask, headers={"Authorization": "Bearer k"})
+        assert shown.out.startswith(answer.json()["choices"][0]["message"]["content"])
+        with pytest.raises(SystemExit) as end:
+            run(["top", server.url, "--api-key", "k", "--once"])
+        assert end.value.code == 0
+        assert "bits per element" in capsys.readouterr().out
+        for wrong, named in ((["top", server.url], "API key"), (["top", "nowhere"], "nowhere"), (["chat"], "MODEL")):
+            with pytest.raises(SystemExit) as end:
+                run(wrong)
+            assert end.value.code == 2
+            assert named in capsys.readouterr().err
+
+
+def test_chat_with_a_model_in_this_process(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello " * 30 + "\nagain\n"))
+    options = ["--dtype", "float32", "--kv-cache-memory", "4MiB", "--max-tokens", "5", "--threads", "1"]
+    with pytest.raises(SystemExit) as end:
+        run(["chat", model, *options])
+    assert end.value.code == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if "tokens/s" in line]
+    assert len(notes) == 2
+    assert "; 0 of " in notes[0]
+    assert "; 192 of " in notes[1], "the second turn begins with the first, of which whole pages are cached"

@@ -10,7 +10,7 @@ import sys
 import typer
 from typer.exceptions import Abort, TyperException
 
-from kvbits.cli import bench, calibrate, demo, evaluate, generate, serve
+from kvbits.cli import bench, calibrate, chat, demo, evaluate, generate, serve, top
 from kvbits.errors import KVBitsError
 
 USER_ERROR = 2
@@ -25,6 +25,8 @@ app = typer.Typer(
 )
 app.command()(generate.generate)
 app.command()(serve.serve)
+app.command()(chat.chat)
+app.command()(top.top)
 app.command()(evaluate.evaluate)
 app.command()(calibrate.calibrate)
 app.command()(bench.bench)

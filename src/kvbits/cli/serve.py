@@ -24,6 +24,9 @@ def serve(
     enable_prefix_caching: Annotated[
         bool, typer.Option(help="Keep sealed pages after a request for prompts that begin alike.")
     ] = True,
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="Answers that do not depend on batch, chunk or cache hits.")
+    ] = False,
     served_model_name: Annotated[
         str | None, typer.Option(metavar="NAME", help="The model's name in the API. Default: MODEL.")
     ] = None,
@@ -72,6 +75,7 @@ def serve(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         enable_prefix_caching=enable_prefix_caching,
+        batch_invariant=batch_invariant,
     )
     set_up(log_level)
     loaded = load(model, dtype, threads)
