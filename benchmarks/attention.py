@@ -3,7 +3,7 @@
     python benchmarks/attention.py --json out/attention.json [--geometry smollm2 ...] [--context 8192 ...]
 
 Decode: every sequence has one new token; a step reads every cache byte once. Prefill: the last 512 tokens of a prompt
-of the given length. Layers are repeated until the cache is far larger than the processor caches. dtypes alternate within
+of the given length. Layers are repeated until the cache is far larger than the processor caches. dtypes alternate in
 a repetition; the figures are medians.
 """
 

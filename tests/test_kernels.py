@@ -183,7 +183,10 @@ def test_strided_rows() -> None:
     inputs = make_inputs(PLAIN, [90])
     expected, _ = run(CpuBackend(), PLAIN, "int4", inputs)
     heads_first = Inputs(
-        *([x.transpose(0, 1).contiguous().transpose(0, 1) for x in part] for part in (inputs.query, inputs.key, inputs.value)),
+        *(
+            [x.transpose(0, 1).contiguous().transpose(0, 1) for x in part]
+            for part in (inputs.query, inputs.key, inputs.value)
+        ),
         None,
     )
     frames = Frames(ModelGeometry("test", (PLAIN, PLAIN), 8192, 16), "int4", 16)
@@ -231,14 +234,12 @@ def test_a_tentative_step_leaves_the_head_page_as_it_was(backend: type[Backend])
     assert torch.equal(plain[0], tentative[0])
     place_size = parse_policy("int4", 1).layers[0].layer_bytes(PLAIN)
     assert torch.equal(plain[1][:, place_size : 2 * place_size], tentative[1][:, place_size : 2 * place_size])
-    rows = [
-        parse_policy("bf16", 1).layers[0].key.decode(x[:8192], 64, "key")[:6] for x in (plain[2], tentative[2])
-    ]
+    rows = [parse_policy("bf16", 1).layers[0].key.decode(x[:8192], 64, "key")[:6] for x in (plain[2], tentative[2])]
     assert torch.equal(rows[0], rows[1])
 
 
 def test_wrong_choices_are_named() -> None:
-    with pytest.raises(ConfigError, match="'sse9' does not run here; choose from .*scalar"):
+    with pytest.raises(ConfigError, match=r"'sse9' does not run here; choose from .*scalar"):
         CpuBackend("sse9")
     with pytest.raises(ConfigError, match="threads is 0"):
         CpuBackend(threads=0)

@@ -1,8 +1,8 @@
 """The real model: the same prompt gives the same text alone, in a batch and at any chunk size.
 
 Our kernels give the same bits (tests/test_kernels.py); a library's matrix products may round by the number of rows.
-Where they do not (`batch_invariant`), texts and probabilities must be equal. Elsewhere two runs may part, but only where
-the two likeliest tokens are nearly tied: there the gap of their logits is printed and must be below 0.05.
+Where they do not (`batch_invariant`), texts and probabilities must be equal. Elsewhere two runs may part, but only
+where the two likeliest tokens are nearly tied: there the gap of their logits is printed and must be below 0.05.
 """
 
 from __future__ import annotations
