@@ -22,6 +22,7 @@ from kvbits.kernels import Backend, default_backend
 from kvbits.kernels.reference import ReferenceBackend
 from kvbits.models import LoadedModel
 from kvbits.models.load import wrap
+from kvbits.models.packed import pack_linears
 
 CONTEXT = 1024
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
@@ -61,6 +62,21 @@ def original() -> nn.Module:
 @pytest.fixture(scope="module")
 def loaded(original: nn.Module) -> LoadedModel:
     return wrap(copy.deepcopy(original), tiny_tokenizer(), "tiny-llama")
+
+
+@pytest.fixture(scope="module")
+def packed(original: nn.Module) -> LoadedModel:
+    """The same model in bfloat16 with packed layers, whose rounding does not depend on a step's rows.
+
+    A rounding of the last bit can tip a 4-bit code or an 8-bit query, and so a sampled token: what compares tokens over
+    different batches needs a model that gives the same bits in each.
+    """
+    loaded = wrap(copy.deepcopy(original).to(torch.bfloat16), tiny_tokenizer(), "tiny-llama")
+    pack_linears(loaded.model)
+    reason = loaded.depends_on_rows()
+    if reason:
+        pytest.skip(reason)
+    return loaded
 
 
 def make(loaded: LoadedModel, backend: Backend, dtype: str = "bf16", frames: int = 400, **options) -> LLM:
@@ -147,12 +163,14 @@ def test_batch_and_chunk_do_not_matter(loaded: LoadedModel, backend: Backend, dt
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "int4"])
-def test_preemption_does_not_matter(loaded: LoadedModel, backend: Backend, dtype: str) -> None:
+def test_preemption_does_not_matter(packed: LoadedModel, dtype: str) -> None:
+    """With our own kernels: the reference makes no promise about last bits."""
+    backend = default_backend()
     params = [dataclasses.replace(GREEDY, max_tokens=100), SamplingParams(seed=7, max_tokens=100, ignore_eos=True)] * 3
     params[3] = dataclasses.replace(params[3], presence_penalty=1.0, repetition_penalty=1.2)
     prompts = [prompt_of(100, i) for i in range(6)]
-    large = make(loaded, backend, dtype)
-    small = make(loaded, backend, dtype, frames=large.engine.pool.layout.frames_of(160) * 2)
+    large = make(packed, backend, dtype)
+    small = make(packed, backend, dtype, frames=large.engine.pool.layout.frames_of(160) * 2)
     assert tokens(small, prompts, params) == tokens(large, prompts, params)
     assert small.engine.stats.preemptions > 0
     assert large.engine.stats.preemptions == 0
