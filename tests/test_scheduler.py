@@ -67,7 +67,9 @@ class World:
         planned = [w.request.seq_id for w in plan.works]
         assert len(set(planned)) == len(planned)
         prefill = sum(w.count for w in plan.works if w.request.seq_id not in decodes)
-        assert prefill <= max(scheduler.max_num_batched_tokens - len(decodes), MIN_PREFILL)
+        # A running sequence that ended for lack of pages leaves its token of the budget to prompts.
+        advanced = len(decodes & set(planned))
+        assert prefill <= max(scheduler.max_num_batched_tokens - advanced, MIN_PREFILL)
         left = decodes - {r.seq_id for r in [*plan.preempted, *plan.exhausted]}
         assert left <= set(planned), "a running sequence did not get its token"
         ranks = [r.rank for r in scheduler.running]

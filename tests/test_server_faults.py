@@ -251,20 +251,20 @@ def test_origins(loaded: LoadedModel) -> None:
 def test_a_full_queue_says_when_to_come_back(loaded: LoadedModel) -> None:
     async def many(url: str) -> list[httpx.Response]:
         async with httpx.AsyncClient(base_url=url, timeout=60) as http:
-            return await asyncio.gather(*[http.post(CHAT, json=LONG | {"max_tokens": 60}) for _ in range(12)])
+            return await asyncio.gather(*[http.post(CHAT, json=LONG | {"max_tokens": 300}) for _ in range(12)])
 
     with running(engine_of(loaded, max_num_seqs=2), max_queue=3) as server:
         answers = asyncio.run(many(server.url))
         codes = [answer.status_code for answer in answers]
-        assert codes.count(200) >= 5
-        assert codes.count(429) >= 1
-        assert set(codes) == {200, 429}
+        # The twelve come long before the first is done; five have a place.
+        assert codes.count(200) == 5
+        assert codes.count(429) == 7
         for answer in answers:
             if answer.status_code == 429:
                 assert int(answer.headers["retry-after"]) > 0
                 assert error_of(answer)["code"] == "queue_full"
         server.idle()
-        assert httpx.post(server.url + CHAT, json=LONG | {"n": 6}).status_code == 429
+        assert httpx.post(server.url + CHAT, json=LONG | {"n": 6}).status_code == 400
         assert httpx.post(server.url + CHAT, json=ASK | {"n": 5}).status_code == 200
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from starlette.requests import Request
@@ -31,6 +31,7 @@ class Service:
         self.observer = observer
         self.options = options
         self.started = int(time.time())
+        self._coming = 0
         engine = worker.engine
         self.model = options.served_model_name
         self.fingerprint = f"{engine.loaded.fingerprint}-{engine.pool.policy.name}"
@@ -49,14 +50,28 @@ class Service:
                 code="model_not_found",
             )
 
-    def check_room(self, sequences: int) -> None:
-        """Raise ``ApiError`` when the queue has no room for ``sequences`` more."""
+    @contextmanager
+    def room(self, sequences: int) -> Iterator[None]:
+        """Hold places for ``sequences`` more while they are prepared and submitted.
+
+        Raises ``ApiError`` when the queue is full, or could never hold as many.
+        """
         self.worker.check_ready()
         most = self.options.max_queue + self.worker.engine.config.max_num_seqs
-        there = self.worker.snapshot.load.running + self.worker.waiting
+        if sequences > most:
+            raise ApiError(
+                400, f"the request is for {sequences} sequences; this server takes at most {most}", param="n"
+            )
+        load = self.worker.snapshot.load
+        there = load.running + load.waiting + self._coming
         if there + sequences > most:
             message = f"{there} sequences run or wait; {sequences} more would exceed {most}"
             raise ApiError(429, message, code="queue_full", retry_after=RETRY_SECONDS)
+        self._coming += sequences
+        try:
+            yield
+        finally:
+            self._coming -= sequences
 
     async def submit(
         self, request_id: str, prompt: list[int], params: SamplingParams, priority: int | None, salt: str | None

@@ -49,7 +49,6 @@ class EngineWorker:
         self._observer = observer
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, Stream] = {}
-        self._handed_over = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="kvbits-engine", daemon=True)
         self.snapshot = self._look()
@@ -67,11 +66,6 @@ class EngineWorker:
         self.abort_all(STOPPING)
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
-
-    @property
-    def waiting(self) -> int:
-        """Sequences that wait for a place, those included that the engine has not seen yet."""
-        return self.snapshot.load.waiting + self._handed_over
 
     @property
     def open_requests(self) -> int:
@@ -92,13 +86,13 @@ class EngineWorker:
         self.check_ready()
         stream = Stream(request_id, params.n, self.abort)
         arrived = time.monotonic()
-        self._handed_over += params.n
 
         def add() -> None:
             self.engine.add_request(
                 prompt, params, request_id=request_id, priority=priority, salt=salt, timeout=timeout
             )
             self._streams[request_id] = stream
+            self.snapshot = self._look()
             self._observer.arrived(request_id, params.n, arrived)
 
         try:
@@ -106,8 +100,6 @@ class EngineWorker:
         except asyncio.CancelledError:
             self.abort(request_id)
             raise
-        finally:
-            self._handed_over -= params.n
         return stream
 
     def check_ready(self) -> None:

@@ -31,10 +31,10 @@ async def chat_completions(request: Request) -> Response:
     service = service_of(request)
     body = await service.read(request, ChatRequest)
     service.check_model(body.model)
-    service.check_room(body.n or 1)
-    prompt, params = await unless_gone(request.receive, service.preparer.run(lambda: _prepare(service, body)))
     request_id = f"chatcmpl-{uuid.uuid4().hex}"
-    stream = await service.submit(request_id, prompt, params, body.priority, body.cache_salt)
+    with service.room(max(body.n or 1, 1)):
+        prompt, params = await unless_gone(request.receive, service.preparer.run(lambda: _prepare(service, body)))
+        stream = await service.submit(request_id, prompt, params, body.priority, body.cache_salt)
     answer = _answer(service, request_id, body, prompt, params)
 
     def done() -> None:

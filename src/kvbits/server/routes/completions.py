@@ -35,10 +35,10 @@ async def completions(request: Request) -> Response:
     service = service_of(request)
     body = await service.read(request, CompletionRequest)
     service.check_model(body.model)
-    service.check_room((body.n or 1) * len(body.prompts()))
-    prompts, params = await unless_gone(request.receive, service.preparer.run(lambda: _prepare(service, body)))
     request_id = f"cmpl-{uuid.uuid4().hex}"
-    streams = await _submit(service, request_id, body, prompts, params)
+    with service.room(max(body.n or 1, 1) * len(body.prompts())):
+        prompts, params = await unless_gone(request.receive, service.preparer.run(lambda: _prepare(service, body)))
+        streams = await _submit(service, request_id, body, prompts, params)
     wanted = Wanted(bool(body.echo), body.logprobs, body.max_tokens != 0)
     answer = CompletionAnswer(
         service.head(request_id), prompts, params.n, wanted, service.preparer.token_bytes, body.include_usage
