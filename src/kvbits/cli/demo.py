@@ -24,7 +24,7 @@ WINDOW = 2048
 def demo(
     model: Annotated[str, typer.Argument(metavar="[MODEL]", help="As for generate.")] = "smollm2-135m",
     sessions: Annotated[int, typer.Option(metavar="N", help="Conversations, each about its own document.")] = 8,
-    document_tokens: Annotated[int, typer.Option(metavar="TOKENS", help="Least length of a document.")] = 2500,
+    document_tokens: Annotated[int, typer.Option(metavar="TOKENS", help="Least length of a document.")] = 2200,
     new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens that each conversation generates.")] = 64,
     kv_cache_memory: options.KVCacheMemory = "160MiB",
     kv_policy: options.KVPolicies = None,

@@ -43,9 +43,10 @@ def run(arguments: list[str] | None = None) -> None:
 def _share_the_cores() -> None:
     """Let the threads of torch's OpenMP wait actively for some 50 us only, then sleep; before torch is loaded.
 
-    By default they spin for as long as it takes: beside any other busy process each of the hundreds of barriers of a step
-    then waits for the scheduler, and a step of 40 ms takes over a second. Always sleeping (``OMP_WAIT_POLICY=PASSIVE``)
-    costs a third of the speed on an idle machine. Results do not change; whoever set a policy keeps it.
+    By default they spin for as long as it takes: beside any other busy process each of the hundreds of barriers of a
+    step then waits for the scheduler, and a step of 40 ms takes over a second. Always sleeping
+    (``OMP_WAIT_POLICY=PASSIVE``) costs a third of the speed on an idle machine. Results do not change; whoever set a
+    policy keeps it.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
