@@ -11,7 +11,7 @@ import sys
 import typer
 from typer.exceptions import Abort, TyperException
 
-from kvbits.cli import bench, calibrate, chat, demo, evaluate, generate, serve, top
+from kvbits.cli import bench, bench_serve, calibrate, chat, demo, evaluate, generate, serve, top
 from kvbits.errors import KVBitsError
 
 USER_ERROR = 2
@@ -31,6 +31,7 @@ app.command()(top.top)
 app.command()(evaluate.evaluate)
 app.command()(calibrate.calibrate)
 app.command()(bench.bench)
+app.command()(bench_serve.bench_serve)
 app.command()(demo.demo)
 
 
