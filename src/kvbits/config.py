@@ -62,7 +62,8 @@ class EngineConfig:
 
     ``kv_cache_memory`` is in bytes. ``max_num_batched_tokens`` is the token budget of one step (prefill chunks
     included). ``batch_invariant`` makes the engine refuse a model whose linear layers round by the number of rows, so
-    that answers are the same to the last bit in any batch.
+    that answers are the same to the last bit in any batch. ``kv_offload_size`` bytes keep the pages that the pool gives
+    up: in host memory, or in ``kv_offload_path``, a file or a directory.
     """
 
     kv_cache_dtype: str = "int8"
@@ -72,6 +73,8 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     enable_prefix_caching: bool = True
     batch_invariant: bool = False
+    kv_offload_size: int | None = None
+    kv_offload_path: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("kv_cache_memory", "max_num_seqs", "max_num_batched_tokens"):
@@ -80,6 +83,10 @@ class EngineConfig:
                 raise ConfigError(f"{name} is {value}; it must be positive")
         if self.max_model_len is not None and self.max_model_len <= 0:
             raise ConfigError(f"max_model_len is {self.max_model_len}; it must be positive")
+        if self.kv_offload_path is not None and self.kv_offload_size is None:
+            raise ConfigError(f"kv_offload_path is '{self.kv_offload_path}'; it also needs kv_offload_size")
+        if self.kv_offload_size is not None and not self.enable_prefix_caching:
+            raise ConfigError("kv_offload_size keeps pages of the prefix cache, which enable_prefix_caching turns off")
 
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}

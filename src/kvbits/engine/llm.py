@@ -24,8 +24,9 @@ class LLM:
     """A model with a quantized KV cache.
 
     ``model`` is a name that :func:`kvbits.models.load_model` knows, or what it returned. ``kv_cache_memory`` is bytes
-    or text such as ``"256MiB"``. ``progress`` shows a bar on stderr for work that takes more than two seconds. Raises
-    ``ConfigError`` or ``UnsupportedError`` at once for what cannot work.
+    or text such as ``"256MiB"``. ``kv_offload_size`` bytes of host memory, or of ``kv_offload_path`` (a file or a
+    directory), keep the pages that the pool gives up. ``progress`` shows a bar on stderr for work that takes more than
+    two seconds. Raises ``ConfigError`` or ``UnsupportedError`` at once for what cannot work.
     """
 
     def __init__(
@@ -40,6 +41,8 @@ class LLM:
         dtype: str = "bfloat16",
         enable_prefix_caching: bool = True,
         batch_invariant: bool = False,
+        kv_offload_size: str | int | None = None,
+        kv_offload_path: str | None = None,
         backend: Backend | None = None,
         progress: bool = True,
     ) -> None:
@@ -51,6 +54,8 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             enable_prefix_caching=enable_prefix_caching,
             batch_invariant=batch_invariant,
+            kv_offload_size=None if kv_offload_size is None else parse_bytes(kv_offload_size),
+            kv_offload_path=kv_offload_path,
         )
         self.loaded = load_model(model, dtype=dtype) if isinstance(model, str) else model
         self.engine = Engine(self.loaded, config, backend)

@@ -6,6 +6,7 @@ from kvbits.codecs import Policy
 from kvbits.codecs.artifact import resolve_policy
 from kvbits.config import PAGE_TOKENS, EngineConfig
 from kvbits.engine.limits import Limits
+from kvbits.engine.offload import tier_of
 from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.kernels import Backend
 from kvbits.models import LoadedModel
@@ -50,6 +51,7 @@ def pages_of(pool: PagedPool, loaded: LoadedModel, config: EngineConfig) -> Page
         enable_prefix_caching=config.enable_prefix_caching,
         cache_key=f"{loaded.fingerprint}|{pool.policy.name}".encode(),
         sink_frames=layout.sink.frames if layout.sink else None,
+        tier=tier_of(pool, config),
     )
 
 

@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from kvbits.config import PAGE_TOKENS
 from kvbits.errors import CacheError, OutOfPages
 from kvbits.pages.allocator import FrameAllocator, Frames
+from kvbits.pages.cache import PrefixCache
 from kvbits.pages.check import check_invariants
 from kvbits.pages.map import frame_map
-from kvbits.pages.prefix import CachedPage, PageHasher, PrefixIndex
+from kvbits.pages.prefix import CachedPage, PageHasher
 from kvbits.pages.stats import PoolStats
 from kvbits.pages.table import Reservation, SequencePages, SequenceTable
+from kvbits.pages.tier import PageSource, SecondTier
 
 Copy = tuple[Frames, Frames]
 
@@ -34,12 +36,14 @@ class PageManager:
         cache_key: bytes = b"",
         on_evict: Callable[[bytes, int], None] | None = None,
         sink_frames: int | None = None,
+        tier: SecondTier | None = None,
     ) -> None:
         """Manage ``num_frames`` frames, of which an open and a sealed page take ``open_frames`` and ``sealed_frames``.
 
         ``sink_frames``: what the first page of every sequence takes once it is full, where it has a form of its own.
         ``cache_key`` stands for all that decides a page's bytes besides its tokens: model and policy. ``on_evict`` is
-        called with the hash and each frame of a cached page before the frame is used for something else.
+        called with the hash and each frame of a cached page before the frame is used for something else; ``tier`` then
+        keeps the page's bytes elsewhere.
         """
         assert min(num_frames, open_frames, sealed_frames) > 0, (num_frames, open_frames, sealed_frames)
         self.num_frames = num_frames
@@ -52,12 +56,12 @@ class PageManager:
         self.enable_prefix_caching = enable_prefix_caching
         self.on_evict = on_evict
         self._allocator = FrameAllocator(num_frames)
-        self._index = PrefixIndex()
-        self._hasher = PageHasher(page_tokens, cache_key)
+        hasher = PageHasher(page_tokens, cache_key)
+        self._cache = PrefixCache(self._allocator, hasher, enable_prefix_caching, self._evicted, tier)
+        self._index = self._cache.index
         self._tables: dict[int, SequenceTable] = {}
         self._copies: list[Copy] = []
-        self._generation = 0
-        self._open = self._queries = self._hits = self._evictions = 0
+        self._open = self._queries = self._hits = 0
 
     # Sequences
 
@@ -68,12 +72,10 @@ class PageManager:
         is left to compute. Nothing is allocated. Raises ``CacheError`` if the id is in use.
         """
         self._new_id(seq_id)
-        found = self._match(tokens, salt)
-        table = SequenceTable(found[-1].hash if found else self._hasher.root(salt, self._generation))
+        found = self._cache.match(tokens, salt)
+        table = SequenceTable(found[-1].hash if found else self._cache.root(salt))
         for page in found:
-            if page.stamp is not None:
-                self._index.make_used(page)
-            self._allocator.retain(page.frames)
+            self._cache.attach(page)
             table.sealed.extend(page.frames)
         cached = len(found) * self.page_tokens
         table.tokens.extend(tokens[:cached])
@@ -83,9 +85,37 @@ class PageManager:
             self._hits += cached
         return cached
 
+    def restore(self, seq_id: int, tokens: Sequence[int], source: PageSource | None = None) -> int:
+        """Attach the pages with which ``tokens`` go on after those that ``seq_id`` has, from ``source`` or the tier.
+
+        ``tokens`` begin with the stored ones, which are whole pages. Stops at the first page that neither pool nor
+        source has, that comes back damaged, or that finds no frames; idle pages are given up for them. Returns the
+        tokens stored then. The frames it takes are those that :meth:`reserve` would take for the same tokens.
+        """
+        table = self._idle_table(seq_id, "restore")
+        before = len(table.tokens)
+        number = self._full_pages(table)
+        source = source or self._cache.tier
+        if source is None or self._in_open(table):
+            return before
+        for key in self._cache.chain(table.hash, tokens, number):
+            page = self._index.get(key)
+            if page is not None:
+                self._cache.attach(page)
+            else:
+                page = self._cache.bring(source, key, table.hash, number, self._sealed_frames(table, 1))
+                if page is None:
+                    break
+            table.sealed.extend(page.frames)
+            table.tokens.extend(tokens[len(table.tokens) : len(table.tokens) + self.page_tokens])
+            table.hash = key
+            number += 1
+        self._hits += len(table.tokens) - before
+        return len(table.tokens)
+
     def lookup(self, tokens: Sequence[int], salt: bytes = b"") -> int:
-        """Tokens that :meth:`open` would find now."""
-        return len(self._match(tokens, salt)) * self.page_tokens
+        """Tokens that :meth:`open` and :meth:`restore` would find now, if no page is damaged."""
+        return self._cache.reach(tokens, salt) * self.page_tokens
 
     def fork(self, parent: int, child: int) -> None:
         """Create ``child`` with ``parent``'s tokens. All pages are shared; the open one is copied on the next write.
@@ -122,7 +152,7 @@ class PageManager:
         if table.open is not None:
             self._release_open(table.open)
         for number in reversed(range(self._full_pages(table))):
-            self._release_sealed(self._page(table, number))
+            self._cache.release(self._page(table, number))
 
     def length(self, seq_id: int) -> int:
         """Tokens stored, without those of a reservation."""
@@ -153,7 +183,7 @@ class PageManager:
 
     def available(self) -> int:
         """Frames that can be had: free ones, and cached ones without an owner."""
-        return self._allocator.free + self._index.idle_frames
+        return self._cache.available()
 
     def reserve(self, seq_id: int, count: int, tentative: bool = False) -> None:
         """Take the frames for ``count`` more tokens, all or none.
@@ -176,8 +206,7 @@ class PageManager:
                 f"sequence {seq_id} needs {needed} frames for {count} more tokens; {self.available()} of "
                 f"{self.num_frames} are available"
             )
-        while self._allocator.free < needed:
-            self._evict()
+        self._cache.make_free(needed)
         had_open = table.open is not None
         table.open = self._own_open(table)
         table.reservation = Reservation(
@@ -241,11 +270,7 @@ class PageManager:
 
     def clear_cache(self) -> None:
         """Forget every cached page. Pages that sequences name stay theirs, but nobody finds them any more."""
-        for page in list(self._index.pages()):
-            self._index.remove(page)
-            if page.stamp is not None:
-                self._allocator.put(page.frames)
-        self._generation += 1
+        self._cache.clear()
 
     def stats(self) -> PoolStats:
         """The pool in numbers."""
@@ -260,7 +285,8 @@ class PageManager:
             cached=cached,
             queries=self._queries,
             hits=self._hits,
-            evictions=self._evictions,
+            evictions=self._cache.evictions,
+            tier=None if self._cache.tier is None else self._cache.tier.stats(),
         )
 
     def map(self) -> bytes:
@@ -270,6 +296,8 @@ class PageManager:
     def check(self) -> None:
         """Recount everything from the tables; raise ``AssertionError`` with every term if something does not add up."""
         check_invariants(self._tables.values(), self._allocator, self._index, self.stats())
+        if self._cache.tier is not None:
+            self._cache.tier.check()
 
     # Internals
 
@@ -322,18 +350,6 @@ class PageManager:
         """The open page, if this sequence alone names it."""
         return table.open if table.open is not None and self._allocator.refs[table.open[0]] == 1 else None
 
-    def _match(self, tokens: Sequence[int], salt: bytes) -> list[CachedPage]:
-        found: list[CachedPage] = []
-        if not self.enable_prefix_caching:
-            return found
-        root = self._hasher.root(salt, self._generation)
-        for key in self._hasher.chain(root, tokens, max(len(tokens) - 1, 0) // self.page_tokens):
-            page = self._index.get(key)
-            if page is None:
-                break
-            found.append(page)
-        return found
-
     def _own_open(self, table: SequenceTable) -> Frames:
         """The table's open page, or a new one: empty, or to be filled from the shared one."""
         own = self._writable(table)
@@ -355,35 +371,18 @@ class PageManager:
             self._open -= self.open_frames
             self._allocator.put(frames)
 
-    def _release_sealed(self, frames: Frames) -> None:
-        if not self._allocator.release(frames):
-            return
-        page = self._index.at(frames[0])
-        if page is None:
-            self._allocator.put(frames)
-        else:
-            self._index.make_idle(page)
-
     def _put_unused(self, frames: Frames) -> None:
         if frames:
             self._allocator.release(frames)
             self._allocator.put(frames)
 
     def _seal(self, table: SequenceTable, number: int) -> None:
-        """Index a page that is now full, unless an equal one is: two runs may differ in the last bit, so both stay."""
-        if not self.enable_prefix_caching:
-            return
-        start = number * self.page_tokens
-        parent = table.hash
-        table.hash = self._hasher.page(parent, table.tokens[start : start + self.page_tokens])
-        if self._index.get(table.hash) is None:
-            self._index.insert(CachedPage(table.hash, parent, number, self._page(table, number)))
+        if self.enable_prefix_caching:
+            start = number * self.page_tokens
+            tokens = table.tokens[start : start + self.page_tokens]
+            table.hash = self._cache.seal(table.hash, tokens, number, self._page(table, number))
 
-    def _evict(self) -> None:
-        page = self._index.oldest()
+    def _evicted(self, page: CachedPage) -> None:
         if self.on_evict is not None:
             for frame in page.frames:
                 self.on_evict(page.hash, frame)
-        self._index.remove(page)
-        self._allocator.put(page.frames)
-        self._evictions += 1

@@ -36,27 +36,27 @@ class PageHasher:
     """Hashes of pages of ``page_tokens`` tokens; ``cache_key`` separates caches whose bytes differ."""
 
     def __init__(self, page_tokens: int, cache_key: bytes) -> None:
-        self._page_tokens = page_tokens
+        self.page_tokens = page_tokens
         self._cache_key = cache_key
 
     def root(self, salt: bytes, generation: int) -> bytes:
         """The hash before the first page."""
         digest = hashlib.blake2b(digest_size=32, person=b"kvbits-prefix")
-        for part in (self._cache_key, salt, self._page_tokens.to_bytes(8, "little"), generation.to_bytes(8, "little")):
+        for part in (self._cache_key, salt, self.page_tokens.to_bytes(8, "little"), generation.to_bytes(8, "little")):
             digest.update(len(part).to_bytes(8, "little") + part)
         return digest.digest()
 
     def page(self, parent: bytes, tokens: array[int]) -> bytes:
         """The hash of the page that holds ``tokens`` (64-bit integers) after ``parent``."""
-        assert len(tokens) == self._page_tokens, len(tokens)
+        assert len(tokens) == self.page_tokens, len(tokens)
         return hashlib.blake2b(parent + tokens.tobytes(), digest_size=32).digest()
 
-    def chain(self, root: bytes, tokens: Sequence[int], pages: int) -> Iterator[bytes]:
-        """The hashes of the first ``pages`` pages of ``tokens``."""
-        size = self._page_tokens
-        for start in range(0, pages * size, size):
-            root = self.page(root, array("q", tokens[start : start + size]))
-            yield root
+    def chain(self, parent: bytes, tokens: Sequence[int], pages: int, first: int = 0) -> Iterator[bytes]:
+        """The hashes of the pages ``first`` to ``pages - 1`` of ``tokens``; ``parent`` is the hash before them."""
+        size = self.page_tokens
+        for start in range(first * size, pages * size, size):
+            parent = self.page(parent, array("q", tokens[start : start + size]))
+            yield parent
 
 
 class PrefixIndex:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvbits.pages.tier import TierStats
+
 
 @dataclass(frozen=True)
 class PoolStats:
@@ -12,7 +14,7 @@ class PoolStats:
     ``free + open + sealed + cached == num_frames``. ``open`` and ``sealed`` belong to running sequences (a frame that
     several of them share counts once); ``shared`` of those have more than one owner. ``cached`` frames have no owner
     and are kept for their content. ``queries`` and ``hits`` count tokens asked for and found when sequences were
-    opened; ``evictions`` counts cached pages given up.
+    opened; ``evictions`` counts cached pages given up; ``tier`` is what became of those in the second tier.
     """
 
     num_frames: int
@@ -24,3 +26,4 @@ class PoolStats:
     queries: int
     hits: int
     evictions: int
+    tier: TierStats | None = None
