@@ -10,13 +10,13 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
-from helpers.serving import MODEL, Running, byte_model, engine_of, running
+from helpers.serving import MODEL, Running, engine_of, running
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvbits.cli.main import run
 from kvbits.errors import ConfigError
+from kvbits.models import LoadedModel
 from kvbits.replay.ideal import allowed_hits
 from kvbits.replay.prompts import BlockText
 from kvbits.replay.report import parse_goals, summary
@@ -154,12 +154,9 @@ def test_a_summary_counts_what_was_good() -> None:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with running(engine_of(byte_model(), kv_cache_memory=8 << 20)) as found:
+def server(byte_loaded: LoadedModel) -> Iterator[Running]:
+    with running(engine_of(byte_loaded, kv_cache_memory=8 << 20)) as found:
         yield found
-    torch.set_num_threads(before)
 
 
 def bench(*options: str) -> int:
@@ -235,8 +232,8 @@ def test_a_mistake_is_one_line(server: Running, tmp_path: Path, capsys: pytest.C
         assert named in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_server_that_goes_away_is_a_failure_not_an_exception(tmp_path: Path) -> None:
-    with running(engine_of(byte_model())) as server:
+def test_a_server_that_goes_away_is_a_failure_not_an_exception(byte_loaded: LoadedModel) -> None:
+    with running(engine_of(byte_loaded)) as server:
         target = find_target(server.url, None, None)
     outcome = asyncio.run(replay(target, [TraceRequest(0, 3, 3)], ["abc"], Load()))
     assert outcome.records[0].error is not None

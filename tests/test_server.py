@@ -9,8 +9,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import torch
-from helpers.serving import MODEL, Running, byte_model, engine_of, running
+from helpers.serving import MODEL, Running, engine_of, running
 
 from kvbits import LLM, SamplingParams
 from kvbits.models import LoadedModel
@@ -29,16 +28,8 @@ TOOLS: Any = [
 
 
 @pytest.fixture(scope="module")
-def loaded() -> Iterator[LoadedModel]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield byte_model()
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def server(loaded: LoadedModel) -> Iterator[Running]:
-    with running(engine_of(loaded)) as found:
+def server(byte_loaded: LoadedModel) -> Iterator[Running]:
+    with running(engine_of(byte_loaded)) as found:
         yield found
 
 
@@ -55,8 +46,8 @@ def client(server: Running) -> Iterator[openai.OpenAI]:
 
 
 @pytest.fixture(scope="module")
-def llm(loaded: LoadedModel) -> LLM:
-    return LLM(loaded, kv_cache_memory="4MiB", max_num_batched_tokens=256, progress=False)
+def llm(byte_loaded: LoadedModel) -> LLM:
+    return LLM(byte_loaded, kv_cache_memory="4MiB", max_num_batched_tokens=256, progress=False)
 
 
 def test_a_chat_is_answered_as_the_library_answers_it(client: openai.OpenAI, llm: LLM) -> None:
@@ -291,6 +282,9 @@ def test_metrics_count_what_was_done(client: openai.OpenAI, server: Running) -> 
     assert grown[f"vllm:time_to_first_token_seconds_count{label}"] == 1
     assert grown[f"vllm:inter_token_latency_seconds_count{label}"] == 8
     assert grown[f"vllm:e2e_request_latency_seconds_count{label}"] == 1
+    assert grown[f"vllm:request_queue_time_seconds_count{label}"] == 1
+    whole, queued = (grown[f"vllm:{n}_seconds_sum{label}"] for n in ("e2e_request_latency", "request_queue_time"))
+    assert 0 <= queued < whole
     assert grown[f"vllm:prefix_cache_queries_total{label}"] == usage.prompt_tokens
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "num_preemptions_total"):
         assert after[f"vllm:{name}{label}"] == 0

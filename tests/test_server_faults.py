@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import time
@@ -12,8 +13,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import torch
-from helpers.serving import MODEL, Running, byte_model, engine_of, running
+from helpers.serving import MODEL, Running, engine_of, running
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,16 +28,8 @@ LONG: Any = ASK | {"max_tokens": 900, "ignore_eos": True, "temperature": 0}
 
 
 @pytest.fixture(scope="module")
-def loaded() -> Iterator[LoadedModel]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield byte_model()
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def server(loaded: LoadedModel) -> Iterator[Running]:
-    with running(engine_of(loaded), max_body=200_000) as found:
+def server(byte_loaded: LoadedModel) -> Iterator[Running]:
+    with running(engine_of(byte_loaded), max_body=200_000) as found:
         yield found
 
 
@@ -220,8 +212,8 @@ def test_a_client_that_vanishes_while_it_sends_or_reads(server: Running) -> None
     assert httpx.post(server.url + CHAT, json=ASK).status_code == 200
 
 
-def test_keys(loaded: LoadedModel) -> None:
-    with running(engine_of(loaded), api_keys=("first", "second")) as server:
+def test_keys(byte_loaded: LoadedModel) -> None:
+    with running(engine_of(byte_loaded), api_keys=("first", "second")) as server:
         for key in (None, "wrong", "firs", "first second"):
             headers = {} if key is None else {"Authorization": f"Bearer {key}"}
             answer = httpx.post(server.url + CHAT, json=ASK, headers=headers)
@@ -237,8 +229,8 @@ def test_keys(loaded: LoadedModel) -> None:
             client.models.list()
 
 
-def test_origins(loaded: LoadedModel) -> None:
-    with running(engine_of(loaded), allowed_origins=("https://good.example",), api_keys=("k",)) as server:
+def test_origins(byte_loaded: LoadedModel) -> None:
+    with running(engine_of(byte_loaded), allowed_origins=("https://good.example",), api_keys=("k",)) as server:
         ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
         good = httpx.options(server.url + CHAT, headers={"Origin": "https://good.example", **ask})
         assert good.headers["access-control-allow-origin"] == "https://good.example"
@@ -248,12 +240,12 @@ def test_origins(loaded: LoadedModel) -> None:
         assert refused.status_code == 401
 
 
-def test_a_full_queue_says_when_to_come_back(loaded: LoadedModel) -> None:
+def test_a_full_queue_says_when_to_come_back(byte_loaded: LoadedModel) -> None:
     async def many(url: str) -> list[httpx.Response]:
         async with httpx.AsyncClient(base_url=url, timeout=60) as http:
             return await asyncio.gather(*[http.post(CHAT, json=LONG | {"max_tokens": 300}) for _ in range(12)])
 
-    with running(engine_of(loaded, max_num_seqs=2), max_queue=3) as server:
+    with running(engine_of(byte_loaded, max_num_seqs=2), max_queue=3) as server:
         answers = asyncio.run(many(server.url))
         codes = [answer.status_code for answer in answers]
         # The twelve come long before the first is done; five have a place.
@@ -268,8 +260,8 @@ def test_a_full_queue_says_when_to_come_back(loaded: LoadedModel) -> None:
         assert httpx.post(server.url + CHAT, json=ASK | {"n": 5}).status_code == 200
 
 
-def test_a_deadline_ends_a_request(loaded: LoadedModel) -> None:
-    with running(engine_of(loaded), request_timeout=0.2) as server:
+def test_a_deadline_ends_a_request(byte_loaded: LoadedModel) -> None:
+    with running(engine_of(byte_loaded), request_timeout=0.2) as server:
         answer = httpx.post(server.url + CHAT, json=LONG, timeout=30)
         assert answer.status_code == 503
         assert error_of(answer)["code"] == "deadline_exceeded"
@@ -283,8 +275,8 @@ def test_a_deadline_ends_a_request(loaded: LoadedModel) -> None:
         server.idle()
 
 
-def test_a_body_that_never_ends(loaded: LoadedModel) -> None:
-    with running(engine_of(loaded), body_timeout=0.2) as server:
+def test_a_body_that_never_ends(byte_loaded: LoadedModel) -> None:
+    with running(engine_of(byte_loaded), body_timeout=0.2) as server:
         address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
         with socket.create_connection(address) as connection:
             connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{{".encode())
@@ -292,8 +284,53 @@ def test_a_body_that_never_ends(loaded: LoadedModel) -> None:
             assert b" 408 " in connection.recv(1000)
 
 
-def test_an_engine_that_fails_answers_503_and_nothing_hangs(loaded: LoadedModel, monkeypatch: Any) -> None:
-    engine = engine_of(loaded)
+def test_headers_that_never_end(byte_loaded: LoadedModel) -> None:
+    with running(engine_of(byte_loaded), header_timeout=0.3) as server:
+        address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+        for sent in (b"", b"GET / HT", f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nX-Slow: ".encode()):
+            with socket.create_connection(address) as connection:
+                connection.settimeout(10)
+                connection.sendall(sent)
+                # A byte now and then does not buy more time.
+                end = time.monotonic() + 5
+                answer = b""
+                while not answer:
+                    assert time.monotonic() < end
+                    if sent.endswith(b": "):
+                        connection.sendall(b"x")
+                    connection.settimeout(0.05)
+                    with contextlib.suppress(TimeoutError):
+                        answer = connection.recv(1000)
+                assert answer.startswith(b"HTTP/1.1 408 ")
+                assert set(json.loads(answer.partition(b"\r\n\r\n")[2])["error"]) == {
+                    "message",
+                    "type",
+                    "param",
+                    "code",
+                }
+        # An answer that takes longer than the headers may, and a second request on the same connection.
+        with httpx.Client(base_url=server.url, timeout=30) as http:
+            for _ in range(2):
+                assert http.post(CHAT, json=LONG | {"max_tokens": 700}).elapsed.total_seconds() > 0.3
+
+
+def test_an_answer_that_nobody_reads(byte_loaded: LoadedModel) -> None:
+    with running(engine_of(byte_loaded), send_timeout=0.3) as server:
+        body = json.dumps({"prompt": ["x" * 900] * 200, "echo": True, "max_tokens": 0, "logprobs": 5}).encode()
+        request = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
+            connection.sendall(request)
+            end = time.monotonic() + 60
+            while server.server.server_state.connections or not server.engine.stats.finished:
+                assert time.monotonic() < end
+                time.sleep(0.05)
+        server.idle()
+
+
+def test_an_engine_that_fails_answers_503_and_nothing_hangs(byte_loaded: LoadedModel, monkeypatch: Any) -> None:
+    engine = engine_of(byte_loaded)
     with running(engine) as server:
         assert httpx.get(server.url + "/health").status_code == 200
 
@@ -309,8 +346,8 @@ def test_an_engine_that_fails_answers_503_and_nothing_hangs(loaded: LoadedModel,
         assert httpx.post(server.url + CHAT, json=ASK, timeout=10).status_code == 503
 
 
-def test_a_model_that_fails_on_a_request_is_a_500_for_it_alone(loaded: LoadedModel, monkeypatch: Any) -> None:
-    engine = engine_of(loaded)
+def test_a_model_that_fails_on_a_request_is_a_500_for_it_alone(byte_loaded: LoadedModel, monkeypatch: Any) -> None:
+    engine = engine_of(byte_loaded)
     run = engine._runner.run
 
     def fragile(batch: Any) -> Any:
@@ -328,10 +365,10 @@ def test_a_model_that_fails_on_a_request_is_a_500_for_it_alone(loaded: LoadedMod
         server.idle()
 
 
-def test_shutdown_lets_running_requests_end(loaded: LoadedModel) -> None:
+def test_shutdown_lets_running_requests_end(byte_loaded: LoadedModel) -> None:
     body = LONG | {"max_tokens": 100, "stream": True}
     with (
-        running(engine_of(loaded)) as server,
+        running(engine_of(byte_loaded)) as server,
         httpx.Client(base_url=server.url, timeout=60) as http,
         http.stream("POST", CHAT, json=body) as answer,
     ):
@@ -349,6 +386,7 @@ def test_shutdown_lets_running_requests_end(loaded: LoadedModel) -> None:
 def test_options_that_cannot_work() -> None:
     for wrong in (
         {"max_queue": 0}, {"max_body": 0}, {"request_timeout": 0.0}, {"request_timeout": float("nan")},
+        {"header_timeout": 0.0}, {"send_timeout": -1.0},
         {"drain_timeout": -1.0}, {"api_keys": ("",)}, {"api_keys": (" a",)}, {"served_model_name": ""},
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=next(iter(wrong)).replace("api_keys", "API key")):

@@ -7,8 +7,6 @@ import random
 
 import jsonschema
 import pytest
-import torch
-from helpers.serving import byte_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -63,19 +61,13 @@ def test_text_is_not_held_back_longer_than_needed() -> None:
 
 
 @pytest.fixture(scope="module")
-def loaded() -> LoadedModel:
-    torch.set_num_threads(1)
-    return byte_model()
+def llm(byte_loaded: LoadedModel) -> LLM:
+    return LLM(byte_loaded, kv_cache_memory="4MiB", progress=False)
 
 
 @pytest.fixture(scope="module")
-def llm(loaded: LoadedModel) -> LLM:
-    return LLM(loaded, kv_cache_memory="4MiB", progress=False)
-
-
-@pytest.fixture(scope="module")
-def compiler(loaded: LoadedModel) -> GrammarCompiler:
-    return GrammarCompiler(loaded)
+def compiler(byte_loaded: LoadedModel) -> GrammarCompiler:
+    return GrammarCompiler(byte_loaded)
 
 
 _VALUES = st.sampled_from(

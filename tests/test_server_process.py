@@ -5,21 +5,18 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
-from helpers.serving import CONTEXT, byte_model, byte_tokenizer, engine_of, running
-from helpers.tiny import save, tiny_model
+from helpers.process import SMALL, command, saved_byte_model, serving
+from helpers.serving import byte_model, engine_of, running
 
 from kvbits.cli.main import run
 
@@ -28,8 +25,7 @@ LONG = {"prompt": "abc", "max_tokens": 1000, "ignore_eos": True, "stream": True}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    model = tiny_model("llama", vocab_size=259, max_position_embeddings=CONTEXT)
-    return save(model, tmp_path_factory.mktemp("model"), byte_tokenizer)
+    return saved_byte_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(autouse=True)
@@ -43,41 +39,8 @@ def own_logs() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def command(model: str, port: int, *options: str) -> list[str]:
-    start = "from kvbits.cli.main import run; run()"
-    fixed = ["--port", str(port), "--dtype", "float32", "--kv-cache-memory", "4MiB", "--threads", "1"]
-    return [sys.executable, "-c", start, "serve", model, *fixed, "--kv-cache-dtype", "int4", *options]
-
-
-@contextmanager
-def serving(model: str, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    port = free_port()
-    process = subprocess.Popen(command(model, port, *options), stderr=subprocess.PIPE, text=True, env=os.environ)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        end = time.monotonic() + 90
-        while True:
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < end
-            try:
-                if httpx.get(url + "/health", timeout=5).status_code == 200:
-                    break
-            except httpx.TransportError:
-                time.sleep(0.2)
-        yield process, url
-    finally:
-        process.kill()
-        process.wait()
-
-
 def test_it_says_what_it_serves_and_drains_on_sigterm(model: str) -> None:
-    with serving(model, "--served-model-name", "small") as (process, url):
+    with serving(model, *SMALL, "--served-model-name", "small") as (process, url):
         lines: list[str] = []
         with httpx.stream("POST", url + "/v1/completions", json=LONG | {"model": "small"}, timeout=60) as answer:
             events = answer.iter_lines()
@@ -101,7 +64,7 @@ def test_it_says_what_it_serves_and_drains_on_sigterm(model: str) -> None:
 
 
 def test_what_does_not_end_in_time_is_ended(model: str) -> None:
-    with serving(model, "--drain-timeout", "0.1", "--max-num-seqs", "8") as (process, url):
+    with serving(model, *SMALL, "--drain-timeout", "0.1", "--max-num-seqs", "8") as (process, url):
         last: list[str] = []
 
         def read(i: int) -> None:
@@ -149,7 +112,7 @@ def test_a_port_that_is_taken(model: str) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        done = subprocess.run(command(model, port), capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(command(model, port, *SMALL), capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith(f"kvbits: error: cannot listen on 127.0.0.1:{port}")
 

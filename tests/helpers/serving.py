@@ -19,6 +19,7 @@ from kvbits.models import LoadedModel
 from kvbits.models.load import wrap
 from kvbits.server.app import create_app
 from kvbits.server.options import ServerOptions
+from kvbits.server.run import http_config
 from kvbits.server.service import Service
 
 MODEL = "tiny"
@@ -74,11 +75,12 @@ class Running:
 @contextmanager
 def running(engine: Engine, **options: object) -> Iterator[Running]:
     """A real uvicorn in a thread, on a free port."""
-    app = create_app(engine, ServerOptions(**{"served_model_name": MODEL, **options}))
+    chosen = ServerOptions(**{"served_model_name": MODEL, **options})
+    app = create_app(engine, chosen)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+        server = uvicorn.Server(http_config(app, "127.0.0.1", port, chosen))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

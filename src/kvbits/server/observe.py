@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -57,6 +57,7 @@ class Observer:
 
         self._first = histogram("time_to_first_token_seconds", "Arrival to first token.", _LATENCY)
         self._between = histogram("inter_token_latency_seconds", "Between two tokens of a sequence.", _BETWEEN)
+        self._queue = histogram("request_queue_time_seconds", "Arrival to the first step that works on it.", _WHOLE)
         self._whole = histogram("e2e_request_latency_seconds", "Arrival to the end of the answer.", _WHOLE)
         self._prompt = histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
         self._generated = histogram("request_generation_tokens", "Tokens of an answer, all choices.", _TOKENS)
@@ -65,20 +66,34 @@ class Observer:
         )
         self._model = model
         self._timings: dict[str, _Timing] = {}
+        self._queued: dict[str, float] = {}
         self.recent_first: deque[float] = deque(maxlen=_RECENT)
         self.recent_between: deque[float] = deque(maxlen=_RECENT)
 
     def arrived(self, request_id: str, n: int, when: float) -> None:
         """A request of ``n`` sequences was taken; it came at ``when`` of the monotonic clock."""
         self._timings[request_id] = _Timing(when, n)
+        self._queued[request_id] = when
 
     def gone(self, request_id: str) -> None:
         """Nobody waits for this request any more."""
+        self._queued.pop(request_id, None)
         if self._timings.pop(request_id, None) is not None:
             self._finished.labels(self._model, "abort").inc()
 
-    def step(self, deltas: Sequence[Delta]) -> None:
-        """Account for what one step brought."""
+    def admitted(self, request_ids: Iterable[str], begin: float) -> None:
+        """These run since the step that began at ``begin``, or an earlier one."""
+        if not self._queued:
+            return
+        for request_id in request_ids:
+            arrived = self._queued.pop(request_id, None)
+            if arrived is not None:
+                self._queue.observe(max(0.0, begin - arrived))
+
+    def step(self, deltas: Sequence[Delta], begin: float) -> None:
+        """Account for what the step brought that began at ``begin``."""
+        # Those that came and ended in this one step do not run any more.
+        self.admitted((d.request_id for d in deltas if d.token_ids), begin)
         now = time.monotonic()
         for delta in deltas:
             timing = self._timings.get(delta.request_id)
@@ -105,3 +120,4 @@ class Observer:
                 self._whole.observe(now - timing.arrived)
                 self._generated.observe(timing.generated)
                 del self._timings[delta.request_id]
+                self._queued.pop(delta.request_id, None)

@@ -12,7 +12,8 @@ class ServerOptions:
     """Options of the HTTP side.
 
     ``max_queue`` counts sequences that wait beyond the engine's ``max_num_seqs``; ``request_timeout`` and
-    ``drain_timeout`` are in seconds, ``max_body`` in bytes, ``body_timeout`` the seconds that a client has to send it.
+    ``drain_timeout`` are in seconds, ``max_body`` in bytes. ``header_timeout`` and ``body_timeout`` are the seconds
+    that a client has to send either, ``send_timeout`` those for which it may leave an answer unread.
     No ``api_keys``: everybody may ask. Raises ``ConfigError`` for a value that cannot work.
     """
 
@@ -23,13 +24,15 @@ class ServerOptions:
     request_timeout: float | None = None
     drain_timeout: float = 30.0
     max_body: int = 8 << 20
+    header_timeout: float = 15.0
     body_timeout: float = 30.0
+    send_timeout: float = 60.0
 
     def __post_init__(self) -> None:
         for name in ("max_queue", "max_body"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("request_timeout", "body_timeout"):
+        for name in ("request_timeout", "header_timeout", "body_timeout", "send_timeout"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} is {value}; it must be a positive number of seconds")

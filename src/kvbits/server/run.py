@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from kvbits.engine.engine import Engine
 from kvbits.errors import ConfigError
 from kvbits.server.app import create_app
+from kvbits.server.connection import connection_class
 from kvbits.server.options import ServerOptions
 from kvbits.server.service import Service
 
@@ -29,18 +30,7 @@ class Server(uvicorn.Server):
         assert isinstance(service, Service)
         self._service = service
         self._drain = options.drain_timeout
-        super().__init__(
-            uvicorn.Config(
-                app,
-                host=host,
-                port=port,
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                # Ended requests still need a moment to say so.
-                timeout_graceful_shutdown=int(options.drain_timeout) + 5,
-            )
-        )
+        super().__init__(http_config(app, host, port, options))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if not self._service.worker.draining:
@@ -59,6 +49,21 @@ class Server(uvicorn.Server):
             await super().shutdown(sockets)  # type: ignore[arg-type]
         finally:
             timer.cancel()
+
+
+def http_config(app: FastAPI, host: str, port: int, options: ServerOptions) -> uvicorn.Config:
+    """How uvicorn listens and what it allows a connection."""
+    return uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=connection_class(options),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        # Ended requests still need a moment to say so.
+        timeout_graceful_shutdown=int(options.drain_timeout) + 5,
+    )
 
 
 def start_line(engine: Engine, options: ServerOptions, host: str, port: int) -> str:

@@ -66,6 +66,11 @@ class EngineWorker:
         self.abort_all(STOPPING)
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
+        if not self.broken:
+            # Nobody else touches the engine any more: what is held now would be held for ever.
+            self.engine.pages.check()
+        pool = self.engine.pages.stats()
+        log.info("stopped", extra={"facts": {"frames_held": pool.open + pool.sealed, "frames_cached": pool.cached}})
 
     @property
     def open_requests(self) -> int:
@@ -170,6 +175,7 @@ class EngineWorker:
             return True
 
     def _step(self) -> None:
+        begin = time.monotonic()
         try:
             deltas = self.engine.step()
         # What the engine does not handle itself leaves it in an unknown state: nothing may run on it any more.
@@ -178,9 +184,10 @@ class EngineWorker:
             self.broken = True
             self._fail_all(ApiError(503, BROKEN, code="engine_stopped"))
             return
+        self._observer.admitted((request.group for request in self.engine.scheduler.running), begin)
         if not deltas:
             return
-        self._observer.step(deltas)
+        self._observer.step(deltas, begin)
         self._deliver([(self._streams[d.request_id], d) for d in deltas if d.request_id in self._streams])
         for request_id in {d.request_id for d in deltas if d.finish_reason is not None}:
             if not self.engine.is_unfinished(request_id):
