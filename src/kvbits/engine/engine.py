@@ -1,7 +1,8 @@
 """The engine: requests in, tokens and text out, one step at a time.
 
-A step is: schedule, model, sample, commit. One thread drives it. A request that fails ends with an error of its own;
-when a whole step fails, its requests are tried again one by one, so that only the guilty one ends.
+A step is: draft (where tokens are guessed), schedule, model, sample, commit. One thread drives it. A request that fails
+ends with an error of its own; when a whole step fails, its requests are tried again one by one, so that only the guilty
+one ends.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from kvbits.config import EngineConfig
+from kvbits.engine.answer import Answer, answer
 from kvbits.engine.batch import Piece, build
 from kvbits.engine.live import Live
 from kvbits.engine.outputs import Delta
 from kvbits.engine.params import SamplingParams
 from kvbits.engine.request import FinishReason, Request
 from kvbits.engine.runner import Runner
-from kvbits.engine.sampler import Sampled, report, sample
 from kvbits.engine.scheduler import Plan, Scheduler, Work
 from kvbits.engine.setup import check_invariance, context_of, limits_of, pages_of, policy_of
+from kvbits.engine.speculation import SpeculativeConfig, Speculator
+from kvbits.engine.speculation.methods import proposer_of
 from kvbits.engine.stats import EngineStats, Load
 from kvbits.engine.teacher import teacher_forced
 from kvbits.engine.text import decoder, end_tokens
@@ -36,11 +39,17 @@ log = logging.getLogger(__name__)
 class Engine:
     """Serves many requests at once from one quantized pool.
 
-    Raises ``ConfigError`` for options that contradict the model or the pool, ``UnsupportedError`` where the kernels
-    cannot store a layer as the policy asks.
+    ``speculative``: tokens are guessed ahead and checked several at a time. Raises ``ConfigError`` for options that
+    contradict the model or the pool, ``UnsupportedError`` where the kernels cannot store a layer as the policy asks.
     """
 
-    def __init__(self, loaded: LoadedModel, config: EngineConfig | None = None, backend: Backend | None = None) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        config: EngineConfig | None = None,
+        backend: Backend | None = None,
+        speculative: SpeculativeConfig | None = None,
+    ) -> None:
         self.loaded = loaded
         self.config = config = config or EngineConfig()
         self.backend = backend or default_backend()
@@ -52,6 +61,11 @@ class Engine:
         self.scheduler = Scheduler(self.pages, self.limits.pool, config.max_num_seqs, config.max_num_batched_tokens)
         self.stats = EngineStats()
         self._runner = Runner(loaded, self.pool, self.pages, self.backend)
+        self.speculator: Speculator | None = None
+        if speculative is not None:
+            proposer = proposer_of(speculative, loaded, config)
+            self.speculator = Speculator(proposer, speculative, self.stats.speculation)
+            self.stats.seconds["draft"] = 0.0
         self._decode = decoder(loaded)
         self._ends = end_tokens(loaded)
         self._groups: dict[str, list[Live]] = {}
@@ -126,6 +140,10 @@ class Engine:
         """Advance every running request; returns what is new."""
         deltas, self._pending = self._pending, []
         deltas += self._expire()
+        if self.speculator is not None:
+            with self.stats.timed("draft"):
+                self.speculator.propose(self.scheduler.decoding(), self._live)
+        begin = time.perf_counter()
         with self.stats.timed("schedule"):
             plan = self.scheduler.schedule()
         deltas += self._settle(plan)
@@ -137,10 +155,12 @@ class Engine:
         if logits is None:
             return deltas + self._recover(plan.works, error)
         with self.stats.timed("sample"):
-            chosen = self._choose(plan.works, logits)
+            answers = answer(plan.works, logits, self._live)
         with self.stats.timed("commit"):
-            for work, sampled in zip(plan.works, chosen, strict=True):
-                deltas += self._commit(work, sampled)
+            for work, found in zip(plan.works, answers, strict=True):
+                deltas += self._commit(work, found)
+        if self.speculator is not None:
+            self.speculator.observe(plan.works, time.perf_counter() - begin)
         return deltas
 
     def teacher_forced(self, tokens: Sequence[int], first: int) -> Iterator[tuple[int, Tensor]]:
@@ -174,6 +194,8 @@ class Engine:
         reason = str(request.finish_reason)
         self.stats.finished[reason] = self.stats.finished.get(reason, 0) + 1
         self.scheduler.remove(request)
+        if self.speculator is not None:
+            self.speculator.forget(request)
         del self._live[request.seq_id]
         group = self._groups[request.group]
         group.remove(live)
@@ -203,9 +225,7 @@ class Engine:
 
     def _forward(self, works: Sequence[Work]) -> tuple[Tensor | None, str]:
         """Logits of the step, or ``None`` and what went wrong."""
-        pieces = [
-            Piece(w.request.seq_id, w.start, w.request.tokens[w.start : w.start + w.count], w.outputs) for w in works
-        ]
+        pieces = [Piece(w.request.seq_id, w.start, w.tokens, w.outputs) for w in works]
         try:
             return self._runner.run(build(pieces, self.pages)), ""
         # Whatever the model raises must not take down the requests beside the one that caused it.
@@ -223,49 +243,22 @@ class Engine:
             self.scheduler.requeue(work.request)
         return []
 
-    def _choose(self, works: Sequence[Work], logits: Tensor) -> list[Sampled | None]:
-        """The next token of each work that is due one."""
-        rows, row = [], 0
-        for work in works:
-            live = self._live[work.request.seq_id]
-            if live.prompt_logprobs is not None and work.outputs:
-                self._report_prompt(live, work, logits[row : row + work.outputs])
-            row += work.outputs
-            if work.samples:
-                rows.append(row - 1)
-        if not rows:
-            return [None] * len(works)
-        states = [self._live[w.request.seq_id].sampling for w in works if w.samples]
-        due = iter(sample(logits if len(rows) == row else logits[rows], states))
-        return [next(due) if w.samples else None for w in works]
-
-    @staticmethod
-    def _report_prompt(live: Live, work: Work, logits: Tensor) -> None:
-        """Add the log-probabilities of the prompt tokens that ``logits`` predict, each once."""
-        assert live.prompt_logprobs is not None
-        prompt, count = live.request.prompt, live.request.params.prompt_logprobs or 0
-        for offset in range(len(live.prompt_logprobs) - 1 - work.start, len(logits)):
-            position = work.start + offset + 1
-            if offset >= 0 and position < len(prompt):
-                live.prompt_logprobs.append(report(logits[offset], prompt[position], count))
-
-    def _commit(self, work: Work, sampled: Sampled | None) -> list[Delta]:
-        """Record what the step stored, and the token that it brought."""
+    def _commit(self, work: Work, found: Answer) -> list[Delta]:
+        """Record what the step stored and keeps, and the tokens that it brought."""
         request = work.request
         live = self._live[request.seq_id]
-        end = work.start + work.count
+        end = work.start + work.count + found.accepted
         self.pages.commit(request.seq_id, request.tokens[work.start : end])
         request.computed = end
-        self.stats.computed_tokens += work.count
-        if sampled is None:
-            return []
-        if request.num_output == 0:
+        self.stats.computed_tokens += end - work.start
+        if work.draft and self.speculator is not None:
+            self.speculator.verified(work, found.accepted)
+        if work.samples and request.num_output == len(found.deltas):
             self.stats.prompt_tokens += len(request.prompt)
             self.stats.cached_tokens += request.cached or 0
-        if sampled.error is not None:
-            return [self._end(live, FinishReason.ERROR, sampled.error)]
-        self.stats.generated_tokens += 1
-        delta = live.accept(sampled.token, sampled.logprobs)
-        if delta.finish_reason is not None:
+        self.stats.generated_tokens += len(found.deltas)
+        if found.error is not None:
+            return [*found.deltas, self._end(live, FinishReason.ERROR, found.error)]
+        if request.finished:
             self._forget(live)
-        return [delta]
+        return found.deltas

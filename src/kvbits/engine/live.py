@@ -28,6 +28,11 @@ class Live:
         self._detokenizer = Detokenizer(decode)
         self._stops = StopStrings(params.stop_strings)
 
+    @property
+    def room(self) -> int:
+        """Tokens that may still come."""
+        return self._limit - len(self.request.tokens)
+
     def accept(self, token: int, logprobs: Logprobs | None) -> Delta:
         """Append a sampled token; the delta has a finish reason if it was the last."""
         request = self.request

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from kvbits.config import EngineConfig, parse_bytes
@@ -10,8 +11,10 @@ from kvbits.engine.engine import Engine
 from kvbits.engine.outputs import CompletionOutput, Delta, RequestOutput
 from kvbits.engine.params import SamplingParams
 from kvbits.engine.progress import Progress
+from kvbits.engine.speculation import SpeculationStats, SpeculativeConfig
 from kvbits.engine.text import encode, encode_chat
-from kvbits.errors import ConfigError, RequestError
+from kvbits.engine.transfer import PageBundle, export_pages, import_pages
+from kvbits.errors import CacheError, ConfigError, RequestError
 from kvbits.kernels import Backend
 from kvbits.models import LoadedModel, load_model
 
@@ -25,8 +28,10 @@ class LLM:
 
     ``model`` is a name that :func:`kvbits.models.load_model` knows, or what it returned. ``kv_cache_memory`` is bytes
     or text such as ``"256MiB"``. ``kv_offload_size`` bytes of host memory, or of ``kv_offload_path`` (a file or a
-    directory), keep the pages that the pool gives up. ``progress`` shows a bar on stderr for work that takes more than
-    two seconds. Raises ``ConfigError`` or ``UnsupportedError`` at once for what cannot work.
+    directory), keep the pages that the pool gives up. ``speculative_config`` (the options of
+    :class:`~kvbits.engine.speculation.SpeculativeConfig`) guesses tokens ahead; answers stay the
+    same. ``progress`` shows a bar on stderr for work that takes more than two seconds. Raises ``ConfigError`` or
+    ``UnsupportedError`` at once for what cannot work.
     """
 
     def __init__(
@@ -43,6 +48,7 @@ class LLM:
         batch_invariant: bool = False,
         kv_offload_size: str | int | None = None,
         kv_offload_path: str | None = None,
+        speculative_config: SpeculativeConfig | Mapping[str, Any] | None = None,
         backend: Backend | None = None,
         progress: bool = True,
     ) -> None:
@@ -57,14 +63,20 @@ class LLM:
             kv_offload_size=None if kv_offload_size is None else parse_bytes(kv_offload_size),
             kv_offload_path=kv_offload_path,
         )
+        speculative = SpeculativeConfig.of(speculative_config)
         self.loaded = load_model(model, dtype=dtype) if isinstance(model, str) else model
-        self.engine = Engine(self.loaded, config, backend)
+        self.engine = Engine(self.loaded, config, backend, speculative)
         self._progress = progress
 
     @property
     def tokenizer(self) -> Any:
         """The model's Hugging Face tokenizer."""
         return self.loaded.tokenizer
+
+    @property
+    def speculation(self) -> SpeculationStats | None:
+        """What guessing tokens brought so far; ``None`` where none are guessed."""
+        return self.engine.stats.speculation if self.engine.speculator is not None else None
 
     def generate(
         self,
@@ -116,6 +128,30 @@ class LLM:
         )
         prompts = [encode_chat(self.loaded, chat, **template) for chat in chats]
         return self.generate(prompts, sampling_params, on_token=on_token, use_tqdm=use_tqdm)
+
+    def save_cache(self, path: str | Path, prompt: Prompt, *, salt: str = "") -> PageBundle:
+        """Write the full pages of ``prompt`` that are cached, for :meth:`load_cache` here or on another machine.
+
+        Raises ``ConfigError`` when the file cannot be written, ``CacheError`` when no page of the prompt is cached.
+        """
+        tokens = encode(self.loaded, prompt) if isinstance(prompt, str) else list(prompt)
+        bundle = export_pages(self.engine, tokens, salt)
+        if not bundle.num_tokens:
+            raise CacheError(f"no full page of the prompt of {len(tokens)} tokens is cached")
+        bundle.save(Path(path))
+        return bundle
+
+    def load_cache(self, path: str | Path, *, salt: str = "") -> PageBundle:
+        """Put the pages of a file into the prefix cache: prompts that begin with its tokens skip their computation.
+
+        Raises ``ConfigError`` when the file is damaged or belongs to another model or KV cache dtype, ``CacheError``
+        when the pool has no room for all of it.
+        """
+        bundle = PageBundle.load(Path(path))
+        loaded = import_pages(self.engine, bundle, salt, f"'{path}'")
+        if loaded < bundle.num_tokens:
+            raise CacheError(f"the KV cache has room for {loaded} of the {bundle.num_tokens} tokens in '{path}'")
+        return bundle
 
     def _run(
         self, results: list[RequestOutput], index_of: dict[str, int], on_token: OnToken | None, show: bool

@@ -37,7 +37,8 @@ class Request:
     ``n > 1`` becomes ``n`` of these, equal in ``group`` and told apart by ``index``; all but the first wait until the
     prompt is in the cache (``leader``). ``seq_id`` is its name in the page manager and counts up with arrival.
     ``deadline`` is in seconds of the engine's clock. A lower ``priority`` is served first. ``suspect``: it was in a
-    step that failed, and must prove itself in a step of its own.
+    step that failed, and must prove itself in a step of its own. ``draft`` are tokens guessed to follow ``tokens``; the
+    next step checks them.
     """
 
     seq_id: int
@@ -55,6 +56,7 @@ class Request:
     cached: int | None = None
     preemptions: int = 0
     suspect: bool = False
+    draft: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None

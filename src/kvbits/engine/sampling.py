@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,6 +21,7 @@ class SamplingState:
         self.params = params
         seed = None if params.seed is None else params.seed % 2**64
         self._random = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(index,))))
+        self._ahead: deque[float] = deque()
         self._prompt = prompt
         self._seen: set[int] | None = None
         self._counts: dict[int, int] = {}
@@ -26,7 +29,13 @@ class SamplingState:
 
     def uniform(self) -> float:
         """The next number of the stream, in [0, 1)."""
-        return float(self._random.random())
+        return self._ahead.popleft() if self._ahead else float(self._random.random())
+
+    def peek(self, ahead: int) -> float:
+        """What :meth:`uniform` will give after ``ahead`` more calls."""
+        while len(self._ahead) <= ahead:
+            self._ahead.append(float(self._random.random()))
+        return self._ahead[ahead]
 
     def observe(self, token: int) -> None:
         """Count a sampled token."""

@@ -15,6 +15,7 @@ from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from kvbits.engine.drafts import DraftRoom
 from kvbits.engine.request import Request, RequestState
 from kvbits.pages import PageManager
 
@@ -27,17 +28,22 @@ MIN_PREFILL = 64
 
 @dataclass(frozen=True)
 class Work:
-    """``count`` tokens of ``request`` after its ``start`` stored ones; the last ``outputs`` of them need logits."""
+    """``count`` tokens of ``request`` after its ``start`` stored ones, and then the guessed ``draft``.
+
+    The last ``outputs`` rows need logits. ``samples``: the next token can be chosen after this work.
+    """
 
     request: Request
     start: int
     count: int
     outputs: int
+    samples: bool
+    draft: tuple[int, ...] = ()
 
     @property
-    def samples(self) -> bool:
-        """Whether the next token can be sampled after this work."""
-        return self.start + self.count == len(self.request.tokens)
+    def tokens(self) -> list[int]:
+        """The tokens of all rows."""
+        return [*self.request.tokens[self.start : self.start + self.count], *self.draft]
 
 
 @dataclass
@@ -78,6 +84,10 @@ class Scheduler:
         elif request in self.waiting:
             self.waiting.remove(request)
 
+    def decoding(self) -> list[Request]:
+        """Running sequences that wait for their next token."""
+        return [r for r in self.running if r.remaining == 1]
+
     def schedule(self) -> Plan:
         """Reserve frames for the next step and say what it computes."""
         plan = Plan()
@@ -86,12 +96,15 @@ class Scheduler:
         if suspect is not None:
             self._alone(suspect, plan, scheduled)
             return plan
-        decodes = [r for r in self.running if r.remaining == 1]
+        decodes = self.decoding()
         prefills = [r for r in self.running if r.remaining > 1]
+        room = DraftRoom(self.pages, decodes, self.max_num_batched_tokens - len(decodes))
+        rows = 0
         for request in decodes:
             if request.state is RequestState.RUNNING:
-                self._advance(request, 1, plan, scheduled)
-        budget = max(self.max_num_batched_tokens - len(scheduled), min(MIN_PREFILL, self.max_num_batched_tokens))
+                draft = room.take(request)
+                rows += self._advance(request, 1, plan, scheduled, draft) + len(draft)
+        budget = max(self.max_num_batched_tokens - rows, min(MIN_PREFILL, self.max_num_batched_tokens))
         for request in prefills:
             if budget > 0 and request.state is RequestState.RUNNING:
                 budget -= self._advance(request, min(budget, request.remaining), plan, scheduled)
@@ -113,8 +126,10 @@ class Scheduler:
         """Take a running request's pages and let it start again, since they may hold a failed step's rows."""
         self._preempt(request, Plan())
 
-    def _advance(self, request: Request, count: int, plan: Plan, scheduled: set[int]) -> int:
-        """Plan ``count`` tokens of a running request; returns how many were planned."""
+    def _advance(
+        self, request: Request, count: int, plan: Plan, scheduled: set[int], draft: tuple[int, ...] = ()
+    ) -> int:
+        """Plan ``count`` tokens of a running request, and ``draft`` after them; returns how many were planned."""
         if not self._make_room(request, count, plan, scheduled):
             alone = self.running == [request]
             if alone or len(request.tokens) > self.capacity_tokens:
@@ -123,16 +138,17 @@ class Scheduler:
             elif request.remaining == 1 or not scheduled:
                 self._preempt(request, plan)
             return 0
-        self.pages.reserve(request.seq_id, count)
+        self.pages.reserve(request.seq_id, count + len(draft), tentative=bool(draft))
         scheduled.add(request.seq_id)
-        plan.works.append(self._work(request, count))
+        plan.works.append(self._work(request, count, draft))
         return count
 
     @staticmethod
-    def _work(request: Request, count: int) -> Work:
+    def _work(request: Request, count: int, draft: tuple[int, ...]) -> Work:
         whole = request.params.prompt_logprobs is not None and request.num_output == 0
         samples = request.computed + count == len(request.tokens)
-        return Work(request, request.computed, count, count if whole else int(samples))
+        outputs = count if whole else int(samples) + len(draft)
+        return Work(request, request.computed, count, outputs, samples, draft)
 
     def _make_room(self, request: Request, count: int, plan: Plan, scheduled: Iterable[int]) -> bool:
         """Preempt requests of lower rank that this step has not planned yet until ``count`` tokens fit."""
@@ -181,6 +197,7 @@ class Scheduler:
             self._blocked = state
             return False
         self._blocked = None
+        cached = self.pages.restore(request.seq_id, known)
         request.computed = cached
         if request.cached is None:
             request.cached = cached

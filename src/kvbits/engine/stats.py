@@ -7,12 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from kvbits.engine.speculation.stats import SpeculationStats
+
 PHASES = ("schedule", "model", "sample", "commit")
 
 
 @dataclass
 class EngineStats:
-    """Totals since the start. ``seconds`` is by phase of a step; ``finished`` by finish reason."""
+    """Totals since the start.
+
+    ``seconds`` is by phase of a step (and ``draft`` where tokens are guessed), ``finished`` by finish reason.
+    """
 
     steps: int = 0
     prompt_tokens: int = 0
@@ -20,6 +25,7 @@ class EngineStats:
     computed_tokens: int = 0
     generated_tokens: int = 0
     preemptions: int = 0
+    speculation: SpeculationStats = field(default_factory=SpeculationStats)
     finished: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
