@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -31,6 +31,7 @@ class Service:
         self.observer = observer
         self.options = options
         self.started = int(time.time())
+        self.before_submit: Callable[[list[int], str], Awaitable[None]] | None = None
         self._coming = 0
         engine = worker.engine
         self.model = options.served_model_name
@@ -76,7 +77,9 @@ class Service:
     async def submit(
         self, request_id: str, prompt: list[int], params: SamplingParams, priority: int | None, salt: str | None
     ) -> Stream:
-        """Hand a request to the engine."""
+        """Hand a request to the engine, after what ``before_submit`` does with its tokens and salt."""
+        if self.before_submit is not None:
+            await self.before_submit(prompt, salt or "")
         return await self.worker.submit(
             request_id,
             prompt,
