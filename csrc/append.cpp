@@ -59,7 +59,7 @@ void store_values(const T* rows, int64_t stride, int first, int last, int dim, u
 // `plain`: to nearest, as the sink is.
 Rounding rounding(const float* feedback, const int32_t* order, const float* clip, int head, int dim, bool plain) {
   return {feedback == nullptr || plain ? nullptr : feedback + static_cast<size_t>(head) * dim * dim,
-          order == nullptr ? nullptr : order + static_cast<size_t>(head) * dim,
+          order == nullptr || plain ? nullptr : order + static_cast<size_t>(head) * dim,
           clip == nullptr || plain ? 1.0f : clip[head]};
 }
 

@@ -75,10 +75,12 @@ inline void take(QueryRow& to, const QueryRow& from, int dim) {
 void Cpu::attend(const Layer& layer, const Batch& batch, const Rows& rows, const Pages& pages) {
   const int group_size = layer.heads / layer.kv_heads;
   const int key_dim = layer.key_dim, value_dim = layer.value_dim;
-  const KeyKernel& sealed_key = *kernels_.key(layer.sealed.key_codec);
-  const ValueKernel& sealed_value = *kernels_.value(layer.sealed.value_codec);
-  const KeyKernel& sink_key = *kernels_.key(layer.sink.key_codec);
-  const ValueKernel& sink_value = *kernels_.value(layer.sink.value_codec);
+  const auto key_of = batch.draft ? kernels_.draft_key : kernels_.key;
+  const auto value_of = batch.draft ? kernels_.draft_value : kernels_.value;
+  const KeyKernel& sealed_key = *key_of(layer.sealed.key_codec);
+  const ValueKernel& sealed_value = *value_of(layer.sealed.value_codec);
+  const KeyKernel& sink_key = *key_of(layer.sink.key_codec);
+  const ValueKernel& sink_value = *value_of(layer.sink.value_codec);
   const KeyKernel& open_key = *kernels_.key(layer.open.key_codec);
   const ValueKernel& open_value = *kernels_.value(layer.open.value_codec);
   const size_t width = rows.dtype == Float::kF32 ? 4 : 2;
@@ -177,6 +179,12 @@ void Cpu::attend(const Layer& layer, const Batch& batch, const Rows& rows, const
         const KeyKernel& first = begins_with_sink ? sink_key : sealed_key;
         for (int r = 0; r < count; ++r) first.prepare(state[r], key_dim);
       }
+      // An accumulator may be kept in its codec's own form until the codec changes.
+      const ValueKernel* value_before = nullptr;
+      const auto turn_accumulators = [&](const ValueKernel* kernel) {
+        if (kernel == nullptr || kernel->turn == nullptr) return;
+        for (int r = 0; r < count; ++r) kernel->turn(state[r], value_dim);
+      };
       for (int page = from; page <= to; ++page) {
         const bool is_own = page == own;
         const bool is_sink = pages.is_sink(page);
@@ -184,6 +192,11 @@ void Cpu::attend(const Layer& layer, const Batch& batch, const Rows& rows, const
         const ValueKernel& value = is_own ? open_value : is_sink ? sink_value : sealed_value;
         if (begins_with_sink && page == 1) {
           for (int r = 0; r < count; ++r) sealed_key.prepare(state[r], key_dim);
+        }
+        if (value_before != &value) {
+          turn_accumulators(value_before);
+          turn_accumulators(&value);
+          value_before = &value;
         }
         for (int head = item.head; head <= last_head; ++head) {
           const uint8_t* keys = page_block(page, head);
@@ -212,6 +225,7 @@ void Cpu::attend(const Layer& layer, const Batch& batch, const Rows& rows, const
           }
         }
       }
+      turn_accumulators(value_before);
       if (item.group >= 0) continue;
       for (int r = 0; r < count; ++r) {
         if (split == item.split) {

@@ -38,6 +38,7 @@ struct Layer {
 struct Batch {
   int32_t sequences, max_pages, open_frames, sink_frames;
   const int32_t *starts, *counts, *rows, *sealed, *head, *tail, *sink;
+  bool draft;  // read sealed pages as drafts
 };
 
 enum class Float : int32_t { kBf16, kF32 };
@@ -75,6 +76,8 @@ struct ValueKernel {
   // row r: accumulator = accumulator * keep[r] + sum over t of weights[r * kPage + t] * value t
   void (*accumulate)(const uint8_t* page, ptrdiff_t ahead, int dim, QueryRow* rows, int count, const float* weights,
                      const float* keep);
+  // Null, or what turns an accumulator into the form that `accumulate` adds to, and back.
+  void (*turn)(QueryRow& row, int dim);
 };
 // How one head's codes are chosen (Rounding in codecs/base.py).
 struct Rounding {
@@ -101,6 +104,9 @@ struct Kernels {
   void (*load_query)(const void* row, Float dtype, float scale, int dim, float* out);
   // Divide by the softmax's sum (and the sink's share) and round.
   void (*store_output)(const QueryRow& row, const float* sink, int dim, Float dtype, void* out);
+  // Like `key` and `value`, where a page may be read as a draft: the same kernel for most codecs.
+  const KeyKernel* (*draft_key)(int codec);
+  const ValueKernel* (*draft_value)(int codec);
 };
 
 const Kernels& scalar_kernels();

@@ -81,7 +81,7 @@ NB_MODULE(_native, m) {
       .def(
           "__init__",
           [](BatchTables* self, Table starts, Table counts, Table rows, Table sealed, Table head, Table tail,
-             Table sink) {
+             Table sink, bool draft) {
             const Batch batch{static_cast<int32_t>(starts.shape(0)),
                               static_cast<int32_t>(sealed.shape(1)),
                               static_cast<int32_t>(head.shape(1)),
@@ -92,12 +92,13 @@ NB_MODULE(_native, m) {
                               sealed.data(),
                               head.data(),
                               tail.data(),
-                              sink.data()};
+                              sink.data(),
+                              draft};
             new (self) BatchTables{std::move(starts), std::move(counts), std::move(rows), std::move(sealed),
                                    std::move(head),   std::move(tail),   std::move(sink), batch};
           },
           nb::arg("starts"), nb::arg("counts"), nb::arg("rows"), nb::arg("sealed"), nb::arg("head"), nb::arg("tail"),
-          nb::arg("sink"));
+          nb::arg("sink"), nb::arg("draft"));
 
   nb::class_<Cpu>(m, "Cpu")
       .def(

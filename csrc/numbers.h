@@ -56,3 +56,24 @@ static inline uint16_t half_from_float(float x) {
   bits += 0xfffu + ((bits >> 13) & 1);
   return static_cast<uint16_t>(sign | ((bits - 0x38000000u) >> 13));
 }
+
+// What float16 cannot say becomes its largest number.
+static inline uint16_t saturated_half(float x) {
+  return half_from_float(x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x);
+}
+
+// A positive scale as one byte: the exponent and the three first mantissa bits of a float16, rounded up, so that codes
+// reach as far as they have to; at most 61440.
+static inline uint8_t scale8_from_float(float x) {
+  const int byte = (saturated_half(x) + 127) >> 7;
+  return static_cast<uint8_t>(byte > 247 ? 247 : byte);
+}
+
+// `n` float16 numbers that are exactly those of `x`; returns the end.
+static inline uint8_t* store_halves(const float* x, int n, uint8_t* out) {
+  for (int i = 0; i < n; ++i, out += 2) {
+    const uint16_t half = half_from_float(x[i]);
+    __builtin_memcpy(out, &half, 2);
+  }
+  return out;
+}

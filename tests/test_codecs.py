@@ -12,7 +12,13 @@ from torch import Tensor
 
 from kvbits.codecs import SCHEMES, Codec, PoolLayout, Side, codecs_in_use, parse_policy
 from kvbits.codecs.affine import Affine
+from kvbits.codecs.codebook import ENTRIES, REACH, Codebook
+from kvbits.codecs.float8 import Float8
+from kvbits.codecs.hadamard import rotate
+from kvbits.codecs.nibbles import Nibbles
 from kvbits.codecs.packing import PLANES, pack, quads_multiple, unpack
+from kvbits.codecs.raw import Raw
+from kvbits.codecs.scale8 import to_scale8
 from kvbits.config import ALIGNMENT, PAGE_TOKENS, LayerGeometry, ModelGeometry, align
 from kvbits.errors import ConfigError, UnsupportedError
 
@@ -35,6 +41,15 @@ def rows_like_keys(dim: int, magnitude: float = 1.0, seed: int = 0) -> Tensor:
 
 def error_bound(codec: Codec, rows: Tensor) -> Tensor:
     """Half a step for every element, from the data alone, plus what rounding the parameters to float16 costs."""
+    if isinstance(codec, Nibbles):
+        return nibbles_bound(codec, rows)
+    if isinstance(codec, Float8):
+        # half of the last mantissa bit, or half of the least step below the normal numbers
+        largest, least = (448, 2.0**-9) if codec.mantissa == 3 else (57344, 2.0**-16)
+        scale = rows.abs().amax((-2, -1), keepdim=True) / largest
+        return torch.maximum(rows.abs() * 2.0 ** -(codec.mantissa + 1), scale * least / 2) + 2.0**-126
+    if isinstance(codec, Codebook):
+        return codebook_bound(codec, rows)
     if not isinstance(codec, Affine):
         return rows.abs() * 2.0**-8  # rows are bfloat16 already, so even this is never used up
     axis = -1 if codec.per == "token" else -2
@@ -47,6 +62,71 @@ def error_bound(codec: Codec, rows: Tensor) -> Tensor:
     zero_error = low.abs() * HALF_EPS + HALF_TINY
     step = (high - low + zero_error) / steps
     return step * (0.5 + steps * HALF_EPS) + steps * HALF_TINY + zero_error
+
+
+def codebook_bound(codec: Codebook, rows: Tensor) -> Tensor:
+    """The rotated error is at most half the widest gap, or what lies beyond the last entry; its length is kept."""
+    dim = rows.shape[-1]
+    matrix = hadamard_matrix(dim)
+    center = 0.0
+    if codec.centered:
+        low, high = rows.amin(-2, keepdim=True), rows.amax(-2, keepdim=True)
+        center = ((low + high) * 0.5).clamp(-65504, 65504).half().float()
+    rotated = ((rows - center).double() @ matrix).float()
+    entries = torch.tensor(ENTRIES[codec.bits])
+    widest = max(float((entries[1:] - entries[:-1]).max()) / 2, REACH - float(entries.max()))
+    scale = (rotated.abs().amax(-1, keepdim=True) / REACH * (1 + HALF_EPS) * 1.125).clamp(min=2.0**-17)
+    return scale * widest * dim**0.5 * torch.ones_like(rows)
+
+
+def hadamard_matrix(dim: int) -> Tensor:
+    """Block-diagonal, ``float64 [dim, dim]``, from Sylvester's recursion."""
+    block = torch.ones(1, 1, dtype=torch.float64)
+    while dim % (2 * len(block)) == 0:
+        block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)])
+    return torch.block_diag(*[block / len(block) ** 0.5] * (dim // len(block)))
+
+
+@pytest.mark.parametrize("dim", [16, 64, 80, 96, 192])
+def test_rotation_is_the_hadamard_matrix_and_its_own_inverse(dim: int) -> None:
+    rows = rows_like_keys(dim)
+    rotated = rotate(rows)
+    assert torch.allclose(rotated.double(), rows.double() @ hadamard_matrix(dim), atol=rows.abs().max() * 1e-6)
+    assert torch.allclose(rotate(rotated), rows, atol=float(rows.abs().max()) * 1e-6)
+
+
+def test_codebook_entries_are_those_of_least_error() -> None:
+    """No entry can be moved, by the smallest step, to lower the squared error of normal numbers scaled by the largest."""
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(60_000, 64, generator=generator)
+    scaled = rows / rows.abs().amax(-1, keepdim=True) * REACH
+    weight = rows.abs().amax(-1, keepdim=True).expand_as(rows).square()
+
+    def loss(entries: Tensor) -> float:
+        code = torch.bucketize(scaled, (entries[1:] + entries[:-1]) / 2)
+        return float(((scaled - entries[code]).square() * weight).double().mean())
+
+    for bits, entries in ENTRIES.items():
+        best = torch.tensor(entries).float()
+        least = loss(best)
+        for i in range(2**bits // 2):
+            for step in (-2.0, 2.0):  # both ends, to keep the symmetry; two units: entries are rounded to one
+                moved = best.clone()
+                moved[i] += step
+                moved[-1 - i] -= step
+                assert loss(moved) > least, (bits, i, step)
+
+
+def nibbles_bound(codec: Nibbles, rows: Tensor) -> Tensor:
+    """Half a step of at most 1/8 more than the range asks for, or the least scale that a byte can say, 2**-17."""
+    axis = -1 if codec.per == "token" else -2
+    if codec.symmetric:
+        reach, zero_error = rows.abs().amax(axis, keepdim=True) / 127, 0.0
+    else:
+        low, high = rows.amin(axis, keepdim=True), rows.amax(axis, keepdim=True)
+        zero_error = low.abs() * HALF_EPS + HALF_TINY
+        reach = (high - low + zero_error) / 255
+    return (reach * (1 + HALF_EPS) * 1.125).clamp(min=2.0**-17) * 0.5 + zero_error
 
 
 @pytest.mark.parametrize("magnitude", [1.0, 1e-2, 300.0, 1e-6, 1e-30, 0.0])
@@ -76,9 +156,20 @@ def test_sizes_are_those_of_the_bytes(name: str, dim: int) -> None:
 
 
 def test_bits_per_element_of_head_size_64() -> None:
-    # codes, plus 16 bits of scale (and of zero) for every 64 elements
+    # codes, plus 16 bits of scale (and of zero) for every 64 elements; int8h: one byte of scale, zeros for keys only
     geometry = ModelGeometry("m", (LayerGeometry(9, 3, 64, 64, 0.125),) * 2, 4096, 100)
-    expected = {"bf16": 16, "int8": 8.25, "int6": 6.5, "int5": 5.5, "int4": 4.5, "int3": 3.5, "int2": 2.5}
+    expected = {
+        "bf16": 16,
+        "int8": 8.25,
+        "int8h": 8.3125,
+        "int6": 6.5,
+        "int5": 5.5,
+        "int4": 4.5,
+        "int3": 3.5,
+        "int2": 2.5,
+    }
+    expected |= dict.fromkeys(("fp8", "fp8_e4m3", "fp8_e5m2"), 8.125)
+    expected |= {"nf4": 4.25, "nf3": 3.25, "nf2": 2.25}
     assert set(expected) == set(SCHEMES)
     for name, bits in expected.items():
         assert parse_policy(name, 2).bits_per_element(geometry) == bits
@@ -101,8 +192,14 @@ def test_values_beyond_float16_saturate_and_stay_finite(name: str, magnitude: fl
     rows = rows_like_keys(64, magnitude)
     decoded = decode(codec, rows, side)
     assert torch.isfinite(decoded).all()
-    if not isinstance(codec, Affine):
+    if isinstance(codec, Raw):
         assert torch.equal(decoded, rows)
+        return
+    if isinstance(codec, Float8):  # its scale is float32
+        assert ((decoded - rows).abs() <= error_bound(codec, rows)).all()
+        return
+    if isinstance(codec, Codebook):  # a token's length is at most its entries' and its center's
+        assert (decoded.norm(dim=-1) <= 2 * rows.norm(dim=-1).amax()).all()
         return
     # a zero point that float16 cannot say is clipped, which widens the range that the steps must cover; within that
     # range nothing grows past half a step, and what lies outside of it shrinks to its edge
@@ -119,10 +216,10 @@ def test_int8_reaches_past_float16() -> None:
     assert ((decode(codec, rows, "key") - rows).abs() <= error_bound(codec, rows)).all()
 
 
-@pytest.mark.parametrize("name", [n for n in CODECS if not n.startswith("bf16")])
+@pytest.mark.parametrize("name", [n for n in CODECS if n.startswith("int")])
 def test_each_group_has_parameters_of_its_own(name: str) -> None:
     codec, side = CODECS[name]
-    assert isinstance(codec, Affine)
+    assert isinstance(codec, Affine | Nibbles)
     rows = rows_like_keys(64)
     changed = rows.clone()
     changed[:, 5, 7] += 500.0
@@ -134,6 +231,42 @@ def test_each_group_has_parameters_of_its_own(name: str) -> None:
         same[:, 7] = False
     assert torch.equal(before[:, same], after[:, same])
     assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("name", ["int8h-key", "int8h-value"])
+class TestDrafts:
+    def test_a_draft_is_within_half_a_nibble_of_the_page(self, name: str, dim: int) -> None:
+        codec, side = CODECS[name]
+        assert isinstance(codec, Nibbles)
+        rows = rows_like_keys(dim)
+        page = codec.encode(rows, side)
+        full, draft = codec.decode(page, dim, side), codec.decode_draft(page, dim, side)
+        axis = -1 if codec.per == "token" else -2
+        reach = rows.abs().amax(axis, keepdim=True) * 2 if codec.symmetric else rows.amax(axis) - rows.amin(axis)
+        reach = reach if codec.symmetric else reach.unsqueeze(axis)
+        # 7.5 of 255 or 254 steps, each at most 1/8 wider than the range asks for
+        assert ((full - draft).abs() <= reach / 254 * 1.13 * 7.5 + rows.abs().max() * 1e-6).all()
+        assert not torch.equal(full, draft)
+
+    def test_a_draft_reads_the_first_bytes_only(self, name: str, dim: int) -> None:
+        codec, side = CODECS[name]
+        assert isinstance(codec, Nibbles)
+        page = codec.encode(rows_like_keys(dim), side)
+        cut = page.clone()
+        cut[:, codec.draft_bytes(dim) :] = 0xFF
+        assert torch.equal(codec.decode_draft(page, dim, side), codec.decode_draft(cut, dim, side))
+        assert not torch.equal(codec.decode(page, dim, side), codec.decode(cut, dim, side))
+        assert codec.draft_bytes(dim) <= 0.55 * codec.page_bytes(dim)
+
+
+@settings(deadline=None, max_examples=100)
+@given(scale=st.floats(0, 7e4, width=32))
+def test_byte_scales_are_rounded_up_by_an_eighth_at_most(scale: float) -> None:
+    byte, meaning = to_scale8(torch.tensor([scale]))
+    assert int(byte) <= 247
+    least = min(scale, 61440.0)
+    assert least * (1 - HALF_EPS) - HALF_TINY <= float(meaning) <= max(scale * (1 + HALF_EPS) * 1.125, 2.0**-17)
 
 
 @settings(deadline=None, max_examples=60)

@@ -18,7 +18,7 @@ from kvbits.kernels import Backend, BatchLayout, SequenceSlice, cpu
 from kvbits.kernels.cpu import CpuBackend, available_isas
 from kvbits.kernels.reference import ReferenceBackend
 
-DTYPES = [*SCHEMES, "int8,int4", "bf16,int4"]
+DTYPES = [*SCHEMES, "int8,int4", "bf16,int4", "int4/int8h", "int4/nf3"]
 PLAIN = LayerGeometry(6, 2, 64, 64, 64**-0.5)
 SHAPES = {
     "mha-64": replace(PLAIN, num_heads=2),
@@ -70,6 +70,7 @@ def run(
     chunk: int = 1000,
     float_type: torch.dtype = torch.float32,
     alone: bool = False,
+    draft: bool = False,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs and sealed pages of every sequence, ``chunk`` tokens a step, all sequences in one step or each alone."""
     geometry = ModelGeometry("test", (layer, layer), 8192, 16)
@@ -84,7 +85,7 @@ def run(
             break
         waiting = waiting[:1] if alone else waiting
         counts = [min(chunk, len(inputs.query[s]) - done[s]) for s in waiting]
-        batch = BatchLayout.of([frames.slice(s, n) for s, n in zip(waiting, counts, strict=True)])
+        batch = BatchLayout.of([frames.slice(s, n) for s, n in zip(waiting, counts, strict=True)], draft)
 
         def rows(parts: list[Tensor], waiting: list[int] = waiting, counts: list[int] = counts) -> Tensor:
             pieces = [parts[s][done[s] : done[s] + n] for s, n in zip(waiting, counts, strict=True)]
@@ -100,7 +101,7 @@ def run(
     return [torch.cat(parts) for parts in outputs], pages
 
 
-def assert_agrees(layer: LayerGeometry, dtype: str, isa: str, lengths: list[int]) -> None:
+def assert_agrees(layer: LayerGeometry, dtype: str, isa: str, lengths: list[int], draft: bool = False) -> None:
     """Page bytes equal; outputs within what the kernel's arithmetic explains.
 
     16-bit pages: products are exact and summed in float32, so 2e-5 covers the order of summation. Integer pages: the
@@ -109,9 +110,9 @@ def assert_agrees(layer: LayerGeometry, dtype: str, isa: str, lengths: list[int]
     result, and no single element is off by more than the codec's largest error.
     """
     inputs = make_inputs(layer, lengths)
-    expected, expected_pages = run(ReferenceBackend(), layer, dtype, inputs)
+    expected, expected_pages = run(ReferenceBackend(), layer, dtype, inputs, draft=draft)
     exact, _ = run(ReferenceBackend(), layer, "bf16", inputs)
-    got, pages = run(CpuBackend(isa), layer, dtype, inputs)
+    got, pages = run(CpuBackend(isa), layer, dtype, inputs, draft=draft)
     for a, b in zip(pages, expected_pages, strict=True):
         assert torch.equal(a, b)
     error = torch.cat(got) - torch.cat(expected)
@@ -132,6 +133,45 @@ def test_every_dtype(dtype: str, isa: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape(shape: str, dtype: str, isa: str) -> None:
     assert_agrees(SHAPES[shape], dtype, isa, [65, 200])
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("dtype", ["int8h", "fp8_e4m3", "fp8_e5m2", "nf4", "nf2"])
+@pytest.mark.parametrize("shape", ["mqa-80", "gqa-5-96", "gqa-4-128", "mla-192-128", "window-130-softcap-sinks"])
+def test_more_shapes(shape: str, dtype: str, isa: str) -> None:
+    assert_agrees(SHAPES[shape], dtype, isa, [65, 200])
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("dtype", ["nf4+sink:int8", "int4+sink:nf4", "nf3+sink:nf4", "bf16/nf4+sink:bf16"])
+def test_rotated_values_beside_others(dtype: str, isa: str) -> None:
+    """The accumulator changes its basis between a first page, the others and the open page."""
+    assert_agrees(replace(PLAIN, window=1300), dtype, isa, [65, 1500])
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("dtype", ["int8h", "int8h/int4", "int4/int8h"])
+@pytest.mark.parametrize("shape", ["mqa-80", "gqa-5-96", "mla-192-128", "window-130-softcap-sinks"])
+def test_drafts(shape: str, dtype: str, isa: str) -> None:
+    assert_agrees(SHAPES[shape], dtype, isa, [65, 200], draft=True)
+
+
+@pytest.mark.parametrize("isa", available_isas())
+def test_a_draft_step_stores_what_any_step_stores(isa: str) -> None:
+    inputs = make_inputs(PLAIN, [150, 70])
+    full, pages = run(CpuBackend(isa), PLAIN, "int8h", inputs, chunk=50)
+    draft, draft_pages = run(CpuBackend(isa), PLAIN, "int8h", inputs, chunk=50, draft=True)
+    assert all(torch.equal(a, b) for a, b in zip(pages, draft_pages, strict=True))
+    assert torch.equal(full[0][:64], draft[0][:64])  # a token's own page is 16 bit either way
+    assert not torch.equal(full[0][64:], draft[0][64:])
+
+
+@pytest.mark.parametrize("dtype", [d for d in SCHEMES if d != "int8h"])
+def test_other_codecs_have_one_way_to_be_read(dtype: str) -> None:
+    inputs = make_inputs(PLAIN, [150])
+    full, _ = run(CpuBackend(), PLAIN, dtype, inputs)
+    draft, _ = run(CpuBackend(), PLAIN, dtype, inputs, draft=True)
+    assert torch.equal(full[0], draft[0])
 
 
 @pytest.mark.parametrize("isa", available_isas())

@@ -112,6 +112,20 @@ struct Planes<6> {
   }
 };
 
+// Two planes of nibbles as bytes, every byte with the bits of FLIP turned over. The low plane's place is LAYOUT's.
+template <class LAYOUT, int FLIP>
+struct NibblePlanes {
+  static constexpr int kQuads = 2;
+  static inline void load(const uint8_t* codes, ptrdiff_t ahead, int reduction, int lanes, int group, int lane,
+                          B* out) {
+    const size_t at = (static_cast<size_t>(group) * lanes + lane) * 4;
+    const B high = b_stream(codes + at, ahead);
+    const B low = b_stream(codes + LAYOUT::low_at(reduction * lanes / kPage) + at, ahead);
+    out[0] = b_or(b_extract<0, 0x0f>(low), b_flip<FLIP>(b_extract<-4, 0xf0>(high)));
+    out[1] = b_or(b_extract<4, 0x0f>(low), b_flip<FLIP>(b_extract<0, 0xf0>(high)));
+  }
+};
+
 // Writes codes [reduction][lanes] (one byte each) as planes of WIDTH bits starting at bit SHIFT; returns the end.
 template <int WIDTH, int SHIFT>
 inline uint8_t* store_plane(const uint8_t* codes, int reduction, int lanes, uint8_t* out) {

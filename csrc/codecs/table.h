@@ -36,18 +36,62 @@ struct CodecKernels {
   KeyKernel key;
   ValueKernel value;
   SealKernel seal_key, seal_value;
+  KeyKernel draft_key;  // for a step that may read less of a page (Codec.decode with `draft`)
+  ValueKernel draft_value;
 };
 
-template <class K, class V>
+template <class K, class V, class DK = K, class DV = V>
 constexpr CodecKernels entry(int id, SealKernel seal_key, SealKernel seal_value) {
-  return {id, {K::prepare, score_any<K>}, {accumulate_any<V>}, seal_key, seal_value};
+  return {id,
+          {K::prepare, score_any<K>},
+          {accumulate_any<V>, nullptr},
+          seal_key,
+          seal_value,
+          {DK::prepare, score_any<DK>},
+          {accumulate_any<DV>, nullptr}};
 }
 
 template <int BITS, bool PER_CHANNEL, bool SYMMETRIC>
 constexpr CodecKernels affine() {
-  return entry<AffineKey<BITS, PER_CHANNEL, SYMMETRIC>, AffineValue<BITS, PER_CHANNEL, SYMMETRIC>>(
-      BITS + 16 * PER_CHANNEL + 32 * SYMMETRIC, seal_affine_key<BITS, PER_CHANNEL, SYMMETRIC>,
-      seal_affine_value<BITS, PER_CHANNEL, SYMMETRIC>);
+  using Form = PlainForm<BITS, PER_CHANNEL, SYMMETRIC>;
+  return entry<AffineKey<Form>, AffineValue<Form>>(BITS + 16 * PER_CHANNEL + 32 * SYMMETRIC, seal_affine_key<Form>,
+                                                   seal_affine_value<Form>);
+}
+
+template <bool PER_CHANNEL, bool SYMMETRIC>
+constexpr CodecKernels nibbles() {
+  using Key = NibbleForm<PER_CHANNEL, SYMMETRIC, true>;
+  using Value = NibbleForm<PER_CHANNEL, SYMMETRIC, false>;
+  using Draft = DraftForm<PER_CHANNEL, SYMMETRIC>;
+  return entry<AffineKey<Key>, AffineValue<Value>, AffineKey<Draft>, AffineValue<Draft>>(
+      64 + 16 * PER_CHANNEL + 32 * SYMMETRIC, seal_affine_key<Key>, seal_affine_value<Value>);
+}
+
+// Keys take the centers out, values do not: each has one side only.
+template <int BITS>
+constexpr CodecKernels codebook_key() {
+  using Form = CodebookForm<BITS, true>;
+  return {256 + BITS + 16, {AffineKey<Form>::prepare, score_any<AffineKey<Form>>}, {}, seal_affine_key<Form>, nullptr,
+          {AffineKey<Form>::prepare, score_any<AffineKey<Form>>}, {}};
+}
+template <int BITS>
+constexpr CodecKernels codebook_value() {
+  using Form = CodebookForm<BITS, false>;
+  using V = AffineValue<Form>;
+  return {256 + BITS, {}, {accumulate_any<V>, turn_accumulator}, nullptr, seal_affine_value<Form>, {},
+          {accumulate_any<V>, turn_accumulator}};
+}
+
+template <int HIGH, int LOW>
+constexpr CodecKernels mixed_key() {
+  using K = MixedKey<HIGH, LOW>;
+  return {512 + 16 * HIGH + LOW, {K::prepare, score_any<K>}, {}, K::seal, nullptr, {K::prepare, score_any<K>}, {}};
+}
+
+template <int MANTISSA>
+constexpr CodecKernels float8() {
+  return entry<Float8Key<MANTISSA>, Float8Value<MANTISSA>>(128 + MANTISSA, seal_float8<MANTISSA, true>,
+                                                           seal_float8<MANTISSA, false>);
 }
 
 const CodecKernels kCodecs[] = {
@@ -63,6 +107,19 @@ const CodecKernels kCodecs[] = {
     affine<3, true, false>(),
     affine<2, false, false>(),
     affine<2, true, false>(),
+    mixed_key<8, 4>(),
+    mixed_key<8, 2>(),
+    mixed_key<4, 2>(),
+    float8<3>(),
+    float8<2>(),
+    codebook_key<4>(),
+    codebook_value<4>(),
+    codebook_key<3>(),
+    codebook_value<3>(),
+    codebook_key<2>(),
+    codebook_value<2>(),
+    nibbles<true, false>(),
+    nibbles<false, true>(),
 };
 
 const CodecKernels* find_codec(int id) {
@@ -73,11 +130,11 @@ const CodecKernels* find_codec(int id) {
 
 const KeyKernel* key_kernel(int id) {
   const CodecKernels* codec = find_codec(id);
-  return codec ? &codec->key : nullptr;
+  return codec && codec->key.score ? &codec->key : nullptr;
 }
 const ValueKernel* value_kernel(int id) {
   const CodecKernels* codec = find_codec(id);
-  return codec ? &codec->value : nullptr;
+  return codec && codec->value.accumulate ? &codec->value : nullptr;
 }
 SealKernel seal_key_kernel(int id) {
   const CodecKernels* codec = find_codec(id);
@@ -86,4 +143,12 @@ SealKernel seal_key_kernel(int id) {
 SealKernel seal_value_kernel(int id) {
   const CodecKernels* codec = find_codec(id);
   return codec ? codec->seal_value : nullptr;
+}
+const KeyKernel* draft_key_kernel(int id) {
+  const CodecKernels* codec = find_codec(id);
+  return codec ? &codec->draft_key : nullptr;
+}
+const ValueKernel* draft_value_kernel(int id) {
+  const CodecKernels* codec = find_codec(id);
+  return codec ? &codec->draft_value : nullptr;
 }

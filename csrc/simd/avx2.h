@@ -49,6 +49,10 @@ inline F f_scale2_from(F a, F n, float least) {
 inline F f_load_half(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+inline F f_load_scale8(const uint8_t* p) {
+  const __m128i halves = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_cvtph_ps(_mm_slli_epi16(halves, 7));
+}
 inline F f_load_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(
       _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
@@ -91,7 +95,20 @@ inline B b_extract(B a) {
   if constexpr (RIGHT < 0) a = _mm256_slli_epi16(a, -RIGHT);
   return _mm256_and_si256(a, _mm256_set1_epi8(static_cast<char>(MASK)));
 }
+template <int MASK>
+inline B b_flip(B a) {
+  return MASK == 0 ? a : _mm256_xor_si256(a, _mm256_set1_epi8(static_cast<char>(MASK)));
+}
+inline B b_lookup(const uint8_t* table, B i) {
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table))), i);
+}
 inline F b_even(B a) { return _mm256_castsi256_ps(_mm256_slli_epi32(a, 16)); }
 inline F b_odd(B a) {
   return _mm256_castsi256_ps(_mm256_and_si256(a, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+}
+template <int ELEMENT, int SHIFT>
+inline F b_float8(B a) {
+  if constexpr (ELEMENT < 3) a = _mm256_slli_epi32(a, 24 - 8 * ELEMENT);
+  const uint32_t kept = 0x80000000u | (0x7fu << SHIFT);
+  return _mm256_castsi256_ps(_mm256_and_si256(_mm256_srai_epi32(a, 24 - SHIFT), _mm256_set1_epi32(static_cast<int>(kept))));
 }

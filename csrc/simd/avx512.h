@@ -54,6 +54,11 @@ inline F f_scale2_from(F a, F n, float least) {
 inline F f_load_half(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+// Scales of one byte (scale8_from_float).
+inline F f_load_scale8(const uint8_t* p) {
+  const __m256i halves = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm512_cvtph_ps(_mm256_slli_epi16(halves, 7));
+}
 inline F f_load_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(
       _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
@@ -91,8 +96,23 @@ inline B b_extract(B a) {
   if constexpr (RIGHT < 0) a = _mm512_slli_epi16(a, -RIGHT);
   return _mm512_and_si512(a, _mm512_set1_epi8(static_cast<char>(MASK)));
 }
+template <int MASK>
+inline B b_flip(B a) {
+  return MASK == 0 ? a : _mm512_xor_si512(a, _mm512_set1_epi8(static_cast<char>(MASK)));
+}
+// table[i] for every byte i < 16.
+inline B b_lookup(const uint8_t* table, B i) {
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(table))), i);
+}
 // The two bfloat16 of each lane as floats.
 inline F b_even(B a) { return _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)); }
 inline F b_odd(B a) {
   return _mm512_castsi512_ps(_mm512_and_si512(a, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+}
+// The ELEMENT-th byte of each lane as a float whose exponent and mantissa begin at bit SHIFT (codecs/float8.h).
+template <int ELEMENT, int SHIFT>
+inline F b_float8(B a) {
+  if constexpr (ELEMENT < 3) a = _mm512_slli_epi32(a, 24 - 8 * ELEMENT);
+  const uint32_t kept = 0x80000000u | (0x7fu << SHIFT);
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_srai_epi32(a, 24 - SHIFT), _mm512_set1_epi32(static_cast<int>(kept))));
 }

@@ -40,6 +40,7 @@ inline F f_scale2_from(F a, F n, float least) {
   return a * power;
 }
 inline F f_load_half(const uint16_t* p) { return half_to_float(*p); }
+inline F f_load_scale8(const uint8_t* p) { return half_to_float(static_cast<uint16_t>(*p << 7)); }
 inline F f_load_bf16(const uint16_t* p) { return bf16_to_float(*p); }
 
 inline I i_zero() { return 0; }
@@ -76,6 +77,14 @@ inline B b_extract(B a) {
   if constexpr (RIGHT < 0) a <<= -RIGHT;
   return a & (0x01010101u * MASK);
 }
+template <int MASK>
+inline B b_flip(B a) {
+  return a ^ (0x01010101u * MASK);
+}
+inline B b_lookup(const uint8_t* table, B i) {
+  return static_cast<B>(table[i & 15]) | static_cast<B>(table[(i >> 8) & 15]) << 8 |
+         static_cast<B>(table[(i >> 16) & 15]) << 16 | static_cast<B>(table[(i >> 24) & 15]) << 24;
+}
 inline F b_even(B a) {
   const uint32_t bits = a << 16;
   float x;
@@ -84,6 +93,13 @@ inline F b_even(B a) {
 }
 inline F b_odd(B a) {
   const uint32_t bits = a & 0xffff0000u;
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+template <int ELEMENT, int SHIFT>
+inline F b_float8(B a) {
+  const uint32_t byte = a >> (8 * ELEMENT), bits = (byte & 0x80) << 24 | (byte & 0x7f) << SHIFT;
   float x;
   __builtin_memcpy(&x, &bits, 4);
   return x;

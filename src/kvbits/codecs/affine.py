@@ -6,6 +6,7 @@ channels. With 64-token pages a channel's group is the page.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,25 +43,12 @@ class Affine(Codec):
         return align(codes + self._params(dim) * (2 if self.symmetric else 4))
 
     def encode(self, rows: Tensor, side: Side, rounding: Rounding | None = None) -> Tensor:
-        rounding = rounding or Rounding()
         axis = -1 if self.per == "token" else -2
-        top = 2**self.bits - 1
-        if self.symmetric:
-            limit = 2 ** (self.bits - 1) - 1
-            scale = _half(rows.abs().amax(axis) / limit)
-            zero = torch.zeros_like(scale)
-            offset = limit + 1 if side == "key" else 0
-            codes = _choose(rows, scale, zero, axis, -limit, limit, rounding)
-            codes = (codes.to(torch.int32) + offset) & top
-            params = [scale]
-        else:
-            low, high = rows.amin(axis), rows.amax(axis)
-            if rounding.clip is not None:
-                low, high = _clipped(low, high, rounding.clip)
-            zero = _half(low)
-            scale = _half((high - zero.float()) / top)
-            codes = _choose(rows, scale, zero, axis, 0, top, rounding)
-            params = [scale, zero]
+        codes, scale, zero = affine_codes(rows, axis, self.bits, self.symmetric, rounding, lambda x: to_half(x).float())
+        half = 2 ** (self.bits - 1)
+        offset = half if self.symmetric and side == "key" else 0
+        codes = (codes.to(torch.int32) + offset) & (2 * half - 1)
+        params = [to_half(scale)] if self.symmetric else [to_half(scale), to_half(zero)]
         codes = codes.to(torch.uint8)
         matrix = codes.transpose(-1, -2) if side == "key" else codes
         parts = [pack(matrix, self.bits), *(p.contiguous().view(torch.uint8) for p in params)]
@@ -91,6 +79,34 @@ class Affine(Codec):
         return self.bits + 16 * (self.per == "channel") + 32 * self.symmetric
 
 
+def affine_codes(
+    rows: Tensor,
+    axis: int,
+    bits: int,
+    symmetric: bool,
+    rounding: Rounding | None,
+    stored_scale: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of ``rows`` ``float32 [..., 64, dim]``, with one scale and zero along ``axis``; all float32.
+
+    Symmetric codes are signed, their zeros 0; asymmetric ones begin at 0. ``stored_scale`` rounds a scale to what a
+    page can hold; zeros are float16. ``x`` is about ``scale * code + zero``.
+    """
+    rounding = rounding or Rounding()
+    if symmetric:
+        limit = 2 ** (bits - 1) - 1
+        scale = stored_scale(rows.abs().amax(axis) / limit)
+        zero = torch.zeros_like(scale)
+        return choose_codes(rows, scale, zero, axis, _nearest(-limit, limit), _itself, rounding), scale, zero
+    top = 2**bits - 1
+    low, high = rows.amin(axis), rows.amax(axis)
+    if rounding.clip is not None:
+        low, high = _clipped(low, high, rounding.clip)
+    zero = to_half(low).float()
+    scale = stored_scale((high - zero) / top)
+    return choose_codes(rows, scale, zero, axis, _nearest(0, top), _itself, rounding), scale, zero
+
+
 def _clipped(low: Tensor, high: Tensor, clip: Tensor) -> tuple[Tensor, Tensor]:
     """Range ends ``[..., kv_heads, n]`` moved towards their middle; exactly kept where ``clip`` is 1."""
     share = clip.unsqueeze(-1)
@@ -98,30 +114,48 @@ def _clipped(low: Tensor, high: Tensor, clip: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(share == 1, low, middle - reach), torch.where(share == 1, high, middle + reach)
 
 
-def _choose(rows: Tensor, scale: Tensor, zero: Tensor, axis: int, least: int, most: int, rounding: Rounding) -> Tensor:
-    """The code of every element, as float32. The order of operations is the kernels': the bytes must agree."""
+def _nearest(least: int, most: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: torch.round(x).clamp(least, most)
+
+
+def _itself(code: Tensor) -> Tensor:
+    return code
+
+
+def choose_codes(
+    rows: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    axis: int,
+    nearest: Callable[[Tensor], Tensor],
+    meaning: Callable[[Tensor], Tensor],
+    rounding: Rounding,
+) -> Tensor:
+    """The code of every element, as float32: ``nearest(x)`` for a number in units of its scale; ``meaning`` undoes it.
+
+    The order of operations is the kernels': the bytes must agree.
+    """
     inverse = _reciprocal(scale).unsqueeze(axis).expand_as(rows)
-    scale, zero = (x.float().unsqueeze(axis).expand_as(rows) for x in (scale, zero))
+    scale, zero = (x.unsqueeze(axis).expand_as(rows) for x in (scale, zero))
     feedback = rounding.feedback
     if feedback is None:
-        return torch.round((rows - zero) * inverse).clamp(least, most)
+        return nearest((rows - zero) * inverse)
     if rounding.order is not None:
         order = rounding.order.long().unsqueeze(-2).expand_as(rows)
         rows, scale, zero, inverse = (x.gather(-1, order) for x in (rows, scale, zero, inverse))
     rest, codes = rows.clone(), torch.empty_like(rows)
     for c in range(rows.shape[-1]):
-        codes[..., c] = torch.round((rest[..., c] - zero[..., c]) * inverse[..., c]).clamp(least, most)
-        error = rest[..., c] - (codes[..., c] * scale[..., c] + zero[..., c])
+        codes[..., c] = nearest((rest[..., c] - zero[..., c]) * inverse[..., c])
+        error = rest[..., c] - (meaning(codes[..., c]) * scale[..., c] + zero[..., c])
         rest[..., c + 1 :] -= error.unsqueeze(-1) * feedback[:, None, c, c + 1 :]
     return codes if rounding.order is None else torch.empty_like(codes).scatter_(-1, order, codes)
 
 
-def _half(x: Tensor) -> Tensor:
+def to_half(x: Tensor) -> Tensor:
     """Round to float16; what is beyond its range becomes its largest number, so that codes saturate and stay finite."""
     return x.clamp(-65504.0, 65504.0).half()
 
 
 def _reciprocal(scale: Tensor) -> Tensor:
     """``1 / scale`` in float32, 0 where the scale rounded to 0 (the page is constant there)."""
-    wide = scale.float()
-    return torch.where(wide > 0, 1 / wide, torch.zeros_like(wide))
+    return torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))

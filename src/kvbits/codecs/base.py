@@ -65,6 +65,10 @@ class Codec(ABC):
     def decode(self, page: Tensor, dim: int, side: Side) -> Tensor:
         """``uint8 [..., page_bytes(dim)]`` to ``float32 [..., 64, dim]``."""
 
+    def decode_draft(self, page: Tensor, dim: int, side: Side) -> Tensor:
+        """Like :meth:`decode`, perhaps coarser, from fewer of the page's bytes; the same for most codecs."""
+        return self.decode(page, dim, side)
+
     @abstractmethod
     def supports(self, dim: int) -> str | None:
         """``None``, or the reason why heads of size ``dim`` cannot be stored."""
@@ -73,6 +77,14 @@ class Codec(ABC):
     @abstractmethod
     def native_id(self) -> int:
         """The codec's number in ``csrc/codecs/table.h``; both sides must agree."""
+
+    def basis(self, dim: int) -> Tensor | None:
+        """The directions in which a head's elements are coded, the columns of an orthogonal ``float32 [dim, dim]``.
+
+        ``None``: the channels themselves. :attr:`Rounding.feedback` and :attr:`Rounding.order` speak of these
+        directions: a metric ``M`` of the channels is ``B^T M B`` of them.
+        """
+        return None
 
     def bits_per_element(self, dim: int) -> float:
         """Stored bits per key or value element, parameters and padding included."""

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from kvbits.codecs.affine import Affine
 from kvbits.codecs.base import Codec, LayerRounding, Scheme
+from kvbits.codecs.codebook import Codebook
+from kvbits.codecs.float8 import Float8
+from kvbits.codecs.nibbles import Nibbles
 from kvbits.codecs.raw import Raw
 from kvbits.config import PAGE_TOKENS, ModelGeometry
 from kvbits.errors import ConfigError, UnsupportedError
@@ -20,14 +23,30 @@ def _integer(bits: int) -> Scheme:
     return Scheme(key=Affine(name, bits, per="channel"), value=Affine(name, bits, per="token"))
 
 
+def _float8(name: str, mantissa: int) -> Scheme:
+    return Scheme(key=Float8(name, mantissa), value=Float8(name, mantissa))
+
+
+def _codebook(bits: int) -> Scheme:
+    name = f"nf{bits}"
+    return Scheme(key=Codebook(name, bits, centered=True), value=Codebook(name, bits))
+
+
 SCHEMES: dict[str, Scheme] = {
     "bf16": OPEN,
     "int8": Scheme(key=Affine("int8", 8, symmetric=True), value=Affine("int8", 8, symmetric=True)),
+    "int8h": Scheme(key=Nibbles("int8h", per="channel"), value=Nibbles("int8h", symmetric=True)),
+    "fp8": _float8("fp8", 3),
+    "fp8_e4m3": _float8("fp8_e4m3", 3),
+    "fp8_e5m2": _float8("fp8_e5m2", 2),
     "int6": _integer(6),
     "int5": _integer(5),
     "int4": _integer(4),
     "int3": _integer(3),
     "int2": _integer(2),
+    "nf4": _codebook(4),
+    "nf3": _codebook(3),
+    "nf2": _codebook(2),
 }
 """Every dtype name that a policy may use: one line a scheme."""
 

@@ -46,6 +46,9 @@ class BatchLayout:
     ``starts``, ``counts`` ``int32 [S]``; ``rows`` ``int32 [S + 1]``, first row of each sequence; ``sealed`` ``int32
     [S, max pages]``, unused entries -1; ``head``, ``tail`` ``int32 [S, open frames]``; ``sink`` ``int32 [S, sink
     frames]``, -1 where the first page is not full, no columns where no sequence has one.
+
+    ``draft``: sealed pages are read as drafts (:meth:`kvbits.codecs.Codec.decode_draft`), which takes about half of the
+    bytes of ``int8h`` pages and changes nothing for other codecs. What the step stores does not depend on it.
     """
 
     starts: Ints
@@ -55,9 +58,10 @@ class BatchLayout:
     head: Ints
     tail: Ints
     sink: Ints
+    draft: bool = False
 
     @classmethod
-    def of(cls, slices: Sequence[SequenceSlice]) -> BatchLayout:
+    def of(cls, slices: Sequence[SequenceSlice], draft: bool = False) -> BatchLayout:
         """Pack ``slices``."""
         counts = np.array([s.count for s in slices], dtype=np.int32)
         pages = max((s.start + s.count) // PAGE_TOKENS for s in slices)
@@ -78,6 +82,7 @@ class BatchLayout:
             head=np.array([s.head for s in slices], dtype=np.int32),
             tail=np.array([s.tail for s in slices], dtype=np.int32),
             sink=sink,
+            draft=draft,
         )
 
     @property

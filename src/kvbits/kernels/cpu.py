@@ -112,7 +112,14 @@ class CpuBackend(Backend):
     def _tables(self, batch: BatchLayout) -> _native.Batch:
         if self._batch is None or self._batch[0] is not batch:
             native = _native.Batch(
-                batch.starts, batch.counts, batch.rows, batch.sealed, batch.head, batch.tail, batch.sink
+                batch.starts,
+                batch.counts,
+                batch.rows,
+                batch.sealed,
+                batch.head,
+                batch.tail,
+                batch.sink,
+                batch.draft,
             )
             self._batch = (batch, native)
         return self._batch[1]

@@ -34,7 +34,7 @@ class ReferenceBackend(Backend):
             rows = slice(int(batch.rows[s]), int(batch.rows[s + 1]))
             start = int(batch.starts[s])
             keys, values = _own_rows(view, batch.head[s], start, key[rows], value[rows])
-            pages = _Sealed(view, batch.sealed[s], batch.sink[s])
+            pages = _Sealed(view, batch.sealed[s], batch.sink[s], batch.draft)
             _store(view, pages, batch.head[s], batch.tail[s], start, keys, values)
             out[rows] = _attend(view, pages, start, query[rows].float(), keys, values, sinks).to(query.dtype)
         return out
@@ -47,9 +47,10 @@ class _Sealed:
     view: LayerView
     frames: Ints
     sink: Ints
+    draft: bool
 
     def read(self, page: int) -> tuple[Tensor, Tensor]:
-        return read_page(self.view, *self._where(page))
+        return read_page(self.view, *self._where(page), self.draft)
 
     def write(self, page: int, keys: Tensor, values: Tensor) -> None:
         place, frame = self._where(page)
@@ -141,11 +142,12 @@ def _softmax_attention(
     return torch.einsum("hrt,thd->rhd", weights, values)
 
 
-def read_page(view: LayerView, place: Place, frame: int) -> tuple[Tensor, Tensor]:
+def read_page(view: LayerView, place: Place, frame: int, draft: bool = False) -> tuple[Tensor, Tensor]:
     """Keys ``float32 [64, kv_heads, key_dim]`` and values of this layer in the page at ``frame``."""
     key_block, value_block = _blocks(view, place, frame)
-    keys = place.scheme.key.decode(key_block, view.geometry.key_dim, "key")
-    values = place.scheme.value.decode(value_block, view.geometry.value_dim, "value")
+    key, value = place.scheme.key, place.scheme.value
+    keys = (key.decode_draft if draft else key.decode)(key_block, view.geometry.key_dim, "key")
+    values = (value.decode_draft if draft else value.decode)(value_block, view.geometry.value_dim, "value")
     return keys.transpose(0, 1), values.transpose(0, 1)
 
 

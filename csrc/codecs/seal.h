@@ -1,0 +1,146 @@
+// Encoding pages of integer codes (forms.h). Included inside a per-ISA anonymous namespace.
+//
+// Once per page: plain loops over a matrix [reduction][lanes] that the compiler vectorizes. Every operation
+// is the one of the torch reference, in float32 and in its order, so the bytes agree.
+// The middle of a key channel's range over the page, taken out of it.
+inline uint16_t take_center(float* x) {
+  float low = x[0], high = x[0];
+  for (int t = 0; t < kPage; ++t) {
+    low = x[t] < low ? x[t] : low;
+    high = x[t] > high ? x[t] : high;
+  }
+  const uint16_t center = saturated_half((low + high) * 0.5f);
+  for (int t = 0; t < kPage; ++t) x[t] -= half_to_float(center);
+  return center;
+}
+
+template <class FORM>
+struct AffineSeal {
+  static constexpr bool kSymmetric = FORM::kSymmetric;
+  static constexpr int kTop = (1 << FORM::kBits) - 1;
+
+  // kKey: keys, else values. kPerRow: one parameter per reduced element, else one per lane.
+  template <bool kKey, bool kPerRow>
+  static void seal(const uint8_t* open_page, int reduction, int lanes, const Rounding& rounding, uint8_t* out) {
+    thread_local float matrix[kPage * kMaxDim];
+    thread_local uint8_t codes[kPage * kMaxDim];
+    const auto* pairs = reinterpret_cast<const uint16_t*>(open_page);
+    for (int pair = 0; pair < reduction / 2; ++pair) {
+      for (int lane = 0; lane < lanes; ++lane) {
+        matrix[(2 * pair) * lanes + lane] = bf16_to_float(pairs[2 * (pair * lanes + lane)]);
+        matrix[(2 * pair + 1) * lanes + lane] = bf16_to_float(pairs[2 * (pair * lanes + lane) + 1]);
+      }
+    }
+    uint16_t center[FORM::kCentered ? kMaxDim : 1];
+    if constexpr (FORM::kCentered) {
+      static_assert(kKey || !FORM::kCentered);
+      for (int row = 0; row < reduction; ++row) center[row] = take_center(matrix + row * lanes);
+    }
+    if constexpr (FORM::kRotated) {
+      if constexpr (kKey) {
+        rotate(matrix, reduction, lanes, lanes);
+      } else {
+        for (int row = 0; row < reduction; ++row) rotate(matrix + row * lanes, lanes, 1, 1);
+      }
+    }
+    const int n = kPerRow ? reduction : lanes;
+    float low[kMaxDim], high[kMaxDim], scale[kMaxDim], inverse[kMaxDim];
+    for (int i = 0; i < n; ++i) low[i] = high[i] = kPerRow ? matrix[i * lanes] : matrix[i];
+    for (int row = 0; row < reduction; ++row) {
+      const float* x = matrix + row * lanes;
+      if constexpr (kPerRow) {
+        float least = x[0], most = x[0];
+        for (int lane = 0; lane < lanes; ++lane) {
+          least = x[lane] < least ? x[lane] : least;
+          most = x[lane] > most ? x[lane] : most;
+        }
+        low[row] = least;
+        high[row] = most;
+      } else {
+        for (int lane = 0; lane < lanes; ++lane) {
+          low[lane] = x[lane] < low[lane] ? x[lane] : low[lane];
+          high[lane] = x[lane] > high[lane] ? x[lane] : high[lane];
+        }
+      }
+    }
+    for (int i = 0; i < n; ++i) {
+      if constexpr (kSymmetric) {
+        scale[i] = FORM::stored_scale((high[i] > -low[i] ? high[i] : -low[i]) / FORM::kLargestCode);
+        low[i] = 0;
+      } else {
+        if (rounding.clip != 1.0f) {
+          const float middle = (low[i] + high[i]) * 0.5f, reach = (high[i] - low[i]) * 0.5f * rounding.clip;
+          low[i] = middle - reach;
+          high[i] = middle + reach;
+        }
+        low[i] = half_to_float(saturated_half(low[i]));
+        scale[i] = FORM::stored_scale((high[i] - low[i]) / FORM::kLargestCode);
+      }
+      inverse[i] = scale[i] > 0 ? 1.0f / scale[i] : 0.0f;
+    }
+    const auto nearest = [&](float x, int i) {
+      return FORM::nearest((x - low[i]) * inverse[i]);
+    };
+    constexpr int kBias = kKey ? FORM::kKeyBias : FORM::kValueBias;
+    const auto stored = [&](float code) {
+      if constexpr (kSymmetric) return static_cast<uint8_t>((static_cast<int>(code) + kBias) & kTop);
+      return static_cast<uint8_t>(code);
+    };
+    if (rounding.feedback == nullptr) {
+      for (int row = 0; row < reduction; ++row) {
+        for (int lane = 0; lane < lanes; ++lane) {
+          codes[row * lanes + lane] = stored(nearest(matrix[row * lanes + lane], kPerRow ? row : lane));
+        }
+      }
+    } else if constexpr (kKey) {
+      // Channels are rows: what a row's rounding loses is taken from the rows still to come, lane by lane.
+      float error[kPage];
+      for (int step = 0; step < reduction; ++step) {
+        const int row = rounding.order ? rounding.order[step] : step;
+        for (int lane = 0; lane < kPage; ++lane) {
+          const int i = kPerRow ? row : lane;
+          const float x = matrix[row * kPage + lane], code = nearest(x, i);
+          codes[row * kPage + lane] = stored(code);
+          error[lane] = x - (FORM::meaning(code) * scale[i] + low[i]);
+        }
+        const float* factors = rounding.feedback + static_cast<size_t>(step) * reduction;
+        for (int later = step + 1; later < reduction; ++later) {
+          float* y = matrix + (rounding.order ? rounding.order[later] : later) * kPage;
+          for (int lane = 0; lane < kPage; ++lane) y[lane] -= error[lane] * factors[later];
+        }
+      }
+    } else {
+      // Channels are lanes: the same along each token's row.
+      for (int row = 0; row < reduction; ++row) {
+        float* x = matrix + row * lanes;
+        for (int step = 0; step < lanes; ++step) {
+          const int lane = rounding.order ? rounding.order[step] : step;
+          const int i = kPerRow ? row : lane;
+          const float code = nearest(x[lane], i);
+          codes[row * lanes + lane] = stored(code);
+          const float error = x[lane] - (FORM::meaning(code) * scale[i] + low[i]);
+          const float* factors = rounding.feedback + static_cast<size_t>(step) * lanes;
+          for (int later = step + 1; later < lanes; ++later) {
+            x[rounding.order ? rounding.order[later] : later] -= error * factors[later];
+          }
+        }
+      }
+    }
+    uint8_t* end = FORM::write(codes, reduction, lanes, scale, low, n, out);
+    if constexpr (FORM::kCentered) {
+      __builtin_memcpy(end, center, static_cast<size_t>(reduction) * 2);
+      end += 2 * reduction;
+    }
+    // Pad to the cache line with zeros: page bytes are hashed, sent and compared.
+    while ((end - out) % 64 != 0) *end++ = 0;
+  }
+};
+
+template <class FORM>
+void seal_affine_key(const uint8_t* open_page, int dim, const Rounding& rounding, uint8_t* out) {
+  AffineSeal<FORM>::template seal<true, FORM::kPerChannel>(open_page, dim, kPage, rounding, out);
+}
+template <class FORM>
+void seal_affine_value(const uint8_t* open_page, int dim, const Rounding& rounding, uint8_t* out) {
+  AffineSeal<FORM>::template seal<false, !FORM::kPerChannel>(open_page, kPage, dim, rounding, out);
+}

@@ -1,0 +1,94 @@
+"""Codebook codes of rotated heads: ``x = rotate(scale * entry(code)) + center``.
+
+A Hadamard rotation spreads outlying channels over all, so that what is coded is close to normal, and the entries are
+those of least squared error for 64 normal numbers whose largest is known (Lloyd, 1982, and Max, 1960; a codebook for
+blocks scaled by their largest element is NF4's idea: Dettmers et al., 2023, arXiv:2305.14314). Before the rotation each
+key channel loses the middle of its range in the page, which is where RoPE models keep most of a key's energy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvbits.codecs.affine import choose_codes, to_half
+from kvbits.codecs.base import Codec, Rounding, Side
+from kvbits.codecs.hadamard import rotate
+from kvbits.codecs.packing import pack, quads_multiple, unpack
+from kvbits.codecs.scale8 import from_scale8, to_scale8
+from kvbits.config import PAGE_TOKENS, align
+
+REACH = 63
+"""The scale is a token's largest element divided by this."""
+
+ENTRIES: dict[int, tuple[int, ...]] = {
+    4: (-60, -47, -37, -28, -21, -15, -9, -3, 3, 9, 15, 21, 28, 37, 47, 60),
+    3: (-52, -32, -18, -6, 6, 18, 32, 52),
+    2: (-37, -11, 11, 37),
+}
+"""Bits -> what the codes mean, in units of the scale: small integers, for the kernels' byte products."""
+
+
+@dataclass(frozen=True)
+class Codebook(Codec):
+    """``bits``-bit indices into :data:`ENTRIES`, one scale per token; heads are rotated.
+
+    ``centered`` heads (keys) also store the middle of every channel's range in the page, which is taken out before the
+    rotation. Page bytes: codes (:func:`kvbits.codecs.packing.pack`), scales ``uint8 [64]``
+    (:func:`kvbits.codecs.scale8.to_scale8`), centers ``float16 [dim]`` where centered, padding.
+    """
+
+    bits: int = 4
+    centered: bool = False
+
+    def page_bytes(self, dim: int) -> int:
+        codes = PAGE_TOKENS * dim * self.bits // 8
+        return align(codes + PAGE_TOKENS + (2 * dim if self.centered else 0))
+
+    def encode(self, rows: Tensor, side: Side, rounding: Rounding | None = None) -> Tensor:
+        params = []
+        if self.centered:
+            center = to_half((rows.amin(-2) + rows.amax(-2)) * 0.5)
+            params.append(center.contiguous().view(torch.uint8))
+            rows = rows - center.float().unsqueeze(-2)
+        rows = rotate(rows)
+        byte, scale = to_scale8(rows.abs().amax(-1) / REACH)
+        entries = torch.tensor(ENTRIES[self.bits], dtype=torch.float32)
+        borders = (entries[1:] + entries[:-1]) / 2
+        codes = choose_codes(
+            rows,
+            scale,
+            torch.zeros_like(scale),
+            -1,
+            lambda x: torch.bucketize(x.contiguous(), borders).float(),
+            lambda code: entries[code.long()],
+            rounding or Rounding(),
+        ).to(torch.uint8)
+        matrix = codes.transpose(-1, -2) if side == "key" else codes
+        page = torch.cat([pack(matrix, self.bits), byte, *params], dim=-1)
+        return torch.nn.functional.pad(page, (0, self.page_bytes(rows.shape[-1]) - page.shape[-1]))
+
+    def decode(self, page: Tensor, dim: int, side: Side) -> Tensor:
+        size = PAGE_TOKENS * dim * self.bits // 8
+        reduction, lanes = (dim, PAGE_TOKENS) if side == "key" else (PAGE_TOKENS, dim)
+        codes = unpack(page[..., :size], self.bits, reduction, lanes)
+        codes = codes.transpose(-1, -2) if side == "key" else codes
+        scale = from_scale8(page[..., size : size + PAGE_TOKENS]).unsqueeze(-1)
+        rows = rotate(torch.tensor(ENTRIES[self.bits], dtype=torch.float32)[codes.long()] * scale)
+        if not self.centered:
+            return rows
+        center = page[..., size + PAGE_TOKENS : size + PAGE_TOKENS + 2 * dim].contiguous().view(torch.float16).float()
+        return rows + center.unsqueeze(-2)
+
+    def basis(self, dim: int) -> Tensor | None:
+        return rotate(torch.eye(dim))
+
+    def supports(self, dim: int) -> str | None:
+        multiple = max(16, quads_multiple(self.bits))
+        return None if dim % multiple == 0 else f"head size {dim} is not a multiple of {multiple}"
+
+    @property
+    def native_id(self) -> int:
+        return 256 + self.bits + 16 * self.centered

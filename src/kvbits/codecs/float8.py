@@ -1,0 +1,59 @@
+"""8-bit floating point with one scale per page and head: what other engines call an fp8 cache.
+
+The two formats are those of the OCP 8-bit floating point specification (Micikevicius et al., 2022, arXiv:2209.05433).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvbits.codecs.base import Codec, Rounding, Side
+from kvbits.codecs.packing import pack, quads_multiple, unpack
+from kvbits.config import PAGE_TOKENS, align
+
+
+@dataclass(frozen=True)
+class Float8(Codec):
+    """``scale * f``, ``f`` a float of 4 exponent and 3 mantissa bits (``mantissa`` 3) or of 5 and 2 (``mantissa`` 2).
+
+    The page's largest element becomes the largest finite ``f``, 448 or 57,344. Page bytes: floats as 8-bit codes
+    (:func:`kvbits.codecs.packing.pack`), the scale ``float32``, padding.
+    """
+
+    mantissa: int = 3
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.float8_e4m3fn if self.mantissa == 3 else torch.float8_e5m2
+
+    def page_bytes(self, dim: int) -> int:
+        return align(PAGE_TOKENS * dim + 4)
+
+    def encode(self, rows: Tensor, side: Side, rounding: Rounding | None = None) -> Tensor:
+        largest = torch.finfo(self._dtype).max
+        scale = rows.abs().amax((-2, -1)) / largest
+        # no reciprocal where it would overflow: such a page is nothing but zeros to bfloat16's neighbours
+        inverse = torch.where(scale > 2.0**-126, 1 / scale, torch.zeros_like(scale))
+        floats = (rows * inverse[..., None, None]).clamp(-largest, largest).to(self._dtype).view(torch.uint8)
+        matrix = floats.transpose(-1, -2) if side == "key" else floats
+        parts = [pack(matrix, 8), scale.unsqueeze(-1).contiguous().view(torch.uint8)]
+        page = torch.cat(parts, dim=-1)
+        return torch.nn.functional.pad(page, (0, self.page_bytes(rows.shape[-1]) - page.shape[-1]))
+
+    def decode(self, page: Tensor, dim: int, side: Side) -> Tensor:
+        size = PAGE_TOKENS * dim
+        reduction, lanes = (dim, PAGE_TOKENS) if side == "key" else (PAGE_TOKENS, dim)
+        matrix = unpack(page[..., :size], 8, reduction, lanes).view(self._dtype).float()
+        scale = page[..., size : size + 4].contiguous().view(torch.float32).unsqueeze(-1)
+        return (matrix.transpose(-1, -2) if side == "key" else matrix) * scale
+
+    def supports(self, dim: int) -> str | None:
+        multiple = max(16, quads_multiple(8))
+        return None if dim % multiple == 0 else f"head size {dim} is not a multiple of {multiple}"
+
+    @property
+    def native_id(self) -> int:
+        return 128 + self.mantissa

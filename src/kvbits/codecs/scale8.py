@@ -1,0 +1,24 @@
+"""Scales of one byte."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvbits.codecs.affine import to_half
+
+
+def to_scale8(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """A positive scale as one byte ``uint8`` and what the byte means, ``float32``.
+
+    The byte is a float16 without its sign and its last seven bits, rounded up, so that codes reach as far as they have
+    to; at most 61440.
+    """
+    bits = to_half(scale).contiguous().view(torch.int16).to(torch.int32)
+    byte = ((bits + 127) >> 7).clamp(max=247).to(torch.uint8)
+    return byte, from_scale8(byte)
+
+
+def from_scale8(byte: Tensor) -> Tensor:
+    """What :func:`to_scale8` stored, ``float32``."""
+    return (byte.to(torch.int32) << 7).to(torch.int16).view(torch.float16).float()
