@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 NATIVE := $(wildcard CMakeLists.txt) $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench bench-peers clean
+.PHONY: help install demo test test-ray lint format bench bench-peers clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -37,6 +37,10 @@ demo: $(INSTALLED) ## several conversations from a 16-bit, INT8 and INT4 cache o
 # Tiny models synchronize often; threads that wait without spinning keep the suite quick on a busy machine.
 test: $(INSTALLED) ## the whole test suite
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+
+test-ray: $(INSTALLED) ## two replicas on a local Ray against one server (installs ray)
+	$(PIP) 'ray[serve]'
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m ray tests/test_ray.py
 
 lint: $(INSTALLED) ## ruff, mypy, import contracts, clang-format
 	$(BIN)/ruff check src tests benchmarks

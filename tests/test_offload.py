@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import random
 import resource
@@ -13,6 +14,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
+import torch
 from helpers.pages import extend, text
 from helpers.serving import byte_model, engine_of
 from hypothesis import settings
@@ -24,6 +26,9 @@ from kvbits.config import EngineConfig
 from kvbits.engine.engine import Engine
 from kvbits.engine.offload import MAGIC, FileStore
 from kvbits.errors import ConfigError
+from kvbits.models import LoadedModel
+from kvbits.models.load import wrap
+from kvbits.models.packed import pack_linears
 from kvbits.pages import PageManager, SecondTier
 from kvbits.pages.allocator import Frames
 
@@ -291,8 +296,16 @@ def prompts(count: int, length: int = 500) -> list[list[int]]:
     return [random.Random(seed).choices(range(3, 259), k=length) for seed in range(count)]
 
 
-def little_engine(frames: int = 14, **changes: object) -> Engine:
+def packed_model() -> LoadedModel:
+    """A model whose rounding does not depend on the other rows of a step."""
     loaded = byte_model()
+    loaded = wrap(loaded.model.to(torch.bfloat16), loaded.tokenizer, "tiny")
+    pack_linears(loaded.model)
+    return loaded
+
+
+def little_engine(frames: int = 14, loaded: LoadedModel | None = None, **changes: object) -> Engine:
+    loaded = loaded or byte_model()
     probe = engine_of(loaded, kv_cache_dtype="int4")
     return engine_of(loaded, kv_cache_dtype="int4", kv_cache_memory=frames * probe.pool.layout.frame_bytes, **changes)
 
@@ -311,6 +324,7 @@ def test_answers_from_offloaded_pages_are_those_of_pages_that_stayed(where: str,
     assert (stats.damaged, stats.failed_writes) == (0, 0)
     assert [p.name for p in tmp_path.iterdir()] == (["pages"] if where == "file" else [])
     del engine
+    gc.collect()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -356,8 +370,11 @@ def test_a_full_disk_is_survived(tmp_path: Path) -> None:
 
 
 def test_a_preempted_request_comes_back_from_the_tier() -> None:
-    engine = little_engine(frames=28, kv_offload_size=1 << 20)
-    alone = little_engine(frames=200)
+    loaded = packed_model()
+    if loaded.depends_on_rows():
+        pytest.skip(str(loaded.depends_on_rows()))
+    engine = little_engine(28, loaded, kv_offload_size=1 << 20)
+    alone = little_engine(200, loaded)
     expected = {f"r{i}": run(alone, prompt, 200)[0] for i, prompt in enumerate(prompts(4, 300))}
     for i, prompt in enumerate(prompts(4, 300)):
         params = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
@@ -406,10 +423,10 @@ def test_a_file_left_by_a_killed_process_is_used_again_but_not_a_running_ones(tm
 
 
 def test_the_real_model_answers_alike_from_offloaded_and_from_computed_pages() -> None:
-    texts = [topics[name][:3000] for name in sorted(topics, key=lambda name: -len(topics[name]))[:4]]
-    params = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True, logprobs=2)
+    texts = [topics[name][:1200] for name in sorted(topics, key=lambda name: -len(topics[name]))[:2]]
+    params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, logprobs=2)
     base = LLM("smollm2-135m", kv_cache_dtype="int4", batch_invariant=True, progress=False)
-    frames = base.engine.pool.layout.frames_of(1000)
+    frames = base.engine.pool.layout.frames_of(max(len(base.tokenizer(t)["input_ids"]) for t in texts) + 8)
     llm = LLM(
         base.loaded,
         kv_cache_dtype="int4",
@@ -421,7 +438,7 @@ def test_the_real_model_answers_alike_from_offloaded_and_from_computed_pages() -
     computed = [llm.generate(t, params)[0] for t in texts]
     assert llm.engine.pages.stats().tier.restored == 0  # type: ignore[union-attr]
     restored = [llm.generate(t, params)[0] for t in texts]
-    assert llm.engine.pages.stats().tier.restored >= 20  # type: ignore[union-attr]
+    assert llm.engine.pages.stats().tier.restored >= 4  # type: ignore[union-attr]
     for before, after in zip(computed, restored, strict=True):
         assert before.num_cached_tokens == 0
         assert after.num_cached_tokens >= len(after.prompt_token_ids) - 64

@@ -1,7 +1,7 @@
 """Where pages go that the pool gives up: frames copied to host memory or to a file, with a checksum of each.
 
-:class:`kvbits.pages.SecondTier` decides what is kept; this module moves the bytes. Files are written with ``pwrite`` and
-not mapped: a full disk is then an error of the call and not a signal that ends the process.
+:class:`kvbits.pages.SecondTier` decides what is kept; this module moves the bytes. Files are written with ``pwrite``
+and not mapped: a full disk is then an error of the call and not a signal that ends the process.
 """
 
 from __future__ import annotations

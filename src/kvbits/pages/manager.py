@@ -117,6 +117,10 @@ class PageManager:
         """Tokens that :meth:`open` and :meth:`restore` would find now, if no page is damaged."""
         return self._cache.reach(tokens, salt) * self.page_tokens
 
+    def hashes(self, tokens: Sequence[int], salt: bytes = b"") -> list[bytes]:
+        """The hashes of the full pages of ``tokens``, all tokens but the last."""
+        return list(self._cache.chain(self._cache.root(salt), tokens, 0))
+
     def fork(self, parent: int, child: int) -> None:
         """Create ``child`` with ``parent``'s tokens. All pages are shared; the open one is copied on the next write.
 

@@ -1,0 +1,185 @@
+"""Sealed pages as bytes: computed on one machine, used on another.
+
+A bundle holds the full pages that a text begins with, exactly as they lie in the pool, and what decides whether they
+may be used: model, policy, layout and a checksum. As a file it is safetensors (``docs/offload.md`` lists its fields).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from kvbits.config import PAGE_TOKENS
+from kvbits.engine.engine import Engine
+from kvbits.errors import CacheError, ConfigError
+
+FORMAT, VERSION = "kvbits-pages", "1"
+
+_SEQUENCE = -1
+"""The id of the sequence that holds the pages while they are copied; the engine's own count from 0."""
+
+
+@dataclass(frozen=True)
+class PageBundle:
+    """The pages of ``tokens`` (``int64 [pages * 64]``): ``frames`` is ``uint8 [frames, frame_bytes]``, page after page.
+
+    ``identity`` says what they belong to.
+    """
+
+    tokens: Tensor
+    frames: Tensor
+    identity: dict[str, str]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the pages alone."""
+        return self.frames.nbytes
+
+    def to_bytes(self) -> bytes:
+        """The bundle as a safetensors file."""
+        tensors = {"tokens": self.tokens, "frames": self.frames}
+        metadata = {"format": FORMAT, "version": VERSION, **self.identity, "sha256": _checksum(tensors)}
+        return save_tensors(tensors, metadata)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, what: str = "the bundle") -> PageBundle:
+        """Read what :meth:`to_bytes` wrote; ``what`` names it in errors. Raises ``ConfigError`` when it is damaged."""
+        try:
+            tensors = load_tensors(data)
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        except (SafetensorError, ValueError) as error:
+            raise ConfigError(f"{what} is damaged or no safetensors file: {' '.join(str(error).split())}") from error
+        metadata = header.get("__metadata__", {})
+        found = metadata.pop("format", None), metadata.pop("version", None)
+        if found != (FORMAT, VERSION) or set(tensors) != {"tokens", "frames"}:
+            raise ConfigError(f"{what} is no file of pages that this version reads ({FORMAT} {VERSION})")
+        if (tensors["tokens"].dtype, tensors["frames"].dtype) != (torch.int64, torch.uint8):
+            raise ConfigError(f"{what} is damaged: its tensors have other types")
+        if metadata.pop("sha256", None) != _checksum(tensors):
+            raise ConfigError(f"{what} is damaged: its checksum is another one")
+        return cls(tensors["tokens"], tensors["frames"], metadata)
+
+    def save(self, path: Path) -> None:
+        """Write the file. Raises ``ConfigError`` when that fails."""
+        try:
+            path.write_bytes(self.to_bytes())
+        except OSError as error:
+            raise ConfigError(f"cannot write the pages to '{path}': {error.strerror or error}") from error
+
+    @classmethod
+    def load(cls, path: Path) -> PageBundle:
+        """Read the file. Raises ``ConfigError`` when it is missing or damaged."""
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"cannot read '{path}': {error.strerror or error}") from error
+        return cls.from_bytes(data, f"'{path}'")
+
+
+def export_pages(engine: Engine, tokens: Sequence[int], salt: str = "") -> PageBundle:
+    """The full pages of ``tokens`` that ``engine`` has in its prefix cache, or in its offload tier."""
+    pages, pool = engine.pages, engine.pool
+    # One token more than there are: a lookup always leaves one to compute.
+    known = [*tokens, 0]
+    pages.open(_SEQUENCE, known, salt.encode())
+    try:
+        pages.restore(_SEQUENCE, known)
+        stored = pages.stored(_SEQUENCE)
+        index = torch.tensor([*stored.sink, *stored.sealed], dtype=torch.long)
+        frames = pool.buffer[index.to(pool.buffer.device)].cpu()
+        found = torch.tensor(pages.tokens(_SEQUENCE), dtype=torch.int64)
+    finally:
+        pages.free(_SEQUENCE)
+    return PageBundle(found, frames, _identity(engine))
+
+
+def import_pages(engine: Engine, bundle: PageBundle, salt: str = "", what: str = "the bundle") -> int:
+    """Put the pages of ``bundle`` into the prefix cache of ``engine``, between two steps; returns their tokens.
+
+    That is fewer than the bundle's where the pool has no room beside running requests. Raises ``ConfigError`` when the
+    pages belong to another model or policy, ``CacheError`` when the prefix cache is off.
+    """
+    if not engine.pages.enable_prefix_caching:
+        raise CacheError("pages can only be loaded into a prefix cache, and enable_prefix_caching is off")
+    _check(engine, bundle, what)
+    tokens = [*bundle.tokens.tolist(), 0]
+    engine.pages.open(_SEQUENCE, tokens, salt.encode())
+    try:
+        source = _BundleSource(engine, bundle, engine.pages.hashes(tokens, salt.encode()))
+        return engine.pages.restore(_SEQUENCE, tokens, source)
+    finally:
+        engine.pages.free(_SEQUENCE)
+
+
+class _BundleSource:
+    """A bundle as a source of pages."""
+
+    def __init__(self, engine: Engine, bundle: PageBundle, hashes: Sequence[bytes]) -> None:
+        self._buffer = engine.pool.buffer
+        self._frames = bundle.frames
+        self._layout = engine.pool.layout
+        self._number = {key: number for number, key in enumerate(hashes)}
+
+    def holds(self, key: bytes) -> bool:
+        return key in self._number
+
+    def fetch(self, key: bytes, frames: tuple[int, ...]) -> bool:
+        number, layout = self._number[key], self._layout
+        start = layout.first_frames + (number - 1) * layout.sealed.frames if number else 0
+        for offset, frame in enumerate(frames):
+            self._buffer[frame].copy_(self._frames[start + offset])
+        return True
+
+
+def _check(engine: Engine, bundle: PageBundle, what: str) -> None:
+    own, theirs = _identity(engine), bundle.identity
+    for name, label in _LABELS.items():
+        if theirs.get(name) != own[name]:
+            raise ConfigError(f"{what} holds pages of {label} '{theirs.get(name)}'; this engine's is '{own[name]}'")
+    layout, pages = engine.pool.layout, bundle.num_tokens // PAGE_TOKENS
+    count = layout.first_frames + (pages - 1) * layout.sealed.frames if pages else 0
+    if bundle.num_tokens % PAGE_TOKENS or tuple(bundle.frames.shape) != (count, layout.frame_bytes):
+        raise ConfigError(
+            f"{what} holds {bundle.num_tokens} tokens in {list(bundle.frames.shape)} bytes; expected "
+            f"{[count, layout.frame_bytes]}"
+        )
+
+
+_LABELS = {"fingerprint": "the model with the hash", "policy": "the KV cache dtype", "layout": "the page layout"}
+
+
+def _identity(engine: Engine) -> dict[str, str]:
+    """What decides the bytes of a page besides its tokens."""
+    layout = engine.pool.layout
+    places = [
+        [(p.scheme.name, p.frame, p.offset) for p in form.places] for form in (layout.sealed, layout.sink) if form
+    ]
+    text = json.dumps([PAGE_TOKENS, layout.frame_bytes, layout.sealed.frames, places])
+    return {
+        "model": engine.loaded.name,
+        "fingerprint": engine.loaded.fingerprint,
+        "policy": engine.pool.policy.name,
+        "layout": hashlib.sha256(text.encode()).hexdigest()[:16],
+    }
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in ("tokens", "frames"):
+        tensor = tensors[name]
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B"))
+    return digest.hexdigest()

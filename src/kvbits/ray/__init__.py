@@ -1,0 +1,1 @@
+"""Replicas of the engine on Ray Serve: one OpenAI-compatible address, many machines. Needs ``kvbits[ray]``."""

@@ -1,0 +1,166 @@
+"""The HTTP side of the cluster: reads a request, sends it to a replica, passes the answer on as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Message, Receive, Scope, Send
+
+from kvbits.ray.messages import HttpRequest, Route
+from kvbits.ray.prefix import block_hashes, prompt_text
+from kvbits.server.errors import ApiError
+
+log = logging.getLogger(__name__)
+
+_LOST = (RayActorError, RayServeException, BackPressureError)
+"""What a call raises when its replica is gone or not to be reached."""
+
+RETRY_SECONDS = 5
+
+
+class Front:
+    """An ASGI application over the deployment ``deployment``.
+
+    A request whose replica dies before the answer began is sent to another one, ``retries`` times; an answer that has
+    begun ends with an error event.
+    """
+
+    def __init__(self, deployment: str, application: str, max_body: int, retries: int) -> None:
+        self._handle = serve.get_deployment_handle(deployment, application)
+        self._max_body = max_body
+        self._retries = retries
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+        if scope["type"] != "http":
+            return
+        try:
+            request = await self._read(scope, receive)
+        except ClientDisconnect:
+            return
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        text = prompt_text(request.body) if request.method == "POST" else None
+        blocks = block_hashes(text) if text else ()
+        answer = _Answer(send)
+        work = asyncio.ensure_future(self._answer(request, blocks, answer))
+        watch = asyncio.ensure_future(_disconnected(receive))
+        try:
+            await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                await work
+        finally:
+            for task in (work, watch):
+                task.cancel()
+            await asyncio.gather(work, watch, return_exceptions=True)
+
+    async def _answer(self, request: HttpRequest, blocks: tuple[bytes, ...], answer: _Answer) -> None:
+        for attempt in range(self._retries + 1):
+            try:
+                await self._once(request, Route(blocks), answer)
+                return
+            except RayTaskError:
+                log.exception("a replica failed on %s", request.path)
+                await answer.end(ApiError(500, "an internal error; the log has more", code="internal_error"))
+                return
+            except _LOST as error:
+                log.warning("a replica was lost under %s: %s", request.path, type(error).__name__)
+                if answer.begun:
+                    break
+                if attempt < self._retries:
+                    await asyncio.sleep(0.1 * 2**attempt)
+        message = "the replica that worked on this request was lost"
+        await answer.end(ApiError(503, message, code="replica_lost", retry_after=RETRY_SECONDS))
+
+    async def _once(self, request: HttpRequest, route: Route, answer: _Answer) -> None:
+        answer.start = None
+        stream = self._handle.options(stream=True).http.remote(route, request)
+        try:
+            async for batch in stream:
+                for message in batch:
+                    await answer.send(message)
+        except asyncio.CancelledError:
+            stream.cancel()
+            raise
+
+    async def _read(self, scope: Scope, receive: Receive) -> HttpRequest:
+        body = bytearray()
+        async for part in Request(scope, receive).stream():
+            body += part
+            # A little more than the replicas take, so that they refuse what is too large in their own words.
+            if len(body) > self._max_body + 1:
+                raise ApiError(413, f"the request's body is larger than {self._max_body} bytes")
+        client = scope.get("client")
+        return HttpRequest(
+            scope["method"],
+            scope["path"],
+            scope["query_string"],
+            tuple((bytes(name), bytes(value)) for name, value in scope["headers"]),
+            None if client is None else (client[0], client[1]),
+            bytes(body),
+        )
+
+
+class _Answer:
+    """What was passed on so far. The head waits for the first byte, so that another replica can still take over."""
+
+    def __init__(self, send: Callable[[Message], Awaitable[None]]) -> None:
+        self._send = send
+        self.start: Message | None = None
+        self.begun = False
+        self.done = False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.start = message
+            return
+        if not self.begun:
+            assert self.start is not None
+            self.begun = True
+            await self._send(self.start)
+        self.done = not message.get("more_body", False)
+        await self._send(message)
+
+    async def end(self, error: ApiError) -> None:
+        """Close with ``error``: the last event of a stream that has begun, or the whole answer."""
+        if self.done:
+            return
+        if self.begun:
+            await self.send({"type": "http.response.body", "body": f"data: {json.dumps(error.body())}\n\n".encode()})
+            return
+        response = error.response()
+        head = {"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers}
+        await self.send(head)
+        await self.send({"type": "http.response.body", "body": response.body})
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while True:
+        message = await receive()
+        await send({"type": f"{message['type']}.complete"})
+        if message["type"] == "lifespan.shutdown":
+            return
+
+
+def front_of(**options: Any) -> Callable[[], Front]:
+    """A builder that Ray Serve calls in the front's own process."""
+
+    def build() -> Front:
+        return Front(**options)
+
+    return build

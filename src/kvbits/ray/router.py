@@ -1,0 +1,69 @@
+"""Where a request goes: to the replica that holds the pages of its prompt, unless that one is much busier."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from typing import Any
+
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+
+from kvbits.ray.messages import Route
+from kvbits.ray.prefix import PrefixMap, choose
+
+
+class PrefixRouter(RequestRouter):  # type: ignore[misc]
+    """One in each process that sends requests. Its first argument of every call is a :class:`Route`.
+
+    ``imbalance``: how many more requests than the least loaded the holder of a prefix may have. ``capacity``: blocks
+    that are remembered.
+    """
+
+    def initialize_state(self, imbalance: int = 8, capacity: int = 200_000) -> None:
+        self._imbalance = imbalance
+        self._map = PrefixMap(capacity)
+        self._under_way: Counter[str] = Counter()
+        self._sent: dict[str, str] = {}
+        self._turn = itertools.count()
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """Ranks of one replica each, the best first."""
+        by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        route = _route(pending_request)
+        if pending_request is not None:
+            pending_request.routing_context.should_backoff = True
+        if route is None:
+            return [candidate_replicas]
+        route.alive = tuple(sorted(by_name))
+        if route.target in by_name:
+            return [[by_name[route.target]]]
+        route.holder, _ = self._map.holder(route.blocks, by_name)
+        # Equally loaded replicas take turns.
+        names = sorted(by_name)
+        turn = next(self._turn) % len(names) if names else 0
+        loads = {name: self._under_way[name] for name in names[turn:] + names[:turn]}
+        return [[by_name[name]] for name in choose(route.holder, loads, self._imbalance)]
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        """Remember who got the prompt."""
+        route = _route(pending_request)
+        name = replica_id.unique_id
+        if route is None or route.target is not None:
+            return
+        self._map.record(route.blocks, name)
+        self._under_way[name] += 1
+        self._sent[pending_request.metadata.internal_request_id] = name
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """Count one request less."""
+        name = self._sent.pop(internal_request_id, None)
+        if name is not None:
+            self._under_way[name] -= 1
+
+
+def _route(pending: PendingRequest | None) -> Route | None:
+    if pending is None:
+        return None
+    return next((argument for argument in pending.args if isinstance(argument, Route)), None)
