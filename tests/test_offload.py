@@ -6,6 +6,7 @@ import errno
 import gc
 import logging
 import random
+import re
 import resource
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from helpers.serving import byte_model, engine_of
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from prometheus_client import CollectorRegistry, generate_latest
 
 from kvbits import LLM, SamplingParams
 from kvbits.config import EngineConfig
@@ -31,6 +33,9 @@ from kvbits.models.load import wrap
 from kvbits.models.packed import pack_linears
 from kvbits.pages import PageManager, SecondTier
 from kvbits.pages.allocator import Frames
+from kvbits.server.metrics import EngineCollector
+from kvbits.server.observe import Observer
+from kvbits.server.worker import EngineWorker
 
 P = 4
 """Tokens in a page of the random test."""
@@ -387,6 +392,30 @@ def test_a_preempted_request_comes_back_from_the_tier() -> None:
     assert engine.pages.stats().tier.restored > 0  # type: ignore[union-attr]
     assert got == expected
     engine.pages.check()
+
+
+def test_what_an_operator_sees() -> None:
+    engine = little_engine(kv_offload_size=1 << 20)
+    for prompt in prompts(3):
+        run(engine, prompt)
+    registry = CollectorRegistry()
+    registry.register(EngineCollector(EngineWorker(engine, Observer(registry, "m")), "m"))
+    page = generate_latest(registry).decode()
+    found = dict(re.findall(r'^(kvbits:offload_\w+)\{model_name="m"\} ([0-9.e+]+)$', page, re.MULTILINE))
+    stats = engine.pages.stats().tier
+    assert stats is not None
+    assert stats.stored > 0
+    assert {name: float(value) for name, value in found.items()} == {
+        "kvbits:offload_bytes": stats.used * engine.pool.layout.frame_bytes,
+        "kvbits:offload_capacity_bytes": stats.slots * engine.pool.layout.frame_bytes,
+        "kvbits:offload_pages": stats.pages,
+        "kvbits:offload_read_only": 0,
+        "kvbits:offload_stored_total": stats.stored,
+        "kvbits:offload_restored_total": stats.restored,
+        "kvbits:offload_dropped_total": stats.dropped,
+        "kvbits:offload_damaged_total": 0,
+        "kvbits:offload_failed_writes_total": 0,
+    }
 
 
 # Options

@@ -67,10 +67,13 @@ def load(
     """Check a file of pages and load it; with a prompt that begins with its text, answer that."""
     results = JsonFile(json_file)
     text = None if prompt is None and prompt_file is None else _only(prompt, prompt_file)
+    from kvbits.engine.transfer import PageBundle
+
     llm = _llm(model, kv_cache_dtype, kv_policy, kv_cache_memory, dtype, threads)
     begin = time.perf_counter()
-    bundle = llm.load_cache(file)
+    llm.load_cache(file)
     seconds = time.perf_counter() - begin
+    bundle = PageBundle.load(file)
     facts: dict[str, Any] = _facts(bundle, file) | {"load_seconds": seconds}
     note(f"Loaded in {seconds:.3f} s: {_line(facts)}")
     if text is not None:

@@ -40,6 +40,13 @@ KVPolicies = Annotated[
     typer.Option("--kv-policy", metavar="DIR", help="A policy that 'kvbits calibrate' wrote; repeat for several."),
 ]
 KVCacheMemory = Annotated[str, typer.Option(metavar="SIZE", help="Bytes of the cache, for example 256MiB or 1.5GB.")]
+KVOffloadSize = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Keep pages that the cache gives up in so much host memory, or in a file."),
+]
+KVOffloadPath = Annotated[
+    str | None, typer.Option(metavar="PATH", help="A file or a directory for --kv-offload-size, instead of memory.")
+]
 MaxModelLen = Annotated[
     int | None, typer.Option(metavar="TOKENS", help="Longest prompt plus answer. Default: the model's context.")
 ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kvbits.cli import options
+from kvbits.cli.cluster import check_ray, serve_cluster
 from kvbits.cli.session import load, note
 from kvbits.errors import ConfigError
 
@@ -24,6 +26,11 @@ def serve(
     enable_prefix_caching: Annotated[
         bool, typer.Option(help="Keep sealed pages after a request for prompts that begin alike.")
     ] = True,
+    kv_offload_size: options.KVOffloadSize = None,
+    kv_offload_path: options.KVOffloadPath = None,
+    cache_file: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Start with pages of 'kvbits cache save'; may repeat.")
+    ] = None,
     batch_invariant: Annotated[
         bool, typer.Option("--batch-invariant", help="Answers that do not depend on batch, chunk or cache hits.")
     ] = False,
@@ -50,6 +57,17 @@ def serve(
     ] = "8MiB",
     dtype: options.Dtype = "bfloat16",
     threads: options.Threads = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Serve from replicas on Ray (pip install 'kvbits[ray]').")] = False,
+    ray_replicas: Annotated[
+        str, typer.Option(metavar="N|MIN-MAX", help="Replicas with --ray; a range scales by queue and cache usage.")
+    ] = "1",
+    ray_routing: Annotated[
+        str,
+        typer.Option(metavar="HOW", help="With --ray: 'prefix' (to the replica with the prompt's pages) or 'random'."),
+    ] = "prefix",
+    ray_address: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="The Ray cluster to join. Default: this machine alone.")
+    ] = None,
     log_level: Annotated[str, typer.Option(metavar="LEVEL", help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Serve the model over HTTP as OpenAI does; a live page is at /, metrics are at /metrics."""
@@ -76,13 +94,27 @@ def serve(
         max_num_batched_tokens=max_num_batched_tokens,
         enable_prefix_caching=enable_prefix_caching,
         batch_invariant=batch_invariant,
+        kv_offload_size=None if kv_offload_size is None else parse_bytes(kv_offload_size),
+        kv_offload_path=kv_offload_path,
     )
     set_up(log_level)
+    if ray:
+        if cache_file:
+            raise ConfigError("--cache-file loads pages into one server; with --ray replicas take them from each other")
+        check_ray()
+        from kvbits.ray.options import ReplicaOptions
+
+        replica = ReplicaOptions(model, config, served, dtype, threads)
+        serve_cluster(replica, ray_replicas, ray_routing, host, port, ray_address)
+        return
     loaded = load(model, dtype, threads)
     from kvbits.engine.engine import Engine
+    from kvbits.engine.transfer import load_pages
     from kvbits.server.run import serve as run
     from kvbits.server.run import start_line
 
     engine = Engine(loaded, config)
+    for path in cache_file or ():
+        note(f"Loaded {load_pages(engine, path)} tokens from '{path}'")
     note(start_line(engine, served, host, port))
     run(engine, served, host, port)

@@ -13,7 +13,7 @@ from kvbits.engine.params import SamplingParams
 from kvbits.engine.progress import Progress
 from kvbits.engine.speculation import SpeculationStats, SpeculativeConfig
 from kvbits.engine.text import encode, encode_chat
-from kvbits.engine.transfer import PageBundle, export_pages, import_pages
+from kvbits.engine.transfer import PageBundle, export_pages, load_pages
 from kvbits.errors import CacheError, ConfigError, RequestError
 from kvbits.kernels import Backend
 from kvbits.models import LoadedModel, load_model
@@ -141,17 +141,15 @@ class LLM:
         bundle.save(Path(path))
         return bundle
 
-    def load_cache(self, path: str | Path, *, salt: str = "") -> PageBundle:
+    def load_cache(self, path: str | Path, *, salt: str = "") -> int:
         """Put the pages of a file into the prefix cache: prompts that begin with its tokens skip their computation.
+
+        Returns the number of tokens.
 
         Raises ``ConfigError`` when the file is damaged or belongs to another model or KV cache dtype, ``CacheError``
         when the pool has no room for all of it.
         """
-        bundle = PageBundle.load(Path(path))
-        loaded = import_pages(self.engine, bundle, salt, f"'{path}'")
-        if loaded < bundle.num_tokens:
-            raise CacheError(f"the KV cache has room for {loaded} of the {bundle.num_tokens} tokens in '{path}'")
-        return bundle
+        return load_pages(self.engine, Path(path), salt)
 
     def _run(
         self, results: list[RequestOutput], index_of: dict[str, int], on_token: OnToken | None, show: bool

@@ -124,6 +124,19 @@ def import_pages(engine: Engine, bundle: PageBundle, salt: str = "", what: str =
         engine.pages.free(_SEQUENCE)
 
 
+def load_pages(engine: Engine, path: Path, salt: str = "") -> int:
+    """Put the pages of the file ``path`` into the prefix cache of ``engine``; returns their tokens.
+
+    Raises ``ConfigError`` when the file is damaged or belongs to another model or KV cache dtype, ``CacheError`` when
+    the pool has no room for all of it.
+    """
+    bundle = PageBundle.load(path)
+    loaded = import_pages(engine, bundle, salt, f"'{path}'")
+    if loaded < bundle.num_tokens:
+        raise CacheError(f"the KV cache has room for {loaded} of the {bundle.num_tokens} tokens in '{path}'")
+    return loaded
+
+
 class _BundleSource:
     """A bundle as a source of pages."""
 

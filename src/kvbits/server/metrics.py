@@ -8,6 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from kvbits.config import PAGE_TOKENS
+from kvbits.pages import TierStats
 from kvbits.server.worker import EngineWorker
 
 
@@ -72,11 +73,28 @@ class EngineCollector(Collector):
         yield self._gauge("bits_per_element", "Of a sealed page.", held.bits_per_element(), "kvbits:")
         yield self._gauge("bytes_per_token", "Of a sealed page.", held.bytes_per_token(), "kvbits:")
         yield self._counter("cached_pages_evicted", "Cached pages given up.", pool.evictions, "kvbits:")
+        if pool.tier is not None:
+            yield from self._offload(pool.tier, held.layout.frame_bytes)
         yield self._counter("engine_steps", "Steps of the engine.", stats.steps, "kvbits:")
         phases = CounterMetricFamily("kvbits:step_seconds", "Time in steps.", labels=["model_name", "phase"])
         for phase, seconds in stats.seconds.items():
             phases.add_metric([self._model, phase], seconds)
         yield phases
+
+    def _offload(self, tier: TierStats, frame_bytes: int) -> Iterator[Metric]:
+        used, whole = tier.used * frame_bytes, tier.slots * frame_bytes
+        yield self._gauge("offload_bytes", "Bytes of pages in the offload tier.", used, "kvbits:")
+        yield self._gauge("offload_capacity_bytes", "Bytes that the offload tier holds.", whole, "kvbits:")
+        yield self._gauge("offload_pages", "Pages in the offload tier.", tier.pages, "kvbits:")
+        yield self._gauge("offload_read_only", "1 after a failed write.", tier.read_only, "kvbits:")
+        for name, text, value in (
+            ("stored", "Pages written to the offload tier.", tier.stored),
+            ("restored", "Pages brought back from the offload tier.", tier.restored),
+            ("dropped", "Pages that made room in the offload tier.", tier.dropped),
+            ("damaged", "Offloaded pages that failed their checksum or could not be read.", tier.damaged),
+            ("failed_writes", "Pages that could not be written.", tier.failed_writes),
+        ):
+            yield self._counter(f"offload_{name}", text, value, "kvbits:")
 
     def _gauge(self, name: str, text: str, value: float, prefix: str = "vllm:") -> Metric:
         metric = GaugeMetricFamily(prefix + name, text, labels=["model_name"])
