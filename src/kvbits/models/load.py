@@ -19,6 +19,7 @@ from kvbits.attention import IMPLEMENTATION, Forward, attend
 from kvbits.config import ModelGeometry
 from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.models.geometry import geometry_of
+from kvbits.models.hugepages import collapse_to_huge_pages
 from kvbits.models.locate import Source, locate
 from kvbits.models.packed import depends_on_rows, pack_linears
 from kvbits.models.quiet import quiet
@@ -96,6 +97,7 @@ def load_model(
     model = _read(name, "weights", AutoModelForCausalLM, source, **options)
     loaded = wrap(model, tokenizer, name, geometry)
     pack_linears(model)  # after the fingerprint, which reads the plain weights
+    collapse_to_huge_pages()
     return loaded
 
 
