@@ -135,7 +135,12 @@ def test_json_has_plain_types_only() -> None:
     result = plan(SMALL, [parse_policy("int8", 30)], GIB, [64, 4096])
     read = json.loads(json.dumps(result.as_json()))
     assert read == result.as_json()
-    assert read["schemes"][0]["sessions"]["4096"] == result.schemes[0].contexts[1].sessions
+    first, second = read["schemes"][0]["contexts"]
+    assert (first["context"], second["context"]) == (64, 4096)
+    assert second["sessions"] == result.schemes[0].contexts[1].sessions
+    for name in ("dtype", "bits_per_element", "kv_bytes_per_token", "sessions", "longest_context", "gain_over_16bit"):
+        assert isinstance(read["schemes"][0][name], str if name == "dtype" else (int, float)), name
+    assert read["schemes"][0]["sessions"] == first["sessions"]
 
 
 def test_impossible_plans_name_the_numbers() -> None:

@@ -48,12 +48,12 @@ def tokens_of(loaded: LoadedModel, text: str) -> list[int]:
 
 
 class Bar(AbstractContextManager[Callable[[int], None]]):
-    """A progress bar over tokens on stderr; entering it gives the function to advance it."""
+    """A progress bar over tokens (or another ``unit``) on stderr; entering it gives the function to advance it."""
 
-    def __init__(self, total: int, label: str) -> None:
+    def __init__(self, total: int, label: str, unit: str = "tok") -> None:
         from tqdm import tqdm
 
-        self._bar = tqdm(total=total, desc=label, unit="tok", unit_scale=True, file=sys.stderr, leave=False, delay=1.0)
+        self._bar = tqdm(total=total, desc=label, unit=unit, unit_scale=True, file=sys.stderr, leave=False, delay=1.0)
 
     def __enter__(self) -> Callable[[int], None]:
         return self._advance

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from kvbits.codecs import OPEN, Policy, PoolLayout
 from kvbits.config import PAGE_TOKENS, ModelGeometry
 from kvbits.errors import ConfigError
+from kvbits.planning.window import has_windows, windowed_session_bytes
 
 
 @dataclass(frozen=True)
@@ -16,17 +17,22 @@ class ContextPlan:
     """Sessions of ``context`` tokens each, in one scheme.
 
     ``sessions`` is what the memory holds at once, open pages included; ``running`` is that number or ``max_num_seqs``,
-    whichever ``fills_first``. ``gain_over_16bit`` compares the bytes that one such session holds, so that rounding to
-    whole sessions does not blur it.
+    whichever ``fills_first``. ``admitted`` is how many such prompts a scheduler with a watermark starts together.
+    ``open_bytes`` are those of ``session_bytes`` that are the open page's. ``gain_over_16bit`` compares the bytes that
+    one such session holds, so that rounding to whole sessions does not blur it. ``windowed_sessions``: see
+    :mod:`kvbits.planning.window`; ``None`` for a model without sliding windows.
     """
 
     context: int
     sessions: int
     running: int
+    admitted: int
     fills_first: Literal["memory", "max_num_seqs"]
     session_bytes: int
+    open_bytes: int
     effective_bits_per_element: float
     gain_over_16bit: float
+    windowed_sessions: int | None
 
 
 @dataclass(frozen=True)
@@ -48,23 +54,10 @@ class SchemePlan:
     limited_by: Literal["memory", "model"]
 
     def as_json(self) -> dict[str, Any]:
-        """The plan in plain types; what depends on the context is keyed by it."""
-        return {
-            "dtype": self.dtype,
-            "bits_per_element": self.bits_per_element,
-            "kv_bytes_per_token": self.kv_bytes_per_token,
-            "frame_bytes": self.frame_bytes,
-            "open_page_bytes": self.open_page_bytes,
-            "num_frames": self.num_frames,
-            "sessions": {str(c.context): c.sessions for c in self.contexts},
-            "running": {str(c.context): c.running for c in self.contexts},
-            "fills_first": {str(c.context): c.fills_first for c in self.contexts},
-            "session_bytes": {str(c.context): c.session_bytes for c in self.contexts},
-            "effective_bits_per_element": {str(c.context): c.effective_bits_per_element for c in self.contexts},
-            "gain_over_16bit": {str(c.context): c.gain_over_16bit for c in self.contexts},
-            "longest_context": self.longest_context,
-            "limited_by": self.limited_by,
-        }
+        """The plan in plain types. What depends on the context is that of the first one asked for; ``contexts`` has
+        all of them."""
+        first = asdict(self.contexts[0]) if self.contexts else {}
+        return {**asdict(self), **first, "contexts": [asdict(c) for c in self.contexts]}
 
 
 @dataclass(frozen=True)
@@ -100,10 +93,12 @@ def plan(
     weights_bytes: int = 0,
     workspace_bytes: int = 0,
     max_num_seqs: int | None = None,
+    watermark: int | None = None,
 ) -> Plan:
     """Plan ``memory_bytes`` (weights, workspace and cache together) for sessions of each of ``contexts`` tokens.
 
-    A policy that not even one session fits is planned with zero sessions. Raises ``ConfigError`` when nothing is left
+    One frame in ``watermark`` stays free when a scheduler admits a session beside others (``None``: none does). A
+    policy that not even one session fits is planned with zero sessions. Raises ``ConfigError`` when nothing is left
     for the cache or a context is not one that the model can have, ``UnsupportedError`` when a layer does not fit its
     codec.
     """
@@ -121,12 +116,17 @@ def plan(
             raise ConfigError(
                 f"a context of {context} tokens cannot be planned: {geometry.name} has 1 to {geometry.max_position}"
             )
-    schemes = tuple(_scheme(geometry, policy, cache_bytes, asked, max_num_seqs) for policy in policies)
+    schemes = tuple(_scheme(geometry, policy, cache_bytes, asked, max_num_seqs, watermark) for policy in policies)
     return Plan(geometry.name, memory_bytes, weights_bytes, workspace_bytes, cache_bytes, max_num_seqs, schemes)
 
 
 def _scheme(
-    geometry: ModelGeometry, policy: Policy, cache_bytes: int, contexts: Sequence[int], max_num_seqs: int | None
+    geometry: ModelGeometry,
+    policy: Policy,
+    cache_bytes: int,
+    contexts: Sequence[int],
+    max_num_seqs: int | None,
+    watermark: int | None,
 ) -> SchemePlan:
     layout = PoolLayout.of(geometry, policy)
     num_frames = cache_bytes // layout.frame_bytes
@@ -140,25 +140,38 @@ def _scheme(
         frame_bytes=layout.frame_bytes,
         open_page_bytes=layout.open.frames * layout.frame_bytes,
         num_frames=num_frames,
-        contexts=tuple(_context(geometry, layout, num_frames, c, max_num_seqs) for c in contexts),
+        contexts=tuple(_context(geometry, policy, layout, cache_bytes, c, max_num_seqs, watermark) for c in contexts),
         longest_context=min(longest, geometry.max_position),
         limited_by="memory" if longest < geometry.max_position else "model",
     )
 
 
 def _context(
-    geometry: ModelGeometry, layout: PoolLayout, num_frames: int, context: int, max_num_seqs: int | None
+    geometry: ModelGeometry,
+    policy: Policy,
+    layout: PoolLayout,
+    cache_bytes: int,
+    context: int,
+    max_num_seqs: int | None,
+    watermark: int | None,
 ) -> ContextPlan:
-    sessions = num_frames // layout.frames_of(context)
-    held = layout.frames_of(context) * layout.frame_bytes
+    num_frames = cache_bytes // layout.frame_bytes
+    each = layout.frames_of(context)
+    sessions = num_frames // each
+    held = each * layout.frame_bytes
+    spare = 0 if watermark is None else num_frames // watermark
     plain = PoolLayout.of(geometry, Policy("bf16", (OPEN,) * geometry.num_layers))
     running = sessions if max_num_seqs is None else min(sessions, max_num_seqs)
+    windowed = windowed_session_bytes(geometry, policy, context) if has_windows(geometry) else None
     return ContextPlan(
         context=context,
         sessions=sessions,
         running=running,
+        admitted=min(running, max(min(sessions, 1), (num_frames - spare) // each)),
         fills_first="memory" if running == sessions else "max_num_seqs",
         session_bytes=held,
+        open_bytes=layout.open.frames * layout.frame_bytes,
         effective_bits_per_element=8 * held / (context * geometry.bytes_per_token_16bit() / 2),
         gain_over_16bit=plain.frames_of(context) * plain.frame_bytes / held,
+        windowed_sessions=None if windowed is None else cache_bytes // windowed,
     )

@@ -1,0 +1,238 @@
+"""``kvbits plan``: what fits a memory, before anything is bought or started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvbits.cli import options
+from kvbits.cli.output import JsonFile, writable
+from kvbits.cli.session import Bar
+from kvbits.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvbits.planning import Plan
+    from kvbits.planning.facts import ModelFacts
+    from kvbits.planning.hf_config import MLA
+    from kvbits.planning.request import Options
+    from kvbits.planning.traffic import Run
+
+GIB = 1 << 30
+
+
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL_OR_CONFIG",
+            help="A model of the tables (llama-3.1-8b, qwen3-32b, deepseek-v3, ...; 'list' shows them), a config.json, "
+            "or a model as for generate.",
+        ),
+    ],
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory of one device: weights, workspace, cache.")
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="DTYPE|SIZE", help="bf16, fp8, int4, mxfp4, ... or bytes. Default: as published."),
+    ] = None,
+    context: Annotated[
+        list[int] | None,
+        typer.Option(metavar="TOKENS", help="Tokens of a session; repeat for several. Default: the model's context."),
+    ] = None,
+    kv_cache_dtype: options.KVCacheDtypes = None,
+    policy: Annotated[
+        list[Path] | None,
+        typer.Option("--policy", "--kv-policy", metavar="DIR", help="A calibrated policy; repeat for several."),
+    ] = None,
+    workspace: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Bytes of a step's activations. Default: an estimate.")
+    ] = None,
+    tensor_parallel_size: Annotated[int, typer.Option(metavar="N", help="Devices that share the model.")] = 1,
+    max_model_len: Annotated[
+        int | None, typer.Option(metavar="TOKENS", help="The model's context, where rope scaling changes it.")
+    ] = None,
+    max_num_seqs: Annotated[
+        int | None, typer.Option(metavar="N", help="Most sequences at once. Default: no limit; 256 with --trace.")
+    ] = None,
+    max_num_batched_tokens: Annotated[int, typer.Option(metavar="TOKENS", help="Token budget of a step.")] = 2048,
+    mla: Annotated[
+        str,
+        typer.Option(
+            metavar="FORM",
+            help="Multi-head latent attention: 'latent', as engines with kernels for it store it, or 'expanded', every "
+            "head's keys and values, as kvbits' engine does.",
+        ),
+    ] = "latent",
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Requests to simulate: Mooncake JSON lines or Azure CSV.")
+    ] = None,
+    load: Annotated[
+        list[float] | None, typer.Option(metavar="X", help="With --trace: arrivals X times as dense; repeat.")
+    ] = None,
+    trace_requests: Annotated[
+        int | None, typer.Option(metavar="N", help="With --trace: only its first N requests.")
+    ] = None,
+    bandwidth: Annotated[
+        str, typer.Option(metavar="SIZE", help="With --trace: bytes a second that a device reads from its memory.")
+    ] = "2.7TB",
+    tflops: Annotated[
+        float, typer.Option(metavar="X", help="With --trace: 10^12 operations a second that a device reaches.")
+    ] = 400.0,
+    picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Sessions against context, PNG or SVG.")] = None,
+    json_file: options.JsonFile = None,
+) -> None:
+    """Plan sessions and context for every cache dtype, from a model's configuration alone.
+
+    Sizes are exact and are those of the engine's own pool. With --trace, a discrete-event simulation says how many
+    requests wait or are preempted; its step times come from --bandwidth and --tflops (by default four fifths of an
+    H100's bandwidth and two fifths of its dense 16-bit peak).
+    """
+    from kvbits.planning.facts import known_models
+
+    if model == "list":
+        print("\n".join(known_models()))
+        return
+    if memory is None:
+        raise ConfigError("there is no memory to plan; give --memory SIZE")
+    results = JsonFile(json_file)
+    if picture is not None:
+        _check_picture(picture)
+    if mla not in ("latent", "expanded"):
+        raise ConfigError(f"--mla is '{mla}'; choose from latent, expanded")
+    if max_num_batched_tokens < 1:
+        raise ConfigError(f"--max-num-batched-tokens is {max_num_batched_tokens}; it must be positive")
+    from kvbits.engine.scheduler import WATERMARK
+    from kvbits.planning.request import Options, make_plan
+
+    facts = _facts(model, "latent" if mla == "latent" else "expanded")
+    asked = Options(
+        memory=memory,
+        weights=weights or facts.weights,
+        contexts=tuple(context or ()),
+        dtypes=tuple(kv_cache_dtype or ()),
+        policies=tuple(policy or ()),
+        workspace=workspace,
+        ranks=tensor_parallel_size,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        watermark=WATERMARK,
+    )
+    planned = make_plan(facts, asked)
+    _print(planned.plan, facts, asked)
+    document = {
+        **planned.plan.as_json(),
+        "weights": asked.weights,
+        "source": facts.source,
+        "parameters": facts.parameters.total,
+        "tensor_parallel_size": tensor_parallel_size,
+        "mla": mla if facts.latent or mla == "expanded" else None,
+    }
+    if picture is not None:
+        from kvbits.planning.picture import draw
+
+        draw(planned.swept, picture)
+    if trace is not None:
+        from kvbits.planning.traffic import Traffic
+
+        traffic = Traffic.read(trace, trace_requests, tuple(load or (1.0,)), bandwidth, tflops)
+        count = len(traffic.arrivals) * len(traffic.loads) * len(planned.policies)
+        with Bar(count, "simulating", "request") as advance:
+            runs = list(traffic.run(facts, planned, asked, advance))
+        _print_runs(runs, len(traffic.arrivals))
+        document["trace"] = {**traffic.as_json(), "runs": [run.as_json() for run in runs]}
+    results.write(document)
+
+
+def _facts(model: str, mla: MLA) -> ModelFacts:
+    """From the tables without loading transformers, where they have the model."""
+    from kvbits.planning.facts import known_facts
+
+    known = known_facts(model, mla)
+    if known is not None:
+        return known
+    from kvbits.models.facts import facts_of_model
+
+    return facts_of_model(model, mla)
+
+
+def _check_picture(path: Path) -> None:
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"the picture '{path}' is none of .png, .svg, .pdf")
+    writable(path)
+
+
+def _print(made: Plan, facts: ModelFacts, options: Options) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    each = f", on each of {options.ranks} devices" if options.ranks > 1 else ""
+    console.print(
+        f"{made.model}{each}: {_gib(made.memory_bytes)} = {_gib(made.weights_bytes)} weights ({options.weights}) + "
+        f"{_gib(made.workspace_bytes)} workspace + {_gib(made.cache_bytes)} cache",
+        highlight=False,
+    )
+    windowed = any(c.windowed_sessions is not None for s in made.schemes for c in s.contexts)
+    table = Table()
+    for name in ("KV cache", "bits", "KV bytes/token", "context", "sessions", "open pages", "fills first", "x 16 bit"):
+        table.add_column(name, justify="left" if name in ("KV cache", "fills first") else "right")
+    table.add_column("longest context", justify="right")
+    if windowed:
+        table.add_column("windows freed", justify="right")
+    for scheme in made.schemes:
+        for c in scheme.contexts:
+            table.add_row(
+                scheme.dtype,
+                f"{scheme.bits_per_element:.2f}",
+                f"{scheme.kv_bytes_per_token:,.0f}",
+                f"{c.context:,}",
+                f"{c.running:,}",
+                f"{100 * c.open_bytes / c.session_bytes:.1f} %",
+                c.fills_first,
+                f"{c.gain_over_16bit:.2f}",
+                f"{scheme.longest_context:,}" + (" (model)" if scheme.limited_by == "model" else ""),
+                *([f"{c.windowed_sessions:,}"] if c.windowed_sessions is not None else []),
+            )
+    console.print(table)
+    if windowed:
+        print(
+            "Sessions: every layer keeps all pages, as kvbits does. Windows freed: sessions for an engine that gives "
+            "back pages that have left a sliding window."
+        )
+    if facts.latent:
+        print("The cache is the latent of multi-head latent attention; kvbits' own engine stores --mla expanded.")
+
+
+def _print_runs(runs: list[Run], requests: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{requests:,} requests")
+    table.add_column("KV cache")
+    names = "load", "waited > 1 s", "wait p50 / p99 s", "preempted", "refused", "running", "pool use", "prefix hits"
+    for name in (*names, "first token p50 / p99 s", "tokens/s"):
+        table.add_column(name, justify="right")
+    for run in runs:
+        r = run.outcome.as_json()
+        table.add_row(
+            run.dtype,
+            f"{run.load:g}",
+            f"{r['waited']:,}",
+            f"{r['wait_p50_s']:,.1f} / {r['wait_p99_s']:,.1f}",
+            f"{r['preempted']:,}",
+            f"{r['refused']:,}",
+            f"{r['mean_running']:,.0f}",
+            f"{100 * r['mean_use']:.0f} %",
+            f"{100 * r['prefix_hit_share']:.1f} %",
+            f"{r['first_token_p50_s']:,.1f} / {r['first_token_p99_s']:,.1f}",
+            f"{r['answer_tokens_per_s']:,.0f}",
+        )
+    Console().print(table)
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:,.2f} GiB"
