@@ -1,27 +1,56 @@
-"""``kvbits evaluate``: what a cache dtype costs in fidelity on a text of the user's."""
+"""``kvbits evaluate``: what a cache dtype costs in fidelity, long context and generated text."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvbits.cli import options
-from kvbits.cli.output import JsonFile
-from kvbits.cli.session import Bar, load, machine, tokens_of
+from kvbits.cli.output import JsonFile, writable
+from kvbits.cli.session import Bar, load, machine, note, tokens_of
 
 if TYPE_CHECKING:
-    from kvbits.evaluation.compare import Comparison
+    from kvbits.evaluation.laboratory import Laboratory
+    from kvbits.evaluation.menu import Menu, Sizes
+
+_PARTS = "fidelity, layers, passkey, needle, kv-retrieval, lines, multikey, variables, babi, generation, tools, or all"
 
 
 def evaluate(
     model: options.Model,
-    text: Annotated[Path, typer.Option(metavar="FILE", help="A UTF-8 text, evaluated from its start.")],
+    text: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A UTF-8 text: fidelity from its start, and prompts for generation."),
+    ] = None,
     kv_cache_dtype: options.KVCacheDtypes = None,
     kv_policy: options.KVPolicies = None,
-    context: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens of one window.")] = 2048,
+    tasks: Annotated[str, typer.Option(metavar="NAMES", help=f"With commas between: {_PARTS}.")] = "fidelity",
+    context: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens of one window of the text.")] = 2048,
     windows: Annotated[int, typer.Option(metavar="N", help="Windows, one after another, not overlapping.")] = 8,
+    all_positions: Annotated[
+        bool, typer.Option(help="Results by position from the window's start on; the second half is what is compared.")
+    ] = False,
+    task_context: Annotated[
+        int | None, typer.Option(metavar="TOKENS", help="Longest prompt of the tasks. Default: the model's context.")
+    ] = None,
+    samples: Annotated[int, typer.Option(metavar="N", help="Documents of each task and length.")] = 1,
+    depths: Annotated[int, typer.Option(metavar="N", help="Places in a document that are asked about.")] = 5,
+    haystack: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The book that facts are hidden in. Default: the text.")
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where the tasks' data files lie, under their published names, at any depth."),
+    ] = None,
+    texts: Annotated[int, typer.Option(metavar="N", help="Prompts for generation.")] = 4,
+    new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to generate after each.")] = 256,
+    tool_questions: Annotated[int, typer.Option(metavar="N", help="Questions that call for a tool.")] = 20,
+    self_check: Annotated[
+        bool, typer.Option(help="Run each dtype also with its scales off by 5 %, to see that the verdict notices.")
+    ] = False,
     max_num_batched_tokens: options.MaxNumBatchedTokens = 512,
     dtype: Annotated[
         str,
@@ -32,51 +61,68 @@ def evaluate(
         ),
     ] = "float32",
     threads: options.Threads = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Keep finished parts here (JSON lines); never run them again.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report here: one page of HTML.")] = None,
     json_file: options.JsonFile = None,
 ) -> None:
-    """Compare cache dtypes with the 16-bit cache, token by token, through the real pool and kernels.
+    """Compare cache dtypes with the 16-bit cache through the real engine, pool and kernels, and give a verdict.
 
-    The second half of each window is scored: perplexity, KL divergence in nats, how often the likeliest token is the
-    same.
+    Fidelity: the second half of each window of the text is scored: perplexity, KL divergence in nats, how often the
+    likeliest token is the same; by position, and by layer. Long context: is the right answer found, and how likely is
+    it. Generation: repetition, loops, and where greedy text leaves the 16-bit cache's. Tools: are calls the same.
     """
     results = JsonFile(json_file)
+    if html is not None:
+        writable(html)
     dtypes = options.cache_dtypes(kv_cache_dtype, kv_policy)
-    from kvbits.evaluation.windows import cut_windows, read_text
+    from kvbits.evaluation.windows import read_text
 
-    content = read_text(text)
-    from kvbits.evaluation.compare import REFERENCE, check_dtypes, compare
+    content = None if text is None else read_text(text)
+    book = content if haystack is None else read_text(haystack)
+    from kvbits.evaluation.compare import check_dtypes
+    from kvbits.evaluation.laboratory import Laboratory
+    from kvbits.evaluation.ledger import Ledger
+    from kvbits.evaluation.menu import Sizes, choose, run_menu
 
+    menu = choose(tasks, text is not None, data_dir)
+    sizes = Sizes(
+        context, windows, task_context, depths, samples, texts, new_tokens, tool_questions, all_positions
+    )  # fmt: skip
+    ledger = Ledger(resume)
     loaded = load(model, dtype, threads)
-    check_dtypes(loaded, dtypes, context)
-    parts = cut_windows(tokens_of(loaded, content), context, windows)
-    with Bar(context * windows * len({REFERENCE, *dtypes}), "evaluating") as advance:
-        found = compare(loaded, dtypes, parts, max_num_batched_tokens, advance)
-    _print(found)
-    rows = [result.as_json() | {"compute_dtype": dtype} for result in found]
+    check_dtypes(loaded, dtypes, context if content is not None else 0)
+    tokens = [] if content is None else tokens_of(loaded, content)
+    laboratory = Laboratory(loaded, dtypes, ledger, Bar, dtype, max_num_batched_tokens)
+    run_menu(laboratory, menu, tokens, book, sizes)
+    rows = laboratory.results()
+    from kvbits.cli.tables import print_results
+
+    print_results(rows)
+    if self_check:
+        rows += _self_check(laboratory, menu, tokens, sizes)
     flat = rows[0] if len(rows) == 1 else {}
-    results.write({**flat, "results": rows, "model": loaded.name, "text": str(text), **machine()})
+    facts: dict[str, Any] = {"model": loaded.name, "text": None if text is None else str(text), **machine()}
+    settings = {"text": text.name if text else "none", "layers' arithmetic": dtype, **dataclasses.asdict(sizes)}
+    document = {**flat, "results": rows, "settings": settings, **facts}
+    results.write(document)
+    if html is not None:
+        from kvbits.evaluation.report import write_report
+
+        write_report(html, document)
+        print(f"report: {html}")
 
 
-def _print(found: list[Comparison]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _self_check(laboratory: Laboratory, menu: Menu, tokens: list[int], sizes: Sizes) -> list[dict[str, Any]]:
+    """Results of the same dtypes with a planted fault, on one window of the text."""
+    from kvbits.errors import ConfigError
+    from kvbits.evaluation.laboratory import plant_fault
+    from kvbits.evaluation.windows import cut_windows
 
-    first = found[0].summary
-    table = Table(
-        title=f"{found[0].windows} windows of {found[0].context} tokens; 16 bit: {first.perplexity_16bit:.3f}"
-    )
-    for name in ("KV cache", "bits", "all bits", "perplexity", "change", "KL mean", "KL 99 %", "same top"):
-        table.add_column(name, justify="left" if name == "KV cache" else "right")
-    for result in found:
-        s = result.summary
-        table.add_row(
-            result.dtype,
-            f"{result.bits_per_element:.2f}",
-            f"{result.effective_bits_per_element:.2f}",
-            f"{s.perplexity:.3f}",
-            f"{100 * (s.perplexity / s.perplexity_16bit - 1):+.2f} %",
-            f"{s.kl_mean:.2g}",
-            f"{s.kl_p99:.2g}",
-            f"{100 * s.top1_agreement:.1f} %",
-        )
-    Console().print(table)
+    if not laboratory.fidelity:
+        raise ConfigError("--self-check needs the task fidelity")
+    found = plant_fault(laboratory, cut_windows(tokens, sizes.context, 1))
+    for row in found:
+        note(f"{row['dtype']}: {row['verdict']}; {'noticed' if row['noticed'] else 'NOT noticed'}")
+    return found

@@ -14,6 +14,7 @@ from kvbits.config import EngineConfig
 from kvbits.engine.engine import Engine
 from kvbits.errors import ConfigError
 from kvbits.evaluation.fidelity import Fidelity, FidelitySummary
+from kvbits.kernels import Backend, default_backend
 from kvbits.models import LoadedModel
 
 REFERENCE = "bf16"
@@ -22,7 +23,7 @@ REFERENCE = "bf16"
 
 @dataclass(frozen=True)
 class Comparison:
-    """One dtype's result; ``fidelity`` keeps every scored position."""
+    """One dtype's result; ``fidelity`` keeps every scored position, ``summary`` is of each window's second half."""
 
     dtype: str
     bits_per_element: float
@@ -33,8 +34,8 @@ class Comparison:
 
     @property
     def summary(self) -> FidelitySummary:
-        """Means over all scored positions."""
-        return self.fidelity.summary()
+        """Means over the second half of each window."""
+        return self.fidelity.since(self.context // 2).summary()
 
     def as_json(self) -> dict[str, Any]:
         """The result under the names of the command line's JSON."""
@@ -54,28 +55,59 @@ def compare(
     windows: Sequence[Sequence[int]],
     max_num_batched_tokens: int = 512,
     progress: Callable[[int], None] = lambda tokens: None,
+    backend: Callable[[], Backend] = default_backend,
 ) -> list[Comparison]:
     """Run every window (token ids, all of one length) through each dtype and through 16 bit; score the second half.
 
     The row at position ``p`` predicts token ``p + 1``; rows ``context / 2`` to ``context - 2`` are scored, as
-    llama.cpp's perplexity tool does. The caches advance chunk by chunk side by side, so that the logits of one chunk
-    are all that is held. ``progress`` is told the tokens computed since its last call. Raises ``ConfigError`` for a
-    policy that cannot be read and ``UnsupportedError`` for one that does not fit the model.
+    llama.cpp's perplexity tool does. ``progress`` is told the tokens computed since its last call. Raises
+    ``ConfigError`` for a policy that cannot be read and ``UnsupportedError`` for one that does not fit the model.
     """
     context = len(windows[0])
-    first = context // 2
-    engines = {d: _engine(loaded, d, context, max_num_batched_tokens) for d in (REFERENCE, *dtypes)}
+    side_by_side = SideBySide(loaded, dtypes, context, max_num_batched_tokens, backend)
     records = {dtype: Fidelity() for dtype in dtypes}
     for window in windows:
+        for dtype, record in side_by_side.run(window, context // 2, progress).items():
+            records[dtype].extend(record)
+    return [side_by_side.result(dtype, records[dtype], len(windows)) for dtype in dtypes]
+
+
+class SideBySide:
+    """Engines of several dtypes and of 16 bit that read the same window together.
+
+    The caches advance chunk by chunk, so that the logits of one chunk are all that is held.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        dtypes: Sequence[str],
+        context: int,
+        max_num_batched_tokens: int = 512,
+        backend: Callable[[], Backend] = default_backend,
+    ) -> None:
+        """Windows will have ``context`` tokens; ``backend`` makes each engine's kernels."""
+        self.context = context
+        self._dtypes = tuple(dtypes)
+        self._engines = {
+            d: _engine(loaded, d, context, max_num_batched_tokens, backend()) for d in (REFERENCE, *dtypes)
+        }
+
+    def run(
+        self, window: Sequence[int], first: int, progress: Callable[[int], None] = lambda tokens: None
+    ) -> dict[str, Fidelity]:
+        """Each dtype's record of the positions ``first`` to ``context - 2`` of one window."""
         tokens = torch.tensor(window)
-        runs = {dtype: engine.teacher_forced(window, first) for dtype, engine in engines.items()}
+        records = {dtype: Fidelity() for dtype in self._dtypes}
+        runs = {dtype: engine.teacher_forced(window, first) for dtype, engine in self._engines.items()}
         computed = 0
         for start, reference in runs[REFERENCE]:
-            rows = min(len(reference), context - 1 - start)  # the last row's target lies outside the window
+            # the last row's target lies outside the window
+            rows = min(len(reference), self.context - 1 - start)
             seen = start + len(reference) - computed
             computed += seen
             progress(seen)
-            for dtype in dtypes:
+            for dtype in self._dtypes:
                 place, logits = (start, reference) if dtype == REFERENCE else next(runs[dtype])
                 assert (place, logits.shape) == (start, reference.shape), (dtype, place, start)
                 if dtype != REFERENCE:
@@ -84,7 +116,19 @@ def compare(
                 records[dtype].add(reference[:rows], logits[:rows], targets, start)
         for run in runs.values():
             assert next(run, None) is None, "a cache has rows that the 16-bit cache has not"
-    return [_result(engines[dtype], dtype, records[dtype], len(windows), context) for dtype in dtypes]
+        return records
+
+    def result(self, dtype: str, record: Fidelity, windows: int) -> Comparison:
+        """What was found of ``dtype`` in ``windows`` windows, with the bits that it takes."""
+        pool = self._engines[dtype].pool
+        return Comparison(
+            dtype=dtype,
+            bits_per_element=pool.bits_per_element(),
+            effective_bits_per_element=pool.effective_bits_per_element(self.context),
+            windows=windows,
+            context=self.context,
+            fidelity=record,
+        )
 
 
 def check_dtypes(loaded: LoadedModel, dtypes: Sequence[str], context: int) -> None:
@@ -97,6 +141,11 @@ def check_dtypes(loaded: LoadedModel, dtypes: Sequence[str], context: int) -> No
         )
 
 
+def policy_name(loaded: LoadedModel, dtype: str) -> str:
+    """A name that stands for the bytes of ``dtype``: that of a calibrated policy identifies its calibration."""
+    return resolve_policy(dtype, loaded.geometry, loaded.fingerprint).name
+
+
 def pool_bytes(loaded: LoadedModel, dtype: str, sequences: int, tokens: int) -> int:
     """Bytes of a pool in which ``sequences`` running sequences of ``tokens`` tokens fit, one frame in 50 to spare."""
     layout = PoolLayout.of(loaded.geometry, resolve_policy(dtype, loaded.geometry, loaded.fingerprint))
@@ -104,18 +153,7 @@ def pool_bytes(loaded: LoadedModel, dtype: str, sequences: int, tokens: int) -> 
     return (frames + frames // 50 + 1) * layout.frame_bytes
 
 
-def _engine(loaded: LoadedModel, dtype: str, context: int, max_num_batched_tokens: int) -> Engine:
+def _engine(loaded: LoadedModel, dtype: str, context: int, max_num_batched_tokens: int, backend: Backend) -> Engine:
     memory = pool_bytes(loaded, dtype, 1, context)
     config = EngineConfig(dtype, memory, max_num_batched_tokens=max_num_batched_tokens, enable_prefix_caching=False)
-    return Engine(loaded, config)
-
-
-def _result(engine: Engine, dtype: str, record: Fidelity, windows: int, context: int) -> Comparison:
-    return Comparison(
-        dtype=dtype,
-        bits_per_element=engine.pool.bits_per_element(),
-        effective_bits_per_element=engine.pool.effective_bits_per_element(context),
-        windows=windows,
-        context=context,
-        fidelity=record,
-    )
+    return Engine(loaded, config, backend)

@@ -7,7 +7,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,6 +53,43 @@ class Fidelity:
             self.kl.append(divergence.clamp(min=0).numpy())
             self.positions.append(first_position + np.arange(start, start + len(chosen), dtype=np.int64))
 
+    def extend(self, other: Fidelity) -> None:
+        """Append what another record holds."""
+        for own, more in zip(self._columns(), other._columns(), strict=True):
+            own.extend(more)
+
+    def since(self, position: int) -> Fidelity:
+        """The records of the tokens at ``position`` of their windows and after."""
+        kept = [p >= position for p in self.positions]
+        columns = [[part[k] for part, k in zip(column, kept, strict=True)] for column in self._columns()]
+        return Fidelity(*columns)
+
+    def _columns(self) -> tuple[list[NDArray[Any]], ...]:
+        columns: tuple[list[Any], ...] = (self.kl, self.nll, self.nll_reference, self.same_top, self.positions)
+        return columns
+
+    def as_json(self) -> list[list[Any]]:
+        """The records in plain types, a list for each column; :meth:`from_json` reads it."""
+        return [np.concatenate(column).tolist() for column in self._columns()]
+
+    @classmethod
+    def from_json(cls, columns: list[list[Any]]) -> Fidelity:
+        """What :meth:`as_json` gave."""
+        kinds = (np.float64, np.float64, np.float64, np.bool_, np.int64)
+        return cls(*([np.array(column, dtype=kind)] for column, kind in zip(columns, kinds, strict=True)))
+
+    def by_position(self, edges: Sequence[int]) -> list[PositionSummary]:
+        """Summaries of the tokens at positions ``edges[i]`` to ``edges[i + 1] - 1``; empty stretches are left out."""
+        found = []
+        for begin, end in itertools.pairwise(edges):
+            part = Fidelity(*([c[(p >= begin) & (p < end)] for c, p in zip(column, self.positions, strict=True)]
+                              for column in self._columns()))  # fmt: skip
+            if sum(map(len, part.kl)):
+                s = part.summary()
+                change = s.perplexity / s.perplexity_16bit - 1
+                found.append(PositionSummary(begin, end, s.tokens, s.kl_mean, s.top1_agreement, change))
+        return found
+
     def summary(self) -> FidelitySummary:
         """Summarise everything added so far; at least one row must have been added."""
         assert self.kl, "no rows were compared"
@@ -76,3 +116,15 @@ class FidelitySummary:
     kl_p99: float
     kl_max: float
     top1_agreement: float
+
+
+@dataclass(frozen=True)
+class PositionSummary:
+    """Means over the tokens at positions ``begin`` to ``end - 1``; ``perplexity_change`` is a share of the 16 bit's."""
+
+    begin: int
+    end: int
+    tokens: int
+    kl_mean: float
+    top1_agreement: float
+    perplexity_change: float

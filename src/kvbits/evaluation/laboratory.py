@@ -1,0 +1,206 @@
+"""Every experiment of the laboratory on several dtypes of one model, and the report's figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import kvbits
+from kvbits.config import PAGE_TOKENS
+from kvbits.evaluation import findings
+from kvbits.evaluation.bootstrap import Interval
+from kvbits.evaluation.compare import REFERENCE, Comparison, SideBySide, policy_name
+from kvbits.evaluation.fault import FACTOR, Faulty
+from kvbits.evaluation.fidelity import Fidelity
+from kvbits.evaluation.findings import Finding
+from kvbits.evaluation.generation import write
+from kvbits.evaluation.layers import layer_errors, measure_layers
+from kvbits.evaluation.ledger import Ledger, key_of
+from kvbits.evaluation.probes import Probe, ask
+from kvbits.evaluation.toolcalls import Case, call_tools
+from kvbits.evaluation.verdict import Level, Measure, Verdict, dominated, judge
+from kvbits.kernels import Backend, default_backend
+from kvbits.models import LoadedModel
+
+Bar = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]
+"""A progress bar: from a total in tokens and a label to a context that gives the function to advance it."""
+
+Rival = tuple[str, float, Interval]
+"""A dtype, its bits per element and its KL."""
+
+FAULT = f" with scales off by {100 * (FACTOR - 1):.0f} %"
+_STRETCHES = 8
+"""Parts of equal length into which results by position are split."""
+
+
+@dataclass
+class Laboratory:
+    """Runs experiments on ``dtypes`` and on 16 bit; :meth:`results` has what was found so far.
+
+    ``fidelity`` holds each dtype's comparison on text, ``figures`` what each experiment reports and ``measures`` what
+    the verdict is made from. With ``faulty`` every dtype is run with a planted fault in its codec.
+    """
+
+    loaded: LoadedModel
+    dtypes: Sequence[str]
+    ledger: Ledger
+    bar: Bar
+    compute_dtype: str = "float32"
+    max_num_batched_tokens: int = 512
+    faulty: bool = False
+    fidelity: dict[str, Comparison] = field(default_factory=dict)
+    kl: dict[str, Interval] = field(default_factory=dict)
+    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    measures: dict[str, list[Measure]] = field(default_factory=dict)
+
+    def text(self, windows: Sequence[Sequence[int]], all_positions: bool = False) -> None:
+        """Fidelity on windows of one length: of the second half; results by position also of all of it."""
+        context = len(windows[0])
+        first = 0 if all_positions else context // 2
+        side_by_side = SideBySide(self.loaded, self.dtypes, context, self.max_num_batched_tokens, self._backend)
+        records = {dtype: Fidelity() for dtype in self.dtypes}
+        with self.bar(context * len(windows) * len({REFERENCE, *self.dtypes}), "fidelity") as advance:
+            for window in windows:
+                keys = {d: self._key("fidelity", d, first, list(window)) for d in self.dtypes}
+                if all(key in self.ledger for key in keys.values()):
+                    advance(context * len({REFERENCE, *self.dtypes}))
+                else:
+                    for dtype, record in side_by_side.run(window, first, advance).items():
+                        self.ledger.put(keys[dtype], record.as_json())
+                for dtype in self.dtypes:
+                    records[dtype].extend(Fidelity.from_json(self.ledger[keys[dtype]]))
+        for dtype in self.dtypes:
+            result = self.fidelity[dtype] = side_by_side.result(dtype, records[dtype], len(windows))
+            scored = result.fidelity.since(context // 2)
+            self.kl[dtype], measures = findings.of_text(scored, context - 1 - context // 2)
+            self.measures.setdefault(dtype, []).extend(measures)
+            edges = [first + (context - first) * i // _STRETCHES for i in range(_STRETCHES + 1)]
+            positions = [asdict(p) for p in result.fidelity.by_position(edges)]
+            self.figures.setdefault(dtype, {})["by_position"] = positions
+
+    def layers(self, windows: Sequence[Sequence[int]]) -> None:
+        """Each layer's attention output on the same inputs."""
+        parts: dict[str, list[list[list[float]]]] = {dtype: [] for dtype in self.dtypes}
+        with self.bar(sum(map(len, windows)), "layers") as advance:
+            for window in windows:
+                keys = {d: self._key("layers", d, list(window)) for d in self.dtypes}
+                if all(key in self.ledger for key in keys.values()):
+                    advance(len(window))
+                else:
+                    step = self.max_num_batched_tokens
+                    found = measure_layers(self.loaded, self.dtypes, window, step, advance, self._backend)
+                    for dtype, sums in found.items():
+                        self.ledger.put(keys[dtype], sums.as_json())
+                for dtype in self.dtypes:
+                    parts[dtype].append(self.ledger[keys[dtype]])
+        for dtype in self.dtypes:
+            if dtype != REFERENCE:
+                self._add(dtype, "by_layer", findings.of_layers(layer_errors(parts[dtype])))
+
+    def long_context(self, task: str, probes: Sequence[Probe]) -> None:
+        """Questions of one task."""
+        total = sum(len(p.prompt) for p in probes)
+        with self.bar(total * len({REFERENCE, *self.dtypes}), task) as advance:
+            answers = {
+                d: ask(self.loaded, d, probes, self.ledger, self.compute_dtype, self.max_num_batched_tokens, advance)
+                for d in dict.fromkeys((REFERENCE, *self.dtypes))
+            }
+        for dtype in self.dtypes:
+            figures, measures = findings.of_task(task, answers[dtype], answers[REFERENCE])
+            self.figures.setdefault(dtype, {}).setdefault("tasks", {})[task] = figures
+            self.measures.setdefault(dtype, []).extend(measures)
+
+    def generation(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+        """Free texts after ``prompts``."""
+        total = 4 * sum(len(p) + new_tokens for p in prompts) * len({REFERENCE, *self.dtypes})
+        with self.bar(total, "generation") as advance:
+            texts = {
+                d: write(
+                    self.loaded, d, prompts, new_tokens, self.ledger, self.compute_dtype, self.max_num_batched_tokens,
+                    advance,
+                )
+                for d in dict.fromkeys((REFERENCE, *self.dtypes))
+            }  # fmt: skip
+        for dtype in self.dtypes:
+            self._add(dtype, "generation", findings.of_texts(texts[dtype], texts[REFERENCE]))
+
+    def tools(self, cases: Sequence[Case]) -> None:
+        """Tool calls."""
+        total = sum(len(c.prompt) for c in cases)
+        with self.bar(total * len({REFERENCE, *self.dtypes}), "tools") as advance:
+            calls = {
+                d: call_tools(
+                    self.loaded, d, cases, self.ledger, self.compute_dtype, self.max_num_batched_tokens, advance
+                )
+                for d in dict.fromkeys((REFERENCE, *self.dtypes))
+            }
+        for dtype in self.dtypes:
+            self._add(dtype, "tools", findings.of_calls(calls[dtype], calls[REFERENCE]))
+
+    def verdicts(self, beside: Sequence[Rival] = ()) -> dict[str, Verdict]:
+        """The verdict on each dtype, against each other and the dtypes ``beside`` them; 16 bit competes with none."""
+        found = {}
+        for dtype in self.dtypes:
+            better: list[str] = []
+            if dtype in self.kl and dtype != REFERENCE:
+                others = [rival for rival in (*self.rivals(), *beside) if rival[0] != dtype]
+                better = dominated(self.fidelity[dtype].bits_per_element, self.kl[dtype], others)
+            found[dtype] = judge(self.measures.get(dtype, ()), better)
+        return found
+
+    def rivals(self) -> list[Rival]:
+        """Each dtype's bits and KL, for the verdict on others."""
+        return [(d, self.fidelity[d].bits_per_element, kl) for d, kl in self.kl.items() if d != REFERENCE]
+
+    def results(self, beside: Sequence[Rival] = ()) -> list[dict[str, Any]]:
+        """One record a dtype, plain types."""
+        verdicts = self.verdicts(beside)
+        return [
+            {
+                **(self.fidelity[dtype].as_json() if dtype in self.fidelity else {"dtype": dtype}),
+                "compute_dtype": self.compute_dtype,
+                **({"kl_interval": self.kl[dtype].as_json()} if dtype in self.kl else {}),
+                **self.figures.get(dtype, {}),
+                **verdicts[dtype].as_json(),
+            }
+            for dtype in self.dtypes
+        ]
+
+    def _backend(self) -> Backend:
+        return Faulty(default_backend()) if self.faulty else default_backend()
+
+    def _key(self, kind: str, dtype: str, *content: Any) -> str:
+        name = policy_name(self.loaded, dtype)
+        step = self.max_num_batched_tokens
+        return key_of(
+            kind, kvbits.__version__, self.loaded.fingerprint, name, self.compute_dtype, step, self.faulty, *content
+        )
+
+    def _add(self, dtype: str, name: str, finding: Finding) -> None:
+        figures, measures = finding
+        self.figures.setdefault(dtype, {})[name] = figures
+        self.measures.setdefault(dtype, []).extend(measures)
+
+
+def plant_fault(laboratory: Laboratory, windows: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    """Results on ``windows`` with every dtype's scales off by 5 %; ``noticed``: the verdict is worse than without.
+
+    The laboratory must have measured fidelity. 16 bit has no scales and is left out.
+    """
+    dtypes = [d for d in laboratory.dtypes if d != REFERENCE]
+    # One page a step: every token then reads the fault in all earlier pages.
+    faulty = replace(
+        laboratory, dtypes=dtypes, max_num_batched_tokens=PAGE_TOKENS, faulty=True,
+        fidelity={}, kl={}, figures={}, measures={},
+    )  # fmt: skip
+    faulty.text(windows)
+    faulty.layers(windows)
+    before = laboratory.verdicts()
+    verdicts = faulty.verdicts(laboratory.rivals())
+    found = []
+    for dtype, row in zip(dtypes, faulty.results(laboratory.rivals()), strict=True):
+        noticed = verdicts[dtype].level > before[dtype].level or before[dtype].level is Level.BAD
+        found.append({**row, "dtype": dtype + FAULT, "noticed": noticed})
+    return found

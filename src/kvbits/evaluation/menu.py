@@ -1,0 +1,142 @@
+"""What may be evaluated, what each part needs, and running the chosen parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvbits.engine.text import encode
+from kvbits.errors import ConfigError
+from kvbits.evaluation import toolcalls
+from kvbits.evaluation.documents import reference_text
+from kvbits.evaluation.laboratory import Laboratory
+from kvbits.evaluation.speed import distinct_prompts
+from kvbits.evaluation.tasks import TASKS, Material
+from kvbits.evaluation.tasks.files import find
+from kvbits.evaluation.windows import cut_windows
+from kvbits.models import LoadedModel
+
+FIDELITY, LAYERS, GENERATION, TOOLS = "fidelity", "layers", "generation", "tools"
+NAMES = (FIDELITY, LAYERS, *TASKS, GENERATION, TOOLS)
+"""Every part of the laboratory, in the order in which they run."""
+
+_NEEDS_TEXT = (FIDELITY, LAYERS, GENERATION)
+_LAYER_WINDOWS = 2
+_PROMPT_TOKENS = 256
+_SHORTEST = 128
+"""Tokens of the shortest prompt that a task can be asked in."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything: tokens, windows, documents, questions."""
+
+    context: int = 2048
+    windows: int = 8
+    task_context: int | None = None
+    depths: int = 5
+    samples: int = 1
+    texts: int = 4
+    new_tokens: int = 256
+    tool_questions: int = 20
+    all_positions: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("depths", "samples", "texts", "new_tokens", "tool_questions"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Menu:
+    """The parts to run, and the files that they need (by the name or pattern that a task knows them by)."""
+
+    parts: tuple[str, ...]
+    files: dict[str, Path] = field(default_factory=dict)
+
+
+def choose(tasks: str, has_text: bool, data_dir: Path | None) -> Menu:
+    """Read ``--tasks`` (names with commas, or ``all``) and find the data files.
+
+    Raises ``ConfigError`` for an unknown name, a text that is missing or a file that is.
+    """
+    asked = [name.strip() for name in tasks.split(",") if name.strip()]
+    unknown = [name for name in asked if name not in (*NAMES, "all")]
+    if unknown or not asked:
+        what = f"unknown task '{unknown[0]}'" if unknown else "there is no task"
+        raise ConfigError(f"{what}; choose from {', '.join(NAMES)}, or all")
+    parts = NAMES if "all" in asked else tuple(name for name in NAMES if name in asked)
+    lacking = [name for name in parts if name in _NEEDS_TEXT and not has_text]
+    if lacking:
+        raise ConfigError(f"the task '{lacking[0]}' needs a text; give --text FILE")
+    files: dict[str, Path] = {}
+    for name in parts:
+        needed = (toolcalls.FILE,) if name == TOOLS else TASKS[name].needs if name in TASKS else ()
+        for pattern in needed:
+            path = find(data_dir, pattern)
+            if path is None:
+                where = f"in '{data_dir}'" if data_dir else "without --data-dir DIR"
+                raise ConfigError(f"the task '{name}' needs a file named like '{pattern}'; there is none {where}")
+            files[pattern] = path
+        for pattern in TASKS[name].uses if name in TASKS else ():
+            path = find(data_dir, pattern)
+            if path is not None:
+                files[pattern] = path
+    return Menu(parts, files)
+
+
+def run_menu(laboratory: Laboratory, menu: Menu, tokens: Sequence[int], book: str | None, sizes: Sizes) -> None:
+    """Run every chosen part. ``tokens`` are the text's; ``book`` is what facts are hidden in (default: the reference).
+
+    Raises ``ConfigError`` when a text is too short or a context too long, before the first part runs.
+    """
+    loaded = laboratory.loaded
+    task_context = _task_context(loaded, sizes)
+    windows: list[list[int]] = []
+    if FIDELITY in menu.parts or LAYERS in menu.parts:
+        windows = cut_windows(tokens, sizes.context, sizes.windows)
+    prompts: list[list[int]] = []
+    if GENERATION in menu.parts:
+        if _PROMPT_TOKENS + sizes.new_tokens > loaded.geometry.max_position:
+            raise ConfigError(
+                f"{sizes.new_tokens} new tokens after prompts of {_PROMPT_TOKENS} exceed the "
+                f"{loaded.geometry.max_position} tokens of {loaded.name}"
+            )
+        prompts = distinct_prompts(tokens, _PROMPT_TOKENS, sizes.texts)
+    material = _material(loaded, menu, book, sizes, task_context)
+    probes = {name: TASKS[name].make(material) for name in menu.parts if name in TASKS}
+    cases = []
+    if TOOLS in menu.parts:
+        cases = toolcalls.read_cases(loaded, menu.files[toolcalls.FILE], sizes.tool_questions, task_context)
+    if FIDELITY in menu.parts:
+        laboratory.text(windows, sizes.all_positions)
+    if LAYERS in menu.parts:
+        laboratory.layers(windows[:_LAYER_WINDOWS])
+    for name, questions in probes.items():
+        laboratory.long_context(name, questions)
+    if GENERATION in menu.parts:
+        laboratory.generation(prompts, sizes.new_tokens)
+    if TOOLS in menu.parts:
+        laboratory.tools(cases)
+
+
+def _task_context(loaded: LoadedModel, sizes: Sizes) -> int:
+    longest = loaded.geometry.max_position
+    asked = longest if sizes.task_context is None else sizes.task_context
+    if not _SHORTEST <= asked <= longest:
+        raise ConfigError(f"the task context is {asked} tokens; {loaded.name} can have {_SHORTEST} to {longest}")
+    return asked
+
+
+def _material(loaded: LoadedModel, menu: Menu, book: str | None, sizes: Sizes, longest: int) -> Material:
+    lengths = sorted({max(_SHORTEST, longest // part) for part in (4, 2, 1)})
+    return Material(
+        encode=lambda text: encode(loaded, text),
+        encode_more=lambda text: loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
+        text=reference_text() if book is None else book,
+        lengths=tuple(lengths),
+        depths=sizes.depths,
+        samples=sizes.samples,
+        files=menu.files,
+    )
