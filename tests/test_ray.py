@@ -179,7 +179,7 @@ def test_streams_are_those_of_a_single_server_and_come_piece_by_piece(cluster: C
 def talk(url: str, sessions: int = 6, turns: int = 4) -> tuple[int, int]:
     """Interleaved conversations over one system prompt; prompt tokens, and how many were cached."""
     system = message(prose(99, 80), "system")
-    histories = [[system, message(prose(100 + s, 90))] for s in range(sessions)]
+    histories = [[system, message(prose(100 + s, 110))] for s in range(sessions)]
     prompt = cached = 0
     for turn in range(turns):
         for number, history in enumerate(histories):
@@ -216,15 +216,18 @@ def test_sessions_return_to_the_replica_that_holds_their_pages(
 def test_a_busy_holders_pages_travel_to_another_replica(cluster: Cluster, replica: ReplicaOptions) -> None:
     cluster.deploy(replica, replace(TWO, imbalance=0))
     system = message(prose(7, 500), "system")
-    body = {"model": MODEL, "messages": [system, message("go")], "max_tokens": 200, "temperature": 0}
+    body = {"model": MODEL, "messages": [system, message("go")], "max_tokens": 400, "temperature": 0}
 
     async def main() -> list[httpx.Response]:
         async with httpx.AsyncClient(timeout=60) as client:
             url = cluster.url + "/v1/chat/completions"
             first = await client.post(url, json=body | {"max_tokens": 2})
             assert first.status_code == 200
-            # Two at once: one of them finds the holder busy.
-            return list(await asyncio.gather(*(client.post(url, json=body | {"seed": i}) for i in range(2))))
+            # Two at once: the second one finds the holder busy.
+            one = asyncio.ensure_future(client.post(url, json=body))
+            await asyncio.sleep(0.15)
+            assert not one.done()
+            return [await client.post(url, json=body), await one]
 
     answers = asyncio.run(main())
     assert [a.status_code for a in answers] == [200, 200]

@@ -69,44 +69,60 @@ def test_equal_blocks_after_different_ones_differ() -> None:
     assert block_hashes("a" * BLOCK_CHARS + same)[1] != block_hashes("b" * BLOCK_CHARS + same)[1]
 
 
+def blocks(seed: int, count: int) -> tuple[bytes, ...]:
+    return block_hashes("".join(random.Random(seed).choices("abcdef", k=count * BLOCK_CHARS)))
+
+
 def test_the_longest_beginning_wins_and_the_dead_hold_nothing() -> None:
     known = PrefixMap(1000)
-    blocks = block_hashes("".join(random.Random(0).choices("abcdef", k=2000)))
-    known.record(blocks[:3], "one")
-    known.record(blocks[:9], "two")
-    known.record(blocks[:5], "three")
-    assert known.holder(blocks, {"one", "two", "three"}) == ("two", 9)
-    assert known.holder(blocks, {"one", "three"}) == ("three", 5)
-    assert known.holder(blocks[:4], {"one", "two"}) == ("two", 4)
-    assert known.holder(blocks[:2], {"one", "two"}) == ("two", 2)
-    assert known.holder(blocks[10:], {"one"}) == (None, 0)
-    assert known.holder((), {"one"}) == (None, 0)
+    text = blocks(0, 15)
+    known.record(text[:3], "one")
+    known.record(text[:9], "two")
+    known.record(text[:5], "three")
+    assert known.holder(text, {"one", "two", "three"}) == ("two", True)
+    assert known.holder(text, {"one", "three"}) == ("three", False)
+    assert known.holder(text[:4], {"one", "two"}) == ("two", False)
+    assert known.holder(text[10:], {"one"}) == (None, False)
+    assert known.holder((), {"one"}) == (None, False)
+    assert known.held == {"one": 3, "two": 9, "three": 5}
+
+
+def test_a_conversation_that_goes_on_is_told_from_one_that_only_begins_alike() -> None:
+    known = PrefixMap(1000)
+    system, first, second = "s" * 500, "a" * 300, "b" * 300
+    known.record(block_hashes(system + first), "one")
+    assert known.holder(block_hashes(system + first + "more" * 50), {"one"}) == ("one", True)
+    assert known.holder(block_hashes(system + second), {"one"}) == ("one", False)
+    assert known.holder(block_hashes(second), {"one"}) == (None, False)
 
 
 def test_what_is_long_ago_is_forgotten_the_end_of_a_text_first() -> None:
     known = PrefixMap(10)
-    old, new = (block_hashes(letter * BLOCK_CHARS * 8) for letter in "ab")
+    old, new = blocks(1, 8), blocks(2, 8)
     known.record(old, "one")
-    known.record(new, "one")
+    known.record(new, "two")
     assert len(known) == 10
-    assert known.holder(new, {"one"}) == ("one", 8)
-    assert known.holder(old, {"one"}) == ("one", 2)
+    assert known.held == {"one": 2, "two": 8}
+    assert known.holder(new, {"one", "two"}) == ("two", True)
+    assert known.holder(old[:2], {"one"}) == ("one", False)
+    assert known.holder(old[2:], {"one"}) == (None, False)
 
 
 @pytest.mark.parametrize(
-    ("holder", "loads", "imbalance", "order"),
+    ("preferred", "loads", "held", "imbalance", "order"),
     [
-        ("b", {"a": 0, "b": 3, "c": 1}, 3, ["b", "a", "c"]),
-        ("b", {"a": 0, "b": 4, "c": 1}, 3, ["a", "c", "b"]),
-        (None, {"a": 2, "b": 1}, 3, ["b", "a"]),
-        ("gone", {"a": 0, "b": 0}, 3, ["a", "b"]),
-        ("a", {}, 3, []),
+        ("b", {"a": 0, "b": 3, "c": 1}, {}, 3, ["b", "a", "c"]),
+        ("b", {"a": 0, "b": 4, "c": 1}, {}, 3, ["a", "c", "b"]),
+        (None, {"a": 2, "b": 1}, {"b": 9}, 3, ["b", "a"]),
+        (None, {"a": 1, "b": 1}, {"a": 9, "b": 2}, 3, ["b", "a"]),
+        ("gone", {"a": 0, "b": 0}, {}, 3, ["a", "b"]),
+        ("a", {}, {}, 3, []),
     ],
 )
 def test_the_holder_is_first_unless_it_is_much_busier(
-    holder: str | None, loads: dict[str, int], imbalance: int, order: list[str]
+    preferred: str | None, loads: dict[str, int], held: dict[str, int], imbalance: int, order: list[str]
 ) -> None:
-    assert choose(holder, loads, imbalance) == order
+    assert choose(preferred, loads, held, imbalance) == order
 
 
 def test_replicas_by_queue_and_by_usage() -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-BLOCK_CHARS = 128
-"""Characters of a block: about half a page of English text."""
+BLOCK_CHARS = 64
+"""Characters of a block: about a quarter of a page of English text."""
 
 
 def prompt_text(body: bytes) -> str | None:
@@ -46,45 +47,65 @@ def block_hashes(text: str) -> tuple[bytes, ...]:
     return tuple(found)
 
 
+@dataclass
+class _Block:
+    """Who was given a block, the latest last, and whether any prompt went on after it."""
+
+    owners: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    continued: bool = False
+
+
 class PrefixMap:
-    """Which replicas were given which blocks, the ``capacity`` most recently used of them."""
+    """Which replicas were given which blocks, the ``capacity`` most recently used of them.
+
+    ``held`` counts the blocks of each replica.
+    """
 
     def __init__(self, capacity: int) -> None:
+        self.held: Counter[str] = Counter()
         self._capacity = capacity
-        self._owners: OrderedDict[bytes, OrderedDict[str, None]] = OrderedDict()
+        self._blocks: OrderedDict[bytes, _Block] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._owners)
+        return len(self._blocks)
 
     def record(self, blocks: Sequence[bytes], replica: str) -> None:
         """``replica`` computes or holds these blocks from now on."""
         # The beginning of a text is more recently used than its end, which is forgotten first.
-        for block in reversed(blocks):
-            owners = self._owners.setdefault(block, OrderedDict())
-            owners[replica] = None
-            owners.move_to_end(replica)
-            self._owners.move_to_end(block)
-        while len(self._owners) > self._capacity:
-            self._owners.popitem(last=False)
+        for number in range(len(blocks) - 1, -1, -1):
+            block = self._blocks.setdefault(blocks[number], _Block())
+            self.held[replica] += replica not in block.owners
+            block.owners[replica] = None
+            block.owners.move_to_end(replica)
+            block.continued |= number + 1 < len(blocks)
+            self._blocks.move_to_end(blocks[number])
+        while len(self._blocks) > self._capacity:
+            self.held.subtract(list(self._blocks.popitem(last=False)[1].owners))
 
-    def holder(self, blocks: Sequence[bytes], alive: Collection[str]) -> tuple[str | None, int]:
-        """The replica among ``alive`` that holds most of ``blocks``, the latest where several do; and how many."""
-        for number in range(len(blocks), 0, -1):
-            for replica in reversed(self._owners.get(blocks[number - 1], OrderedDict())):
-                if replica in alive:
-                    return replica, number
-        return None, 0
+    def holder(self, blocks: Sequence[bytes], alive: Collection[str]) -> tuple[str | None, bool]:
+        """The replica among ``alive`` that holds most of ``blocks``, the latest where several do.
+
+        The second value: whether ``blocks`` go on where an earlier prompt ended. Otherwise they leave it half way, as a
+        new conversation does that has only its system prompt in common with others.
+        """
+        for key in reversed(blocks):
+            block = self._blocks.get(key)
+            for replica in reversed(block.owners if block is not None else ()):
+                if block is not None and replica in alive:
+                    return replica, not block.continued
+        return None, False
 
 
-def choose(holder: str | None, loads: Mapping[str, int], imbalance: int) -> list[str]:
+def choose(preferred: str | None, loads: Mapping[str, int], held: Mapping[str, int], imbalance: int) -> list[str]:
     """The replicas of ``loads`` (requests under way) in the order in which to try them.
 
-    The holder is first unless it has more than ``imbalance`` requests more than the least loaded.
+    The least loaded is first, of several the one that holds least; but ``preferred`` goes before unless it has more
+    than ``imbalance`` requests more than the least loaded.
     """
-    order = sorted(loads, key=lambda replica: loads[replica])
-    if holder in loads and loads[holder] - loads[order[0]] <= imbalance:
-        order.remove(holder)
-        order.insert(0, holder)
+    order = sorted(loads, key=lambda replica: (loads[replica], held.get(replica, 0)))
+    if preferred in loads and loads[preferred] - loads[order[0]] <= imbalance:
+        order.remove(preferred)
+        order.insert(0, preferred)
     return order
 
 

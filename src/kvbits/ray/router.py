@@ -1,8 +1,11 @@
-"""Where a request goes: to the replica that holds the pages of its prompt, unless that one is much busier."""
+"""Where a request goes: back to the replica that holds the conversation, unless that one is much busier.
+
+A new conversation goes where least is under way and least is held; what it has in common with others (a system prompt)
+can be fetched from the holder, which the replica is told.
+"""
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from typing import Any
 
@@ -24,7 +27,6 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
         self._map = PrefixMap(capacity)
         self._under_way: Counter[str] = Counter()
         self._sent: dict[str, str] = {}
-        self._turn = itertools.count()
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -39,12 +41,10 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
         route.alive = tuple(sorted(by_name))
         if route.target in by_name:
             return [[by_name[route.target]]]
-        route.holder, _ = self._map.holder(route.blocks, by_name)
-        # Equally loaded replicas take turns.
-        names = sorted(by_name)
-        turn = next(self._turn) % len(names) if names else 0
-        loads = {name: self._under_way[name] for name in names[turn:] + names[:turn]}
-        return [[by_name[name]] for name in choose(route.holder, loads, self._imbalance)]
+        route.holder, continues = self._map.holder(route.blocks, by_name)
+        loads = {name: self._under_way[name] for name in sorted(by_name)}
+        order = choose(route.holder if continues else None, loads, self._map.held, self._imbalance)
+        return [[by_name[name]] for name in order]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Remember who got the prompt."""
