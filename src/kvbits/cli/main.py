@@ -11,7 +11,7 @@ import sys
 import typer
 from typer.exceptions import Abort, TyperException
 
-from kvbits.cli import bench, bench_serve, calibrate, chat, demo, evaluate, generate, serve, top
+from kvbits.cli import bench, bench_serve, cache, calibrate, chat, demo, evaluate, generate, serve, top
 from kvbits.errors import KVBitsError
 
 USER_ERROR = 2
@@ -33,6 +33,7 @@ app.command()(calibrate.calibrate)
 app.command()(bench.bench)
 app.command()(bench_serve.bench_serve)
 app.command()(demo.demo)
+app.add_typer(cache.app, name="cache")
 
 
 def run(arguments: list[str] | None = None) -> None:
