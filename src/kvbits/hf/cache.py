@@ -1,0 +1,188 @@
+"""``kvbits.hf.QuantizedCache``: pass it as ``past_key_values`` to ``model.generate``."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from kvbits.codecs.artifact import PREFIX
+from kvbits.errors import CacheError, UnsupportedError
+from kvbits.hf.attention import IMPLEMENTATION, register
+from kvbits.hf.batch import Batch
+from kvbits.hf.layer import QuantizedLayer
+from kvbits.hf.store import Step, Store
+from kvbits.kernels import Backend, default_backend
+from kvbits.models.load import wrap
+
+
+class QuantizedCache(Cache):  # type: ignore[misc]
+    """A paged, quantized key/value cache for a transformers decoder, read by kvbits' fused attention.
+
+    A token sees its own 64-token page in 16 bit and every earlier page as its sealed code; nothing is ever decoded as a
+    whole. Works wherever transformers takes a cache: plain and batched (padded) generation, beams, assisted decoding,
+    sliding windows, several turns. ``copy.deepcopy`` gives a cache that shares all pages (one prompt, many answers).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        kv_cache_dtype: str | Path = "int8",
+        *,
+        kv_cache_memory: str | int | None = None,
+        backend: Backend | None = None,
+    ) -> None:
+        """Measure ``model``, reserve the pages and switch the model's attention to kvbits'.
+
+        ``kv_cache_dtype``: a dtype (``"int4"``), a policy string (``"0-1:int8,2-29:int8/int4"``) or the directory of a
+        calibrated policy. ``kv_cache_memory`` is bytes or text such as ``"256MiB"``, the most that all pages may take;
+        without it a quarter of the free memory is the bound. Memory is taken page by page, as tokens come.
+
+        The model is put in eval mode and works with kvbits caches only until
+        ``model.set_attn_implementation("sdpa")``. Raises ``ConfigError`` for a dtype or policy that cannot be read,
+        ``UnsupportedError`` for a model that kvbits cannot run.
+        """
+        if model.device.type != "cpu":
+            raise UnsupportedError(f"the model is on '{model.device}'; kvbits.hf.QuantizedCache runs on the CPU")
+        loaded = wrap(model, None, model.config.model_type)
+        store = Store(loaded, _dtype(kv_cache_dtype), kv_cache_memory, backend or default_backend())
+        register()
+        model.set_attn_implementation(IMPLEMENTATION)
+        config = model.config.get_text_config(decoder=True)
+        self._start(config, store, Batch(store, any(g.window for g in loaded.geometry.layers)))
+
+    def _start(self, config: Any, store: Store, batch: Batch) -> None:
+        layers = [QuantizedLayer(self, geometry) for geometry in store.pool.geometry.layers]
+        super().__init__(layers=layers)
+        self.recording = False
+        self._config = config
+        self._store = store
+        self._batch = batch
+        self._step: Step | None = None
+        self._done: set[int] = set()
+        weakref.finalize(self, batch.clear).atexit = False
+
+    # What the attention asks for
+
+    def check_attention(self) -> None:
+        """Raise ``UnsupportedError`` when the model would read the new keys as if they were all."""
+        found = self._config._attn_implementation
+        if found != IMPLEMENTATION:
+            raise UnsupportedError(
+                f"the model's attention is '{found}', which cannot read a kvbits cache; call "
+                f"model.set_attn_implementation('{IMPLEMENTATION}')"
+            )
+
+    def check_shapes(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Raise ``CacheError`` for ``[batch, kv_heads, tokens, dim]`` of another model than the cache was made for."""
+        g = self._store.pool.geometry.layers[layer]
+        found = (key.shape[1], key.shape[3], value.shape[3])
+        if found != (g.num_kv_heads, g.key_dim, g.value_dim):
+            raise CacheError(
+                f"layer {layer} of the model brings {found[0]} KV heads of sizes {found[1]} and {found[2]}; the cache "
+                f"was made for {g.num_kv_heads} of {g.key_dim} and {g.value_dim}"
+            )
+
+    def step_of(self, layer: int, rows: int, columns: int, mask: Tensor | None) -> Step:
+        """The step that ``layer`` is part of; the first layer of a forward pass begins it."""
+        if self._step is None or layer in self._done:
+            self._step = self._batch.begin(rows, columns, mask, self.recording)
+            self._done.clear()
+        return self._step
+
+    def layer_done(self, layer: int) -> None:
+        """``layer`` has stored its part of the step; the last one ends it."""
+        self._done.add(layer)
+        if len(self._done) == len(self.layers):
+            self._step = None
+            self._done.clear()
+            self._batch.finish(self.recording)
+
+    # transformers' interface
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns stored, padding included."""
+        return self._batch.length
+
+    @property
+    def batch_size(self) -> int:
+        """Rows stored; -1 while the cache is empty."""
+        return len(self._batch) or -1
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether anything is stored."""
+        return len(self._batch) > 0
+
+    def activate_past_recording(self) -> None:
+        """Let :meth:`crop` take back any of the last 64 tokens of each forward pass from now on."""
+        self.recording = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens; ``tokens_to_remove`` is negative or 0, as transformers wants it.
+
+        Tokens of the open page can always be taken back, and while the past is recorded any of the last 64 of the last
+        forward pass. Raises ``CacheError`` for others, and changes nothing then.
+        """
+        if tokens_to_remove > 0:
+            raise CacheError(
+                f"crop takes the negative number of tokens to remove; it was called with {tokens_to_remove}"
+            )
+        self._batch.crop(-tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget everything; all pages are free at once."""
+        self._step = None
+        self._done.clear()
+        self._batch.clear()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row ``i`` becomes what row ``beam_idx[i]`` is. No page is copied; an open page is when it is written next."""
+        self._select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row ``repeats`` times, one after another; they share their pages."""
+        self._select([row for row in range(len(self._batch)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows that ``indices`` (``int64``) name or (``bool``) mark."""
+        rows = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+        self._select(rows.tolist())
+
+    def _select(self, rows: list[int]) -> None:
+        if len(self._batch):
+            self._batch.select(rows)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedCache:
+        """A cache of the same rows on the same pool; pages are shared until they are written."""
+        twin = type(self).__new__(type(self))
+        twin._start(self._config, self._store, self._batch.fork())
+        twin.recording = self.recording
+        memo[id(self)] = twin
+        return twin
+
+    def __repr__(self) -> str:
+        dtype, rows, length = self._store.pool.policy.name, len(self._batch), self._batch.length
+        return f"{type(self).__name__}({dtype}, rows={rows}, length={length}, bytes={self.nbytes})"
+
+    # What it costs
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages in use, open ones included; caches that share pages share them here too."""
+        stats = self._store.pages.stats()
+        return (stats.open + stats.sealed) * self._store.pool.layout.frame_bytes
+
+    @property
+    def bits_per_element(self) -> float:
+        """Stored bits per key or value element of a sealed page, every parameter counted."""
+        return self._store.pool.bits_per_element()
+
+
+def _dtype(value: str | Path) -> str:
+    """A policy's directory may be named without its prefix."""
+    return f"{PREFIX}{value}" if isinstance(value, Path) or Path(value).is_dir() else value

@@ -1,0 +1,79 @@
+"""The pool that one or more caches share, and the parts of a step that its kernels run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+from torch import Tensor
+
+from kvbits.attention import Forward
+from kvbits.codecs import Policy, PoolLayout
+from kvbits.config import EngineConfig, ModelGeometry, parse_bytes
+from kvbits.engine.setup import pages_of, policy_of
+from kvbits.kernels import Backend, BatchLayout, SequenceSlice
+from kvbits.models import LoadedModel
+from kvbits.pages import PageManager, SequencePages
+from kvbits.pool import PagedPool
+
+_MAX_FRAMES = 1 << 18
+"""Frames that are reserved when nobody says how much: 16 million tokens, and a free list of a few milliseconds."""
+
+_SHARE = 4
+"""One part in so many of the free memory is reserved when nobody says how much."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kernel call of a step: ``rows`` ``int64 [n]`` of the step's ``batch * tokens`` rows (``None``: all)."""
+
+    forward: Forward
+    rows: Tensor | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """What every layer does in one forward pass of the model, part after part."""
+
+    parts: tuple[Part, ...]
+
+
+class Store:
+    """Pool, page manager and kernels behind the caches of one model. Sequences of all caches have distinct ids."""
+
+    def __init__(self, loaded: LoadedModel, dtype: str, memory: str | int | None, backend: Backend) -> None:
+        config = EngineConfig(kv_cache_dtype=dtype, enable_prefix_caching=False)
+        policy = policy_of(loaded, config, backend)
+        size = _spare_memory(loaded.geometry, policy) if memory is None else parse_bytes(memory)
+        self.backend = backend
+        self.pool = PagedPool(loaded.geometry, policy, size)
+        self.pages: PageManager = pages_of(self.pool, loaded, config)
+        self._next = 0
+
+    def open(self) -> int:
+        """A new, empty sequence."""
+        self._next += 1
+        self.pages.open(self._next, [])
+        return self._next
+
+    def fork(self, sequence: int) -> int:
+        """A copy of ``sequence`` that shares all its pages; whoever writes to the open one first copies it."""
+        self._next += 1
+        self.pages.fork(sequence, self._next)
+        return self._next
+
+    def part(self, slices: list[SequencePages], rows: Tensor | None) -> Part:
+        """The kernel call for ``slices``."""
+        layout = BatchLayout.of([SequenceSlice(s.start, s.count, s.sealed, s.head, s.tail, s.sink) for s in slices])
+        return Part(Forward(self.pool, self.backend, layout), rows)
+
+    def copy_pages(self) -> None:
+        """Copy the open pages that are about to be written and were shared."""
+        for source, target in self.pages.take_copies():
+            self.pool.copy(source, target)
+
+
+def _spare_memory(geometry: ModelGeometry, policy: Policy) -> int:
+    """Address space to reserve; the operating system gives memory only to frames that are used."""
+    frame = PoolLayout.of(geometry, policy).frame_bytes
+    return int(min(psutil.virtual_memory().available // _SHARE, _MAX_FRAMES * frame))
