@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 NATIVE := $(wildcard CMakeLists.txt) $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-ray lint format bench bench-peers clean
+.PHONY: help install demo test test-ray lint docs format bench bench-peers clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -42,16 +42,32 @@ test-ray: $(INSTALLED) ## two replicas on a local Ray against one server (instal
 	$(PIP) 'ray[serve]'
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m ray tests/test_ray.py
 
+# Takes the system's Chromium (Debian: apt-get install chromium), or the one of "playwright install chromium".
+test-browser: $(INSTALLED) ## the live page in a headless Chromium; writes out/serving-page.png
+	$(PIP) --no-build-isolation --editable '.[browser]'
+	mkdir -p out
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m browser tests/test_page.py --page-screenshot out/serving-page.png
+
+# -s: what was sent and how memory went is printed.
+SOAK_MINUTES ?= 20
+HOSTILE_REQUESTS ?= 10000
+soak: $(INSTALLED) ## hostile requests, then mixed load with cancels (HOSTILE_REQUESTS, SOAK_MINUTES)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -s -m soak tests/test_server_hostile.py tests/test_server_soak.py \
+	  --hostile-requests $(HOSTILE_REQUESTS) --soak-minutes $(SOAK_MINUTES) --soak-model $(MODEL)
+
 lint: $(INSTALLED) ## ruff, mypy, import contracts, clang-format
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/mypy
 	PYTHONPATH=src $(BIN)/lint-imports
 	find csrc -name '*.h' -o -name '*.cpp' | xargs --no-run-if-empty $(BIN)/clang-format --dry-run --Werror
 
+docs: $(INSTALLED) ## the documentation's site, in out/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir out/site
+
 format: $(INSTALLED) ## rewrite the sources in the project's format
-	$(BIN)/ruff check --fix src tests benchmarks
-	$(BIN)/ruff format src tests benchmarks
+	$(BIN)/ruff check --fix src tests benchmarks examples
+	$(BIN)/ruff format src tests benchmarks examples
 	find csrc -name '*.h' -o -name '*.cpp' | xargs --no-run-if-empty $(BIN)/clang-format -i
 
 bench: $(INSTALLED) ## read bandwidth, attention alone, and the whole engine, per dtype
@@ -65,6 +81,17 @@ bench: $(INSTALLED) ## read bandwidth, attention alone, and the whole engine, pe
 bench-peers: $(INSTALLED) ## the same beside llama.cpp, OpenVINO GenAI and transformers (installs them in scratch/peers)
 	$(BIN)/python benchmarks/peers/install.py
 	$(BIN)/python benchmarks/peers.py --json out/peers.json
+
+# DATA: a directory with lm/, chat/, agentic/ and traces/; see docs/serving.md for what is read.
+bench-serving: $(INSTALLED) ## the server under load; needs DATA=DIRECTORY
+	test -n "$(DATA)" || { echo "make bench-serving DATA=DIRECTORY" >&2; exit 2; }
+	$(BIN)/python benchmarks/agent_sessions.py --json out/sessions.json --chat $(DATA)/chat/mt_bench_question.jsonl \
+	  --agent $(DATA)/agentic/openai_requests/agentic_code_29.json
+	$(BIN)/python benchmarks/concurrency.py --json out/concurrency.json --text $(DATA)/lm/war_and_peace.txt
+	$(BIN)/python benchmarks/server_overhead.py --json out/overhead.json --text $(DATA)/lm/moby_dick.txt
+	$(BIN)/python benchmarks/llama_server.py --json out/llama_server.json --text $(DATA)/lm/war_and_peace.txt
+	$(BIN)/python benchmarks/mooncake.py --json out/mooncake.json --text $(DATA)/lm/war_and_peace.txt \
+	  --trace $(DATA)/traces/mooncake_conversation_trace.jsonl --new-tokens 32
 
 clean: ## remove what was built; keeps .venv
 	rm -rf build out $(INSTALLED)

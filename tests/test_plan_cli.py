@@ -31,7 +31,7 @@ def test_a_long_context_model_from_16_bit_to_8(tmp_path: Path, capsys: pytest.Ca
     assert half["kv_bytes_per_token"] == 131072
     # 80 GiB less 2 bytes for each of 8.03e9 parameters is about 65 GiB; a session of 128Ki tokens takes 16 GiB
     cache = (80 << 30) - 2 * 8030261248 - document["workspace_bytes"]
-    assert half["sessions"] == cache // (2049 * (8 << 20)) == 3
+    assert half["sessions"] == cache // (2049 * (8 << 20)) == 4
     assert eight["sessions"] == 7
     assert eight["gain_over_16bit"] == pytest.approx(16 / 8.125, rel=0.01)
     assert [c["context"] for c in eight["contexts"]] == [131072, 8192]
@@ -64,7 +64,7 @@ def test_a_policy_and_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     runs = {(r["dtype"], r["load"]): r for r in document["trace"]["runs"]}
     assert set(runs) == {(d, x) for d in names for x in (1, 0.01)}
     assert all(r["requests"] == 60 and r["refused"] == 0 for r in runs.values())
-    assert runs["bf16", 1]["waited"] > runs["mixed", 1]["waited"]
+    assert runs["bf16", 1]["wait_mean_s"] > 1.2 * runs["mixed", 1]["wait_mean_s"] > 1
     assert runs["bf16", 0.01]["waited"] == 0
 
 

@@ -11,7 +11,22 @@ import sys
 import typer
 from typer.exceptions import Abort, TyperException
 
-from kvbits.cli import bench, bench_serve, cache, calibrate, chat, demo, evaluate, generate, serve, top
+from kvbits.cli import (
+    advise,
+    bench,
+    bench_serve,
+    cache,
+    calibrate,
+    chat,
+    demo,
+    evaluate,
+    export,
+    generate,
+    plan,
+    report,
+    serve,
+    top,
+)
 from kvbits.errors import KVBitsError
 
 USER_ERROR = 2
@@ -29,11 +44,15 @@ app.command()(serve.serve)
 app.command()(chat.chat)
 app.command()(top.top)
 app.command()(evaluate.evaluate)
+app.command()(advise.advise)
 app.command()(calibrate.calibrate)
 app.command()(bench.bench)
 app.command()(bench_serve.bench_serve)
 app.command()(demo.demo)
 app.add_typer(cache.app, name="cache")
+app.command()(plan.plan)
+app.command()(export.export)
+app.command()(report.report)
 
 
 def run(arguments: list[str] | None = None) -> None:

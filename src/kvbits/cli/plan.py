@@ -131,6 +131,8 @@ def plan(
         "tensor_parallel_size": tensor_parallel_size,
         "mla": mla if facts.latent or mla == "expanded" else None,
     }
+    for scheme, swept in zip(document["schemes"], planned.swept.schemes, strict=True):
+        scheme["range"] = [{"context": c.context, "sessions": c.sessions} for c in swept.contexts]
     if picture is not None:
         from kvbits.planning.picture import draw
 

@@ -209,12 +209,12 @@ class _Simulation:
             part = min(tokens, request.prefill)
             tokens -= part
             request.prefill -= part
-            if request.prefill:
-                return
-            whole = request.arrival.blocks[: request.arrival.prompt // BLOCK_TOKENS]
-            new = self.pool.add(whole)
+            full = min(request.stored - request.prefill, request.arrival.prompt) // BLOCK_TOKENS
+            new = self.pool.add(request.arrival.blocks[:full])
             request.shared += new
             request.private -= self.pool.size(new)
+            if request.prefill:
+                return
             self._sampled(request, 1)
 
     def _sampled(self, request: _Request, tokens: int) -> None:

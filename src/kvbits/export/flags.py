@@ -1,0 +1,159 @@
+"""A policy in the options of another engine: the nearest that it can express, and what it cannot."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kvbits.codecs import Codec, Policy
+from kvbits.errors import ConfigError
+from kvbits.export.engines import ENGINES, Engine, Form, Side
+
+FEWER = 3.0
+"""How much worse a bit less than the policy's is than a bit more: the first costs quality, the second only memory."""
+
+
+@dataclass(frozen=True)
+class Translation:
+    """One engine's command line (``arguments``) and configuration (``config``), with what they leave out.
+
+    ``key_bits`` and ``value_bits`` are the means over the layers that the engine would really use, scales not counted;
+    ``lost`` says in sentences how this differs from the policy; empty when nothing is lost.
+    """
+
+    engine: str
+    title: str
+    arguments: tuple[str, ...]
+    config: dict[str, Any]
+    what: str
+    needs: str
+    key_bits: float
+    value_bits: float
+    lost: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain types."""
+        return {**asdict(self), "arguments": list(self.arguments), "lost": list(self.lost)}
+
+
+def translate(policy: Policy, engine: str, calibrated: bool = False) -> Translation:
+    """``policy`` in the options of ``engine``; ``calibrated``: its pages are rounded as a calibration says.
+
+    Raises ``ConfigError`` for an engine that nobody knows.
+    """
+    known = ENGINES.get(engine.strip().lower())
+    if known is None:
+        raise ConfigError(f"unknown engine '{engine}'; choose from {', '.join(ENGINES)}")
+    keys = [_bits(scheme.key) for scheme in policy.layers]
+    values = [_bits(scheme.value) for scheme in policy.layers]
+    never = _never(known, policy, calibrated or policy.rounding is not None)
+    choose = _of_sides if known.sides else _of_forms
+    return choose(known, keys, values, never)
+
+
+def _bits(codec: Codec) -> int:
+    """The code's own width: scales are not counted on either side of the comparison."""
+    return int(getattr(codec, "bits", 16))
+
+
+def _of_forms(engine: Engine, keys: Sequence[int], values: Sequence[int], never: Sequence[str]) -> Translation:
+    pairs = list(zip(keys, values, strict=True))
+    plain = {i for i, pair in enumerate(pairs) if engine.skips_layers and min(pair) >= 16}
+    rest = [pair for i, pair in enumerate(pairs) if i not in plain]
+    if not rest:
+        rest, plain = pairs, set()
+
+    def price(form: Form) -> float:
+        return sum(_price(k, form.key_bits) + _price(v, form.value_bits) for k, v in rest)
+
+    best = min(engine.forms, key=price)
+    if best.key_bits >= 16:
+        plain = set()
+    real = [(16.0, 16.0) if i in plain else (best.key_bits, best.value_bits) for i in range(len(pairs))]
+    lost = [*_differences("keys", keys, [k for k, _ in real]), *_differences("values", values, [v for _, v in real])]
+    return Translation(
+        engine.name,
+        engine.title,
+        _arguments(engine.name, best.name, sorted(plain)),
+        {},
+        best.what,
+        best.needs,
+        _mean(k for k, _ in real),
+        _mean(v for _, v in real),
+        (*lost, *never),
+    )
+
+
+def _of_sides(engine: Engine, keys: Sequence[int], values: Sequence[int], never: Sequence[str]) -> Translation:
+    key, value = (min(engine.sides, key=lambda s: sum(_price(b, s.bits) for b in bits)) for bits in (keys, values))
+    lost = [
+        *_differences("keys", keys, [key.bits] * len(keys)),
+        *_differences("values", values, [value.bits] * len(values)),
+    ]
+    arguments, config = _of_pair(engine.name, key, value)
+    needs = "flash attention (-fa on)" if engine.name == "llama.cpp" and value.bits < 16 else ""
+    what = f"keys: {key.what}; values: {value.what}"
+    return Translation(engine.name, engine.title, arguments, config, what, needs, key.bits, value.bits, (*lost, *never))
+
+
+def _price(wanted: float, got: float) -> float:
+    return (got - wanted) if got >= wanted else FEWER * (wanted - got)
+
+
+def _arguments(engine: str, name: str, skipped: Sequence[int]) -> tuple[str, ...]:
+    if engine == "lmdeploy":
+        return ("--quant-policy", name)
+    skip = ("--kv-cache-dtype-skip-layers", *map(str, skipped)) if skipped else ()
+    return ("--kv-cache-dtype", name, *skip)
+
+
+def _of_pair(engine: str, key: Side, value: Side) -> tuple[tuple[str, ...], dict[str, Any]]:
+    if engine == "llama.cpp":
+        flash = ("-fa", "on") if value.bits < 16 else ()
+        return ("-ctk", key.name, "-ctv", value.name, *flash), {}
+    return (), {"KEY_CACHE_PRECISION": key.name, "VALUE_CACHE_PRECISION": value.name}
+
+
+def _differences(what: str, wanted: Sequence[float], got: Sequence[float]) -> list[str]:
+    """Sentences such as ``keys of layers 0-3 have 8 bits in the policy and 4 here``."""
+    found: dict[tuple[float, float], list[int]] = {}
+    for layer, pair in enumerate(zip(wanted, got, strict=True)):
+        if pair[0] != pair[1]:
+            found.setdefault(pair, []).append(layer)
+    whole = len(wanted)
+    return [
+        f"{what} of {'all layers' if len(layers) == whole else 'layers ' + _ranges(layers)} have {a:g} bits in the "
+        f"policy and {b:g} here"
+        for (a, b), layers in found.items()
+    ]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and parts[-1][1] == number - 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+
+
+def _never(engine: Engine, policy: Policy, calibrated: bool) -> list[str]:
+    """What no option of any of these engines can say."""
+    found = []
+    if policy.sink is not None and policy.sink != policy.layers:
+        (name, _), *_ = Counter(scheme.name for scheme in policy.sink).most_common(1)
+        found.append(f"the first page of a sequence ({name} in the policy) is stored as all others")
+    if calibrated:
+        found.append(f"calibrated rounding: {engine.title} rounds to nearest")
+    if any(_bits(s.key) < 8 and getattr(s.key, "per", "") == "channel" for s in policy.layers):
+        found.append("scales of keys are not per channel of a page")
+    found.append("the newest tokens are not kept in 16 bit until their page is full")
+    return found
+
+
+def _mean(numbers: Iterable[float]) -> float:
+    listed = list(numbers)
+    return sum(listed) / len(listed)

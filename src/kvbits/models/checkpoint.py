@@ -1,0 +1,75 @@
+"""A model as a Hugging Face directory that other engines read, and the names of its attention modules."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from kvbits.errors import ConfigError, UnsupportedError
+from kvbits.models.load import LoadedModel
+from kvbits.models.locate import Source, locate
+from kvbits.models.quiet import quiet
+
+_SKIPPED = (".gguf", ".bin", ".pth", ".pt")
+
+
+def write_checkpoint(name: str, directory: Path) -> None:
+    """Put the model ``name`` into ``directory``: weights in bfloat16 or as they are, configuration, tokenizer.
+
+    A directory of safetensors is copied; anything else is loaded and written. Raises ``ConfigError`` when the model
+    cannot be read or ``directory`` is its own or cannot be written.
+    """
+    source = locate(name)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if source.gguf is None and Path(source.path).is_dir():
+            _copy(Path(source.path), directory)
+        else:
+            _convert(source, directory)
+    except OSError as error:
+        raise ConfigError(f"cannot write the model '{name}' to '{directory}': {error}") from error
+
+
+def attention_modules(loaded: LoadedModel) -> list[str]:
+    """The name of every layer's attention module, in the order of the layers.
+
+    Raises ``UnsupportedError`` for a model whose attention has no separate key and value projections: engines look for
+    a layer's scales beside those.
+    """
+    found: dict[int, str] = {}
+    for name, module in loaded.model.named_modules():
+        index: Any = getattr(module, "layer_idx", None)
+        if isinstance(index, int) and hasattr(module, "k_proj") and hasattr(module, "v_proj"):
+            found[index] = name
+    count = loaded.geometry.num_layers
+    if sorted(found) != list(range(count)):
+        raise UnsupportedError(
+            f"{len(found)} of the {count} layers of {loaded.name} have projections k_proj and v_proj"
+        )
+    return [found[i] for i in range(count)]
+
+
+def _copy(source: Path, directory: Path) -> None:
+    if source.resolve() == directory.resolve():
+        raise ConfigError(f"'{directory}' is the model's own directory; give another one for the export")
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.suffix not in _SKIPPED:
+            shutil.copy2(file, directory / file.name)
+
+
+def _convert(source: Source, directory: Path) -> None:
+    options: dict[str, Any] = {"dtype": torch.bfloat16}
+    if source.gguf:
+        options |= {"gguf_file": source.gguf, "quantization_config": GgufConfig(dequantize=True)}
+    with quiet():
+        model: Any = AutoModelForCausalLM.from_pretrained(source.path, local_files_only=source.offline, **options)
+        tokens = {"gguf_file": source.gguf} if source.gguf else {}
+        tokenizer: Any = AutoTokenizer.from_pretrained(source.path, local_files_only=source.offline, **tokens)
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)

@@ -1,0 +1,1 @@
+"""Everything that was measured and planned for one model, on one page."""

@@ -1,0 +1,97 @@
+"""Results files of the other commands, told apart by what they hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvbits.errors import ConfigError
+
+Record = Mapping[str, Any]
+
+
+@dataclass
+class Gathered:
+    """What was found, in the order of the files. ``evaluated`` and ``timed`` hold one record a dtype.
+
+    ``evaluated``: fidelity of ``kvbits evaluate``. ``policies``: ``policy.json`` of ``kvbits calibrate``, with the
+    directory's name under ``name``. ``plans``: ``kvbits plan``. ``timed``: ``kvbits bench``. ``files``: what each file
+    was taken for.
+    """
+
+    model: str = ""
+    evaluated: list[Record] = field(default_factory=list)
+    policies: list[Record] = field(default_factory=list)
+    plans: list[Record] = field(default_factory=list)
+    timed: list[Record] = field(default_factory=list)
+    files: list[tuple[str, str]] = field(default_factory=list)
+
+
+def gather(paths: Iterable[Path]) -> Gathered:
+    """Read JSON files (and directories of policies). Later results of a dtype replace earlier ones.
+
+    Raises ``ConfigError`` for a file that is none of them, for results of different models, and when nothing is given.
+    """
+    found = Gathered()
+    owners: dict[str, Path] = {}
+    for path in paths:
+        document = _read(path / "policy.json" if path.is_dir() else path)
+        kind = _add(found, path, document)
+        found.files.append((path.name, kind))
+        owner = document["model"]["name"] if kind == "policy" else str(document.get("model", ""))
+        owners.setdefault(_short(owner), path)
+    if not owners:
+        raise ConfigError("there are no results to report; give JSON files that other commands wrote with --json")
+    if len(owners) > 1:
+        listed = ", ".join(f"{name} ('{path}')" for name, path in owners.items())
+        raise ConfigError(f"the results are of different models: {listed}; a report is about one")
+    found.model = next(iter(owners))
+    return found
+
+
+def _short(name: str) -> str:
+    """One name for the ways to write a model: the last part of a path or a hub id."""
+    short = name.rstrip("/").rsplit("/", 1)[-1].lower()
+    return short.removesuffix(".json").removesuffix(".gguf").removesuffix("-instruct")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the results '{path}': {error.strerror or error}") from error
+    except ValueError as error:
+        raise ConfigError(f"'{path}' is no JSON file: {error}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"'{path}' holds no results: it is no JSON object")
+    return document
+
+
+def _add(found: Gathered, path: Path, document: dict[str, Any]) -> str:
+    rows = document.get("results")
+    if document.get("format") == "kvbits-policy":
+        name = path.name if path.is_dir() else path.resolve().parent.name
+        found.policies.append({**document, "name": name})
+        return "policy"
+    if "schemes" in document:
+        found.plans.append(document)
+        return "plan"
+    if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
+        shared = {k: v for k, v in document.items() if k not in ("results", "model")}
+        if "decode_tokens_per_s" in rows[0]:
+            _replace(found.timed, [{**shared, **row} for row in rows], ("dtype", "context", "batch"))
+            return "bench"
+        if "kl_mean" in rows[0] or "verdict" in rows[0]:
+            _replace(found.evaluated, rows, ("dtype",))
+            return "evaluate"
+    raise ConfigError(f"'{path}' holds no results of evaluate, calibrate, plan or bench")
+
+
+def _replace(into: list[Record], rows: Iterable[Record], names: tuple[str, ...]) -> None:
+    for row in rows:
+        key = [row.get(name) for name in names]
+        into[:] = [r for r in into if [r.get(name) for name in names] != key]
+        into.append(row)
