@@ -201,6 +201,7 @@ def test_sessions_return_to_the_replica_that_holds_their_pages(
     assert same == prompt
     served = [pool.queries for pool, _ in cluster.stats().values()]
     assert len(served) == 2
+    print(f"prompt tokens by replica: {served}")
     assert min(served) > 0.2 * sum(served), served
     cluster.deploy(replica, replace(TWO, routing="random", fetch_pages=False))
     _, scattered = talk(cluster.url)

@@ -91,12 +91,12 @@ class FrameMover:
         self._staging = np.empty(self._size, dtype=np.uint8)
 
     def save(self, frame: int, slot: int) -> bytes:
-        data = memoryview(self._buffer[frame].cpu().numpy())
+        data = self._buffer[frame].cpu().numpy().data
         self._store.write(slot * self._size, data)
         return _checksum(data)
 
     def load(self, slot: int, frame: int, checksum: bytes) -> bool:
-        data = memoryview(self._staging)
+        data = self._staging.data
         self._store.read(slot * self._size, data)
         if _checksum(data) != checksum:
             return False

@@ -22,26 +22,31 @@ def build(replica: ReplicaOptions, cluster: ClusterOptions, application: str = A
     """Bind the two deployments; ``serve.run(build(...), name=application)`` starts them or, again, rolls them over."""
     engines = serve.deployment(Replica).options(**_replica_settings(replica, cluster))
 
-    @serve.deployment(name="front", max_ongoing_requests=100_000, ray_actor_options={"num_cpus": 0})
-    @serve.ingress(
-        front_of(
-            deployment=ENGINES,
-            application=application,
-            max_body=replica.server.max_body,
-            retries=cluster.retries,
-        )
+    application_of = front_of(
+        deployment=ENGINES, application=application, max_body=replica.server.max_body, retries=cluster.retries
     )
-    class FrontDeployment:
-        def __init__(self, engines: DeploymentHandle) -> None:
-            """The handle is only named here so that both deployments belong to one application."""
+    front = serve.deployment(
+        serve.ingress(application_of)(Front),
+        name="front",
+        max_ongoing_requests=100_000,
+        ray_actor_options={"num_cpus": 0},
+    )
+    return front.bind(engines.bind(replica, ENGINES, cluster.fetch_pages))
 
-    return FrontDeployment.bind(engines.bind(replica, ENGINES, cluster.fetch_pages))
+
+class Front:
+    """The deployment around the application of :mod:`kvbits.ray.front`, which is made in its process."""
+
+    def __init__(self, engines: DeploymentHandle) -> None:
+        """The handle is only named here so that both deployments belong to one application."""
 
 
 def _replica_settings(replica: ReplicaOptions, cluster: ClusterOptions) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "name": ENGINES,
         "max_ongoing_requests": replica.most_requests,
+        # A replica that cannot start says so; what comes after is somebody else's try.
+        "max_constructor_retry_count": 2,
         "ray_actor_options": {"num_cpus": cluster.cpus},
         "health_check_period_s": cluster.health_period,
         "health_check_timeout_s": max(30.0, 3 * cluster.health_period),

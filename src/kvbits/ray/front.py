@@ -24,6 +24,7 @@ _LOST = (RayActorError, RayServeException, BackPressureError)
 """What a call raises when its replica is gone or not to be reached."""
 
 RETRY_SECONDS = 5
+_END_SECONDS = 5
 
 
 class Front:
@@ -57,6 +58,9 @@ class Front:
         watch = asyncio.ensure_future(_disconnected(receive))
         try:
             await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if answer.done:
+                # A client may leave as soon as it has the last byte; the call to the replica ends on its own.
+                await asyncio.wait({work}, timeout=_END_SECONDS)
             if work.done():
                 await work
         finally:

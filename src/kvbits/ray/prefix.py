@@ -103,7 +103,7 @@ def choose(preferred: str | None, loads: Mapping[str, int], held: Mapping[str, i
     than ``imbalance`` requests more than the least loaded.
     """
     order = sorted(loads, key=lambda replica: (loads[replica], held.get(replica, 0)))
-    if preferred in loads and loads[preferred] - loads[order[0]] <= imbalance:
+    if preferred is not None and preferred in loads and loads[preferred] - loads[order[0]] <= imbalance:
         order.remove(preferred)
         order.insert(0, preferred)
     return order

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from ray import serve
 from ray.exceptions import RayError
+from starlette.types import Message
 
 from kvbits.engine.engine import Engine
 from kvbits.engine.transfer import PageBundle, export_pages, import_pages
@@ -42,7 +43,7 @@ class Replica:
         if fetch_pages:
             self._service.before_submit = self._fetch
         self._deployment = deployment
-        self._name = serve.get_replica_context().replica_id.unique_id
+        self._name = str(serve.get_replica_context().replica_id.unique_id)
         self._application = serve.get_replica_context().app_name
         self._life: Any = None
         self._starting = asyncio.Lock()
@@ -62,14 +63,14 @@ class Replica:
 
     # What the front and other replicas ask
 
-    async def http(self, route: Route, request: HttpRequest) -> AsyncIterator[list[dict[str, Any]]]:
+    async def http(self, route: Route, request: HttpRequest) -> AsyncIterator[list[Message]]:
         """The answer as ASGI messages, as they come."""
         await self._start()
         holder = route.holder if route.holder in route.alive and route.holder != self._name else None
         token = _holder.set(holder)
-        messages: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        messages: asyncio.Queue[Message | None] = asyncio.Queue()
         exchange = _Exchange(request, messages)
-        task = asyncio.ensure_future(self._app(exchange.scope, exchange.receive, messages.put))
+        task = asyncio.ensure_future(self._app(exchange.scope, exchange.receive, exchange.send))
         _holder.reset(token)
         task.add_done_callback(lambda _: messages.put_nowait(None))
         try:
@@ -132,7 +133,7 @@ class Replica:
 class _Exchange:
     """An ASGI connection whose request is there already. ``gone`` tells the application that nobody listens."""
 
-    def __init__(self, request: HttpRequest, messages: asyncio.Queue[dict[str, Any] | None]) -> None:
+    def __init__(self, request: HttpRequest, messages: asyncio.Queue[Message | None]) -> None:
         self.gone = asyncio.Event()
         self._body: bytes | None = request.body
         self._messages = messages
@@ -152,7 +153,10 @@ class _Exchange:
             "state": {},
         }
 
-    async def receive(self) -> dict[str, Any]:
+    async def send(self, message: Message) -> None:
+        await self._messages.put(message)
+
+    async def receive(self) -> Message:
         if self._body is not None:
             body, self._body = self._body, None
             return {"type": "http.request", "body": body, "more_body": False}

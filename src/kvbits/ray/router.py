@@ -6,7 +6,6 @@ can be fetched from the holder, which the replica is told.
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
@@ -25,8 +24,6 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
     def initialize_state(self, imbalance: int = 8, capacity: int = 200_000) -> None:
         self._imbalance = imbalance
         self._map = PrefixMap(capacity)
-        self._under_way: Counter[str] = Counter()
-        self._sent: dict[str, str] = {}
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -42,25 +39,17 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
         if route.target in by_name:
             return [[by_name[route.target]]]
         route.holder, continues = self._map.holder(route.blocks, by_name)
-        loads = {name: self._under_way[name] for name in sorted(by_name)}
+        # What a replica said when it took its last request, and what was sent and ended since; 0 when that is long ago.
+        known = self.replica_queue_len_cache
+        loads = {name: known.get(by_name[name].replica_id) or 0 for name in sorted(by_name)}
         order = choose(route.holder if continues else None, loads, self._map.held, self._imbalance)
         return [[by_name[name]] for name in order]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Remember who got the prompt."""
         route = _route(pending_request)
-        name = replica_id.unique_id
-        if route is None or route.target is not None:
-            return
-        self._map.record(route.blocks, name)
-        self._under_way[name] += 1
-        self._sent[pending_request.metadata.internal_request_id] = name
-
-    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        """Count one request less."""
-        name = self._sent.pop(internal_request_id, None)
-        if name is not None:
-            self._under_way[name] -= 1
+        if route is not None and route.target is None:
+            self._map.record(route.blocks, replica_id.unique_id)
 
 
 def _route(pending: PendingRequest | None) -> Route | None:
