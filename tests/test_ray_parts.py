@@ -10,6 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from kvbits.cli import cluster
+from kvbits.cli.cluster import replicas_of
 from kvbits.errors import ConfigError
 from kvbits.ray.options import ClusterOptions
 from kvbits.ray.prefix import BLOCK_CHARS, PrefixMap, block_hashes, choose, prompt_text
@@ -165,3 +167,20 @@ def test_the_core_does_not_import_ray() -> None:
         "assert 'ray' not in sys.modules, 'ray'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("text", "expected"), [("2", (2, 2)), ("1-4", (1, 4)), (" 3 ", (3, 3))])
+def test_replicas_on_the_command_line(text: str, expected: tuple[int, int]) -> None:
+    assert replicas_of(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "two", "1-", "-1", "1-2-3", "1.5"])
+def test_replicas_that_are_no_number(text: str) -> None:
+    with pytest.raises(ConfigError, match="ray_replicas is"):
+        replicas_of(text)
+
+
+def test_without_ray_the_option_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'kvbits\[ray\]'"):
+        cluster.check_ray()
