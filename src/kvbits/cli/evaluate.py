@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 _PARTS = "fidelity, layers, passkey, needle, kv-retrieval, lines, multikey, variables, babi, generation, tools, or all"
 
+_CHECK_TOKENS = 1024
+"""Longest window of the self-check, which runs one page a step."""
+
 
 def evaluate(
     model: options.Model,
@@ -122,7 +125,7 @@ def _self_check(laboratory: Laboratory, menu: Menu, tokens: list[int], sizes: Si
 
     if not laboratory.fidelity:
         raise ConfigError("--self-check needs the task fidelity")
-    found = plant_fault(laboratory, cut_windows(tokens, sizes.context, 1))
+    found = plant_fault(laboratory, cut_windows(tokens, min(sizes.context, _CHECK_TOKENS), 1))
     for row in found:
         note(f"{row['dtype']}: {row['verdict']}; {'noticed' if row['noticed'] else 'NOT noticed'}")
     return found
