@@ -187,6 +187,11 @@ struct AffineValue {
     for (; lane + kWidth * kVectors <= dim; lane += kWidth * kVectors) {
       accumulate_lanes<ROWS, kVectors>(page, ahead, dim, lane, terms, unit, bias, total, params, rows, keep);
     }
+    if constexpr (kVectors > 2) {
+      for (; lane + kWidth * 2 <= dim; lane += kWidth * 2) {
+        accumulate_lanes<ROWS, 2>(page, ahead, dim, lane, terms, unit, bias, total, params, rows, keep);
+      }
+    }
     for (; lane < dim; lane += kWidth) {
       accumulate_lanes<ROWS, 1>(page, ahead, dim, lane, terms, unit, bias, total, params, rows, keep);
     }

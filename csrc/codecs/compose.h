@@ -70,3 +70,33 @@ struct MixedKey {
   static int at(int channel, int token) { return (channel / 2 * kPage + token) * 2 + channel % 2; }
   static float channel(const uint16_t* pairs, int c, int t) { return bf16_to_float(pairs[at(c, t)]); }
 };
+
+// Values with parameters for blocks of channels (src/kvbits/codecs/blocks.py): one page of affine.h a block.
+template <int BITS>
+struct BlockValue {
+  using Form = PlainForm<BITS, false, false>;
+  static constexpr int kBlock = 32;
+  static constexpr size_t kBytes = (static_cast<size_t>(kPage) * kBlock * BITS / 8 + 4 * kPage + 63) / 64 * 64;
+
+  template <int ROWS>
+  static void accumulate_rows(const uint8_t* page, ptrdiff_t ahead, int dim, QueryRow* rows, const float* weights,
+                              const float* keep) {
+    QueryRow part[ROWS];  // only their accumulators are touched
+    for (int block = 0; block < dim / kBlock; ++block) {
+      for (int r = 0; r < ROWS; ++r) part[r].accumulator = rows[r].accumulator + block * kBlock;
+      AffineValue<Form>::template accumulate_rows<ROWS>(page + block * kBytes, ahead, kBlock, part, weights, keep);
+    }
+  }
+
+  static void seal(const uint8_t* open_page, int dim, const Rounding&, uint8_t* out) {
+    uint32_t part[kPage / 2 * kBlock];  // a pair of tokens each
+    for (int block = 0; block < dim / kBlock; ++block) {
+      for (int pair = 0; pair < kPage / 2; ++pair) {
+        __builtin_memcpy(part + pair * kBlock, open_page + (static_cast<size_t>(pair) * dim + block * kBlock) * 4,
+                         kBlock * 4);
+      }
+      seal_affine_value<Form>(reinterpret_cast<const uint8_t*>(part), kBlock, {nullptr, nullptr, 1.0f},
+                              out + block * kBytes);
+    }
+  }
+};

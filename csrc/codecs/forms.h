@@ -33,7 +33,6 @@ struct IntegerCodes {
 // Codes of BITS bits and float16 parameters (src/kvbits/codecs/affine.py).
 template <int BITS, bool PER_CHANNEL, bool SYMMETRIC>
 struct PlainForm : IntegerCodes<BITS, SYMMETRIC> {
-  static_assert(BITS < 8 || SYMMETRIC, "8-bit value codes are the signed operand");
   static constexpr int kTerms = kTermsFor<BITS>;
   static constexpr int kRadix = BITS == 8 ? kRadixBits8 : 8;
   static constexpr bool kPerChannel = PER_CHANNEL;
@@ -43,7 +42,7 @@ struct PlainForm : IntegerCodes<BITS, SYMMETRIC> {
   static constexpr float kKeyOffset = SYMMETRIC ? kKeyMean : 0.0f;
   static constexpr float kValueMean = SYMMETRIC ? 0.0f : kKeyMean;
   using KeyCodes = Planes<BITS>;
-  using ValueCodes = Planes<BITS>;
+  using ValueCodes = std::conditional_t<BITS < 8 || SYMMETRIC, Planes<BITS>, void>;  // they must fit a signed byte
 
   struct Params {
     const uint16_t *scales, *zeros;

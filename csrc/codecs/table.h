@@ -82,6 +82,12 @@ constexpr CodecKernels codebook_value() {
           {accumulate_any<V>, turn_accumulator}};
 }
 
+template <int BITS>
+constexpr CodecKernels block_value() {
+  using V = BlockValue<BITS>;
+  return {1024 + BITS, {}, {accumulate_any<V>, nullptr}, nullptr, V::seal, {}, {accumulate_any<V>, nullptr}};
+}
+
 template <int HIGH, int LOW>
 constexpr CodecKernels mixed_key() {
   using K = MixedKey<HIGH, LOW>;
@@ -107,6 +113,9 @@ const CodecKernels kCodecs[] = {
     affine<3, true, false>(),
     affine<2, false, false>(),
     affine<2, true, false>(),
+    block_value<4>(),
+    block_value<3>(),
+    block_value<2>(),
     mixed_key<8, 4>(),
     mixed_key<8, 2>(),
     mixed_key<4, 2>(),

@@ -1,7 +1,7 @@
 """Key channels of two widths: the quarter that matters most at more bits, the rest at fewer.
 
-A few key channels carry most of what queries meet (KVQuant: Hooper et al., 2024, arXiv:2401.18079; MixKVQ and others give
-them more bits). Which ones they are is a page's own affair: it says so in its bytes.
+A few key channels carry most of what queries meet (KIVI: Liu et al., 2024, arXiv:2402.02750). Which ones they are is a
+page's own affair: it says so in its bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from kvbits.codecs.affine import Affine
 from kvbits.codecs.base import Codec, Rounding, Side
 from kvbits.codecs.packing import quads_multiple
-from kvbits.config import PAGE_TOKENS, align
+from kvbits.config import align
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Mixed(Codec):
         if rounding.order is not None:
             return rounding.order.long().expand(*rows.shape[:-2], rows.shape[-1])
         reach = rows.amax(-2) - rows.amin(-2)
-        return reach.argsort(-1, descending=True, stable=True)
+        return reach.argsort(dim=-1, descending=True, stable=True)
 
     def supports(self, dim: int) -> str | None:
         if dim > 256:

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 
 from kvbits.codecs.affine import Affine
 from kvbits.codecs.base import Codec, LayerRounding, Scheme
+from kvbits.codecs.blocks import Blocks
 from kvbits.codecs.codebook import Codebook
 from kvbits.codecs.float8 import Float8
+from kvbits.codecs.mixed import Mixed
 from kvbits.codecs.nibbles import Nibbles
 from kvbits.codecs.raw import Raw
 from kvbits.config import PAGE_TOKENS, ModelGeometry
@@ -32,6 +34,16 @@ def _codebook(bits: int) -> Scheme:
     return Scheme(key=Codebook(name, bits, centered=True), value=Codebook(name, bits))
 
 
+def _blocks(bits: int) -> Scheme:
+    name = f"int{bits}b32"
+    return Scheme(key=Affine(name, bits, per="channel"), value=Blocks(name, bits))
+
+
+def _mixed(high: int, low: int) -> Scheme:
+    name = f"mix{high}_{low}"
+    return Scheme(key=Mixed(name, high, low), value=Affine(name, low))
+
+
 SCHEMES: dict[str, Scheme] = {
     "bf16": OPEN,
     "int8": Scheme(key=Affine("int8", 8, symmetric=True), value=Affine("int8", 8, symmetric=True)),
@@ -47,6 +59,12 @@ SCHEMES: dict[str, Scheme] = {
     "nf4": _codebook(4),
     "nf3": _codebook(3),
     "nf2": _codebook(2),
+    "int4b32": _blocks(4),
+    "int3b32": _blocks(3),
+    "int2b32": _blocks(2),
+    "mix8_4": _mixed(8, 4),
+    "mix8_2": _mixed(8, 2),
+    "mix4_2": _mixed(4, 2),
 }
 """Every dtype name that a policy may use: one line a scheme."""
 

@@ -1,0 +1,51 @@
+"""Value scales for blocks of channels instead of whole tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvbits.codecs.affine import Affine
+from kvbits.codecs.base import Codec, Rounding, Side
+from kvbits.codecs.packing import quads_multiple
+
+BLOCK = 32
+"""Channels that share a scale and a zero point within a token."""
+
+
+@dataclass(frozen=True)
+class Blocks(Codec):
+    """Affine codes of ``bits`` bits per token and block of :data:`BLOCK` channels.
+
+    Page bytes: one page of :class:`kvbits.codecs.affine.Affine` per token for each block, each with its padding.
+    """
+
+    bits: int = 4
+
+    @property
+    def _inner(self) -> Affine:
+        return Affine(self.name, self.bits, per="token")
+
+    def page_bytes(self, dim: int) -> int:
+        return dim // BLOCK * self._inner.page_bytes(BLOCK)
+
+    def encode(self, rows: Tensor, side: Side, rounding: Rounding | None = None) -> Tensor:
+        blocks = []
+        for start in range(0, rows.shape[-1], BLOCK):
+            blocks.append(self._inner.encode(rows[..., start : start + BLOCK], side))
+        return torch.cat(blocks, dim=-1)
+
+    def decode(self, page: Tensor, dim: int, side: Side) -> Tensor:
+        pages = page.unflatten(-1, (dim // BLOCK, -1))
+        blocks = [self._inner.decode(pages[..., b, :], BLOCK, side) for b in range(dim // BLOCK)]
+        return torch.cat(blocks, dim=-1)
+
+    def supports(self, dim: int) -> str | None:
+        assert quads_multiple(self.bits) <= BLOCK
+        return None if dim % BLOCK == 0 else f"head size {dim} is not a multiple of {BLOCK}"
+
+    @property
+    def native_id(self) -> int:
+        return 1024 + self.bits
