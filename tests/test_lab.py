@@ -157,7 +157,7 @@ def test_layers_by_themselves_agree_with_plain_attention(loaded: LoadedModel, to
     assert 0.001 < whole[2].error < 0.5
     coarse = layer_errors([measure_layers(loaded, ["int2"], window)["int2"].as_json()])
     assert all(c.error > 2 * e.error for c, e in zip(coarse, whole, strict=True))
-    assert all(abs(e.key_gain - 1) < 0.02 and abs(e.value_gain - 1) < 0.02 for e in whole)
+    assert all(abs(e.key_off) < 0.02 and abs(e.value_off) < 0.02 for e in whole)
 
 
 def test_the_chunk_does_not_change_what_layers_say(loaded: LoadedModel, tokens: list[int]) -> None:
@@ -165,7 +165,7 @@ def test_the_chunk_does_not_change_what_layers_say(loaded: LoadedModel, tokens: 
              for chunk in (64, 192)]  # fmt: skip
     for one, two in zip(*found, strict=True):
         assert one.error == pytest.approx(two.error, rel=1e-3)
-        assert one.key_gain == pytest.approx(two.key_gain, rel=1e-6)
+        assert one.key_off == pytest.approx(two.key_off, rel=1e-6)
 
 
 def test_the_measured_layers_leave_the_logits_alone(loaded: LoadedModel, tokens: list[int]) -> None:

@@ -36,7 +36,7 @@ def of_text(record: Fidelity, window_tokens: int) -> tuple[Interval, list[Measur
 
 
 def of_layers(errors: Sequence[LayerError]) -> Finding:
-    """Error and gain by layer; the distance of keys' and of values' gain from 1 over all layers is judged."""
+    """Error by layer, and how far keys and values read back too large or too small; the latter is judged."""
     figures: dict[str, Any] = {
         "layers": [asdict(e) for e in errors],
         "error_mean": float(np.mean([e.error for e in errors])),
@@ -44,9 +44,8 @@ def of_layers(errors: Sequence[LayerError]) -> Finding:
     }
     measures = []
     for side in ("key", "value"):
-        away = np.array([getattr(e, f"{side}_gain") - 1 for e in errors])
-        figures[f"{side}_gain_mean"] = float(1 + away.mean())
-        off = interval(away * (-1 if away.mean() < 0 else 1), range(len(away)))
+        off = interval([getattr(e, f"{side}_off") for e in errors], range(len(errors)))
+        figures[f"{side}_off_mean"] = off.mean
         measures.append(Measure("gain", f"{side}s", off))
     return figures, measures
 

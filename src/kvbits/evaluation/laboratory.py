@@ -185,9 +185,9 @@ class Laboratory:
 
 
 def plant_fault(laboratory: Laboratory, windows: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
-    """Results on ``windows`` with every dtype's scales off by 5 %; ``noticed``: the verdict is worse than without.
+    """Results on ``windows`` with every dtype's scales off by 5 %.
 
-    The laboratory must have measured fidelity. 16 bit has no scales and is left out.
+    ``noticed``: the verdict, or what it says of scales, is worse than without the fault. The laboratory must have measured fidelity. 16 bit has no scales and is left out.
     """
     dtypes = [d for d in laboratory.dtypes if d != REFERENCE]
     # One page a step: every token then reads the fault in all earlier pages.
@@ -201,6 +201,12 @@ def plant_fault(laboratory: Laboratory, windows: Sequence[Sequence[int]]) -> lis
     verdicts = faulty.verdicts(laboratory.rivals())
     found = []
     for dtype, row in zip(dtypes, faulty.results(laboratory.rivals()), strict=True):
-        noticed = verdicts[dtype].level > before[dtype].level or before[dtype].level is Level.BAD
+        worse = verdicts[dtype].level > before[dtype].level
+        noticed = worse or _scales(verdicts[dtype]) > _scales(before[dtype])
         found.append({**row, "dtype": dtype + FAULT, "noticed": noticed})
     return found
+
+
+def _scales(verdict: Verdict) -> Level:
+    """What a verdict says of keys and values that read back too large or too small."""
+    return max((m.level for m in verdict.measures if m.kind == "gain"), default=Level.NONE)

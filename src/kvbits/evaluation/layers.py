@@ -29,21 +29,23 @@ from kvbits.pool import LayerView, PagedPool
 class LayerError:
     """One layer: its attention output ``o'`` against the 16-bit ``o`` (tokens after the first page), and its codes.
 
-    ``error = ||o' - o|| / ||o||``. ``key_gain`` and ``value_gain`` are the slope of what sealed pages read back over
-    what was stored, about each channel's mean in its page: 1 unless a scale is off.
+    ``error = ||o' - o|| / ||o||``. With ``x`` what was stored and ``x'`` what sealed pages read back, both about each
+    channel's mean in its page, ``key_off`` is ``max(<x', x> / <x, x>, <x', x> / <x', x'>) - 1``. Rounding, however
+    coarse, keeps both ratios at 1 or below (to nearest the first is 1, with centroids the second); a scale that is off
+    by ``s`` multiplies one of them by it. ``value_off`` likewise.
     """
 
     layer: int
     error: float
-    key_gain: float
-    value_gain: float
+    key_off: float
+    value_off: float
 
 
 class Sums:
-    """``float64 [6, layers]``: ``||o' - o||^2``, ``||o||^2`` of outputs; ``<x', x>``, ``<x, x>`` of keys, of values."""
+    """``float64 [8, layers]``: squares of ``o' - o`` and ``o``; then products of ``x'`` and ``x`` (keys, values)."""
 
     def __init__(self, layers: int) -> None:
-        self.values = torch.zeros(6, layers, dtype=torch.float64)
+        self.values = torch.zeros(8, layers, dtype=torch.float64)
 
     def add_output(self, layer: int, output: Tensor, other: Tensor) -> None:
         """Add rows ``[rows, heads, dim]`` of the 16-bit cache and of the dtype."""
@@ -53,10 +55,9 @@ class Sums:
 
     def add_page(self, layer: int, stored: tuple[Tensor, Tensor], read: tuple[Tensor, Tensor]) -> None:
         """Add a page's keys and values ``[64, kv_heads, dim]``, as they were stored and as they read back."""
-        for row, (own, back) in zip((2, 4), zip(stored, read, strict=True), strict=True):
+        for row, own, back in zip((2, 5), stored, read, strict=True):
             x, y = (t.double() - t.double().mean(0) for t in (own, back))
-            self.values[row, layer] += (x * y).sum()
-            self.values[row + 1, layer] += x.square().sum()
+            self.values[row : row + 3, layer] += torch.stack([(x * y).sum(), x.square().sum(), y.square().sum()])
 
     def as_json(self) -> list[list[float]]:
         """The sums in plain types."""
@@ -67,7 +68,9 @@ class Sums:
 def layer_errors(parts: Sequence[Sequence[Sequence[float]]]) -> list[LayerError]:
     """Errors by layer from the sums of several windows."""
     sums = torch.tensor(parts, dtype=torch.float64).sum(0)
-    columns = ((sums[0] / sums[1]).sqrt(), sums[2] / sums[3], sums[4] / sums[5])
+    # nothing stored, or a codec that reads back nothing, is off by nothing
+    off = [sums[i] / torch.minimum(sums[i + 1], sums[i + 2]).clamp(min=1e-30) - 1 for i in (2, 5)]
+    columns = ((sums[0] / sums[1]).sqrt(), *off)
     return [LayerError(i, *row) for i, row in enumerate(torch.stack(columns, 1).tolist())]
 
 
