@@ -99,6 +99,9 @@ def test_the_checkpoint_loads_with_its_scales(
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     written = json.loads(report.read_text())["layers"]
+    if per == "tensor":
+        factors = json.loads((out / "sglang-kv-scales.json").read_text())["kv_cache"]["scaling_factor"]["0"]
+        assert factors == {str(i): max(*layer["k_scale"], *layer["v_scale"]) for i, layer in enumerate(written)}
     for module, layer in zip(MODULES, written, strict=True):
         for name in ("k_scale", "v_scale"):
             parameter = loaded.get_parameter(f"{module}.{name}")

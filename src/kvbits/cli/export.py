@@ -112,7 +112,7 @@ def _checkpoint(
     }
     add_scales(output, layers, modules, layout, granularity, __version__, report)
     _print_scales(layers)
-    _print_use(layout, output)
+    _print_use(layout, granularity, output)
     return report
 
 
@@ -134,14 +134,16 @@ def _print_scales(layers: list[LayerScales]) -> None:
     Console().print(table)
 
 
-def _print_use(layout: Layout, output: Path) -> None:
-    if layout == "compressed-tensors":
-        print(
-            f"vllm serve {output} --kv-cache-dtype fp8\npython -m sglang.launch_server --model-path {output}"
-            " --kv-cache-dtype fp8_e4m3"
-        )
-    else:
+def _print_use(layout: Layout, granularity: Granularity, output: Path) -> None:
+    if layout == "modelopt":
         print(f"trtllm-serve {output}")
+        return
+    print(f"vllm serve {output} --kv-cache-dtype fp8")
+    if granularity == "tensor":
+        print(
+            f"python -m sglang.launch_server --model-path {output} --kv-cache-dtype fp8_e4m3 "
+            f"--quantization-param-path {output}/sglang-kv-scales.json"
+        )
 
 
 def _flags(model: str, dtype: str | None, policy: Path | None, engines: list[str] | None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from kvbits.export.scales import Granularity, LayerScales
 Layout = Literal["compressed-tensors", "modelopt"]
 
 SCALES_FILE = "model-kv-cache-scales.safetensors"
+SGLANG_FILE = "sglang-kv-scales.json"
 _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
 _FIRST = "model-00001-of-00002.safetensors"
@@ -65,6 +66,12 @@ def hf_quant_config(version: str) -> dict[str, Any]:
     }
 
 
+def sglang_scales(layers: Sequence[LayerScales]) -> dict[str, Any]:
+    """SGLang's ``--quantization-param-path``: one factor a layer, for keys and values alike, for one rank."""
+    factors = {str(index): float(max(s.key.max(), s.value.max())) for index, s in enumerate(layers)}
+    return {"kv_cache": {"dtype": "float8_e4m3fn", "scaling_factor": {"0": factors}}}
+
+
 def add_scales(
     directory: Path,
     layers: Sequence[LayerScales],
@@ -93,6 +100,8 @@ def add_scales(
         _write(directory / "config.json", config)
         if layout == "modelopt":
             _write(directory / "hf_quant_config.json", hf_quant_config(version))
+        elif granularity == "tensor":
+            _write(directory / SGLANG_FILE, sglang_scales(layers))
         _write(directory / "kvbits-export.json", report)
     except OSError as error:
         raise ConfigError(f"cannot write the checkpoint '{directory}': {error.strerror or error}") from error

@@ -49,6 +49,7 @@ class Engine:
 
 
 _SCALES = "calibrated scales in the checkpoint (kvbits export --to compressed-tensors), else every scale is 1"
+_SGLANG_SCALES = "--quantization-param-path with calibrated scales (kvbits export), else every scale is 1"
 
 VLLM = Engine(
     "vllm",
@@ -69,7 +70,7 @@ SGLANG = Engine(
     "SGLang",
     forms=(
         Form("auto", 16, 16, "the model's own 16-bit dtype"),
-        Form("fp8_e4m3", 8, 8, "float8 e4m3, one scale per tensor", _SCALES),
+        Form("fp8_e4m3", 8, 8, "float8 e4m3, one scale per layer", _SGLANG_SCALES),
         Form("fp4_e2m1", 4, 4, "float4 e2m1 in blocks with a scale", "a GPU with FP4 (Blackwell)"),
     ),
 )
