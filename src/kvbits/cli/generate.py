@@ -10,7 +10,7 @@ import typer
 
 from kvbits.cli import options
 from kvbits.cli.output import JsonFile
-from kvbits.cli.session import load, prompts_of
+from kvbits.cli.session import load, note, prompts_of
 from kvbits.errors import RequestError
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def generate(
     max_model_len: options.MaxModelLen = None,
     max_num_seqs: options.MaxNumSeqs = 64,
     max_num_batched_tokens: options.MaxNumBatchedTokens = 512,
+    speculative_config: options.Speculative = None,
     dtype: options.Dtype = "bfloat16",
     threads: options.Threads = None,
     json_file: options.JsonFile = None,
@@ -44,7 +45,9 @@ def generate(
     texts = prompts_of(prompt or [], prompt_file or [])
     from kvbits.engine.llm import LLM
     from kvbits.engine.params import SamplingParams
+    from kvbits.engine.speculation import SpeculativeConfig
 
+    speculative = SpeculativeConfig.of(speculative_config)
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop
     )
@@ -55,6 +58,7 @@ def generate(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        speculative_config=speculative,
     )
     single = len(texts) == 1
     show = _stream if single else None
@@ -68,7 +72,11 @@ def generate(
             print(f"=== {' '.join(text.split())[:60]}\n{output.outputs[0].text if not output.error else ''}")
         elif not output.error:
             print()
-    results.write({"dtype": kv_cache_dtype, "results": [_json(t, o) for t, o in zip(texts, outputs, strict=True)]})
+    found: dict[str, Any] = {"results": [_json(t, o) for t, o in zip(texts, outputs, strict=True)]}
+    if llm.speculation is not None:
+        note(llm.speculation.line())
+        found["speculation"] = llm.speculation.as_json()
+    results.write({"dtype": kv_cache_dtype, **found})
     failed = [output.error for output in outputs if output.error]
     if failed:
         raise RequestError(failed[0] if len(failed) == 1 else f"{len(failed)} prompts failed, the first: {failed[0]}")

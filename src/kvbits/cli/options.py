@@ -52,6 +52,15 @@ MaxModelLen = Annotated[
 ]
 MaxNumSeqs = Annotated[int, typer.Option(metavar="N", help="Most sequences that run at once.")]
 MaxNumBatchedTokens = Annotated[int, typer.Option(metavar="TOKENS", help="Token budget of one step, prefill included.")]
+Speculative = Annotated[
+    str | None,
+    typer.Option(
+        "--speculative-config",
+        metavar="JSON",
+        help="Guess tokens ahead; answers stay the same. 'ngram', or JSON such as "
+        '{"method": "ngram", "num_speculative_tokens": 8, "prompt_lookup_max": 4}.',
+    ),
+]
 Dtype = Annotated[str, typer.Option(metavar="DTYPE", help="Arithmetic of the model's layers: bfloat16 or float32.")]
 Threads = Annotated[int | None, typer.Option(metavar="N", help="CPU threads. Default: what torch chooses.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results here as JSON.")]

@@ -55,6 +55,7 @@ def serve(
     max_body: Annotated[
         str, typer.Option(metavar="SIZE", help="Largest request body; a larger one gets 413.")
     ] = "8MiB",
+    speculative_config: options.Speculative = None,
     dtype: options.Dtype = "bfloat16",
     threads: options.Threads = None,
     ray: Annotated[bool, typer.Option("--ray", help="Serve from replicas on Ray (pip install 'kvbits[ray]').")] = False,
@@ -97,6 +98,9 @@ def serve(
         kv_offload_size=None if kv_offload_size is None else parse_bytes(kv_offload_size),
         kv_offload_path=kv_offload_path,
     )
+    from kvbits.engine.speculation import SpeculativeConfig
+
+    speculative = SpeculativeConfig.of(speculative_config)
     set_up(log_level)
     if ray:
         if cache_file:
@@ -113,7 +117,7 @@ def serve(
     from kvbits.server.run import serve as run
     from kvbits.server.run import start_line
 
-    engine = Engine(loaded, config)
+    engine = Engine(loaded, config, speculative=speculative)
     for path in cache_file or ():
         note(f"Loaded {load_pages(engine, path)} tokens from '{path}'")
     note(start_line(engine, served, host, port))

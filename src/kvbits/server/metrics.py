@@ -9,6 +9,7 @@ from prometheus_client.registry import Collector
 
 from kvbits.config import PAGE_TOKENS
 from kvbits.pages import TierStats
+from kvbits.server.speculation import speculation_metrics
 from kvbits.server.worker import EngineWorker
 
 
@@ -33,6 +34,8 @@ class EngineCollector(Collector):
         yield self._counter("num_preemptions", "Sequences whose pages were taken for others.", stats.preemptions)
         yield self._counter("prefix_cache_queries", "Tokens looked up in the prefix cache.", pool.queries)
         yield self._counter("prefix_cache_hits", "Tokens found in the prefix cache.", pool.hits)
+        if self._worker.engine.speculator is not None:
+            yield from speculation_metrics(stats.speculation, self._model)
         yield self._config()
         yield from self._own()
 

@@ -109,7 +109,8 @@ class Observer:
                 self._prompt.observe(delta.num_prompt_tokens)
                 self.recent_first.append(now - timing.arrived)
             before = timing.last.get(delta.index)
-            if before is not None:
+            # Tokens that one step brings together, as guesses do, have no time between them.
+            if before is not None and now > before:
                 self._between.observe(now - before)
                 self.recent_between.append(now - before)
             timing.last[delta.index] = now

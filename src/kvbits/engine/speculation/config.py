@@ -63,9 +63,14 @@ class SpeculativeConfig:
 
     @classmethod
     def of(cls, source: SpeculativeConfig | Mapping[str, Any] | str | None) -> SpeculativeConfig | None:
-        """From a mapping or JSON text; ``None`` stays ``None``. Raises ``ConfigError`` for an unknown option."""
+        """From a mapping, JSON text or the name of a method; ``None`` stays ``None``.
+
+        Raises ``ConfigError`` for an unknown option.
+        """
         if source is None or isinstance(source, SpeculativeConfig):
             return source
+        if isinstance(source, str) and source in METHODS:
+            return cls(method=source)
         if isinstance(source, str):
             try:
                 source = json.loads(source)
