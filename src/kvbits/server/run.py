@@ -58,6 +58,8 @@ def http_config(app: FastAPI, host: str, port: int, options: ServerOptions) -> u
         host=host,
         port=port,
         http=connection_class(options),
+        # Whoever asks for a WebSocket gets a plain answer, with the limits of every other request.
+        ws="none",
         log_config=None,
         access_log=False,
         server_header=False,

@@ -49,6 +49,8 @@ class Stream:
 
 
 def _failure(delta: Delta) -> ApiError | None:
+    if delta.finish_reason == "error" and (delta.error or "").startswith("the grammar"):
+        return ApiError(400, delta.error or "", code="grammar_failed")
     if delta.finish_reason == "error":
         return ApiError(500, delta.error or "the model failed on this request", code="model_error")
     if delta.finish_reason == "abort":
