@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -341,8 +342,20 @@ def test_a_queue_brings_a_second_replica(cluster: Cluster, replica: ReplicaOptio
     assert asyncio.run(main()) == 2
 
 
-def test_the_replica_needs_no_front(cluster: Cluster) -> None:
-    assert cluster.handle().ping.remote(Route()).result(timeout_s=20) in cluster.names()
+def test_metrics_are_those_of_all_replicas(cluster: Cluster, replica: ReplicaOptions) -> None:
+    cluster.deploy(replica, TWO)
+    end = time.monotonic() + 30
+    while len(cluster.names()) != 2:
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    for seed in range(4):
+        body = {"model": MODEL, "prompt": prose(300 + seed, 200), "max_tokens": 3}
+        assert post(cluster.url, body, "/v1/completions").status_code == 200
+    page = httpx.get(cluster.url + "/metrics").text
+    found = re.findall(r'^vllm:prompt_tokens_total\{model_name="tiny",replica="(\w+)"\} (\S+)$', page, re.MULTILINE)
+    assert sorted(name for name, _ in found) == cluster.names()
+    assert sum(float(value) for _, value in found) >= 800
+    assert page.count("# TYPE vllm:prompt_tokens_total counter") == 1
 
 
 def test_a_model_that_is_not_there_is_one_clear_error(

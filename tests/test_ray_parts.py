@@ -9,10 +9,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from kvbits.cli import cluster
 from kvbits.cli.cluster import replicas_of
 from kvbits.errors import ConfigError
+from kvbits.ray.metrics import merge
 from kvbits.ray.options import ClusterOptions
 from kvbits.ray.prefix import BLOCK_CHARS, PrefixMap, block_hashes, choose, prompt_text
 from kvbits.ray.scaling import ScalingPolicy, replicas_wanted
@@ -184,3 +186,24 @@ def test_without_ray_the_option_says_what_to_install(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(cluster, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'kvbits\[ray\]'"):
         cluster.check_ray()
+
+
+def test_metrics_of_two_replicas_on_one_page() -> None:
+    def page(value: float) -> str:
+        registry = CollectorRegistry()
+        Counter("vllm:tokens", "Tokens.", ("model_name",), registry=registry).labels("m").inc(value)
+        Gauge("kvbits:bits", "Bits.", registry=registry).set(4.5)
+        Histogram("vllm:time_seconds", "Time.", registry=registry, buckets=(1, 2)).observe(1.5)
+        return generate_latest(registry).decode()
+
+    merged = merge({"a": page(2), "b": page(3)}).decode()
+    for family in ("vllm:tokens_total", "kvbits:bits", "vllm:time_seconds"):
+        assert merged.count(f"# TYPE {family} ") == 1, merged
+    for line in (
+        'vllm:tokens_total{model_name="m",replica="a"} 2.0',
+        'vllm:tokens_total{model_name="m",replica="b"} 3.0',
+        'kvbits:bits{replica="b"} 4.5',
+        'vllm:time_seconds_bucket{le="2.0",replica="a"} 1.0',
+        'vllm:time_seconds_count{replica="b"} 1.0',
+    ):
+        assert line in merged.splitlines(), merged

@@ -8,13 +8,16 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from prometheus_client import CONTENT_TYPE_LATEST
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from kvbits.ray.messages import HttpRequest, Route
+from kvbits.ray.metrics import merge
 from kvbits.ray.prefix import block_hashes, prompt_text
 from kvbits.server.errors import ApiError
 
@@ -71,7 +74,10 @@ class Front:
     async def _answer(self, request: HttpRequest, blocks: tuple[bytes, ...], answer: _Answer) -> None:
         for attempt in range(self._retries + 1):
             try:
-                await self._once(request, Route(blocks), answer)
+                if (request.method, request.path) == ("GET", "/metrics"):
+                    await self._metrics(request, answer)
+                else:
+                    await self._once(request, Route(blocks), answer)
                 return
             except RayTaskError:
                 log.exception("a replica failed on %s", request.path)
@@ -96,6 +102,21 @@ class Front:
         except asyncio.CancelledError:
             stream.cancel()
             raise
+
+    async def _metrics(self, request: HttpRequest, answer: _Answer) -> None:
+        """The metrics of every replica on one page."""
+        pages = {}
+        for name in await self._handle.names.remote(Route()):
+            messages: list[Message] = []
+            stream = self._handle.options(stream=True).http.remote(Route(target=name), request)
+            async for batch in stream:
+                messages += batch
+            if messages[0]["status"] != 200:
+                for message in messages:
+                    await answer.send(message)
+                return
+            pages[name] = b"".join(message.get("body", b"") for message in messages[1:]).decode()
+        await answer.whole(Response(merge(pages), media_type=CONTENT_TYPE_LATEST))
 
     async def _read(self, scope: Scope, receive: Receive) -> HttpRequest:
         body = bytearray()
@@ -142,7 +163,10 @@ class _Answer:
         if self.begun:
             await self.send({"type": "http.response.body", "body": f"data: {json.dumps(error.body())}\n\n".encode()})
             return
-        response = error.response()
+        await self.whole(error.response())
+
+    async def whole(self, response: Response) -> None:
+        """An answer that is there already."""
         head = {"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers}
         await self.send(head)
         await self.send({"type": "http.response.body", "body": response.body})

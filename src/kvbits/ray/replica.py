@@ -97,9 +97,9 @@ class Replica:
         await self._start()
         return self._name, self._service.worker.snapshot.pool, self.fetched_pages
 
-    async def ping(self, route: Route) -> str:
-        """This replica's name."""
-        return self._name
+    async def names(self, route: Route) -> tuple[str, ...]:
+        """All replicas, as the router that sent this knows them; this one alone where it does not."""
+        return route.alive or (self._name,)
 
     # Internals
 
