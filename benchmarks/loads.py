@@ -1,0 +1,103 @@
+"""What the benchmarks of the server share: prompts of real text, a run with a bar, results that are kept."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from machine import describe, machine_facts
+from report import table
+from tqdm import tqdm
+
+from kvbits.replay.prompts import BlockText
+from kvbits.replay.report import summary
+from kvbits.replay.run import Load, Outcome, Prompt, replay
+from kvbits.replay.send import Record
+from kvbits.replay.target import Target
+from kvbits.replay.trace import TraceRequest
+
+Row = dict[str, Any]
+
+
+def source_of(target: Target, text: Path) -> BlockText:
+    """Prompts as token ids of ``target``'s tokenizer. Exits where it lends none."""
+    tokens = target.tokenize(text.read_text("utf-8"))
+    if tokens is None:
+        raise SystemExit(f"{target.url} has no /tokenize")
+    return BlockText(tokens)
+
+
+def run_load(
+    target: Target, requests: Sequence[TraceRequest], prompts: Sequence[Prompt], load: Load, label: str
+) -> tuple[Outcome, Row]:
+    """Send everything with a bar; the records and their summary."""
+    with tqdm(total=len(requests), desc=label, unit="req", file=sys.stderr, leave=False) as bar:
+
+        def done(record: Record) -> None:
+            bar.update()
+
+        outcome = asyncio.run(replay(target, requests, prompts, load, done))
+    return outcome, summary(outcome, {})
+
+
+@contextmanager
+def sampled(look: Callable[[], Row], seconds: float) -> Iterator[list[Row]]:
+    """Call ``look`` every so many seconds in a thread of its own; the list fills meanwhile."""
+    found: list[Row] = []
+    ended = threading.Event()
+
+    def work() -> None:
+        while not ended.wait(seconds):
+            found.append(look() | {"at": time.perf_counter()})
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        thread.join(60)
+
+
+class Stored:
+    """A results file of cases by name. Cases that an earlier run with the same settings has left are not done again."""
+
+    def __init__(self, path: Path, settings: Row) -> None:
+        self._path = path
+        self.settings = json.loads(json.dumps(settings))
+        self.cases: dict[str, Row] = {}
+        if path.exists():
+            before = json.loads(path.read_text("utf-8"))
+            if before.get("settings") == self.settings:
+                self.cases = before["cases"]
+        self._machine = machine_facts()
+
+    def has(self, name: str) -> bool:
+        """Whether this case is done; says so on stderr."""
+        if name in self.cases:
+            print(f"{name}: from {self._path}", file=sys.stderr)
+        return name in self.cases
+
+    def add(self, name: str, found: Row) -> None:
+        """Keep a case, at once."""
+        self.cases[name] = found
+        self._write(None)
+
+    def finish(self, title: str, rows: Sequence[Row], notes: Sequence[str] = ()) -> None:
+        """Print and write the table."""
+        text = "\n".join([f"# {title}", "", describe(self._machine), "", table(rows), "", *notes, ""])
+        print(text)
+        self._write(rows)
+        self._path.with_suffix(".md").write_text(text)
+
+    def _write(self, rows: Sequence[Row] | None) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        whole = {"machine": self._machine, "settings": self.settings, "rows": rows, "cases": self.cases}
+        self._path.write_text(json.dumps(whole, indent=1) + "\n")
