@@ -18,8 +18,8 @@ TEXT = "/v1/completions"
 class Record:
     """What became of one request. Times are seconds; ``begin`` after the start of the run.
 
-    ``between`` are the times between two pieces of the answer. ``digest`` is the SHA-256 of the answer's text, so that
-    runs can be compared. ``error`` says why it failed.
+    ``between`` are the times between two pieces of the answer. ``digest`` is the SHA-256 of ``text``, the
+    whole answer, so that runs can be compared. ``error`` says why it failed.
     """
 
     index: int
@@ -31,6 +31,7 @@ class Record:
     whole: float = 0.0
     between: list[float] = field(default_factory=list)
     digest: str = ""
+    text: str = ""
     error: str | None = None
 
     @property
@@ -89,7 +90,8 @@ async def send(http: httpx.AsyncClient, path: str, body: dict[str, Any], record:
     finally:
         record.whole = time.perf_counter() - begin
         record.output_tokens = record.output_tokens or len(texts)
-        record.digest = hashlib.sha256("".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
+        record.text = "".join(texts)
+        record.digest = hashlib.sha256(record.text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _take(event: dict[str, Any], record: Record) -> str:
