@@ -187,7 +187,8 @@ class Laboratory:
 def plant_fault(laboratory: Laboratory, windows: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
     """Results on ``windows`` with every dtype's scales off by 5 %.
 
-    ``noticed``: the verdict, or what it says of scales, is worse than without the fault. The laboratory must have measured fidelity. 16 bit has no scales and is left out.
+    ``noticed``: the verdict, or what it says of scales, is worse than without the fault. The laboratory must have
+    measured fidelity. 16 bit has no scales and is left out.
     """
     dtypes = [d for d in laboratory.dtypes if d != REFERENCE]
     # One page a step: every token then reads the fault in all earlier pages.
