@@ -129,6 +129,44 @@ def prose(seed: int, length: int) -> str:
     return "".join(random.Random(seed).choices("abcdefgh ijklmn.", k=length))
 
 
+def talk(url: str, sessions: int = 6, turns: int = 4) -> tuple[int, int]:
+    """Interleaved conversations over one system prompt; prompt tokens, and how many were cached."""
+    system = message(prose(99, 80), "system")
+    histories = [[system, message(prose(100 + s, 110))] for s in range(sessions)]
+    prompt = cached = 0
+    for turn in range(turns):
+        for number, history in enumerate(histories):
+            answer = post(url, {"model": MODEL, "messages": history, "max_tokens": 10, "temperature": 0})
+            assert answer.status_code == 200, answer.text
+            usage = answer.json()["usage"]
+            prompt += usage["prompt_tokens"]
+            cached += usage["prompt_tokens_details"]["cached_tokens"]
+            content = answer.json()["choices"][0]["message"]["content"] or ""
+            history += [message(content, "assistant"), message(prose(1000 * turn + number, 90))]
+    return prompt, cached
+
+
+def test_sessions_return_to_the_replica_that_holds_their_pages(
+    cluster: Cluster, replica: ReplicaOptions, single: str
+) -> None:
+    prompt, alone = talk(single)
+    same, routed = talk(cluster.url)
+    assert same == prompt
+    served = [pool.queries for pool, _ in cluster.stats().values()]
+    assert len(served) == 2
+    print(f"prompt tokens by replica: {served}")
+    assert min(served) > 0.2 * sum(served), served
+    cluster.deploy(replica, replace(TWO, routing="random", fetch_pages=False))
+    _, scattered = talk(cluster.url)
+    cluster.deploy(replica, TWO)
+    print(
+        f"cached share: single {alone / prompt:.1%}, by prefix {routed / prompt:.1%}, random {scattered / prompt:.1%}"
+    )
+    assert alone / prompt > 0.3
+    assert routed >= 0.9 * alone
+    assert scattered < routed
+
+
 def test_replies_are_those_of_a_single_server(cluster: Cluster, single: str) -> None:
     chat = {"model": MODEL, "messages": [message(prose(1, 200))], "max_tokens": 12, "temperature": 0}
     bodies: list[tuple[str, dict[str, Any]]] = [
@@ -175,44 +213,6 @@ def test_streams_are_those_of_a_single_server_and_come_piece_by_piece(cluster: C
                 times.append(time.monotonic())
     assert len(times) > 100
     assert times[50] < times[-1] - 0.02
-
-
-def talk(url: str, sessions: int = 6, turns: int = 4) -> tuple[int, int]:
-    """Interleaved conversations over one system prompt; prompt tokens, and how many were cached."""
-    system = message(prose(99, 80), "system")
-    histories = [[system, message(prose(100 + s, 110))] for s in range(sessions)]
-    prompt = cached = 0
-    for turn in range(turns):
-        for number, history in enumerate(histories):
-            answer = post(url, {"model": MODEL, "messages": history, "max_tokens": 10, "temperature": 0})
-            assert answer.status_code == 200, answer.text
-            usage = answer.json()["usage"]
-            prompt += usage["prompt_tokens"]
-            cached += usage["prompt_tokens_details"]["cached_tokens"]
-            content = answer.json()["choices"][0]["message"]["content"] or ""
-            history += [message(content, "assistant"), message(prose(1000 * turn + number, 90))]
-    return prompt, cached
-
-
-def test_sessions_return_to_the_replica_that_holds_their_pages(
-    cluster: Cluster, replica: ReplicaOptions, single: str
-) -> None:
-    prompt, alone = talk(single)
-    same, routed = talk(cluster.url)
-    assert same == prompt
-    served = [pool.queries for pool, _ in cluster.stats().values()]
-    assert len(served) == 2
-    print(f"prompt tokens by replica: {served}")
-    assert min(served) > 0.2 * sum(served), served
-    cluster.deploy(replica, replace(TWO, routing="random", fetch_pages=False))
-    _, scattered = talk(cluster.url)
-    cluster.deploy(replica, TWO)
-    print(
-        f"cached share: single {alone / prompt:.1%}, by prefix {routed / prompt:.1%}, random {scattered / prompt:.1%}"
-    )
-    assert alone / prompt > 0.3
-    assert routed >= 0.9 * alone
-    assert scattered < routed
 
 
 def test_a_busy_holders_pages_travel_to_another_replica(cluster: Cluster, replica: ReplicaOptions) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+from contextlib import suppress
+from types import FrameType
 
 import ray
 from ray import serve
@@ -43,18 +45,24 @@ def start(replica: ReplicaOptions, cluster: ClusterOptions, host: str, port: int
 
 
 def run(replica: ReplicaOptions, cluster: ClusterOptions, host: str, port: int, address: str | None) -> None:
-    """:func:`connect`, :func:`start`, then wait for SIGINT or SIGTERM and drain."""
-    stopped = threading.Event()
+    """:func:`connect`, :func:`start`, then wait for SIGINT or SIGTERM and drain. Either may also come before that."""
     connect(address)
+    # After connecting: Ray has handlers of its own, which end the process without a word to the replicas.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
         start(replica, cluster, host, port)
-        log.info(
-            "kvbits serves %s at http://%s:%d with %d to %d replicas",
-            replica.server.served_model_name, host, port, cluster.min_replicas, cluster.max_replicas,
-        )  # fmt: skip
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stopped.set())
-        stopped.wait()
+        with suppress(KeyboardInterrupt):
+            log.info(
+                "kvbits serves %s at http://%s:%d with %d to %d replicas",
+                replica.server.served_model_name, host, port, cluster.min_replicas, cluster.max_replicas,
+            )  # fmt: skip
+            threading.Event().wait()
+        log.info("shutting down")
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
