@@ -18,8 +18,19 @@ RUN = ("index", "choosing", "planning", "export")
 """Pages whose Python needs nothing but what the tests have. The others' talks to a server or names no model."""
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+def blocks(page: Path, *languages: str) -> list[str]:
+    """The fenced blocks of ``page`` in one of ``languages``; "" is a fence without one."""
+    found, language, lines = [], None, []
+    for line in page.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.startswith("```"):
+            lines.append(line)
+        elif language is None:
+            language, lines = line[3:].strip(), []
+        else:
+            found += ["".join(lines)] if language in languages else []
+            language = None
+    assert language is None, f"{page.name}: a block does not end"
+    return found
 
 
 @pytest.mark.parametrize("name", RUN)
@@ -40,7 +51,7 @@ def test_commands_and_their_options_exist() -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     seen = set()
     for page in [*PAGES, ROOT / "README.md"]:
-        for block in blocks(page, "sh") + blocks(page, ""):
+        for block in blocks(page, "sh", ""):
             for line in block.replace("\\\n", " ").splitlines():
                 words = line.split("#")[0].split()
                 if len(words) < 2 or words[0] != "kvbits" or words[1].startswith("-"):

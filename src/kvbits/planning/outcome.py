@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 WAIT = 1.0
 """Seconds in the queue from which a request counts as having waited."""
@@ -104,9 +105,9 @@ class Outcome:
         }
 
 
-def _mean(values: np.ndarray) -> float:
+def _mean(values: NDArray[np.float64]) -> float:
     return float(values.mean()) if len(values) else 0.0
 
 
-def _quantile(values: np.ndarray, q: float) -> float:
+def _quantile(values: NDArray[np.float64], q: float) -> float:
     return float(np.quantile(values, q)) if len(values) else 0.0

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvbits.codecs import PoolLayout
 from kvbits.config import PAGE_TOKENS
@@ -181,7 +182,7 @@ class _Simulation:
         self._prefill(prefills, budget * steps)
         self.outcome.hold(self.time, self.pool.held)
 
-    def _fitting(self, stored: np.ndarray, steps: int) -> int:
+    def _fitting(self, stored: NDArray[np.int64], steps: int) -> int:
         """The most steps, up to ``steps``, whose pages fit."""
         have = self.pool.available + int(self._frames(stored).sum())
 
@@ -194,7 +195,7 @@ class _Simulation:
             low, high = (middle, high) if fits(middle) else (low, middle - 1)
         return low
 
-    def _frames(self, stored: np.ndarray) -> np.ndarray:
+    def _frames(self, stored: NDArray[np.int64]) -> NDArray[np.int64]:
         layout = self.pool.layout
         full = stored // PAGE_TOKENS
         extra = layout.first_frames - layout.sealed.frames
