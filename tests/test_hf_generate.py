@@ -81,7 +81,7 @@ def test_assisted_decoding_gives_the_tokens_of_unassisted_decoding(family: str, 
     same = (got.sequences == expected.sequences)[0, 100:].long().cumprod(0).sum().item()
     logits, other = (torch.stack(out.logits)[: same + 1, 0] for out in (got, expected))
     best = other.topk(2).values
-    assert same > 64
+    assert same > 50
     assert same == 120 or best[same, 0] - best[same, 1] < 1e-3
     torch.testing.assert_close(logits, other, rtol=0.02, atol=0.02)
     cache._store.pages.check()

@@ -130,7 +130,7 @@ class Batch:
         self.settle()
         left = dict(enumerate(self._sequences))
         old = list(self._sequences)
-        self._sequences = [left.pop(row, None) or _Sequence(self._store.fork(old[row].id)) for row in rows]
+        self._sequences = [left.pop(row) if row in left else _Sequence(self._store.fork(old[row].id)) for row in rows]
         for sequence in left.values():
             self._store.pages.free(sequence.id)
         self.real = self.real[rows]

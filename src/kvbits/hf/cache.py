@@ -20,7 +20,7 @@ from kvbits.kernels import Backend, default_backend
 from kvbits.models.load import wrap
 
 
-class QuantizedCache(Cache):  # type: ignore[misc]
+class QuantizedCache(Cache):
     """A paged, quantized key/value cache for a transformers decoder, read by kvbits' fused attention.
 
     A token sees its own 64-token page in 16 bit and every earlier page as its sealed code; nothing is ever decoded as a
@@ -56,7 +56,7 @@ class QuantizedCache(Cache):  # type: ignore[misc]
         self._start(config, store, Batch(store, any(g.window for g in loaded.geometry.layers)))
 
     def _start(self, config: Any, store: Store, batch: Batch) -> None:
-        layers = [QuantizedLayer(self, geometry) for geometry in store.pool.geometry.layers]
+        layers: list[Any] = [QuantizedLayer(self, geometry) for geometry in store.pool.geometry.layers]
         super().__init__(layers=layers)
         self.recording = False
         self._config = config

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kvbits.hf.cache import QuantizedCache
 
 
-class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
+class QuantizedLayer(CacheLayerMixin):
     """One layer: hands its keys and values on to the attention, which stores them; knows lengths and its window."""
 
     is_compileable = False
@@ -24,7 +24,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
     supports_early_init = False
 
     def __init__(self, cache: QuantizedCache, geometry: LayerGeometry) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         # weak: pages are free as soon as the last name of the cache is gone, not when cycles are looked for
         self._owner = weakref.ref(cache)
         self._geometry = geometry

@@ -201,6 +201,6 @@ def _sequences(batch_size: int | str | None, most: int | None) -> int:
     if batch_size in _BATCHES or str(batch_size).startswith("auto"):
         return most or 64
     try:
-        return int(batch_size)  # type: ignore[arg-type]
+        return int(batch_size)
     except ValueError as error:
         raise ConfigError(f"--batch_size is '{batch_size}'; it must be a number or auto") from error
