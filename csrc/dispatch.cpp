@@ -1,6 +1,7 @@
 // Which kernels this processor runs.
 #include <cstring>
 
+#include "decoder/rows.h"
 #include "kernels.h"
 
 namespace kvbits {
@@ -41,6 +42,17 @@ const Kernels* kernels_for(const char* isa) {
     if (table != nullptr && (std::strcmp(isa, "auto") == 0 || std::strcmp(isa, table->isa) == 0)) return table;
   }
   return nullptr;
+}
+
+const RowKernels& rows_for(const char* isa) {
+#if defined(__x86_64__)
+  if (std::strcmp(isa, "avx512") == 0) {
+    return __builtin_cpu_supports("avx512bf16") ? avx512bf16_rows() : avx512_rows();
+  }
+  if (std::strcmp(isa, "avx2") == 0) return avx2_rows();
+#endif
+  (void)isa;
+  return scalar_rows();
 }
 
 const char* const* available_isas() { return runnable().names; }

@@ -1,4 +1,4 @@
-// The Python face of the kernels; the only file that knows nanobind.
+// The Python face of the attention kernels.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -9,20 +9,14 @@
 #include <string>
 #include <vector>
 
+#include "decoder/python.h"
+#include "python_tables.h"
 #include "step.h"
 
 namespace nb = nanobind;
 using namespace kvbits;
 
 namespace {
-using Table = nb::ndarray<const int32_t, nb::c_contig, nb::device::cpu>;
-
-// Keeps the arrays that a Batch borrows.
-struct BatchTables {
-  Table starts, counts, rows, sealed, head, tail, sink;
-  Batch batch;
-};
-
 template <class T>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -138,4 +132,6 @@ NB_MODULE(_native, m) {
         nb::gil_scoped_release release;
         self.forward(layer, tables.batch, rows);
       });
+
+  bind_decoder(m);
 }

@@ -62,10 +62,10 @@ static inline uint16_t saturated_half(float x) {
   return half_from_float(x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x);
 }
 
-// A positive scale as one byte: the exponent and the three first mantissa bits of a float16, rounded up, so that codes
-// reach as far as they have to; at most 61440.
-static inline uint8_t scale8_from_float(float x) {
-  const int byte = (saturated_half(x) + 127) >> 7;
+// A positive scale as one byte: the exponent and the three first mantissa bits of a float16, to nearest, or rounded up
+// where codes must reach as far as the scale was made for; at most 61440.
+static inline uint8_t scale8_from_float(float x, bool up) {
+  const int byte = (saturated_half(x) + (up ? 127 : 64)) >> 7;
   return static_cast<uint8_t>(byte > 247 ? 247 : byte);
 }
 

@@ -76,6 +76,7 @@ class Cpu {
 
   const Kernels& kernels() const { return kernels_; }
   int threads() const { return workers_.threads(); }
+  Workers& workers() { return workers_; }
 
   // Returns null, or what is wrong with the layer's codecs.
   const char* supports(const Layer& layer) const;

@@ -62,10 +62,11 @@ struct CodebookForm {
   static constexpr bool kSymmetric = true;
   static constexpr int kLargestCode = kReach;
   static constexpr int kKeyBias = 0, kValueBias = 0;
-  static float stored_scale(float x) { return half_to_float(static_cast<uint16_t>(scale8_from_float(x) << 7)); }
+  static float stored_scale(float x) { return half_to_float(static_cast<uint16_t>(scale8_from_float(x, false) << 7)); }
   static float nearest(float x) {
     int code = 0;
-    for (int i = 1; i < 1 << BITS; ++i) code += x > (kEntries<BITS>[i] + kEntries<BITS>[i - 1]) * 0.5f;
+    // No number at all counts as the largest, as it does for torch.bucketize.
+    for (int i = 1; i < 1 << BITS; ++i) code += !(x <= (kEntries<BITS>[i] + kEntries<BITS>[i - 1]) * 0.5f);
     return static_cast<float>(code);
   }
   static float meaning(float code) { return kEntries<BITS>[static_cast<int>(code)]; }

@@ -122,7 +122,7 @@ struct NibbleForm : NibbleLayout<PER_CHANNEL, SYMMETRIC> {
 
   // Sealing.
   static constexpr int kKeyBias = 128, kValueBias = 128;
-  static float stored_scale(float x) { return half_to_float(static_cast<uint16_t>(scale8_from_float(x) << 7)); }
+  static float stored_scale(float x) { return half_to_float(static_cast<uint16_t>(scale8_from_float(x, true) << 7)); }
   static uint8_t* write(const uint8_t* codes, int reduction, int lanes, const float* scale, const float* zero, int n,
                         uint8_t* out) {
     uint8_t* p = store_plane<4, 4>(codes, reduction, lanes, out);

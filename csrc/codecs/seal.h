@@ -65,7 +65,8 @@ struct AffineSeal {
     }
     for (int i = 0; i < n; ++i) {
       if constexpr (kSymmetric) {
-        scale[i] = FORM::stored_scale((high[i] > -low[i] ? high[i] : -low[i]) / FORM::kLargestCode);
+        const float most = high[i] > -low[i] ? high[i] : -low[i];
+        scale[i] = FORM::stored_scale((FORM::kRotated ? most * rounding.clip : most) / FORM::kLargestCode);
         low[i] = 0;
       } else {
         if (rounding.clip != 1.0f) {

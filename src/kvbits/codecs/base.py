@@ -24,8 +24,8 @@ class Rounding:
     ``int32 [kv_heads, dim]`` (``None``: as they come), and the error ``e`` of the ``c``-th takes
     ``e * feedback[head, c, j]`` from every later, ``j``-th one, which compensates it under the metric that the factors
     were made for (as GPTQ rounds weights: Frantar et al., 2022, arXiv:2210.17323). ``clip`` ``float32
-    [kv_heads]``: the share of a group's range, about its middle, that asymmetric codes span; what lies outside
-    saturates. ``None`` for either: to nearest, the whole range.
+    [kv_heads]``: the share of a group's range, about its middle, that asymmetric or codebook codes span; what lies
+    outside saturates. ``None`` for either: to nearest, the whole range.
     """
 
     feedback: Tensor | None = None

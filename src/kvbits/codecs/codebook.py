@@ -36,7 +36,9 @@ class Codebook(Codec):
     """``bits``-bit indices into :data:`ENTRIES`, one scale per token; heads are rotated.
 
     ``centered`` heads (keys) also store the middle of every channel's range in the page, which is taken out before the
-    rotation. Page bytes: codes (:func:`kvbits.codecs.packing.pack`), scales ``uint8 [64]``
+    rotation. :attr:`kvbits.codecs.Rounding.clip` multiplies the scales; more than 1 may serve.
+
+    Page bytes: codes (:func:`kvbits.codecs.packing.pack`), scales ``uint8 [64]``
     (:func:`kvbits.codecs.scale8.to_scale8`), centers ``float16 [dim]`` where centered, padding.
     """
 
@@ -54,7 +56,11 @@ class Codebook(Codec):
             params.append(center.contiguous().view(torch.uint8))
             rows = rows - center.float().unsqueeze(-2)
         rows = rotate(rows)
-        byte, scale = to_scale8(rows.abs().amax(-1) / REACH)
+        rounding = rounding or Rounding()
+        most = rows.abs().amax(-1)
+        if rounding.clip is not None:
+            most = most * rounding.clip.unsqueeze(-1)
+        byte, scale = to_scale8(most / REACH)
         entries = torch.tensor(ENTRIES[self.bits], dtype=torch.float32)
         borders = (entries[1:] + entries[:-1]) / 2
         codes = choose_codes(
@@ -64,7 +70,7 @@ class Codebook(Codec):
             -1,
             lambda x: torch.bucketize(x.contiguous(), borders).float(),
             lambda code: entries[code.long()],
-            rounding or Rounding(),
+            rounding,
         ).to(torch.uint8)
         matrix = codes.transpose(-1, -2) if side == "key" else codes
         page = torch.cat([pack(matrix, self.bits), byte, *params], dim=-1)

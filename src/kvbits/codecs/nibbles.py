@@ -27,8 +27,7 @@ class Nibbles(Codec):
     """Affine codes ``u`` of 8 bits, ``x = scale * u + zero``, cut into ``u = 16 * high + low``.
 
     ``per`` names the axis that has its own parameters; symmetric codes have ``zero = -128 * scale``. Scales are one
-    byte
-    (:func:`kvbits.codecs.scale8.to_scale8`).
+    byte, rounded up (:func:`kvbits.codecs.scale8.to_scale8`).
 
     Page bytes: the plane of high nibbles (:func:`kvbits.codecs.packing.pack`), scales ``uint8 [n]``, zeros ``float16
     [n]`` unless symmetric, padding to the cache line, the plane of low nibbles, padding. ``n`` is 64 or ``dim``. A
@@ -50,7 +49,7 @@ class Nibbles(Codec):
 
     def encode(self, rows: Tensor, side: Side, rounding: Rounding | None = None) -> Tensor:
         axis = -1 if self.per == "token" else -2
-        codes, scale, zero = affine_codes(rows, axis, 8, self.symmetric, rounding, lambda x: to_scale8(x)[1])
+        codes, scale, zero = affine_codes(rows, axis, 8, self.symmetric, rounding, lambda x: to_scale8(x, up=True)[1])
         codes = (codes + (_BIAS if self.symmetric else 0)).to(torch.uint8)
         matrix = codes.transpose(-1, -2) if side == "key" else codes
         parts = [pack(matrix >> 4, 4), to_scale8(scale)[0]]

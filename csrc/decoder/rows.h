@@ -1,0 +1,41 @@
+// What the decoder's driver and its per-ISA kernels agree on.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace kvbits {
+
+constexpr int kPanel = 16;    // output columns that lie together in a packed weight
+constexpr int kRowTile = 12;  // rows that a product treats at once
+constexpr int kTwoPanels = 2 * kPanel;
+
+enum class Activation : int32_t { kSilu, kGeluTanh };
+
+// Every result of a row is the same sequence of operations whatever the rows beside it.
+struct RowKernels {
+  const char* isa;
+  // out[r * kTwoPanels + c]: `rows` <= kRowTile rows of bfloat16 x, `stride` elements apart, times two packed panels of
+  // `pairs` pairs of inputs (see Linear).
+  void (*multiply)(const uint16_t* x, ptrdiff_t stride, int rows, int pairs, const uint16_t* a, const uint16_t* b,
+                   float* out);
+  // x / sqrt(mean(x^2) + eps) * weight
+  void (*norm)(const float* x, const float* weight, float eps, int dim, uint16_t* out);
+  // One head: the norm, where `weight` is not null, then the rotation of its first 2 * half elements.
+  void (*rotate)(const float* x, const float* weight, float eps, int dim, const float* cos, const float* sin, int half,
+                 uint16_t* out);
+  // activation(gate) * up
+  void (*gate)(const float* gate, const float* up, int count, Activation activation, uint16_t* out);
+  // x as bfloat16
+  void (*round)(const float* x, int count, uint16_t* out);
+};
+
+// Null where the instruction set has none of its own.
+const RowKernels& scalar_rows();
+const RowKernels& avx2_rows();
+const RowKernels& avx512_rows();
+const RowKernels& avx512bf16_rows();
+
+// The best for the instruction set `isa` of the attention kernels on this processor.
+const RowKernels& rows_for(const char* isa);
+
+}  // namespace kvbits

@@ -1,0 +1,19 @@
+// The decoder's kernels on rows, compiled for one instruction set; see isa/avx2.cpp for why all is anonymous.
+#include <immintrin.h>
+
+#include "../decoder/rows.h"
+#include "../numbers.h"
+#include "../unrolled.h"
+
+namespace kvbits {
+namespace {
+// clang-format off: the order is the dependency
+#include "../simd/avx2.h"
+#include "../decoder/rows_kernels.h"
+// clang-format on
+
+const RowKernels kRows = {"avx2", multiply_any, norm_any, rotate_any, gate_any, round_any};
+}  // namespace
+
+const RowKernels& avx2_rows() { return kRows; }
+}  // namespace kvbits
