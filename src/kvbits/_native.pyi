@@ -46,3 +46,54 @@ class Cpu:
     def threads(self) -> int: ...
     def supports(self, key_codec: int, value_codec: int) -> str | None: ...
     def forward(self, layer: Layer, batch: Batch, *arguments: Any) -> None: ...
+
+def row_kernels(isa: str) -> str: ...
+
+class Linear:
+    def __init__(self, weight: int, bias: Any, out_features: int, in_features: int) -> None: ...
+    def apply(self, cpu: Cpu, x: int, stride: int, rows: int, y: int) -> None: ...
+
+class DecoderLayer:
+    def __init__(
+        self,
+        query: Linear,
+        key: Linear,
+        value: Linear,
+        output: Linear,
+        gate: Linear,
+        up: Linear,
+        down: Linear,
+        input_norm: Any,
+        mlp_norm: Any,
+        query_norm: Any,
+        key_norm: Any,
+    ) -> None: ...
+
+class Decoder:
+    def __init__(
+        self,
+        hidden: int,
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        rotated: int,
+        intermediate: int,
+        eps: float,
+        gelu: bool,
+        layers: Sequence[DecoderLayer],
+        final_norm: Any,
+        head: Linear,
+    ) -> None: ...
+    def forward(
+        self,
+        cpu: Cpu,
+        layers: Sequence[Layer],
+        tables: Batch,
+        rows: int,
+        embedded: int,
+        cos: int,
+        sin: int,
+        wanted: int,
+        count: int,
+        logits: int,
+    ) -> None: ...

@@ -1,4 +1,4 @@
-"""The C++ backend: fused append, seal and attention on the packed codes (``csrc/``). Only importer of ``_native``."""
+"""The C++ backend: fused append, seal and attention on the packed codes (``csrc/``)."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ class CpuBackend(Backend):
         count = torch.get_num_threads() if threads is None else threads
         if count < 1:
             raise ConfigError(f"threads is {count}; it must be positive")
-        self._cpu = _native.Cpu(isa, count, _gomp_parallel())
+        self.native = _native.Cpu(isa, count, _gomp_parallel())
         self._layers: dict[int, tuple[LayerView, _native.Layer]] = {}
         self._batch: tuple[BatchLayout, _native.Batch] | None = None
 
     @property
     def isa(self) -> str:
         """The instruction set in use."""
-        return str(self._cpu.isa)
+        return str(self.native.isa)
 
     @property
     def threads(self) -> int:
         """Threads that a call uses."""
-        return int(self._cpu.threads)
+        return int(self.native.threads)
 
     def supports(self, scheme: Scheme, layer: LayerGeometry) -> str | None:
         if max(layer.key_dim, layer.value_dim) > _native.MAX_DIM:
             return f"head size {max(layer.key_dim, layer.value_dim)} is over {_native.MAX_DIM}"
-        reason = self._cpu.supports(scheme.key.native_id, scheme.value.native_id)
+        reason = self.native.supports(scheme.key.native_id, scheme.value.native_id)
         return scheme.supports(layer) or (None if reason is None else str(reason))
 
     def forward(
@@ -64,9 +64,9 @@ class CpuBackend(Backend):
         assert query.dtype == key.dtype == value.dtype
         assert query.dtype in (torch.bfloat16, torch.float32), query.dtype
         out = torch.empty(rows, layer.num_heads, layer.value_dim, dtype=query.dtype)
-        self._cpu.forward(
-            self._layer(view),
-            self._tables(batch),
+        self.native.forward(
+            self.layer(view),
+            self.tables(batch),
             query.dtype == torch.float32,
             query.data_ptr(),
             query.stride(0),
@@ -82,7 +82,8 @@ class CpuBackend(Backend):
         )
         return out
 
-    def _layer(self, view: LayerView) -> _native.Layer:
+    def layer(self, view: LayerView) -> _native.Layer:
+        """What the kernels know of a layer of the pool."""
         known = self._layers.get(view.index)
         if known is None or known[0] is not view:
             layer, rounding = view.geometry, view.rounding or LayerRounding()
@@ -109,7 +110,8 @@ class CpuBackend(Backend):
             known = self._layers[view.index] = (view, native)
         return known[1]
 
-    def _tables(self, batch: BatchLayout) -> _native.Batch:
+    def tables(self, batch: BatchLayout) -> _native.Batch:
+        """What the kernels know of a step."""
         if self._batch is None or self._batch[0] is not batch:
             native = _native.Batch(
                 batch.starts,

@@ -56,9 +56,10 @@ def parameters_of(config: PreTrainedConfig) -> Parameters:
             f"no causal language model can be made of this {config.model_type} model: {error}"
         ) from error
     sizes = {id(p): (name, p.numel()) for name, p in model.named_parameters()}
-    ends = {id(e.weight): e.weight.numel() for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e}
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    embeddings = {id(end.weight): end.weight.numel() for end in ends if end is not None}
     experts = sum(size for name, size in sizes.values() if ".experts." in name and "bias" not in name)
-    return Parameters(sum(size for _, size in sizes.values()), sum(ends.values()), experts)
+    return Parameters(sum(size for _, size in sizes.values()), sum(embeddings.values()), experts)
 
 
 def _config(name: str) -> tuple[PreTrainedConfig, str]:
@@ -71,7 +72,9 @@ def _config(name: str) -> tuple[PreTrainedConfig, str]:
     options: dict[str, Any] = {"gguf_file": source.gguf} if source.gguf else {}
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(source.path, local_files_only=source.offline, **options)
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
+                source.path, local_files_only=source.offline, **options
+            )
     except _ERRORS as error:
         raise ConfigError(f"cannot read the configuration of the model '{name}': {error}") from error
     return config, source.path
@@ -87,7 +90,8 @@ def _of_file(file: Path) -> PreTrainedConfig:
         raise ConfigError(f"'{file}' is no Hugging Face config.json: it has no model_type") from error
     try:
         with quiet():
-            return AutoConfig.for_model(kind, **fields)
+            config: PreTrainedConfig = AutoConfig.for_model(kind, **fields)
+            return config
     except _ERRORS as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"transformers cannot read the configuration '{file}': {reason}") from error

@@ -7,7 +7,7 @@ import inspect
 import json
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 from kvbits.attention import IMPLEMENTATION, Forward, attend
 from kvbits.config import ModelGeometry
 from kvbits.errors import ConfigError, UnsupportedError
+from kvbits.models.fused import FusedModel, fuse
 from kvbits.models.geometry import geometry_of
 from kvbits.models.hugepages import collapse_to_huge_pages
 from kvbits.models.locate import Source, locate
@@ -48,6 +49,7 @@ class LoadedModel:
     geometry: ModelGeometry
     name: str
     fingerprint: str
+    fused: FusedModel | None = None
 
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, positions: Tensor, step: Forward, logits_rows: Tensor) -> Tensor:
@@ -56,6 +58,8 @@ class LoadedModel:
         ``input_ids``, ``positions`` ``int64 [rows]``: the new tokens of all sequences of ``step.batch``, packed;
         ``logits_rows`` ``int64 [n]``: the rows whose logits are wanted. Returns ``float32 [n, vocab]``.
         """
+        if self.fused is not None and self.fused.runs(step):
+            return self.fused.forward(input_ids, positions, step, logits_rows)
         out = self.model(
             input_ids=input_ids.unsqueeze(0),
             position_ids=positions.unsqueeze(0),
@@ -97,6 +101,11 @@ def load_model(
     model = _read(name, "weights", AutoModelForCausalLM, source, **options)
     loaded = wrap(model, tokenizer, name, geometry)
     pack_linears(model)  # after the fingerprint, which reads the plain weights
+    fused = fuse(model, loaded.geometry)
+    if isinstance(fused, FusedModel):
+        loaded = replace(loaded, fused=fused)
+    else:
+        report(f"The layers of {name} run as transformers' own code: {fused}")
     collapse_to_huge_pages()
     return loaded
 
