@@ -1,7 +1,8 @@
 """Who computes what in the next step: continuous batching over a pool of pages. No torch.
 
 Every running sequence that only waits for its next token gets it in every step; the rest of the step's token budget
-goes to prompts, in order of rank (priority, then arrival). A sequence is admitted when the frames of all its tokens
+goes to prompts, in order of rank (priority, then arrival), but prompts much shorter than what is left of the first
+may take half of it. A sequence is admitted when the frames of all its tokens
 and of its open page are there, besides those already promised to prompts under way and a small watermark. When frames
 run out, the sequence of the lowest rank gives its own back and is computed again later, from the prefix cache where
 its pages survive; since it keeps its tokens and its random state, the answer does not change.
@@ -24,6 +25,10 @@ WATERMARK = 100
 
 MIN_PREFILL = 64
 """Tokens of a step that go to prompts even where the running sequences use up the budget."""
+
+
+OVERTAKEN = 4
+"""A prompt goes before one that has at least so many times its tokens left."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +110,30 @@ class Scheduler:
                 draft = room.take(request)
                 rows += self._advance(request, 1, plan, scheduled, draft) + len(draft)
         budget = max(self.max_num_batched_tokens - rows, min(MIN_PREFILL, self.max_num_batched_tokens))
+        if prefills:
+            budget -= self._overtake(prefills[0], budget // 2, plan, scheduled)
         for request in prefills:
-            if budget > 0 and request.state is RequestState.RUNNING:
+            if budget > 0 and request.state is RequestState.RUNNING and request.seq_id not in scheduled:
                 budget -= self._advance(request, min(budget, request.remaining), plan, scheduled)
         if not plan.preempted:
-            self._admit(budget, plan, scheduled)
+            self._admit(self.waiting, budget, plan, scheduled)
         return plan
+
+    def _overtake(self, first: Request, budget: int, plan: Plan, scheduled: set[int]) -> int:
+        """Let prompts much shorter than the rest of ``first``'s go before it; returns the tokens planned for them.
+
+        ``first`` keeps half of the step and the frames for it, so it is never delayed by more than a factor of two.
+        """
+        if self.pages.frames_needed(first.seq_id, min(first.remaining, budget)) > self.pages.available():
+            return 0
+        longest, used = first.remaining // OVERTAKEN, 0
+        for request in [r for r in self.running if r.priority <= first.priority and 1 < r.remaining <= longest]:
+            if used < budget and request.state is RequestState.RUNNING:
+                used += self._advance(request, min(budget - used, request.remaining), plan, scheduled)
+        if not plan.preempted:
+            short = [r for r in self.waiting if r.priority <= first.priority and len(r.tokens) <= longest]
+            used += self._admit(short, budget - used, plan, scheduled)
+        return used
 
     def _alone(self, request: Request, plan: Plan, scheduled: set[int]) -> None:
         """A step for one request, which must find out whether it was the one that failed."""
@@ -168,18 +191,20 @@ class Scheduler:
         self.add(request)
         plan.preempted.append(request)
 
-    def _admit(self, budget: int, plan: Plan, scheduled: set[int]) -> None:
-        """Start waiting requests, in order, while budget, seats and frames last."""
-        for request in [r for r in self.waiting if r.ready]:
-            if budget <= 0 or len(self.running) >= self.max_num_seqs:
-                return
+    def _admit(self, requests: Iterable[Request], budget: int, plan: Plan, scheduled: set[int]) -> int:
+        """Start waiting ``requests``, in order, while budget, seats and frames last; returns the tokens planned."""
+        used = 0
+        for request in [r for r in requests if r.ready]:
+            if used >= budget or len(self.running) >= self.max_num_seqs:
+                break
             if len(request.tokens) > self.capacity_tokens:
                 self.waiting.remove(request)
                 plan.exhausted.append(request)
                 continue
             if not self._open(request, plan):
-                return
-            budget -= self._advance(request, min(budget, request.remaining), plan, scheduled)
+                break
+            used += self._advance(request, min(budget - used, request.remaining), plan, scheduled)
+        return used
 
     def _open(self, request: Request, plan: Plan) -> bool:
         """Give ``request`` the pages that the prefix cache has of it, and a seat, if the rest would fit too."""

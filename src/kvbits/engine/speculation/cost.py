@@ -10,7 +10,7 @@ WINDOW = 64
 """Steps that the fit looks back on: contexts grow, sequences come and go."""
 
 _LEAST = 4
-_PRIOR_MARGIN = 0.02
+_FIRST_BELIEF = 0.02
 _EVERY = 4
 _OUTLIER = 2.0
 
@@ -18,19 +18,27 @@ _OUTLIER = 2.0
 class StepCost:
     """Seconds of a decode step: ``base + per sequence + margin x guessed rows``, fitted to the last steps.
 
-    The fit leans towards a prior (a guessed row costs 2 % of a step) until enough steps tell otherwise. A step that
-    took more than twice the median counts as twice the median: something else held the processor.
+    The fit leans towards a belief: that a guessed row costs 2 % of a step at first, later what was found while there
+    were guesses. A step that
+    took more than twice the median of steps with as many guessed rows counts as twice that median: something else held
+    the processor.
     """
 
     def __init__(self) -> None:
         self._steps: deque[tuple[int, int, float]] = deque(maxlen=WINDOW)
         self._fit = np.zeros(3)
+        self._belief = _FIRST_BELIEF
         self._due = 0
 
     def observe(self, sequences: int, guessed: int, seconds: float) -> None:
         """A step of ``sequences`` next tokens and ``guessed`` rows beside them took ``seconds``."""
         self._steps.append((sequences, guessed, seconds))
         self._due -= 1
+
+    @property
+    def tried(self) -> bool:
+        """Whether a step with guesses was among those seen."""
+        return any(guessed for _, guessed, _ in self._steps) or self._belief != _FIRST_BELIEF
 
     @property
     def known(self) -> bool:
@@ -50,12 +58,17 @@ class StepCost:
     def _refit(self) -> None:
         if self._due > 0 or not self.known:
             return
-        self._due = _EVERY
+        self._due = _EVERY if len(self._steps) >= WINDOW // 4 else 1
         steps = np.array(self._steps)
         median = float(np.median(steps[:, 2]))
-        seconds = np.minimum(steps[:, 2], _OUTLIER * median)
+        seconds = steps[:, 2].copy()
+        for guessed in np.unique(steps[:, 1]):
+            alike = steps[:, 1] == guessed
+            seconds[alike] = np.minimum(seconds[alike], _OUTLIER * np.median(seconds[alike]))
         rows = np.column_stack([np.ones(len(steps)), steps[:, 0], steps[:, 1]])
         # Two rows of belief: the number of sequences explains nothing, a guessed row costs a little.
         rows = np.vstack([rows, [0.0, 0.1, 0.0], [0.0, 0.0, 1.0]])
-        seconds = np.append(seconds, [0.0, _PRIOR_MARGIN * median])
+        seconds = np.append(seconds, [0.0, self._belief * median])
         self._fit = np.linalg.lstsq(rows, seconds, rcond=None)[0]
+        if steps[:, 1].any():
+            self._belief = max(float(self._fit[2]), 0.0) / median

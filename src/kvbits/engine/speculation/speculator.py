@@ -12,7 +12,7 @@ from kvbits.engine.speculation.config import SpeculativeConfig
 from kvbits.engine.speculation.cost import StepCost
 from kvbits.engine.speculation.proposer import Candidate, Proposer
 from kvbits.engine.speculation.stats import SpeculationStats
-from kvbits.engine.speculation.trust import Trust
+from kvbits.engine.speculation.trust import PROBE, Trust
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +94,8 @@ class Speculator:
             before = trust.rests
             # A step brings one token to each sequence, so a token more is worth that share of a step.
             gain = self.cost.step(sequences) / sequences
+            # The first guess of all is short: nobody knows yet what a wider step costs.
+            most = most if self.cost.tried else min(most, PROBE)
             count = trust.plan(most, gain, self.cost.margin() + self._proposer.cost / sequences)
             self.stats.suspended += trust.rests - before
             self.stats.withheld += not count

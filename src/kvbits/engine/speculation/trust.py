@@ -36,8 +36,6 @@ class Trust:
         self._kept = _MEMORY * self._kept + accepted
         self._lost = _MEMORY * self._lost + (accepted < drafted)
         self._trying = False
-        if 2 * accepted >= drafted:
-            self._next_rest = _FIRST_REST
 
     def plan(self, most: int, gain: float, cost: float) -> int:
         """How many tokens to guess in this step, at most ``most``.
@@ -52,6 +50,8 @@ class Trust:
         while count < most and value > cost:
             value *= self.chance
             count += 1
+        if count:
+            self._next_rest = _FIRST_REST
         if count or not most:
             return count
         if self._trying:
