@@ -28,6 +28,8 @@ _LOST = (RayActorError, RayServeException, BackPressureError)
 
 RETRY_SECONDS = 5
 _END_SECONDS = 5
+_INTERNAL = ApiError(500, "an internal error; the log has more", code="internal_error")
+"""What a client gets whose request made a replica raise, or end without an answer."""
 
 
 class Front:
@@ -78,10 +80,11 @@ class Front:
                     await self._metrics(request, answer)
                 else:
                     await self._once(request, Route(blocks), answer)
+                await answer.end(_INTERNAL)
                 return
             except RayTaskError:
                 log.exception("a replica failed on %s", request.path)
-                await answer.end(ApiError(500, "an internal error; the log has more", code="internal_error"))
+                await answer.end(_INTERNAL)
                 return
             except _LOST as error:
                 log.warning("a replica was lost under %s: %s", request.path, type(error).__name__)

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from starlette.types import Message
 
 from kvbits.engine.engine import Engine
 from kvbits.engine.transfer import PageBundle, export_pages, import_pages
+from kvbits.errors import KVBitsError
 from kvbits.models import load_model
 from kvbits.pages import PoolStats
 from kvbits.ray.messages import HttpRequest, Route
@@ -74,17 +76,19 @@ class Replica:
         _holder.reset(token)
         task.add_done_callback(lambda _: messages.put_nowait(None))
         try:
-            while (message := await messages.get()) is not None:
-                batch = [message]
-                while not messages.empty() and (more := messages.get_nowait()) is not None:
-                    batch.append(more)
-                yield batch
-                if batch[-1]["type"] == "http.response.body" and not batch[-1].get("more_body"):
-                    break
+            ended = False
+            while not ended:
+                batch = [await messages.get()]
+                while not messages.empty():
+                    batch.append(messages.get_nowait())
+                ended = batch[-1] is None
+                yield [message for message in batch if message is not None]
         finally:
             exchange.gone.set()
             await asyncio.wait({task}, timeout=5)
             task.cancel()
+            # What the application raises it has logged and answered itself.
+            await asyncio.gather(task, return_exceptions=True)
 
     async def pages(self, route: Route, tokens: list[int], salt: str) -> bytes:
         """The pages of ``tokens`` that this replica has. Large answers travel through Ray's object store."""
@@ -121,13 +125,13 @@ class Replica:
         handle = serve.get_deployment_handle(self._deployment, self._application)
         try:
             data = await handle.pages.remote(Route(target=holder), tokens, salt)
-        except RayError as error:
+            bundle = await asyncio.to_thread(PageBundle.from_bytes, data, f"what replica {holder} sent")
+            loaded = await worker.call(lambda: import_pages(self._engine, bundle, salt))
+        # The holder is gone, or another model or policy replaces it just now: the prompt is computed then.
+        except (RayError, RayServeException, KVBitsError) as error:
             log.warning("no pages from replica %s: %s", holder, type(error).__name__)
             return
-        bundle = await asyncio.to_thread(PageBundle.from_bytes, data, f"what replica {holder} sent")
-        if bundle.num_tokens > have:
-            loaded = await worker.call(lambda: import_pages(self._engine, bundle, salt))
-            self.fetched_pages += max(0, loaded - have) // self._engine.pages.page_tokens
+        self.fetched_pages += max(0, loaded - have) // self._engine.pages.page_tokens
 
 
 class _Exchange:
