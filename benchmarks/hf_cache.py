@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -99,9 +100,9 @@ def sliding_windows(name: str) -> str:
     return "yes"
 
 
-def drafts(name: str, model: Any, prompt: Tensor) -> str:
-    """How many of 200 tokens are the same with and without drafts."""
-    greedy = {"max_new_tokens": 200, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+def drafts(name: str, model: Any, prompt: Tensor, count: int) -> str:
+    """How many of ``count`` tokens are the same with and without drafts."""
+    greedy = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     plain = model.generate(prompt, past_key_values=make(name, model), **greedy)
     try:
         drafted = model.generate(prompt, past_key_values=make(name, model), prompt_lookup_num_tokens=10, **greedy)
@@ -118,6 +119,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="plain text, long enough for the contexts")
     parser.add_argument("--context", type=int, nargs="+", default=[2048])
     parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--drafted", type=int, default=200, help="tokens generated with and without drafts; 0: neither")
     parser.add_argument("--cache", nargs="+", choices=[*CACHES, "all"], default=["all"])
     parser.add_argument("--json")
     options = parser.parse_args()
@@ -127,7 +129,14 @@ def main() -> None:
     tokens = torch.tensor([loaded.tokenizer(text)["input_ids"]])
     rows: list[Row] = []
     names = list(CACHES) if options.cache == ["all"] else options.cache
-    able = {n: {"sliding_windows": sliding_windows(n), "drafts": drafts(n, model, tokens[:, :300])} for n in names}
+    able: dict[str, Row] = {name: {} for name in names}
+    if options.drafted:
+        for name in names:
+            print(f"what {name} can do ...", file=sys.stderr)
+            able[name] = {
+                "sliding_windows": sliding_windows(name),
+                "drafts": drafts(name, model, tokens[:, :300], options.drafted),
+            }
     for context in options.context:
         exact: Tensor | None = None
         for name in names:
@@ -138,6 +147,7 @@ def main() -> None:
             row: Row = {"cache": name, "context": context, "prompt_s": prompt, "step_ms": 1e3 * step}
             row |= {"cache_MiB": nbytes(cache) / 2**20, "kl": kl}
             rows.append(row | able[name])
+            print(rows[-1], file=sys.stderr)
             del cache
     facts = {"model": options.model, "steps": options.steps, "threads": torch.get_num_threads()}
     write_report("Caches for transformers", rows, options.json, facts, ("cache", "context"), "step_ms")
