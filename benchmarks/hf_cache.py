@@ -1,6 +1,6 @@
 """transformers' caches and kvbits' in ``model.generate``'s place: time, memory, divergence, and what each can do.
 
-    pip install optimum-quanto                       # transformers' own QuantizedCache needs a package
+    pip install 'kvbits[bench]'      # transformers' own QuantizedCache needs optimum-quanto
     python benchmarks/hf_cache.py --text book.txt --json out/hf_cache.json [--context 2048 8192]
 
 All caches run the same transformers model (bfloat16). After a prompt of the given length, ``--steps`` known tokens
