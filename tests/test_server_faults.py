@@ -71,6 +71,10 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"stream_options": {"include_usage": True}}, "stream_options"),
     (CHAT, {"response_format": {"type": "xml"}}, "response_format"),
     (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "od"}}}}, "od"),
+    (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {
+        "properties": {f"p{i}": {} for i in range(9000)}}}}}, "schemas"),
+    (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#"}}}},
+     "grammar"),
     (CHAT, {"tools": [{"type": "function", "function": {"name": "a b"}}]}, "name"),
     (CHAT, {"tool_choice": "required"}, "tools"),
     (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}],

@@ -49,8 +49,7 @@ def test_it_says_what_it_serves_and_drains_on_sigterm(model: str) -> None:
             lines = [line for line in events if line]
         assert lines[-1] == "data: [DONE]"
         assert process.wait(30) == 0
-        assert process.stderr is not None
-        said = process.stderr.read().splitlines()
+        said = process.said().splitlines()
     start = next(line for line in said if line.startswith("kvbits serves"))
     for part in ("small", "int4", "bits per element", "4 MiB", "1,024 tokens"):
         assert part in start

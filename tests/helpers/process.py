@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,16 +38,29 @@ def command(model: str, port: int, *options: str) -> list[str]:
     return [sys.executable, "-c", start, "serve", model, "--port", str(port), *options]
 
 
+class Process(subprocess.Popen[bytes]):
+    """A server whose log goes to a file: a pipe that nobody reads would stop it."""
+
+    def __init__(self, command: list[str]) -> None:
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115
+        super().__init__(command, stderr=self._log, env=os.environ)
+
+    def said(self) -> str:
+        """All that it has written to stderr so far."""
+        self._log.seek(0)
+        return self._log.read().decode()
+
+
 @contextmanager
-def serving(model: str, *options: str, port: int | None = None) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def serving(model: str, *options: str, port: int | None = None) -> Iterator[tuple[Process, str]]:
     """A process that serves ``model`` and its address; it is killed at the end."""
     port = port or free_port()
-    process = subprocess.Popen(command(model, port, *options), stderr=subprocess.PIPE, text=True, env=os.environ)
+    process = Process(command(model, port, *options))
     url = f"http://127.0.0.1:{port}"
     try:
-        end = time.monotonic() + 90
+        end = time.monotonic() + 180
         while True:
-            assert process.poll() is None, process.communicate()[1]
+            assert process.poll() is None, process.said()
             assert time.monotonic() < end
             try:
                 if httpx.get(url + "/health", timeout=5).status_code == 200:

@@ -37,8 +37,10 @@ class Connection(H11Protocol):
         self._expect_request()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._reading = _stopped(self._reading)
-        self._writing = _stopped(self._writing)
+        _stop(self._reading)
+        self._reading = None
+        _stop(self._writing)
+        self._writing = None
         super().connection_lost(exc)
 
     def handle_events(self) -> None:
@@ -46,7 +48,8 @@ class Connection(H11Protocol):
         if self.conn.their_state is h11.IDLE:
             self._expect_request()
         else:
-            self._reading = _stopped(self._reading)
+            _stop(self._reading)
+            self._reading = None
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -54,7 +57,8 @@ class Connection(H11Protocol):
             self._writing = self.loop.call_later(self.send_timeout, self._unread)
 
     def resume_writing(self) -> None:
-        self._writing = _stopped(self._writing)
+        _stop(self._writing)
+        self._writing = None
         super().resume_writing()
 
     def _expect_request(self) -> None:
@@ -98,6 +102,7 @@ def _probe(link: socket.socket | None) -> None:
             link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def _stopped(timer: asyncio.TimerHandle | None) -> None:
+def _stop(timer: asyncio.TimerHandle | None) -> None:
+    """Cancel ``timer``."""
     if timer is not None:
         timer.cancel()
