@@ -63,6 +63,9 @@ def evaluate(
             "layers, which both caches share in kind but not in value, out of the comparison.",
         ),
     ] = "float32",
+    task_dtype: Annotated[
+        str, typer.Option(metavar="DTYPE", help="The same for tasks, generation and tools, which run as served.")
+    ] = "bfloat16",
     threads: options.Threads = None,
     resume: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Keep finished parts here (JSON lines); never run them again.")
@@ -87,7 +90,7 @@ def evaluate(
     from kvbits.evaluation.compare import check_dtypes
     from kvbits.evaluation.laboratory import Laboratory
     from kvbits.evaluation.ledger import Ledger
-    from kvbits.evaluation.menu import Sizes, choose, run_menu
+    from kvbits.evaluation.menu import FIDELITY, LAYERS, Sizes, choose, run_menu
 
     menu = choose(tasks, text is not None, data_dir)
     sizes = Sizes(
@@ -97,7 +100,9 @@ def evaluate(
     loaded = load(model, dtype, threads)
     check_dtypes(loaded, dtypes, context if content is not None else 0)
     tokens = [] if content is None else tokens_of(loaded, content)
-    laboratory = Laboratory(loaded, dtypes, ledger, Bar, dtype, max_num_batched_tokens)
+    only_text = set(menu.parts) <= {FIDELITY, LAYERS}
+    served = loaded if only_text or task_dtype == dtype else load(model, task_dtype, threads)
+    laboratory = Laboratory(loaded, dtypes, ledger, Bar, dtype, served, task_dtype, max_num_batched_tokens)
     run_menu(laboratory, menu, tokens, book, sizes)
     rows = laboratory.results()
     from kvbits.cli.tables import print_results
@@ -107,7 +112,12 @@ def evaluate(
         rows += _self_check(laboratory, menu, tokens, sizes)
     flat = rows[0] if len(rows) == 1 else {}
     facts: dict[str, Any] = {"model": loaded.name, "text": None if text is None else str(text), **machine()}
-    settings = {"text": text.name if text else "none", "layers' arithmetic": dtype, **dataclasses.asdict(sizes)}
+    settings = {
+        "text": text.name if text else "none",
+        "arithmetic of the text": dtype,
+        "of tasks": task_dtype,
+        **dataclasses.asdict(sizes),
+    }
     document = {**flat, "results": rows, "settings": settings, **facts}
     results.write(document)
     if html is not None:

@@ -52,9 +52,11 @@ def drive(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingPara
                     raise RequestError(delta.error)
             got = {d.request_id for d in deltas if d.token_ids}
             decoded = len(got & started)
-            started |= got
+            # A step stores a token for each that it brings to a sequence under way, guessed ones included.
             rows = engine.stats.computed_tokens - before
-            yield Step(seconds, rows - decoded, decoded, len(got) - decoded, tuple(deltas))
+            rows -= sum(len(d.token_ids) for d in deltas if d.request_id in started)
+            started |= got
+            yield Step(seconds, rows, decoded, len(got) - decoded, tuple(deltas))
     finally:
         for name in names:
             engine.abort(name)

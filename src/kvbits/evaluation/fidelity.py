@@ -82,8 +82,9 @@ class Fidelity:
         """Summaries of the tokens at positions ``edges[i]`` to ``edges[i + 1] - 1``; empty stretches are left out."""
         found = []
         for begin, end in itertools.pairwise(edges):
-            part = Fidelity(*([c[(p >= begin) & (p < end)] for c, p in zip(column, self.positions, strict=True)]
-                              for column in self._columns()))  # fmt: skip
+            inside = [(p >= begin) & (p < end) for p in self.positions]
+            columns = [[part[k] for part, k in zip(column, inside, strict=True)] for column in self._columns()]
+            part = Fidelity(*columns)
             if sum(map(len, part.kl)):
                 s = part.summary()
                 change = s.perplexity / s.perplexity_16bit - 1

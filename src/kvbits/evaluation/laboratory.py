@@ -40,7 +40,9 @@ class Laboratory:
     """Runs experiments on ``dtypes`` and on 16 bit; :meth:`results` has what was found so far.
 
     ``fidelity`` holds each dtype's comparison on text, ``figures`` what each experiment reports and ``measures`` what
-    the verdict is made from. With ``faulty`` every dtype is run with a planted fault in its codec.
+    the verdict is made from. Questions, free text and tool calls run on ``served``, the same model with another
+    arithmetic (``served_dtype``), where it is given. With ``faulty`` every dtype is run with a planted fault in its
+    codec.
     """
 
     loaded: LoadedModel
@@ -48,6 +50,8 @@ class Laboratory:
     ledger: Ledger
     bar: Bar
     compute_dtype: str = "float32"
+    served: LoadedModel | None = None
+    served_dtype: str = "float32"
     max_num_batched_tokens: int = 512
     faulty: bool = False
     fidelity: dict[str, Comparison] = field(default_factory=dict)
@@ -104,7 +108,7 @@ class Laboratory:
         total = sum(len(p.prompt) for p in probes)
         with self.bar(total * len({REFERENCE, *self.dtypes}), task) as advance:
             answers = {
-                d: ask(self.loaded, d, probes, self.ledger, self.compute_dtype, self.max_num_batched_tokens, advance)
+                d: ask(self._served, d, probes, self.ledger, self.served_dtype, self.max_num_batched_tokens, advance)
                 for d in dict.fromkeys((REFERENCE, *self.dtypes))
             }
         for dtype in self.dtypes:
@@ -118,7 +122,7 @@ class Laboratory:
         with self.bar(total, "generation") as advance:
             texts = {
                 d: write(
-                    self.loaded, d, prompts, new_tokens, self.ledger, self.compute_dtype, self.max_num_batched_tokens,
+                    self._served, d, prompts, new_tokens, self.ledger, self.served_dtype, self.max_num_batched_tokens,
                     advance,
                 )
                 for d in dict.fromkeys((REFERENCE, *self.dtypes))
@@ -132,7 +136,7 @@ class Laboratory:
         with self.bar(total * len({REFERENCE, *self.dtypes}), "tools") as advance:
             calls = {
                 d: call_tools(
-                    self.loaded, d, cases, self.ledger, self.compute_dtype, self.max_num_batched_tokens, advance
+                    self._served, d, cases, self.ledger, self.served_dtype, self.max_num_batched_tokens, advance
                 )
                 for d in dict.fromkeys((REFERENCE, *self.dtypes))
             }
@@ -167,6 +171,10 @@ class Laboratory:
             }
             for dtype in self.dtypes
         ]
+
+    @property
+    def _served(self) -> LoadedModel:
+        return self.served or self.loaded
 
     def _backend(self) -> Backend:
         return Faulty(default_backend()) if self.faulty else default_backend()

@@ -10,6 +10,7 @@ from typing import Any
 from kvbits.config import EngineConfig
 from kvbits.engine.engine import Engine
 from kvbits.engine.params import SamplingParams
+from kvbits.engine.speculation import SpeculativeConfig
 from kvbits.errors import ConfigError
 from kvbits.evaluation.compare import pool_bytes
 from kvbits.evaluation.drive import drive
@@ -25,7 +26,8 @@ class Speed:
     """``prefill_tokens_per_s`` counts prompt tokens only; ``decode_step_ms`` is the median step of all sequences.
 
     ``kv_bytes_per_token`` is of sealed pages, ``pool_bytes`` the whole reservation, ``peak_rss_bytes`` the process's
-    greatest resident size during the run.
+    greatest resident size during the run. With ``speculation`` a step brings more than one token to a sequence;
+    ``decode_tokens_per_s`` counts them all.
     """
 
     dtype: str
@@ -38,6 +40,7 @@ class Speed:
     kv_bytes_per_token: float
     pool_bytes: int
     peak_rss_bytes: int
+    speculation: dict[str, Any] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The result under the names of the command line's JSON."""
@@ -69,16 +72,21 @@ def measure_speed(
     new_tokens: int,
     max_num_batched_tokens: int = 512,
     progress: Callable[[int], None] = lambda tokens: None,
+    speculative: SpeculativeConfig | None = None,
 ) -> Speed:
     """Prefill ``prompts`` (token ids, all of one length), then time ``new_tokens`` decode steps of all of them.
 
     Sequences whose prompt is stored decode along while the others' prompts are computed, as in service: they keep a few
     rows of each step, and start the timed steps with a few tokens more than the prompt. The pool is made to
     measure, without prefix caching. ``progress`` is told the tokens computed since its last call. Raises
-    ``ConfigError`` when prompt and new tokens exceed the model's context.
+    ``ConfigError`` when prompt and new tokens exceed the model's context. With ``speculative`` sequences grow faster,
+    and the timed steps end early where the first of them reaches the end of the context.
     """
     context, batch = len(prompts[0]), len(prompts)
     longest = longest_sequence(loaded, context, batch, new_tokens, max_num_batched_tokens)
+    if speculative is not None:
+        growth = (longest - context) * (1 + speculative.num_speculative_tokens)
+        longest = min(context + growth, loaded.geometry.max_position)
     config = EngineConfig(
         kv_cache_dtype=dtype,
         kv_cache_memory=pool_bytes(loaded, dtype, batch, longest),
@@ -87,10 +95,11 @@ def measure_speed(
         enable_prefix_caching=False,
     )
     reset_peak_rss()
-    engine = Engine(loaded, config)
+    engine = Engine(loaded, config, speculative=speculative)
     begun = prefilled = 0
     prefill_seconds = 0.0
     decode: list[float] = []
+    tokens: list[int] = []
     params = SamplingParams(max_tokens=longest - context, temperature=0.0, ignore_eos=True)
     for step in drive(engine, prompts, params):
         if begun < batch:
@@ -99,23 +108,30 @@ def measure_speed(
             prefill_seconds += step.seconds
             progress(step.prompt_tokens)
             continue
+        if speculative is not None and any(d.finish_reason for d in step.deltas):
+            break
         assert step.decoded == batch, (step.decoded, batch)
         decode.append(step.seconds)
+        tokens.append(sum(len(d.token_ids) for d in step.deltas))
         progress(batch)
         if len(decode) == WARM_UP + new_tokens:
             break
-    median = statistics.median(decode[WARM_UP:])
+    if len(decode) <= WARM_UP:
+        raise ConfigError(f"a context of {context} leaves too few steps to time; choose a smaller one")
+    timed = decode[WARM_UP:]
+    median = statistics.median(timed)
     return Speed(
         dtype=dtype,
         context=context,
         batch=batch,
         new_tokens=new_tokens,
         prefill_tokens_per_s=prefilled / prefill_seconds,
-        decode_tokens_per_s=batch / median,
+        decode_tokens_per_s=batch / median if speculative is None else sum(tokens[WARM_UP:]) / sum(timed),
         decode_step_ms=1000 * median,
         kv_bytes_per_token=engine.pool.bytes_per_token(),
         pool_bytes=config.kv_cache_memory,
         peak_rss_bytes=peak_rss_bytes(),
+        speculation=None if speculative is None else engine.stats.speculation.as_json(),
     )
 
 
