@@ -247,7 +247,7 @@ def test_origins(byte_loaded: LoadedModel) -> None:
 def test_a_full_queue_says_when_to_come_back(byte_loaded: LoadedModel) -> None:
     async def many(url: str) -> list[httpx.Response]:
         async with httpx.AsyncClient(base_url=url, timeout=60) as http:
-            return await asyncio.gather(*[http.post(CHAT, json=LONG | {"max_tokens": 300}) for _ in range(12)])
+            return await asyncio.gather(*[http.post(CHAT, json=LONG | {"max_tokens": 600}) for _ in range(12)])
 
     with running(engine_of(byte_loaded, max_num_seqs=2), max_queue=3) as server:
         answers = asyncio.run(many(server.url))
@@ -320,7 +320,7 @@ def test_headers_that_never_end(byte_loaded: LoadedModel) -> None:
 
 def test_an_answer_that_nobody_reads(byte_loaded: LoadedModel) -> None:
     with running(engine_of(byte_loaded), send_timeout=0.3) as server:
-        body = json.dumps({"prompt": ["x" * 900] * 200, "echo": True, "max_tokens": 0, "logprobs": 5}).encode()
+        body = json.dumps({"prompt": ["x" * 900] * 60, "echo": True, "max_tokens": 0, "logprobs": 5}).encode()
         request = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
         with socket.socket() as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

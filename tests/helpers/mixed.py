@@ -61,6 +61,8 @@ class Mixed:
             await asyncio.gather(task, return_exceptions=True)
             if task.done() and not task.cancelled() and task.exception() is not None:
                 self.faults.append(f"{kind}: {task.exception()!r}")
+                # A server that is gone answers at once.
+                await asyncio.sleep(0.1)
 
     async def _ask(self, http: httpx.AsyncClient, kind: str, path: str, body: dict[str, Any]) -> None:
         if body.get("stream"):
