@@ -8,8 +8,10 @@ of any codec in any place follows without running the model again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,24 +25,50 @@ from kvbits.kernels import BatchLayout, SequenceSlice
 from kvbits.models import LoadedModel
 from kvbits.pool import PagedPool
 
+_LOGIT_ROWS = 128
+"""Rows of logits that are turned into gradients at once: 25 MB of float32 for 49,152 words."""
+
 
 @dataclass(frozen=True)
 class TensorSample:
     """One layer's keys or values over all windows, page by page.
 
-    ``rows`` and ``gradients`` are ``float32 [pages, kv_heads, 64, dim]``; rows are rounded to bfloat16, as an open page
-    holds them. First pages are left out: they are sinks, or no worse than any other.
+    ``rows`` and ``gradients`` are ``bfloat16 [pages, kv_heads, 64, dim]``, the pages of the ``windows`` windows one
+    window after another; an open page holds its rows in this form too. First pages are left out: they are sinks, or no
+    worse than any other.
     """
 
     layer: int
     side: Side
     rows: Tensor
     gradients: Tensor
+    windows: int
 
     def cost(self, decoded: Tensor) -> Tensor:
-        """KL, summed over the scored tokens, of storing ``decoded`` for ``rows``: ``float64 [kv_heads]``."""
-        moved = (self.gradients * (decoded - self.rows)).sum(-1).double()
-        return moved.square().sum((0, 2)) / 2
+        """KL, summed over the scored tokens, of storing ``decoded`` for ``rows``: ``float64 [kv_heads]``.
+
+        ``(sum_t g_t . d_t)^2`` over the tokens of a window is what an error costs, but there are only as many samples
+        of it as windows. Were the errors of tokens independent, it would be the sum of the tokens' own squares, of
+        which there are thousands. Errors that tokens share (saturated outliers, the equal values of equal tokens in a
+        first layer) cost many times that sum; so squares are also taken of whole pages and windows, and what they come
+        to beyond chance is added.
+        """
+        moved = (self.gradients.float() * (decoded - self.rows.float())).sum(-1).double()
+        by_page = moved.sum(-1)
+        by_window = by_page.unflatten(0, (self.windows, -1)).sum(1)
+        cost = moved.square().sum((0, 2))
+        for sums in (by_page, by_window):
+            # A square of a normal number has twice its squared mean for variance; two deviations are chance.
+            chance = 1 + 2 * math.sqrt(2 / len(sums))
+            cost = cost + (sums.square().sum(0) - chance * cost).clamp(min=0)
+        return cost / 2
+
+    def thinned(self, step: int) -> TensorSample:
+        """Every ``step``-th page of each window."""
+        rows, gradients = (
+            x.unflatten(0, (self.windows, -1))[:, ::step].flatten(0, 1) for x in (self.rows, self.gradients)
+        )
+        return replace(self, rows=rows, gradients=gradients)
 
 
 @dataclass(frozen=True)
@@ -72,21 +100,41 @@ def collect(
             f"calibration windows of {context} tokens are too short; at least {3 * PAGE_TOKENS} are needed"
         )
     generator = torch.Generator().manual_seed(seed)
-    parts: list[list[tuple[Tensor, Tensor]]] = []
-    queries: list[Tensor] = []
-    for window in windows:
-        backend, gradients = _backward(loaded, window, generator)
-        layers = [backend.windows[i] for i in range(loaded.geometry.num_layers)]
-        rows = [x for w in layers for x in (w.key, w.value)]
-        parts.append([(_pages(r.bfloat16().float()), _pages(g)) for r, g in zip(rows, gradients, strict=True)])
-        moments = [w.queries for w in layers]
-        queries = [a + b for a, b in zip(queries, moments, strict=True)] if queries else moments
-        progress(context)
-    samples = tuple(
-        TensorSample(i // 2, "value" if i % 2 else "key", *(torch.cat(pair) for pair in zip(*tensor, strict=True)))
-        for i, tensor in enumerate(zip(*parts, strict=True))
-    )
-    return Statistics(samples, tuple(queries), len(windows) * (context - context // 2))
+    pages = context // PAGE_TOKENS - 1
+    sides: tuple[Side, Side] = ("key", "value")
+    samples = []
+    for i, layer in enumerate(loaded.geometry.layers):
+        for side, dim in zip(sides, (layer.key_dim, layer.value_dim), strict=True):
+            shape = (pages * len(windows), layer.num_kv_heads, PAGE_TOKENS, dim)
+            rows, gradients = (torch.empty(shape, dtype=torch.bfloat16) for _ in range(2))
+            samples.append(TensorSample(i, side, rows, gradients, len(windows)))
+    queries = [torch.zeros(g.num_kv_heads, g.key_dim, g.key_dim) for g in loaded.geometry.layers]
+    with _frozen(loaded.model):
+        for index, window in enumerate(windows):
+            backend, gradients_of = _backward(loaded, window, generator)
+            layers = [backend.windows[i] for i in range(loaded.geometry.num_layers)]
+            rows_of = [x for w in layers for x in (w.key, w.value)]
+            part = slice(index * pages, (index + 1) * pages)
+            for sample, row, gradient in zip(samples, rows_of, gradients_of, strict=True):
+                sample.rows[part] = _pages(row)
+                sample.gradients[part] = _pages(gradient)
+            for total, w in zip(queries, layers, strict=True):
+                total += w.queries
+            progress(context)
+    return Statistics(tuple(samples), tuple(queries), len(windows) * (context - context // 2))
+
+
+@contextmanager
+def _frozen(model: torch.nn.Module) -> Iterator[None]:
+    """No gradients for the weights: the graph then need not keep what they were multiplied with."""
+    learned = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in learned:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_(True)
 
 
 def _backward(
@@ -107,16 +155,23 @@ def _backward(
             logits_to_keep=torch.arange(count // 2, count),
             kvbits=Forward(pool, backend, BatchLayout.of([step])),
         ).logits[0]
-        log_p = torch.log_softmax(logits.float(), dim=-1)
-        drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
-        loss = -log_p.gather(-1, drawn).sum()
+        slopes = torch.cat([_slope(part.detach(), generator) for part in logits.split(_LOGIT_ROWS)])
         layers = [backend.windows[i] for i in range(loaded.geometry.num_layers)]
-        gradients = torch.autograd.grad(loss, [x for w in layers for x in (w.key_error, w.value_error)])
+        errors = [x for w in layers for x in (w.key_error, w.value_error)]
+        gradients = torch.autograd.grad(logits, errors, slopes)
     return backend, gradients
+
+
+def _slope(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """The gradient of ``-log p(y)`` by ``logits`` ``[rows, vocab]``, one ``y`` drawn for each row."""
+    slope = torch.softmax(logits.float(), dim=-1)
+    drawn = torch.multinomial(slope, 1, generator=generator)
+    slope.scatter_add_(-1, drawn, torch.full(drawn.shape, -1.0))
+    return slope.to(logits.dtype)
 
 
 def _pages(rows: Tensor) -> Tensor:
     """``[tokens, kv_heads, dim]`` to full pages after the first, ``[pages, kv_heads, 64, dim]``."""
     full = len(rows) // PAGE_TOKENS
     pages: Tensor = rows[PAGE_TOKENS : full * PAGE_TOKENS].unflatten(0, (full - 1, PAGE_TOKENS))
-    return pages.transpose(1, 2).contiguous()
+    return pages.transpose(1, 2)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from kvbits.codecs import Scheme
@@ -64,19 +65,22 @@ class DenseBackend(Backend):
             queries=torch.einsum("tkgc,tkgd->kcd", shared, shared),
         )
         self.windows[view.index] = window
-        # The weights of all heads are tokens x tokens: computed again in the backward pass rather than kept.
-        out: Tensor = checkpoint(
-            _attention,
-            view.geometry,
-            query.float(),
-            key,
-            value,
-            window.key_error,
-            window.value_error,
-            sinks,
-            use_reentrant=False,
-        )
-        return out.to(query.dtype)
+        heads = [
+            # The weights of a head are tokens x tokens: computed again in the backward pass rather than kept.
+            checkpoint(
+                _attention,
+                view.geometry,
+                query[:, kv * view.geometry.group_size : (kv + 1) * view.geometry.group_size].float(),
+                key[:, kv],
+                value[:, kv],
+                window.key_error[:, kv],
+                window.value_error[:, kv],
+                None if sinks is None else sinks[kv * view.geometry.group_size : (kv + 1) * view.geometry.group_size],
+                use_reentrant=False,
+            )
+            for kv in range(view.geometry.num_kv_heads)
+        ]
+        return torch.cat(heads, dim=1).to(query.dtype)
 
 
 def _attention(
@@ -88,22 +92,38 @@ def _attention(
     value_error: Tensor,
     sinks: Tensor | None,
 ) -> Tensor:
+    """``[tokens, group, dim]`` queries of one KV head, its rows ``[tokens, dim]``; returns ``[tokens, group, dim]``.
+
+    Errors are added everywhere and taken out of the blocks in which a page reads itself: a mask over all pairs of
+    tokens would cost as much as attention.
+    """
+    count = len(query)
+    spare = -count % PAGE_TOKENS  # rows that no query of the window sees, and queries that are dropped
+    query = pad(query, (0, 0, 0, 0, 0, spare))
+    key, value, key_error, value_error = (pad(x, (0, 0, 0, spare)) for x in (key, value, key_error, value_error))
     position = torch.arange(len(query))
     distance = position[:, None] - position[None, :]
     hidden = distance < 0
     if layer.window is not None:
         hidden |= distance >= layer.window
-    earlier = (position[:, None] // PAGE_TOKENS) != (position[None, :] // PAGE_TOKENS)
     outputs = []
-    for head in range(layer.num_heads):
-        kv = head // layer.group_size
+    for head in range(query.shape[1]):
         q = query[:, head] * layer.scale
-        scores = q @ key[:, kv].T + (q @ key_error[:, kv].T) * earlier
+        own = q.unflatten(0, (-1, PAGE_TOKENS)) @ key_error.unflatten(0, (-1, PAGE_TOKENS)).transpose(1, 2)
+        scores = q @ (key + key_error).T
+        _own_pages(scores).sub_(own.permute(1, 2, 0))
         if layer.softcap is not None:
             scores = layer.softcap * torch.tanh(scores / layer.softcap)
         scores = scores.masked_fill(hidden, float("-inf"))
         if sinks is not None:
             scores = torch.cat([scores, sinks[head].float().expand(len(query), 1)], dim=-1)
         weights = torch.softmax(scores, dim=-1)[:, : len(key)]
-        outputs.append(weights @ value[:, kv] + (weights * earlier) @ value_error[:, kv])
+        inside = _own_pages(weights).permute(2, 0, 1) @ value_error.unflatten(0, (-1, PAGE_TOKENS))
+        outputs.append((weights @ (value + value_error) - inside.flatten(0, 1))[:count])
     return torch.stack(outputs, dim=1)
+
+
+def _own_pages(pairs: Tensor) -> Tensor:
+    """The blocks of ``[tokens, tokens]`` in which a page meets itself, ``[64, 64, pages]``: a view."""
+    blocks = pairs.unflatten(0, (-1, PAGE_TOKENS)).unflatten(2, (-1, PAGE_TOKENS))
+    return blocks.diagonal(dim1=0, dim2=2)

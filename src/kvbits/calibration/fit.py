@@ -10,11 +10,17 @@ from torch import Tensor
 
 from kvbits.calibration.collect import Statistics, TensorSample
 from kvbits.codecs import SCHEMES, Codec, Rounding
+from kvbits.codecs.affine import Affine
+from kvbits.codecs.codebook import Codebook
+from kvbits.codecs.hadamard import rotate
+from kvbits.codecs.mixed import Mixed
 
 DAMPING = 0.01
 """Share of the metric's mean diagonal that is added to it: directions that the text never asked for stay cheap."""
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
+CLIP_PAGES = 4
+"""Every so many pages are used to fit a range: one number a head does not need them all."""
 CLIPPED_BITS = 3
 """Codecs of up to so many bits have their range fitted; finer ones lose more by saturation than they gain."""
 
@@ -60,43 +66,67 @@ def fit(
 ) -> list[list[Choice]]:
     """For every sample of ``statistics``, what each of the dtypes ``names`` that can store it costs, rounded at best.
 
-    Keys are rounded with feedback under ``E[q q^T]``; the range is fitted head by head for few bits. The order is the
-    samples'. ``progress`` is told after each sample.
+    Keys are rounded with feedback under ``E[q q^T]`` where that costs less; the range is fitted head by head for few
+    bits. The order is the samples'. ``progress`` is told after each sample.
     """
     table = []
     for sample in statistics.samples:
-        fitted = ordered_feedback(statistics.queries[sample.layer]) if sample.side == "key" else Rounding()
-        fitting = [name for name in names if _codec(sample, name).supports(sample.rows.shape[-1]) is None]
-        table.append([_choice(sample, name, fitted, statistics.scored) for name in fitting])
+        fitting: dict[int, str] = {}  # dtypes may share a codec on one side: the first of them stands for all
+        for name in names:
+            codec = _codec(sample, name)
+            if codec.supports(sample.rows.shape[-1]) is None:
+                fitting.setdefault(codec.native_id, name)
+        metric = statistics.queries[sample.layer] if sample.side == "key" else None
+        table.append([_choice(sample, name, metric, statistics.scored) for name in fitting.values()])
         progress(1)
     return table
 
 
-def _choice(sample: TensorSample, name: str, fitted: Rounding, scored: int) -> Choice:
+def _choice(sample: TensorSample, name: str, metric: Tensor | None, scored: int) -> Choice:
     codec = _codec(sample, name)
     heads, dim = sample.rows.shape[1], sample.rows.shape[3]
-    size = heads * codec.page_bytes(dim)
-    bits = getattr(codec, "bits", 16)
-    plain = Rounding()
-    cost = _cost(sample, codec, plain)
-    if bits > 8:
-        return Choice(name, size, float(cost.sum()) / scored, plain)
-    best_clip = torch.ones(heads)
-    if bits <= CLIPPED_BITS or fitted.feedback is not None:
-        best = torch.full((heads,), float("inf"), dtype=torch.float64)
-        for clip in CLIPS if bits <= CLIPPED_BITS else CLIPS[:1]:
-            found = _cost(sample, codec, replace(fitted, clip=torch.full((heads,), clip)))
-            best_clip = torch.where(found < best, torch.tensor(clip), best_clip)
-            best = torch.minimum(best, found)
-        cost = best
-    fitted = replace(fitted, clip=best_clip if bits <= CLIPPED_BITS else None)
-    return Choice(name, size, float(cost.sum()) / scored, fitted)
+    best = Choice(name, heads * codec.page_bytes(dim), _total(sample, codec, Rounding(), scored), Rounding())
+    fitted = Rounding()
+    if metric is not None and isinstance(codec, Mixed):
+        best = _better(best, sample, codec, Rounding(order=_dearest(sample, metric)), scored)
+    elif metric is not None:
+        # What a rotated codec rounds are the rotated channels, which rotated queries meet.
+        fitted = ordered_feedback(rotate(rotate(metric).mT).mT if isinstance(codec, Codebook) else metric)
+        best = _better(best, sample, codec, fitted, scored)
+    if isinstance(codec, Affine) and not codec.symmetric and codec.bits <= CLIPPED_BITS:
+        clip = _clip(sample.thinned(CLIP_PAGES), codec, fitted)
+        best = _better(best, sample, codec, replace(fitted, clip=clip), scored)
+    return best
+
+
+def _dearest(sample: TensorSample, metric: Tensor) -> Tensor:
+    """Channels by what an error in proportion to their range costs, the dearest first: ``int32 [kv_heads, dim]``."""
+    reach = (sample.rows.amax(2) - sample.rows.amin(2)).float().square().mean(0)
+    weight = metric.diagonal(dim1=-2, dim2=-1) * reach
+    return weight.argsort(dim=-1, descending=True, stable=True).int().contiguous()
+
+
+def _clip(sample: TensorSample, codec: Codec, rounding: Rounding) -> Tensor:
+    """The best of :data:`CLIPS` for each head, ``float32 [kv_heads]``."""
+    costs = torch.stack(
+        [_cost(sample, codec, replace(rounding, clip=torch.full((sample.rows.shape[1],), share))) for share in CLIPS]
+    )
+    return torch.tensor(CLIPS)[costs.argmin(0)]
+
+
+def _better(best: Choice, sample: TensorSample, codec: Codec, rounding: Rounding, scored: int) -> Choice:
+    found = _total(sample, codec, rounding, scored)
+    return replace(best, cost=found, rounding=rounding) if found < best.cost else best
+
+
+def _total(sample: TensorSample, codec: Codec, rounding: Rounding, scored: int) -> float:
+    return float(_cost(sample, codec, rounding).sum()) / scored
+
+
+def _cost(sample: TensorSample, codec: Codec, rounding: Rounding) -> Tensor:
+    page = codec.encode(sample.rows.float(), sample.side, rounding)
+    return sample.cost(codec.decode(page, sample.rows.shape[-1], sample.side))
 
 
 def _codec(sample: TensorSample, name: str) -> Codec:
     return SCHEMES[name].key if sample.side == "key" else SCHEMES[name].value
-
-
-def _cost(sample: TensorSample, codec: Codec, rounding: Rounding) -> Tensor:
-    page = codec.encode(sample.rows, sample.side, rounding)
-    return sample.cost(codec.decode(page, sample.rows.shape[-1], sample.side))

@@ -7,13 +7,27 @@ from collections.abc import Sequence
 from kvbits.calibration.allocate import allocate, cheapest_within, total_cost
 from kvbits.calibration.fit import Choice
 from kvbits.codecs import SCHEMES, LayerRounding, Policy, PoolLayout, Scheme, parse_policy
+from kvbits.codecs.float8 import Float8
+from kvbits.codecs.raw import Raw
 from kvbits.config import PAGE_TOKENS, ModelGeometry
 from kvbits.errors import ConfigError
+from kvbits.kernels import Backend, default_backend
 
-NAMES = tuple(name for name in SCHEMES if name != "bf16")
-"""The dtypes that an allocation chooses from."""
+NAMES = tuple(name for name, s in SCHEMES.items() if not isinstance(s.key, Raw | Float8))
+"""The dtypes that an allocation chooses from: ``fp8`` takes as many bytes as ``int8`` and is coarser."""
 
 Table = Sequence[Sequence[Choice]]
+
+
+def candidates(geometry: ModelGeometry, backend: Backend | None = None) -> tuple[str, ...]:
+    """The dtypes that ``backend`` (default: this machine's) has kernels for wherever the head size allows them."""
+    kernels = backend or default_backend()
+
+    def runs(scheme: Scheme) -> bool:
+        fitting = [g for g in geometry.layers if scheme.supports(g) is None]
+        return all(kernels.supports(scheme, g) is None for g in fitting)
+
+    return tuple(name for name in NAMES if runs(SCHEMES[name]))
 
 
 def least_policy(geometry: ModelGeometry, sink: str | None) -> Policy:
@@ -69,6 +83,7 @@ class Planner:
         self._elements = PAGE_TOKENS * geometry.bytes_per_token_16bit() // 2
         self.least = sum(min(choice.bytes for choice in row) for row in table)
         self.most = sum(max(choice.bytes for choice in row) for row in table)
+        self.least_kl = sum(min(choice.cost for choice in row) for row in table)
 
     def bits(self, budget: int) -> float:
         """Bits per element of a page of ``budget`` bytes."""

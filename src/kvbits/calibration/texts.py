@@ -7,6 +7,13 @@ from collections.abc import Sequence
 from kvbits.errors import ConfigError
 
 
+def check_counts(context: int, fit: int, check: int) -> None:
+    """Raise ``ConfigError`` for a number of windows or tokens that is not positive."""
+    for name, value in (("windows", fit), ("check windows", check), ("tokens in a window", context)):
+        if value < 1:
+            raise ConfigError(f"{value} {name} asked for; it must be at least 1")
+
+
 def split_windows(
     texts: Sequence[Sequence[int]], context: int, fit: int, check: int
 ) -> tuple[list[list[int]], list[list[int]]]:
@@ -14,9 +21,7 @@ def split_windows(
 
     Raises ``ConfigError`` when the texts hold too few windows or a number is not positive.
     """
-    for name, value in (("windows", fit), ("check windows", check), ("tokens in a window", context)):
-        if value < 1:
-            raise ConfigError(f"{value} {name} asked for; it must be at least 1")
+    check_counts(context, fit, check)
     found = [list(t[i : i + context]) for t in texts for i in range(0, len(t) - context + 1, context)]
     count = fit + check
     if len(found) < count:

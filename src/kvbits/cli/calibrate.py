@@ -24,8 +24,11 @@ _ROUNDS = 4
 
 def calibrate(
     model: options.Model,
-    text: Annotated[list[Path], typer.Option(metavar="FILE", help="A UTF-8 text; repeat for several.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the policy goes.")],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="A UTF-8 text; repeat for several. Without any, the model writes its own."),
+    ] = None,
     bits: Annotated[
         float | None, typer.Option(metavar="B", help="Bits per element of sealed pages, all counted.")
     ] = None,
@@ -41,7 +44,7 @@ def calibrate(
         str, typer.Option(metavar="DTYPE", help="Every sequence's first page; 'none': as the rest.")
     ] = "int8",
     context: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens of one window.")] = 2048,
-    windows: Annotated[int, typer.Option(metavar="N", help="Windows to calibrate on, spread over the text.")] = 4,
+    windows: Annotated[int, typer.Option(metavar="N", help="Windows to calibrate on, spread over the text.")] = 8,
     check_windows: Annotated[int, typer.Option(metavar="N", help="Other windows, to measure the result on.")] = 2,
     threads: options.Threads = None,
 ) -> None:
@@ -64,10 +67,11 @@ def calibrate(
     folder(output)
     from kvbits.evaluation.windows import read_text
 
-    contents = [read_text(path) for path in text]
+    contents = [read_text(path) for path in text or ()]
     from kvbits.calibration.collect import collect
     from kvbits.calibration.fit import fit
-    from kvbits.calibration.policy import NAMES, Planner, check_bits, check_memory
+    from kvbits.calibration.policy import Planner, candidates, check_bits, check_memory
+    from kvbits.calibration.sensitivity import sensitivity
     from kvbits.calibration.texts import split_windows
     from kvbits.config import parse_bytes
     from kvbits.evaluation.compare import check_dtypes
@@ -81,13 +85,15 @@ def calibrate(
         check_bits(loaded.geometry, bits)
     if size is not None:
         check_memory(loaded.geometry, first_page, size, sessions, session_tokens)
-    fitted, checked = split_windows([tokens_of(loaded, c) for c in contents], context, windows, check_windows)
+    tokens = [tokens_of(loaded, c) for c in contents] or _own_text(loaded, context, windows, check_windows)
+    fitted, checked = split_windows(tokens, context, windows, check_windows)
     with Bar(context * windows, "gradients") as advance:
         statistics = collect(loaded, fitted, progress=advance)
     with Bar(len(statistics.samples), "fitting") as advance:
-        table = fit(statistics, NAMES, advance)
+        table = fit(statistics, candidates(loaded.geometry), advance)
     planner = Planner(loaded.geometry, table, first_page)
-    facts: dict[str, Any] = {"texts": [path.name for path in text], "windows": windows, "context": context}
+    facts: dict[str, Any] = {"texts": [path.name for path in text or ()], "windows": windows, "context": context}
+    facts["sensitivity"] = sensitivity(table)
     run = _Run(loaded, planner, output, checked, facts)
     if bits is not None:
         found = run.measure(planner.of_bits(bits))
@@ -97,6 +103,16 @@ def calibrate(
         assert size is not None
         found = run.measure(planner.of_memory(size, sessions, session_tokens))
     _print(found, loaded, output, time.perf_counter() - begin)
+
+
+def _own_text(loaded: LoadedModel, context: int, windows: int, check_windows: int) -> list[list[int]]:
+    """Texts of one window each that the model writes, as many as are needed."""
+    from kvbits.calibration.selftext import write_windows
+    from kvbits.calibration.texts import check_counts
+
+    check_counts(context, windows, check_windows)
+    with Bar(context * (windows + check_windows), "writing a text") as advance:
+        return write_windows(loaded, context, windows + check_windows, progress=advance)
 
 
 class _Run:
@@ -126,8 +142,12 @@ class _Run:
     def search(self, most: float) -> Comparison:
         """The fewest bits whose measured KL is at most ``most``, within a few rounds of correcting the prediction."""
         target, best, nearest = most, -1, float("inf")
+        tried: set[int] = set()
         for _ in range(_ROUNDS):
             budget = self._planner.of_kl(target)
+            if budget in tried:
+                break
+            tried.add(budget)
             result = self.measure(budget)
             kl = result.summary.kl_mean
             note(f"{result.bits_per_element:.3f} bits: KL {kl:.2g}")
@@ -136,9 +156,9 @@ class _Run:
                 best = budget
                 if kl > 0.85 * most:
                     return result
-            target *= 0.95 * most / kl
+            target = max(target * 0.95 * most / kl, self._planner.least_kl)
         if best < 0:
-            raise ConfigError(f"a KL of {most:g} was not reached; the nearest measured is {nearest:.2g}")
+            raise ConfigError(f"a KL of {most:g} cannot be met; the nearest that was measured is {nearest:.2g}")
         return self.measure(best)
 
 
