@@ -27,6 +27,7 @@ def bench(
         Path | None, typer.Option(metavar="FILE", help="Text for the prompts. Default: Python's language reference.")
     ] = None,
     max_num_batched_tokens: options.MaxNumBatchedTokens = 512,
+    speculative_config: options.Speculative = None,
     dtype: options.Dtype = "bfloat16",
     threads: options.Threads = None,
     json_file: options.JsonFile = None,
@@ -41,9 +42,11 @@ def bench(
     from kvbits.evaluation.windows import read_text
 
     content = reference_text() if text is None else read_text(text)
+    from kvbits.engine.speculation import SpeculativeConfig
     from kvbits.evaluation.compare import check_dtypes
     from kvbits.evaluation.speed import distinct_prompts, longest_sequence, measure_speed
 
+    speculative = SpeculativeConfig.of(speculative_config)
     loaded = load(model, dtype, threads)
     check_dtypes(loaded, dtypes, context)
     longest_sequence(loaded, context, batch, new_tokens, max_num_batched_tokens)
@@ -51,8 +54,12 @@ def bench(
     found = []
     for name in dtypes:
         with Bar(batch * (context + new_tokens), name) as advance:
-            found.append(measure_speed(loaded, name, prompts, new_tokens, max_num_batched_tokens, advance))
+            found.append(measure_speed(loaded, name, prompts, new_tokens, max_num_batched_tokens, advance, speculative))
     _print(found)
+    for speed in found:
+        if speed.speculation is not None:
+            kept, length = speed.speculation["acceptance_rate"], speed.speculation["mean_acceptance_length"]
+            print(f"{speed.dtype}: {kept:.0%} of the guessed tokens kept, {length:.2f} tokens a step with a guess")
     rows = [speed.as_json() | {"compute_dtype": dtype} | machine() for speed in found]
     flat = rows[0] if len(rows) == 1 else {}
     results.write({**flat, "results": rows, "model": loaded.name})

@@ -37,8 +37,8 @@ class StepBatch:
     logits_rows: Tensor
 
 
-def build(pieces: Sequence[Piece], pages: PageManager) -> StepBatch:
-    """Pack ``pieces``, whose frames are reserved, into one batch."""
+def build(pieces: Sequence[Piece], pages: PageManager, draft: bool = False) -> StepBatch:
+    """Pack ``pieces``, whose frames are reserved, into one batch; ``draft``: sealed pages are read as drafts."""
     rows = sum(len(p.tokens) for p in pieces)
     ids = np.empty(rows, dtype=np.int64)
     positions = np.empty(rows, dtype=np.int64)
@@ -56,5 +56,5 @@ def build(pieces: Sequence[Piece], pages: PageManager) -> StepBatch:
         assert (part.start, part.count) == (piece.start, count), (part, piece.start, count)
         slices.append(SequenceSlice(part.start, part.count, part.sealed, part.head, part.tail, part.sink))
     return StepBatch(
-        torch.from_numpy(ids), torch.from_numpy(positions), BatchLayout.of(slices), torch.from_numpy(wanted)
+        torch.from_numpy(ids), torch.from_numpy(positions), BatchLayout.of(slices, draft), torch.from_numpy(wanted)
     )

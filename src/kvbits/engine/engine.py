@@ -63,7 +63,7 @@ class Engine:
         self._runner = Runner(loaded, self.pool, self.pages, self.backend)
         self.speculator: Speculator | None = None
         if speculative is not None:
-            proposer = proposer_of(speculative, loaded, config)
+            proposer = proposer_of(speculative, loaded, config, self._runner, self.pages)
             self.speculator = Speculator(proposer, speculative, self.stats.speculation)
             self.stats.seconds["draft"] = 0.0
         self._decode = decoder(loaded)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvbits.attention import Forward
+from kvbits.codecs import Policy
 from kvbits.engine.batch import StepBatch
 from kvbits.kernels import Backend
 from kvbits.models import LoadedModel
@@ -21,6 +22,11 @@ class Runner:
         self._pool = pool
         self._pages = pages
         self._backend = backend
+
+    @property
+    def policy(self) -> Policy:
+        """How the pool stores what the model computes."""
+        return self._pool.policy
 
     def run(self, batch: StepBatch) -> Tensor:
         """Store the batch's keys and values; returns logits, float32 ``[outputs, vocab]``."""

@@ -10,16 +10,17 @@ from typing import Any
 from kvbits.config import PAGE_TOKENS, parse_bytes
 from kvbits.errors import ConfigError
 
-METHODS = ("ngram", "draft_model")
+METHODS = ("ngram", "draft_model", "self")
 
 
 @dataclass(frozen=True)
 class SpeculativeConfig:
     """How tokens are guessed.
 
-    ``method``: ``ngram`` (the text after an earlier occurrence of the last tokens) or ``draft_model`` (a smaller
-    ``model``, with a cache of its own of ``kv_cache_memory`` bytes in ``kv_cache_dtype``). At most
-    ``num_speculative_tokens`` are guessed a step. ``prompt_lookup_min`` to ``prompt_lookup_max`` tokens must match.
+    ``method``: ``ngram`` (the text after an earlier occurrence of the last tokens), ``draft_model`` (a smaller
+    ``model``, with a cache of its own of ``kv_cache_memory`` bytes in ``kv_cache_dtype``) or ``self`` (the model
+    itself, which reads half of each sealed page of its ``int8h`` cache). At most ``num_speculative_tokens`` are guessed
+    a step. ``prompt_lookup_min`` to ``prompt_lookup_max`` tokens must match.
     ``adaptive``: guess fewer tokens, or none, where that is measured to be faster.
 
     Raises ``ConfigError`` for a value that cannot work, naming it.
