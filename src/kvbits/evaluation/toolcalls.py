@@ -26,7 +26,7 @@ from kvbits.evaluation.tasks.files import jsonl
 from kvbits.models import LoadedModel
 
 FILE = "BFCL_*simple*.json"
-_BEGIN, _END = "<tool_call>\n", "</tool_call>"
+_BEGIN, _OPEN, _END = "<tool_call>\n", '{"name": "', "</tool_call>"
 _TOGETHER = 8
 _MAX_TOKENS = 128
 _SYSTEM = (
@@ -91,7 +91,7 @@ def _case(loaded: LoadedModel, path: Path, record: Mapping[str, Any], tools: str
     except (KeyError, IndexError, TypeError) as error:
         raise ConfigError(f"the question '{record['id']}' of '{path}' has no text or no answer: {error}") from error
     messages = [{"role": "system", "content": _SYSTEM.format(tools=tools)}, {"role": "user", "content": asked}]
-    begin = loaded.tokenizer(_BEGIN, add_special_tokens=False)["input_ids"]
+    begin = loaded.tokenizer(_BEGIN + _OPEN, add_special_tokens=False)["input_ids"]
     return Case(str(record["id"]), (*encode_chat(loaded, messages), *begin), truth)
 
 
@@ -112,7 +112,7 @@ def call_tools(
     if key not in ledger:
         ledger.put(key, _answers(loaded, dtype, prompts, max_num_batched_tokens))
     progress(sum(map(len, prompts)))
-    return [Called(case, read_call(text)) for case, text in zip(cases, ledger[key], strict=True)]
+    return [Called(case, read_call(_OPEN + text)) for case, text in zip(cases, ledger[key], strict=True)]
 
 
 def _answers(
