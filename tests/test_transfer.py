@@ -156,7 +156,7 @@ def test_four_bits_are_fewer_bytes_to_send() -> None:
     """On a model of the usual shape: 16 / 4.5, every scale and zero point counted."""
     sizes = {}
     for dtype in ("bf16", "int4"):
-        engine = engine_of(byte_model(head_dim=64), kv_cache_dtype=dtype, kv_cache_memory=16 << 20)
+        engine = engine_of(byte_model(num_hidden_layers=8), kv_cache_dtype=dtype, kv_cache_memory=16 << 20)
         run(engine, PROMPT)
         sizes[dtype] = export_pages(engine, PROMPT).num_bytes
     assert sizes["bf16"] / sizes["int4"] == pytest.approx(16 / 4.5, rel=0.02)
@@ -216,14 +216,14 @@ def test_wrong_files_are_one_line(model: str, tmp_path: Path) -> None:
         call("cache", "load", model, tmp_path / "nothing", *common)
     with pytest.raises(CacheError, match="no full page of the prompt of 3 tokens is cached"):
         call("cache", "save", model, file, "--prompt", "w5 w6 w7", *common)
-    call("cache", "save", model, file, "--prompt", words(200), "--kv-cache-dtype", "int4", *common)
-    memory = 6 * PageBundle.load(file).frames.shape[1]
-    with pytest.raises(CacheError, match=r"has room for [0-9]+ of the 192 tokens"):
+    call("cache", "save", model, file, "--prompt", words(400), "--kv-cache-dtype", "int4", *common)
+    memory = 4 * PageBundle.load(file).frames.shape[1]
+    with pytest.raises(CacheError, match=r"has room for [0-9]+ of the 384 tokens"):
         call("cache", "load", model, file, "--kv-cache-dtype", "int4", "--kv-cache-memory", memory, *common[2:])
 
 
 def test_the_real_models_pages_move_to_another_engine(tmp_path: Path) -> None:
-    text = topics["FORMATTING" if "FORMATTING" in topics else sorted(topics)[0]][:4000]
+    text = topics["FORMATTING" if "FORMATTING" in topics else sorted(topics)[0]][:1500]
     params = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True, logprobs=2)
     options = {"kv_cache_dtype": "int4", "kv_cache_memory": "64MiB", "batch_invariant": True, "progress": False}
     one = LLM("smollm2-135m", **options)
