@@ -10,7 +10,8 @@ template <>
 constexpr int8_t kEntries<3>[16] = {-52, -32, -18, -6, 6, 18, 32, 52};
 template <>
 constexpr int8_t kEntries<2>[16] = {-37, -11, 11, 37};
-constexpr int kReach = 63;        // the scale is a token's largest element divided by this
+template <int BITS>
+constexpr int kReach = BITS == 4 ? 55 : BITS == 3 ? 52 : 46;  // a token's largest element in units of its scale
 constexpr int kEntryOffset = 64;  // what makes an entry unsigned
 
 struct EntryTable {
@@ -60,7 +61,7 @@ struct CodebookForm {
   // Sealing.
   static constexpr int kBits = BITS;
   static constexpr bool kSymmetric = true;
-  static constexpr int kLargestCode = kReach;
+  static constexpr int kLargestCode = kReach<BITS>;
   static constexpr int kKeyBias = 0, kValueBias = 0;
   static float stored_scale(float x) { return half_to_float(static_cast<uint16_t>(scale8_from_float(x, false) << 7)); }
   static float nearest(float x) {

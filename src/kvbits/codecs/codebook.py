@@ -20,8 +20,11 @@ from kvbits.codecs.packing import pack, quads_multiple, unpack
 from kvbits.codecs.scale8 import from_scale8, to_scale8
 from kvbits.config import PAGE_TOKENS, align
 
-REACH = 63
-"""The scale is a token's largest element divided by this."""
+REACH = {4: 55, 3: 52, 2: 46}
+"""Bits -> by what a token's largest element is divided to give its scale.
+
+63 has the least squared error; with less, the large elements, which attention feels most, are cut off less.
+"""
 
 ENTRIES: dict[int, tuple[int, ...]] = {
     4: (-60, -47, -37, -28, -21, -15, -9, -3, 3, 9, 15, 21, 28, 37, 47, 60),
@@ -60,7 +63,7 @@ class Codebook(Codec):
         most = rows.abs().amax(-1)
         if rounding.clip is not None:
             most = most * rounding.clip.unsqueeze(-1)
-        byte, scale = to_scale8(most / REACH)
+        byte, scale = to_scale8(most / REACH[self.bits])
         entries = torch.tensor(ENTRIES[self.bits], dtype=torch.float32)
         borders = (entries[1:] + entries[:-1]) / 2
         codes = choose_codes(
