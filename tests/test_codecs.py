@@ -131,7 +131,7 @@ def test_codebook_entries_are_those_of_least_error() -> None:
 
 
 def nibbles_bound(codec: Nibbles, rows: Tensor) -> Tensor:
-    """Half a step of at most 1/8 more than the range asks for, or the least scale that a byte can say, 2**-17."""
+    """Half a step of at most 1/8 more than the range asks for, and the least scale that a byte can say, 2**-17."""
     axis = -1 if codec.per == "token" else -2
     if codec.symmetric:
         reach, zero_error = rows.abs().amax(axis, keepdim=True) / 127, 0.0
@@ -140,7 +140,7 @@ def nibbles_bound(codec: Nibbles, rows: Tensor) -> Tensor:
         zero_error = low.abs() * HALF_EPS + HALF_TINY
         reach = (high - low + zero_error) / 255
     # the last: a scale may round to nothing
-    return (reach * (1 + HALF_EPS) * 1.125).clamp(min=2.0**-17) * 0.5 + zero_error + 255 * HALF_TINY
+    return (reach * (1 + HALF_EPS) * 1.125 + 2.0**-17) * 0.5 + zero_error + 255 * HALF_TINY
 
 
 @pytest.mark.parametrize("magnitude", [1.0, 1e-2, 300.0, 1e-6, 1e-30, 0.0])
@@ -326,7 +326,7 @@ def test_byte_scales_are_rounded_up_by_an_eighth_at_most(scale: float) -> None:
     byte, meaning = to_scale8(torch.tensor([scale]), up=True)
     assert int(byte) <= 247
     least = min(scale, 61440.0)
-    assert least * (1 - HALF_EPS) - HALF_TINY <= float(meaning) <= max(scale * (1 + HALF_EPS) * 1.125, 2.0**-17)
+    assert least * (1 - HALF_EPS) - HALF_TINY <= float(meaning) <= scale * (1 + HALF_EPS) * 1.125 + 2.0**-17
     nearest = float(to_scale8(torch.tensor([scale]))[1])
     assert abs(nearest - least) <= least * (HALF_EPS + 1 / 16) + 2.0**-18 + HALF_TINY
 
