@@ -110,7 +110,8 @@ def heat_map(results: Results, task: str) -> Figure | None:
         scale = {"cmap": "viridis"} if is_first else {"cmap": "RdYlGn_r", "vmin": -most, "vmax": most}
         axes.imshow(grid, aspect="auto", origin="upper", **scale)
         for (row, column), value in np.ndenumerate(grid):
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7)
+            paper = {"facecolor": "white", "alpha": 0.6, "linewidth": 0, "pad": 1}
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, bbox=paper)
         axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], fontsize=7)
         axes.set_yticks(range(len(depths)), [f"{100 * d:.0f} %" for d in depths], fontsize=7)
         axes.set_title(title, fontsize=8)

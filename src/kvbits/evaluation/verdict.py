@@ -41,7 +41,8 @@ class Limits:
 
     def show(self, value: float) -> str:
         """``value`` with its unit."""
-        return f"{100 * value:.2g} {self.unit}" if self.percent else f"{value:.2g} {self.unit}"
+        shown = 100 * value if self.percent else value
+        return f"{shown:.0f} {self.unit}" if abs(shown) >= 10 else f"{shown:.2g} {self.unit}"
 
 
 LIMITS = {
