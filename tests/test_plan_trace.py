@@ -143,14 +143,25 @@ def test_under_pressure_it_waits_and_preempts_as_the_scheduler_does(dtype: str, 
         assert mine == pytest.approx(real_seconds, rel=0.1)
 
 
-def test_shared_prefixes_are_found_as_the_prefix_cache_finds_them() -> None:
-    trace = random_trace(5, 40, 40.0, 2000, 60, shared=True)
+@pytest.mark.parametrize("frames", [4000, 100, 80])
+def test_shared_prefixes_are_found_as_the_prefix_cache_finds_them(frames: int) -> None:
+    trace = random_trace(7, 40, 40.0, 2000, 60, shared=True)
     limits = Limits(max_num_seqs=64, max_num_batched_tokens=512)
-    # of a prompt that is still being computed the cache finds single pages, and it evicts single pages
-    for frames, off in ((4000, 0.05), (400, 0.15)):
-        real, found = really(trace, layout("int4"), frames, limits), simulated(trace, layout("int4"), frames, limits)
-        assert real["cached"] > 10_000
-        assert found.cached_tokens == pytest.approx(real["cached"], rel=off)
+    real, found = really(trace, layout("int4"), frames, limits), simulated(trace, layout("int4"), frames, limits)
+    assert real["cached"] > 10_000
+    assert found.cached_tokens == real["cached"]
+    assert found.as_json()["wait_mean_s"] == pytest.approx(real["wait"])
+
+
+def test_short_prompts_overtake_huge_ones_as_in_the_scheduler() -> None:
+    rng, time, trace = random.Random(3), 0.0, []
+    for _ in range(40):
+        time += rng.expovariate(1 / 15)
+        trace.append(Arrival(time, rng.choice([100, 150, 300, 6000]), rng.randint(1, 60), ()))
+    limits = Limits(max_num_seqs=64, max_num_batched_tokens=256)
+    real, found = really(trace, layout("int4"), 4000, limits), simulated(trace, layout("int4"), 4000, limits)
+    assert found.seconds == pytest.approx(real["seconds"], abs=1)
+    assert found.as_json()["wait_mean_s"] == pytest.approx(real["wait"], abs=1.0)
 
 
 @pytest.mark.parametrize("frames", [30, 60, 200])

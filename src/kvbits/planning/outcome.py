@@ -33,6 +33,7 @@ class Outcome:
     num_frames: int
     seconds: float = 0.0
     steps: int = 0
+    prompt_tokens: int = 0
     cached_tokens: int = 0
     computed_tokens: int = 0
     peak_held: int = 0
@@ -45,10 +46,11 @@ class Outcome:
     _now: int = field(default=0, repr=False)
 
     def admit(self, served: Served, time: float, cached: int, computed: int) -> None:
-        """A request got its frames; ``cached`` of its tokens were there already."""
+        """A request got its frames; ``cached`` of its tokens were there already. Only the first time counts as hits."""
         if served.admitted is None:
             served.admitted = time
-        self.cached_tokens += cached
+            self.cached_tokens += cached
+            self.prompt_tokens += cached + computed
         self.computed_tokens += computed
 
     def queue(self, time: float, waiting: int, running: int) -> None:
@@ -79,7 +81,6 @@ class Outcome:
         waits = np.array([s.admitted - s.arrived for s in done if s.admitted is not None])
         first = np.array([s.first_token - s.arrived for s in done if s.first_token is not None])
         answer = sum(s.answer for s in done)
-        prompt = self.cached_tokens + self.computed_tokens
         return {
             "requests": len(self.served),
             "refused": len(self.served) - len(done),
@@ -91,7 +92,7 @@ class Outcome:
             "first_token_p99_s": _quantile(first, 0.99),
             "preempted": sum(1 for s in done if s.preemptions),
             "preemptions": sum(s.preemptions for s in done),
-            "prefix_hit_share": self.cached_tokens / prompt if prompt else 0.0,
+            "prefix_hit_share": self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0,
             "computed_prompt_tokens": self.computed_tokens,
             "answer_tokens": answer,
             "answer_tokens_per_s": answer / self.seconds if self.seconds else 0.0,

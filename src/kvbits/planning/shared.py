@@ -1,35 +1,31 @@
-"""Frames of a simulated pool, and the prompt blocks that requests share."""
+"""Frames of a simulated pool, and the pages that requests share."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 
 from kvbits.codecs import PoolLayout
-from kvbits.config import PAGE_TOKENS
-from kvbits.planning.trace import BLOCK_TOKENS
-
-PAGES = BLOCK_TOKENS // PAGE_TOKENS
 
 
 class SimulatedPool:
-    """Free frames, and blocks by name: in use by so many requests, or idle and given up least recently used first.
+    """Free frames, and full pages by name: in use by so many requests, or idle and given up least recently used first.
 
-    The rules are those of :class:`kvbits.pages.PageManager`, in blocks of 8 pages.
+    The rules are those of :class:`kvbits.pages.PageManager`. A name stands for a page's tokens and all before them.
     """
 
-    def __init__(self, num_frames: int, layout: PoolLayout, share: bool) -> None:
+    def __init__(self, num_frames: int, layout: PoolLayout) -> None:
         self.num_frames = num_frames
         self.layout = layout
         self.free = num_frames
         self.idle_frames = 0
-        self._share = share
         self._users: dict[int, int] = {}
         self._sizes: dict[int, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
 
     @property
     def available(self) -> int:
-        """Frames that can be had: free ones, and those of blocks that nobody uses."""
+        """Frames that can be had: free ones, and those of pages that nobody uses."""
         return self.free + self.idle_frames
 
     @property
@@ -37,64 +33,56 @@ class SimulatedPool:
         """Frames of running requests."""
         return self.num_frames - self.available
 
-    def match(self, blocks: tuple[int, ...], tokens: int) -> int:
-        """How many of ``blocks`` a request of ``tokens`` tokens would find; at least one token is left to compute."""
-        if not self._share:
-            return 0
-        most = min(len(blocks), (tokens - 1) // BLOCK_TOKENS)
-        found = 0
-        while found < most and blocks[found] in self._users:
-            found += 1
+    def match(self, pages: Iterable[int]) -> list[int]:
+        """The first of ``pages``, up to one that is not there."""
+        found = []
+        for page in pages:
+            if page not in self._users:
+                break
+            found.append(page)
         return found
 
-    def frames_of_blocks(self, first: int, last: int) -> int:
-        """Frames of a prompt's blocks ``first`` to ``last - 1``."""
-        layout = self.layout
-        extra = layout.first_frames - layout.sealed.frames if first == 0 and last > 0 else 0
-        return (last - first) * PAGES * layout.sealed.frames + extra
+    def idle_among(self, pages: Iterable[int]) -> int:
+        """Frames of those of ``pages`` that are idle: using them takes them from what is available."""
+        return sum(self._sizes[page] for page in pages if page in self._idle)
 
-    def idle_among(self, blocks: tuple[int, ...]) -> int:
-        """Frames of those of ``blocks`` that are idle: using them takes them from what is available."""
-        return sum(self._sizes[block] for block in blocks if block in self._idle)
+    def use(self, pages: Iterable[int]) -> None:
+        """One more request names ``pages``, which are all there."""
+        for page in pages:
+            if page in self._idle:
+                del self._idle[page]
+                self.idle_frames -= self._sizes[page]
+            self._users[page] += 1
 
-    def use(self, blocks: tuple[int, ...]) -> None:
-        """One more request names ``blocks``, which are all there."""
-        for block in blocks:
-            if block in self._idle:
-                del self._idle[block]
-                self.idle_frames -= self._sizes[block]
-            self._users[block] += 1
+    def add(self, page: int, frames: int) -> bool:
+        """Make a request's own full page of ``frames`` frames findable; false when there is an equal one already."""
+        if page in self._users:
+            return False
+        self._users[page] = 1
+        self._sizes[page] = frames
+        return True
 
-    def add(self, blocks: tuple[int, ...]) -> list[int]:
-        """Make a request's own ``blocks`` findable, as far as they are not yet; returns those that were new."""
-        new = []
-        for index, block in enumerate(blocks):
-            if self._share and block not in self._users:
-                self._users[block] = 1
-                self._sizes[block] = self.frames_of_blocks(index, index + 1)
-                new.append(block)
-        return new
+    def drop(self, pages: list[int]) -> None:
+        """A request no longer names ``pages``; the deepest becomes idle first."""
+        for page in reversed(pages):
+            self._users[page] -= 1
+            if not self._users[page]:
+                self._idle[page] = None
+                self.idle_frames += self._sizes[page]
 
-    def drop(self, blocks: list[int]) -> None:
-        """A request no longer names ``blocks``; the deepest becomes idle first."""
-        for block in reversed(blocks):
-            self._users[block] -= 1
-            if not self._users[block]:
-                self._idle[block] = None
-                self.idle_frames += self._sizes[block]
-
-    def size(self, blocks: list[int]) -> int:
-        """Frames of ``blocks``."""
-        return sum(self._sizes[block] for block in blocks)
+    def size(self, pages: Iterable[int]) -> int:
+        """Frames of ``pages``."""
+        return sum(self._sizes[page] for page in pages)
 
     def take(self, frames: int) -> None:
-        """Take ``frames`` frames, giving up idle blocks where it must; they must be available."""
+        """Take ``frames`` frames, giving up idle pages where it must; they must be available."""
         assert frames <= self.available, (frames, self.available)
         while self.free < frames:
-            block, _ = self._idle.popitem(last=False)
-            self.free += self._sizes[block]
-            self.idle_frames -= self._sizes.pop(block)
-            del self._users[block]
+            page, _ = self._idle.popitem(last=False)
+            size = self._sizes.pop(page)
+            self.free += size
+            self.idle_frames -= size
+            del self._users[page]
         self.free -= frames
 
     def give(self, frames: int) -> None:

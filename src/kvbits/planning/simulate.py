@@ -1,17 +1,18 @@
 """A pool under real traffic: a discrete-event simulation of the scheduler and the page manager.
 
 The rules are the engine's (:mod:`kvbits.engine.scheduler`): every running sequence decodes in every step, the rest of
-the token budget goes to prompts in order of arrival; a request is admitted when the frames of all its tokens and of its
-open page are there besides a small watermark; when frames run out, the newest gives its own back and is computed
-again. Time advances from event to event (arrival, prompt stored, answer complete, frames short), many steps at once;
-step times come from :class:`kvbits.planning.timing.StepTime`. Differences from the engine: a prompt's frames are taken
-when it is admitted, prompts are shared in blocks of 512 tokens, and pages of answers are not shared.
+the token budget goes to prompts in order of arrival, half of it to those much shorter than the rest of the first; a
+request is admitted when the frames of all its tokens and of its open page are there besides a small watermark; when
+frames run out, the newest gives its own back and is computed again, from those of its pages that are still there. Time
+advances from event to event (arrival, prompt stored, answer complete, frames short), many steps at once; step times
+come from :class:`kvbits.planning.timing.StepTime`. Differences from the engine: a prompt's frames are taken when it is
+admitted, and a trace does not say where a prompt repeats an answer.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable, Sequence
+from bisect import insort
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +25,11 @@ from kvbits.planning.shared import SimulatedPool
 from kvbits.planning.timing import StepTime
 from kvbits.planning.trace import BLOCK_TOKENS, Arrival
 
+BLOCK_PAGES = BLOCK_TOKENS // PAGE_TOKENS
+
+OVERTAKEN = 4
+"""A prompt goes before one that has at least so many times its tokens left: the scheduler's rule."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -34,9 +40,12 @@ class Limits:
     watermark: int = 100
 
 
-@dataclass
+@dataclass(eq=False)
 class _Request:
-    """One request; ``order`` is its place in the trace, ``stored`` the tokens that the cache holds or will hold."""
+    """One request; ``order`` is its place in the trace, ``stored`` the tokens that the cache holds or will hold.
+
+    ``pages`` are full and stored; ``shared`` names those that others can find, ``private`` are the frames of the rest.
+    """
 
     order: int
     arrival: Arrival
@@ -45,6 +54,7 @@ class _Request:
     done: int = 0
     stored: int = 0
     prefill: int = 0
+    pages: int = 0
     shared: list[int] = field(default_factory=list)
     private: int = 0
 
@@ -52,6 +62,17 @@ class _Request:
     def tokens(self) -> int:
         """Tokens to store before the next one can be sampled."""
         return self.arrival.prompt + self.done
+
+    def name(self, page: int) -> int:
+        """The name of its full page ``page``: equal for all that begin with the same blocks, else its own."""
+        blocks, block = self.arrival.blocks, page // BLOCK_PAGES
+        if block < len(blocks) and (page + 1) * PAGE_TOKENS <= self.arrival.prompt:
+            return blocks[block] * BLOCK_PAGES + page % BLOCK_PAGES
+        return -(self.order << 32) - page - 1
+
+    def names(self) -> Iterator[int]:
+        """The names of its full pages; at least one token is left to compute."""
+        return map(self.name, range((self.tokens - 1) // PAGE_TOKENS))
 
 
 def simulate(
@@ -85,7 +106,7 @@ class _Simulation:
         load: float,
         progress: Callable[[int], None],
     ) -> None:
-        self.pool = SimulatedPool(num_frames, layout, share=True)
+        self.pool = SimulatedPool(num_frames, layout)
         self.step, self.limits, self.progress = step, limits, progress
         self.time = 0.0
         self.served = [Served(a.time / load, a.prompt, 0) for a in trace]
@@ -95,9 +116,10 @@ class _Simulation:
         ]
         self.coming = [r for r in self.coming if r.arrival.prompt <= longest][::-1]
         progress(len(trace) - len(self.coming))
-        self.waiting: list[tuple[int, _Request]] = []
+        self.waiting: list[_Request] = []
         self.running: list[_Request] = []
         self.outcome = Outcome(self.served, num_frames)
+        self._blocked: tuple[int, int] | None = None
 
     def run(self) -> Outcome:
         while self.coming or self.waiting or self.running:
@@ -114,17 +136,35 @@ class _Simulation:
     def _arrive(self) -> None:
         while self.coming and self.coming[-1].served.arrived <= self.time:
             request = self.coming.pop()
-            heapq.heappush(self.waiting, (request.order, request))
+            self._queue(request)
+
+    def _queue(self, request: _Request) -> None:
+        insort(self.waiting, request, key=_order)
 
     def _admit(self) -> None:
-        budget = self._budget() - sum(r.prefill for r in self.running)
-        while self.waiting and len(self.running) < self.limits.max_num_seqs and budget > 0:
-            request = self.waiting[0][1]
-            if not self._open(request):
-                break
-            heapq.heappop(self.waiting)
-            budget -= request.prefill
+        budget = self._budget()
+        prefills = self._prefills()
+        if prefills:
+            longest = prefills[0].prefill // OVERTAKEN
+            short = (r for r in self.waiting if r.tokens <= longest)
+            self._start(short, budget // 2 - sum(r.prefill for r in prefills if r.prefill <= longest))
+        self._start(iter(self.waiting), budget - sum(r.prefill for r in self.running))
         self.outcome.queue(self.time, len(self.waiting), len(self.running))
+
+    def _start(self, requests: Iterator[_Request], budget: int) -> None:
+        """Admit ``requests`` of those that wait, in order, while seats, frames and ``budget`` last."""
+        started = []
+        while budget > 0 and len(self.running) < self.limits.max_num_seqs:
+            request = next(requests, None)
+            if request is None or not self._open(request):
+                break
+            started.append(request)
+            budget -= request.prefill
+        for request in started:
+            self.waiting.remove(request)
+
+    def _prefills(self) -> list[_Request]:
+        return [r for r in self.running if r.prefill]
 
     def _budget(self) -> int:
         """Prompt tokens of a step."""
@@ -133,32 +173,37 @@ class _Simulation:
 
     def _open(self, request: _Request) -> bool:
         pool = self.pool
-        found = pool.match(request.arrival.blocks, request.tokens)
-        blocks = request.arrival.blocks[:found]
-        own = pool.layout.frames_of(request.tokens) - (pool.frames_of_blocks(0, found) if found else 0)
-        spare = pool.num_frames // self.limits.watermark if self.running else 0
-        if own + spare > pool.available - pool.idle_among(blocks):
+        state = (request.order, pool.available)
+        if self.running and self._blocked == state:
             return False
-        pool.use(blocks)
+        found = pool.match(request.names())
+        own = pool.layout.frames_of(request.tokens) - pool.size(found)
+        spare = pool.num_frames // self.limits.watermark if self.running else 0
+        if own + spare > pool.available - pool.idle_among(found):
+            self._blocked = state
+            return False
+        self._blocked = None
+        pool.use(found)
         pool.take(own)
-        request.shared, request.private = list(blocks), own
-        request.prefill = request.tokens - found * BLOCK_TOKENS
+        request.shared, request.private, request.pages = found, own, len(found)
+        request.prefill = request.tokens - len(found) * PAGE_TOKENS
         request.stored = request.tokens
-        self.outcome.admit(request.served, self.time, found * BLOCK_TOKENS, request.prefill)
-        # in order of arrival: the newest is preempted first
-        place = next((i for i, r in enumerate(self.running) if r.order > request.order), len(self.running))
-        self.running.insert(place, request)
+        self.outcome.admit(request.served, self.time, len(found) * PAGE_TOKENS, request.prefill)
+        insort(self.running, request, key=_order)
         return True
 
     def _advance(self) -> None:
         """Run as many steps as nothing can happen in, then let it happen."""
         while True:
             decodes = [r for r in self.running if not r.prefill]
-            prefills = [r for r in self.running if r.prefill]
+            prefills = self._prefills()
+            short = [r for r in prefills if r.prefill <= prefills[0].prefill // OVERTAKEN]
             stored = np.array([r.stored for r in decodes], dtype=np.int64)
             budget = self._budget()
             steps = min((r.answer - r.done for r in decodes), default=1 << 30)
-            if prefills:
+            if short:
+                steps = min(steps, max(1, short[0].prefill // (budget // 2)))
+            elif prefills:
                 steps = min(steps, max(1, prefills[0].prefill // budget))
             steps = self._fitting(stored, steps)
             if steps:
@@ -178,8 +223,10 @@ class _Simulation:
         for request in decodes:
             request.private += self._more(request.stored, steps)
             request.stored += steps
+            self._seal(request, request.stored)
             self._sampled(request, steps)
-        self._prefill(prefills, budget * steps)
+        left = self._prefill(short, budget // 2 * steps)
+        self._prefill([r for r in prefills if r not in short], (budget - budget // 2) * steps + left)
         self.outcome.hold(self.time, self.pool.held)
 
     def _fitting(self, stored: NDArray[np.int64], steps: int) -> int:
@@ -205,18 +252,27 @@ class _Simulation:
         frames_of = self.pool.layout.frames_of
         return frames_of(stored + steps) - frames_of(stored)
 
-    def _prefill(self, prefills: list[_Request], tokens: int) -> None:
+    def _prefill(self, prefills: Iterable[_Request], tokens: int) -> int:
+        """Compute ``tokens`` tokens of ``prefills``, in order; returns how many are left over."""
         for request in prefills:
             part = min(tokens, request.prefill)
             tokens -= part
             request.prefill -= part
-            full = min(request.stored - request.prefill, request.arrival.prompt) // BLOCK_TOKENS
-            new = self.pool.add(request.arrival.blocks[:full])
-            request.shared += new
-            request.private -= self.pool.size(new)
+            self._seal(request, request.stored - request.prefill)
             if request.prefill:
-                return
+                break
             self._sampled(request, 1)
+        return tokens
+
+    def _seal(self, request: _Request, stored: int) -> None:
+        """Let others find the pages of ``request`` that ``stored`` tokens complete."""
+        layout, full = self.pool.layout, stored // PAGE_TOKENS
+        for page in range(request.pages, full):
+            name, frames = request.name(page), layout.sealed.frames if page else layout.first_frames
+            if self.pool.add(name, frames):
+                request.shared.append(name)
+                request.private -= frames
+        request.pages = full
 
     def _sampled(self, request: _Request, tokens: int) -> None:
         if request.done == 0:
@@ -231,10 +287,14 @@ class _Simulation:
         self._release(request)
         request.prefill = 0
         request.served.preemptions += 1
-        heapq.heappush(self.waiting, (request.order, request))
+        self._queue(request)
 
     def _release(self, request: _Request) -> None:
         self.running.remove(request)
         self.pool.drop(request.shared)
         self.pool.give(request.private)
-        request.shared, request.private = [], 0
+        request.shared, request.private, request.pages = [], 0, 0
+
+
+def _order(request: _Request) -> int:
+    return request.order
