@@ -126,4 +126,5 @@ def _attention(
 def _own_pages(pairs: Tensor) -> Tensor:
     """The blocks of ``[tokens, tokens]`` in which a page meets itself, ``[64, 64, pages]``: a view."""
     blocks = pairs.unflatten(0, (-1, PAGE_TOKENS)).unflatten(2, (-1, PAGE_TOKENS))
-    return blocks.diagonal(dim1=0, dim2=2)
+    own: Tensor = blocks.diagonal(dim1=0, dim2=2)
+    return own

@@ -75,8 +75,9 @@ class Fidelity:
     @classmethod
     def from_json(cls, columns: list[list[Any]]) -> Fidelity:
         """What :meth:`as_json` gave."""
-        kinds = (np.float64, np.float64, np.float64, np.bool_, np.int64)
-        return cls(*([np.array(column, dtype=kind)] for column, kind in zip(columns, kinds, strict=True)))
+        kinds: tuple[Any, ...] = (np.float64, np.float64, np.float64, np.bool_, np.int64)
+        arrays: list[Any] = [[np.array(column, dtype=kind)] for column, kind in zip(columns, kinds, strict=True)]
+        return cls(*arrays)
 
     def by_position(self, edges: Sequence[int]) -> list[PositionSummary]:
         """Summaries of the tokens at positions ``edges[i]`` to ``edges[i + 1] - 1``; empty stretches are left out."""

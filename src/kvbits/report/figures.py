@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import plotly.graph_objects as go
 
@@ -13,7 +13,8 @@ from kvbits.report.gather import Gathered, Record
 LEAST = 1e-7
 """KL values below this are drawn at it: the axis is logarithmic."""
 
-Figure = go.Figure
+Figure: TypeAlias = Any
+"""A ``plotly.graph_objects.Figure``: plotly has no types."""
 
 
 def draw_all(found: Gathered) -> list[tuple[str, str, str]]:
@@ -30,7 +31,7 @@ def draw_all(found: Gathered) -> list[tuple[str, str, str]]:
         ("speed", "Decoding and prefill speed.", speed),
         ("traffic", "A production trace: mean wait for admission at each load.", traffic),
     ]  # fmt: skip
-    shown = []
+    shown: list[tuple[str, str, str]] = []
     for anchor, caption, build in drawn:
         figure = build(found)
         if figure is not None:
