@@ -124,6 +124,19 @@ def test_answers_are_those_of_plain_decoding(kind: str) -> None:
             assert stats.steps < 0.8 * max(len(a[1]) for a in expected)
 
 
+def page_bytes(engine: Engine, seq_id: int) -> list[torch.Tensor]:
+    """What each layer stored in each full page of a sequence; what lies between the layers is left out."""
+    layout, stored = engine.pool.layout, engine.pages.stored(seq_id)
+    found = []
+    for page, frames in ((layout.sink, stored.sink), (layout.sealed, stored.sealed)):
+        for first in range(0, len(frames), page.frames if page else 1):
+            assert page is not None
+            for place, layer in zip(page.places, engine.pool.geometry.layers, strict=True):
+                size = place.scheme.layer_bytes(layer)
+                found.append(engine.pool.buffer[frames[first + place.frame], place.offset : place.offset + size])
+    return found
+
+
 @pytest.mark.parametrize("dtype", ["int8", "int4", "int4+sink:int8"])
 def test_cached_pages_hold_the_same_bytes(dtype: str) -> None:
     """Guesses cross page ends again and again; what is sealed, found and shared afterwards knows nothing of them."""
@@ -139,10 +152,10 @@ def test_cached_pages_hold_the_same_bytes(dtype: str) -> None:
         pages = []
         for e in (plain, engine):
             assert e.pages.open(10_000 + number, text) == (len(text) - 1) // 64 * 64
-            stored = e.pages.stored(10_000 + number)
-            pages.append(e.pool.buffer[torch.tensor([*stored.sink, *stored.sealed])])
-        used = plain.pool.layout.sealed.used_bytes
-        assert torch.equal(*(p[:, :used] for p in pages))
+            pages.append(page_bytes(e, 10_000 + number))
+        assert len(pages[0]) >= 2
+        for ours_page, theirs_page in zip(*pages, strict=True):
+            assert torch.equal(ours_page, theirs_page)
 
 
 def test_a_pool_that_is_full_and_a_small_budget() -> None:
@@ -317,7 +330,9 @@ def test_a_draft_model_must_speak_the_same_tokens() -> None:
 
 @pytest.mark.parametrize("kind", ["greedy", "sampled"])
 def test_the_model_itself_on_coarser_pages(kind: str) -> None:
-    params = [dataclasses.replace(KINDS[kind], max_tokens=120)] * len(PROMPTS)
+    # Weights at random give nearly all tokens the same chance, so that any rounding chooses another one: cooler.
+    sampled = SamplingParams(max_tokens=120, temperature=0.3, seed=5, ignore_eos=True)
+    params = [sampled if kind == "sampled" else dataclasses.replace(GREEDY, max_tokens=120)] * len(PROMPTS)
     expected = run(engine_of(model(), kv_cache_dtype="int8h"), PROMPTS, params)
     config = engine_of(model(), kv_cache_dtype="int8h").config
     speculative = SpeculativeConfig(method="self", num_speculative_tokens=4, adaptive=False)

@@ -36,7 +36,7 @@ class EngineStats:
         try:
             yield
         finally:
-            self.seconds[phase] += time.perf_counter() - begin
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begin
 
 
 @dataclass(frozen=True)
