@@ -49,21 +49,22 @@ MODELS = {
 }
 
 
-def loaded(model: nn.Module) -> LoadedModel:
+def loaded(model: nn.Module, form: str = "bf16") -> LoadedModel:
     torch.manual_seed(3)
     for parameter in model.parameters():  # the default initialisation hardly moves the residual stream
         with torch.no_grad():
             parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.1)
     found = wrap(model.to(torch.bfloat16), None, "small")
-    pack_linears(found.model)
+    pack_linears(found.model, form)
     return found
 
 
+@pytest.mark.parametrize("form", ["bf16", "int8"])
 @pytest.mark.parametrize("name", MODELS)
-def test_models_of_the_structure_are_fused(name: str) -> None:
+def test_models_of_the_structure_are_fused(name: str, form: str) -> None:
     """``fuse`` itself compares the logits with transformers' own code and refuses what differs."""
     torch.manual_seed(1)
-    small = loaded(MODELS[name]())
+    small = loaded(MODELS[name](), form)
     fused = fuse(small.model, small.geometry)
     assert isinstance(fused, FusedModel), fused
 
@@ -110,6 +111,31 @@ def test_products_against_float64(out_features: int, in_features: int, rows: int
 def test_products_do_not_depend_on_the_rows_beside() -> None:
     torch.manual_seed(1)
     assert depends_on_rows(loaded(llama()).model) is None
+
+
+@pytest.mark.parametrize(("out_features", "in_features"), [(64, 64), (33, 576), (16, 1536)])
+@pytest.mark.parametrize("rows", [1, 8, 13, 100, 200])
+def test_int8_products_against_float64(out_features: int, in_features: int, rows: int) -> None:
+    """A weight is off by at most half a step of its output's scale, an input by half a step of its row's."""
+    torch.manual_seed(rows)
+    linear = nn.Linear(in_features, out_features).to(torch.bfloat16)
+    x = torch.randn(rows, in_features).to(torch.bfloat16)
+    x[0] = 0
+    products = Products()
+    layer = PackedLinear(linear, products, "int8")
+    weight, bias = linear.weight.double(), linear.bias.double()
+    step = weight.abs().amax(dim=1) / 127
+    coded = (weight / step[:, None]).round() * step[:, None]
+    row_step = x.double().abs().amax(dim=1, keepdim=True) / (63 if products.name == "avx2" else 127)
+    coded_x = torch.where(row_step > 0, (x.double() / row_step).round() * row_step, 0.0)
+    exact = coded_x @ coded.T + bias
+    # rounding of the result, and codes that fall the other way at a tie
+    bound = exact.abs() / 200 + 2 * row_step * step * 127 + step * x.double().abs().amax() + 1e-6
+    assert ((layer(x).double() - exact).abs() <= bound).all()
+    assert ((weight - coded).abs() <= step[:, None] / 2 + 1e-12).all()
+    assert ((x.double() - coded_x).abs() <= row_step / 2 + 1e-12).all()
+    assert torch.equal(layer(x[:1]), layer(x)[:1]), "depends on the rows beside"
+    assert torch.equal(layer(x[-1:]), layer(x)[-1:]), "depends on the rows beside"
 
 
 def test_strided_rows() -> None:

@@ -1,7 +1,5 @@
 #include "decoder.h"
 
-#include <sys/mman.h>
-
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -27,28 +25,53 @@ void each_row(Workers& workers, int rows, const std::function<void(int)>& task) 
   });
 }
 
-// store(row, column, count, products) takes `count` products of a row from `column` on, bias included.
+// Products of a tile of rows with two panels, of one weight or of two of the same form and inputs.
+class Tile {
+ public:
+  Tile(const RowKernels& kernels, const Input& input) : kernels_(kernels), input_(input) {}
+
+  void multiply(int row, int rows, const Linear& a, int a_panel, const Linear& b, int b_panel) {
+    if (!a.coded()) {
+      kernels_.multiply(input_.row(row), input_.stride(), rows, a.steps(), a.panel(a_panel), b.panel(b_panel),
+                        products_);
+      return;
+    }
+    kernels_.multiply_codes(input_.codes(row), input_.code_stride(), rows, a.steps(), a.codes(a_panel),
+                            b.codes(b_panel), sums_);
+    const int32_t *a_offsets = a.offsets(a_panel * kPanel), *b_offsets = b.offsets(b_panel * kPanel);
+    for (int r = 0; r < rows; ++r) {
+      const int32_t* sums = sums_ + r * kTwoPanels;
+      float* to = this->row(r);
+      for (int c = 0; c < kPanel; ++c) {
+        to[c] = static_cast<float>(sums[c] - a_offsets[c]) * input_.step(row + r);
+        to[c + kPanel] = static_cast<float>(sums[c + kPanel] - b_offsets[c]) * input_.step(row + r);
+      }
+    }
+  }
+  float* row(int r) { return products_ + r * kTwoPanels; }
+
+ private:
+  const RowKernels& kernels_;
+  const Input& input_;
+  alignas(64) float products_[kRowTile * kTwoPanels];
+  alignas(64) int32_t sums_[kRowTile * kTwoPanels];
+};
+
+// store(row, column, count, results): `count` results of a row from `column` on.
 using Store = std::function<void(int, int, int, const float*)>;
 
-void add_bias(const Linear& linear, int column, int count, float* products) {
-  if (linear.bias() == nullptr) return;
-  for (int c = 0; c < count; ++c) products[c] += linear.bias()[column + c];
-}
-
-// The products of all rows with two neighbouring panels of one weight.
-void multiply_pair(const RowKernels& kernels, const Linear& linear, int pair, const uint16_t* x, ptrdiff_t stride,
-                   int rows, const Store& store) {
-  alignas(64) float tile[kRowTile * kTwoPanels];
+// All rows times two neighbouring panels of one weight.
+void multiply_pair(const RowKernels& kernels, const Linear& linear, int pair, const Input& input, int rows,
+                   const Store& store) {
+  Tile tile(kernels, input);
   const int column = pair * kTwoPanels;
   const int columns = linear.out() - column < kTwoPanels ? linear.out() - column : kTwoPanels;
   for (int row = 0; row < rows; row += kRowTile) {
     const int count = rows - row < kRowTile ? rows - row : kRowTile;
-    kernels.multiply(x + row * stride, stride, count, linear.pairs(), linear.panel(2 * pair), linear.panel(2 * pair + 1),
-                     tile);
+    tile.multiply(row, count, linear, 2 * pair, linear, 2 * pair + 1);
     for (int r = 0; r < count; ++r) {
-      float* products = tile + r * kTwoPanels;
-      add_bias(linear, column, columns, products);
-      store(row + r, column, columns, products);
+      linear.finish(column, columns, tile.row(r));
+      store(row + r, column, columns, tile.row(r));
     }
   }
 }
@@ -56,25 +79,70 @@ void multiply_pair(const RowKernels& kernels, const Linear& linear, int pair, co
 }  // namespace
 
 Linear::Linear(const uint16_t* weight, const float* bias, int out, int in) : out_(out), in_(in) {
-  const size_t panel = static_cast<size_t>(pairs()) * kTwoPanels;
-  const size_t bytes = (panel_pairs() * 2 * panel * sizeof(uint16_t) + 63) / 64 * 64;
-  data_.reset(static_cast<uint16_t*>(std::aligned_alloc(64, bytes)));
-  if (data_ == nullptr) throw std::bad_alloc();
-  std::memset(data_.get(), 0, bytes);
+  pack(weight);
+  if (bias != nullptr) bias_.assign(bias, bias + out);
+}
+
+Linear::Linear(const int8_t* codes, const float* scales, const float* bias, int out, int in, int code_zero)
+    : out_(out), in_(in), scales_(scales, scales + out), offsets_(panel_pairs() * kTwoPanels) {
+  pack(codes);
   for (int o = 0; o < out; ++o) {
-    uint16_t* column = data_.get() + o / kPanel * panel + o % kPanel * 2;
-    const uint16_t* row = weight + static_cast<size_t>(o) * in;
-    for (int i = 0; i < in; ++i) column[i / 2 * kTwoPanels + i % 2] = row[i];
+    for (int i = 0; i < in; ++i) offsets_[o] += code_zero * codes[static_cast<size_t>(o) * in + i];
   }
   if (bias != nullptr) bias_.assign(bias, bias + out);
 }
 
-void Linear::Free::operator()(uint16_t* p) const { std::free(p); }
+template <class T>
+void Linear::pack(const T* weight) {
+  constexpr int kGroup = 4 / sizeof(T);
+  const size_t panel = static_cast<size_t>(steps()) * kPanel * kGroup;
+  const size_t bytes = (panel_pairs() * 2 * panel * sizeof(T) + 63) / 64 * 64;
+  data_.reset(std::aligned_alloc(64, bytes));
+  if (data_ == nullptr) throw std::bad_alloc();
+  std::memset(data_.get(), 0, bytes);
+  for (int o = 0; o < out_; ++o) {
+    T* column = static_cast<T*>(data_.get()) + o / kPanel * panel + o % kPanel * kGroup;
+    const T* row = weight + static_cast<size_t>(o) * in_;
+    for (int i = 0; i < in_; ++i) column[i / kGroup * kPanel * kGroup + i % kGroup] = row[i];
+  }
+}
+
+void Linear::finish(int column, int count, float* products) const {
+  if (coded()) {
+    for (int c = 0; c < count; ++c) products[c] *= scales_[column + c];
+  }
+  if (!bias_.empty()) {
+    for (int c = 0; c < count; ++c) products[c] += bias_[column + c];
+  }
+}
+
+void Linear::Free::operator()(void* p) const { std::free(p); }
+
+uint16_t* Input::get(int rows, int width) {
+  // Products read pairs, so an odd width needs one element more at the very end.
+  auto* x = reinterpret_cast<uint16_t*>(memory_.get((static_cast<size_t>(rows) * width + 1) * sizeof(uint16_t)));
+  borrow(x, width, rows, width);
+  return x;
+}
+
+void Input::borrow(const uint16_t* x, ptrdiff_t stride, int rows, int width) {
+  x_ = x, stride_ = stride, width_ = width;
+  code_stride_ = (width + 3) / 4 * 4;
+  codes_ = code_memory_.get(static_cast<size_t>(rows) * code_stride_);
+  steps_ = reinterpret_cast<float*>(step_memory_.get(rows * sizeof(float)));
+}
+
+void Input::quantize(const RowKernels& kernels, int r) {
+  steps_[r] = kernels.quantize(row(r), width_, codes_ + static_cast<ptrdiff_t>(r) * code_stride_);
+}
 
 void apply_linear(Cpu& cpu, const Linear& linear, const uint16_t* x, ptrdiff_t stride, int rows, uint16_t* y) {
   const RowKernels& kernels = rows_for(cpu.kernels().isa);
+  Input input;
+  input.borrow(x, stride, rows, linear.in());
+  if (linear.coded()) each_row(cpu.workers(), rows, [&](int r) { input.quantize(kernels, r); });
   cpu.workers().run(linear.panel_pairs(), [&](int pair, int) {
-    multiply_pair(kernels, linear, pair, x, stride, rows, [&](int row, int column, int count, const float* products) {
+    multiply_pair(kernels, linear, pair, input, rows, [&](int row, int column, int count, const float* products) {
       kernels.round(products, count, y + static_cast<size_t>(row) * linear.out() + column);
     });
   });
@@ -89,23 +157,25 @@ void Decoder::forward(Cpu& cpu, const std::vector<const Layer*>& caches, const B
   const int key_at = shape_.heads * dim, value_at = key_at + shape_.kv_heads * dim;
   const int width = value_at + shape_.kv_heads * dim;
   const size_t all = rows;
-  // Products read pairs, so an odd width needs one element more at the very end.
   auto* residual = reinterpret_cast<float*>(residual_.get(all * hidden * 4));
-  auto* normed = reinterpret_cast<uint16_t*>(normed_.get((all * hidden + 1) * 2));
+  const bool coded = head_.coded();
+  uint16_t* normed = normed_.get(rows, hidden);
   auto* projected = reinterpret_cast<float*>(projected_.get(all * width * 4));
   auto* heads = reinterpret_cast<uint16_t*>(heads_.get(all * width * 2));
-  auto* attended = reinterpret_cast<uint16_t*>(attended_.get((all * key_at + 1) * 2));
-  auto* gated = reinterpret_cast<uint16_t*>(gated_.get((all * inner + 1) * 2));
+  uint16_t* attended = attended_.get(rows, key_at);
+  uint16_t* gated = gated_.get(rows, inner);
 
   const auto norm = [&](const std::vector<float>& weight) {
     each_row(workers, rows, [&](int r) {
       kernels.norm(residual + static_cast<size_t>(r) * hidden, weight.data(), shape_.eps, hidden,
                    normed + static_cast<size_t>(r) * hidden);
+      if (coded) normed_.quantize(kernels, r);
     });
   };
-  const auto add_to_residual = [&](const Linear& linear, const uint16_t* x) {
+  const auto add_to_residual = [&](const Linear& linear, Input& x) {
+    if (coded) each_row(workers, rows, [&](int r) { x.quantize(kernels, r); });
     workers.run(linear.panel_pairs(), [&](int pair, int) {
-      multiply_pair(kernels, linear, pair, x, linear.in(), rows, [&](int row, int column, int n, const float* products) {
+      multiply_pair(kernels, linear, pair, x, rows, [&](int row, int column, int n, const float* products) {
         float* to = residual + static_cast<size_t>(row) * hidden + column;
         for (int c = 0; c < n; ++c) to[c] += products[c];
       });
@@ -125,7 +195,7 @@ void Decoder::forward(Cpu& cpu, const std::vector<const Layer*>& caches, const B
     const int first[] = {0, parts[0]->panel_pairs(), parts[0]->panel_pairs() + parts[1]->panel_pairs()};
     workers.run(first[2] + parts[2]->panel_pairs(), [&](int task, int) {
       const int part = task >= first[2] ? 2 : task >= first[1] ? 1 : 0;
-      multiply_pair(kernels, *parts[part], task - first[part], normed, hidden, rows,
+      multiply_pair(kernels, *parts[part], task - first[part], normed_, rows,
                     [&](int row, int column, int n, const float* products) {
                       std::memcpy(projected + static_cast<size_t>(row) * width + starts[part] + column, products,
                                   n * sizeof(float));
@@ -145,33 +215,33 @@ void Decoder::forward(Cpu& cpu, const std::vector<const Layer*>& caches, const B
     cpu.forward(*caches[l], batch,
                 Rows{Float::kBf16, heads, heads + key_at, heads + value_at, width, dim, width, dim, width, dim, nullptr,
                      attended});
-    add_to_residual(*layer.output, attended);
+    add_to_residual(*layer.output, attended_);
     norm(layer.mlp_norm);
     workers.run(layer.gate->out() / kPanel + (layer.gate->out() % kPanel != 0), [&](int panel, int) {
-      alignas(64) float tile[kRowTile * kTwoPanels];
+      Tile tile(kernels, normed_);
       const int column = panel * kPanel, columns = inner - column < kPanel ? inner - column : kPanel;
       for (int row = 0; row < rows; row += kRowTile) {
         const int n = rows - row < kRowTile ? rows - row : kRowTile;
-        kernels.multiply(normed + static_cast<size_t>(row) * hidden, hidden, n, layer.gate->pairs(),
-                         layer.gate->panel(panel), layer.up->panel(panel), tile);
+        tile.multiply(row, n, *layer.gate, panel, *layer.up, panel);
         for (int r = 0; r < n; ++r) {
-          float* products = tile + r * kTwoPanels;
-          add_bias(*layer.gate, column, columns, products);
-          add_bias(*layer.up, column, columns, products + kPanel);
+          float* products = tile.row(r);
+          layer.gate->finish(column, columns, products);
+          layer.up->finish(column, columns, products + kPanel);
           kernels.gate(products, products + kPanel, columns, shape_.activation,
                        gated + static_cast<size_t>(row + r) * inner + column);
         }
       }
     });
-    add_to_residual(*layer.down, gated);
+    add_to_residual(*layer.down, gated_);
   }
   for (int i = 0; i < count; ++i) {
     kernels.norm(residual + wanted[i] * hidden, final_norm_.data(), shape_.eps, hidden,
                  normed + static_cast<size_t>(i) * hidden);
+    if (coded) normed_.quantize(kernels, i);
   }
   const size_t vocabulary = head_.out();
   workers.run(head_.panel_pairs(), [&](int pair, int) {
-    multiply_pair(kernels, head_, pair, normed, hidden, count, [&](int row, int column, int n, const float* products) {
+    multiply_pair(kernels, head_, pair, normed_, count, [&](int row, int column, int n, const float* products) {
       std::memcpy(logits + row * vocabulary + column, products, n * sizeof(float));
     });
   });

@@ -38,6 +38,14 @@ void bind_decoder(nb::module_& m) {
             new (self) Linear(pointer<uint16_t>(weight), bias ? bias->data() : nullptr, out, in);
           },
           nb::arg("weight"), nb::arg("bias").none(), nb::arg("out_features"), nb::arg("in_features"))
+      .def(
+          "__init__",
+          [](Linear* self, const Cpu& cpu, uintptr_t codes, Floats scales, std::optional<Floats> bias, int out,
+             int in) {
+            new (self) Linear(pointer<int8_t>(codes), scales.data(), bias ? bias->data() : nullptr, out, in,
+                              rows_for(cpu.kernels().isa).code_zero);
+          },
+          nb::arg("cpu"), nb::arg("codes"), nb::arg("scales"), nb::arg("bias").none(), nb::arg("out_features"), nb::arg("in_features"))
       .def("apply", [](const Linear& self, Cpu& cpu, uintptr_t x, int64_t stride, int rows, uintptr_t y) {
         nb::gil_scoped_release release;
         apply_linear(cpu, self, pointer<uint16_t>(x), stride, rows, pointer<uint16_t>(y));

@@ -18,6 +18,12 @@ struct RowKernels {
   // `pairs` pairs of inputs (see Linear).
   void (*multiply)(const uint16_t* x, ptrdiff_t stride, int rows, int pairs, const uint16_t* a, const uint16_t* b,
                    float* out);
+  // The same with codes of 8 bits, `quads` times four inputs; x's are those of `quantize`.
+  void (*multiply_codes)(const uint8_t* x, ptrdiff_t stride, int rows, int quads, const int8_t* a, const int8_t* b,
+                         int32_t* out);
+  // x as codes around `code_zero`; returns the value of one step.
+  float (*quantize)(const uint16_t* x, int count, uint8_t* codes);
+  int code_zero;
   // x / sqrt(mean(x^2) + eps) * weight
   void (*norm)(const float* x, const float* weight, float eps, int dim, uint16_t* out);
   // One head: the norm, where `weight` is not null, then the rotation of its first 2 * half elements.

@@ -53,25 +53,75 @@ inline void multiply_tile(const uint16_t* x, ptrdiff_t stride, int pairs, const 
 constexpr int kPanelsAtOnce = kRegisters >= 32 ? 2 : 1;
 constexpr int kRowsAtOnce = kRegisters >= 32 ? kRowTile : 4;
 
-template <int ROWS>
-void multiply_rows(const uint16_t* x, ptrdiff_t stride, int rows, int pairs, const uint16_t* const* panels,
-                   float* out) {
+template <int ROWS, int PANELS>
+inline void multiply_tile(const uint8_t* x, ptrdiff_t stride, int quads, const int8_t* const* panels, int32_t* out) {
+  I sums[ROWS][PANELS * kPanelVectors];
+  unrolled<ROWS>([&](auto r) { unrolled<PANELS * kPanelVectors>([&](auto v) { sums[r][v] = i_zero(); }); });
+  for (int k = 0; k < quads; ++k) {
+    B weights[PANELS * kPanelVectors];
+    unrolled<PANELS * kPanelVectors>([&](auto v) {
+      const int8_t* panel = panels[v / kPanelVectors] + k * 4 * kPanel + (v % kPanelVectors) * 4 * kWidth;
+      weights[v] = b_load(reinterpret_cast<const uint8_t*>(panel));
+      __builtin_prefetch(panel + 2 * kAhead, 0, 2);
+    });
+    unrolled<ROWS>([&](auto r) {
+      const B quad = b_quad(x + r * stride + 4 * k);
+      unrolled<PANELS * kPanelVectors>([&](auto v) { sums[r][v] = i_dot(sums[r][v], quad, weights[v]); });
+    });
+  }
+  unrolled<ROWS>([&](auto r) {
+    unrolled<PANELS * kPanelVectors>([&](auto v) {
+      __builtin_memcpy(out + r * kTwoPanels + v * kWidth, &sums[r][v], sizeof(I));
+    });
+  });
+}
+
+// X, W, S: bfloat16 and float sums, or codes and integer sums.
+template <int ROWS, class X, class W, class S>
+void multiply_rows(const X* x, ptrdiff_t stride, int rows, int steps, const W* const* panels, S* out) {
   if constexpr (ROWS > 0) {
-    if (rows < ROWS) return multiply_rows<ROWS - 1>(x, stride, rows, pairs, panels, out);
-    multiply_tile<ROWS, kPanelsAtOnce>(x, stride, pairs, panels, out);
+    if (rows < ROWS) return multiply_rows<ROWS - 1>(x, stride, rows, steps, panels, out);
+    multiply_tile<ROWS, kPanelsAtOnce>(x, stride, steps, panels, out);
   }
 }
 
-void multiply_any(const uint16_t* x, ptrdiff_t stride, int rows, int pairs, const uint16_t* a, const uint16_t* b,
-                  float* out) {
-  const uint16_t* panels[] = {a, b};
+template <class X, class W, class S>
+void multiply_any(const X* x, ptrdiff_t stride, int rows, int steps, const W* a, const W* b, S* out) {
+  const W* panels[] = {a, b};
   for (int row = 0; row < rows; row += kRowsAtOnce) {
     const int count = rows - row < kRowsAtOnce ? rows - row : kRowsAtOnce;
     for (int p = 0; p < 2; p += kPanelsAtOnce) {
-      multiply_rows<kRowsAtOnce>(x + row * stride, stride, count, pairs, panels + p,
+      multiply_rows<kRowsAtOnce>(x + row * stride, stride, count, steps, panels + p,
                                  out + row * kTwoPanels + p * kPanel);
     }
   }
+}
+
+constexpr int kCodeZero = 1 << (kRadixBits8 - 1);
+
+float quantize_any(const uint16_t* x, int count, uint8_t* codes) {
+  float largest[16] = {};
+  int i = 0;
+  for (; i + 16 <= count; i += 16) {
+    for (int j = 0; j < 16; ++j) {
+      const float a = __builtin_fabsf(bf16_to_float(x[i + j]));
+      largest[j] = a > largest[j] ? a : largest[j];
+    }
+  }
+  for (; i < count; ++i) {
+    const float a = __builtin_fabsf(bf16_to_float(x[i]));
+    largest[0] = a > largest[0] ? a : largest[0];
+  }
+  for (int j = 1; j < 16; ++j) largest[0] = largest[j] > largest[0] ? largest[j] : largest[0];
+  const float step = largest[0] / (kCodeZero - 1);
+  const float factor = step > 0 ? 1 / step : 0;
+  for (i = 0; i < count; ++i) {  // adding 1.5 * 2^23 rounds to nearest even
+    const float code = bf16_to_float(x[i]) * factor + 12582912.0f;
+    int32_t bits;
+    __builtin_memcpy(&bits, &code, 4);
+    codes[i] = static_cast<uint8_t>((bits & 0xff) + kCodeZero);
+  }
+  return step;
 }
 
 // Sixteen partial sums, added pairwise: the compiler makes vectors of them, and their order is fixed.

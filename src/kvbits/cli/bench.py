@@ -29,6 +29,7 @@ def bench(
     max_num_batched_tokens: options.MaxNumBatchedTokens = 512,
     speculative_config: options.Speculative = None,
     dtype: options.Dtype = "bfloat16",
+    weights: options.Weights = "bf16",
     threads: options.Threads = None,
     json_file: options.JsonFile = None,
 ) -> None:
@@ -47,7 +48,7 @@ def bench(
     from kvbits.evaluation.speed import distinct_prompts, longest_sequence, measure_speed
 
     speculative = SpeculativeConfig.of(speculative_config)
-    loaded = load(model, dtype, threads)
+    loaded = load(model, dtype, threads, weights)
     check_dtypes(loaded, dtypes, context)
     longest_sequence(loaded, context, batch, new_tokens, max_num_batched_tokens)
     prompts = distinct_prompts(tokens_of(loaded, content), context, batch)
@@ -60,7 +61,7 @@ def bench(
         if speed.speculation is not None:
             kept, length = speed.speculation["acceptance_rate"], speed.speculation["mean_acceptance_length"]
             print(f"{speed.dtype}: {kept:.0%} of the guessed tokens kept, {length:.2f} tokens a step with a guess")
-    rows = [speed.as_json() | {"compute_dtype": dtype} | machine() for speed in found]
+    rows = [speed.as_json() | {"compute_dtype": dtype, "weights": weights} | machine() for speed in found]
     flat = rows[0] if len(rows) == 1 else {}
     results.write({**flat, "results": rows, "model": loaded.name})
 

@@ -36,6 +36,7 @@ def generate(
     max_num_batched_tokens: options.MaxNumBatchedTokens = 512,
     speculative_config: options.Speculative = None,
     dtype: options.Dtype = "bfloat16",
+    weights: options.Weights = "bf16",
     threads: options.Threads = None,
     json_file: options.JsonFile = None,
 ) -> None:
@@ -52,7 +53,7 @@ def generate(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop
     )
     llm = LLM(
-        load(model, dtype, threads),
+        load(model, dtype, threads, weights),
         kv_cache_dtype=kv_cache_dtype,
         kv_cache_memory=kv_cache_memory,
         max_model_len=max_model_len,

@@ -39,6 +39,9 @@ KVPolicies = Annotated[
     list[Path] | None,
     typer.Option("--kv-policy", metavar="DIR", help="A policy that 'kvbits calibrate' wrote; repeat for several."),
 ]
+Weights = Annotated[
+    str, typer.Option(metavar="FORM", help="Form of the linear layers' weights: bf16, or int8 with a scale per output.")
+]
 KVCacheMemory = Annotated[str, typer.Option(metavar="SIZE", help="Bytes of the cache, for example 256MiB or 1.5GB.")]
 KVOffloadSize = Annotated[
     str | None,

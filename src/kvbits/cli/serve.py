@@ -57,6 +57,7 @@ def serve(
     ] = "8MiB",
     speculative_config: options.Speculative = None,
     dtype: options.Dtype = "bfloat16",
+    weights: options.Weights = "bf16",
     threads: options.Threads = None,
     ray: Annotated[bool, typer.Option("--ray", help="Serve from replicas on Ray (pip install 'kvbits[ray]').")] = False,
     ray_replicas: Annotated[
@@ -111,7 +112,7 @@ def serve(
         replica = ReplicaOptions(model, config, served, dtype, threads)
         serve_cluster(replica, ray_replicas, ray_routing, host, port, ray_address)
         return
-    loaded = load(model, dtype, threads)
+    loaded = load(model, dtype, threads, weights)
     from kvbits.engine.engine import Engine
     from kvbits.engine.transfer import load_pages
     from kvbits.server.run import serve as run

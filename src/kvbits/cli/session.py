@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from kvbits.models import LoadedModel
 
 
-def load(model: str, dtype: str, threads: int | None) -> LoadedModel:
+def load(model: str, dtype: str, threads: int | None, weights: str = "bf16") -> LoadedModel:
     """Set the number of threads and load the model, naming each long stage on stderr."""
     import torch
 
@@ -24,7 +24,7 @@ def load(model: str, dtype: str, threads: int | None) -> LoadedModel:
         if threads < 1:
             raise ConfigError(f"threads is {threads}; it must be positive")
         torch.set_num_threads(threads)
-    return load_model(model, dtype=dtype, progress=note)
+    return load_model(model, dtype=dtype, progress=note, weights=weights)
 
 
 def note(line: str) -> None:

@@ -44,6 +44,7 @@ class LLM:
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 512,
         dtype: str = "bfloat16",
+        weights: str = "bf16",
         enable_prefix_caching: bool = True,
         batch_invariant: bool = False,
         kv_offload_size: str | int | None = None,
@@ -64,7 +65,7 @@ class LLM:
             kv_offload_path=kv_offload_path,
         )
         speculative = SpeculativeConfig.of(speculative_config)
-        self.loaded = load_model(model, dtype=dtype) if isinstance(model, str) else model
+        self.loaded = load_model(model, dtype=dtype, weights=weights) if isinstance(model, str) else model
         self.engine = Engine(self.loaded, config, backend, speculative)
         self._progress = progress
 

@@ -13,6 +13,8 @@ from kvbits.kernels.base import BatchLayout
 from kvbits.kernels.cpu import CpuBackend
 from kvbits.pool import LayerView
 
+WEIGHT_FORMS = ("bf16", "int8")
+
 
 class Products:
     """Multiplies bfloat16 rows with packed weights. A row's result does not depend on the rows beside it."""
@@ -25,14 +27,25 @@ class Products:
         """Kernels in use: ``avx512bf16``, ``avx512``, ``avx2`` or ``scalar`` (slower than torch's)."""
         return str(_native.row_kernels(self._cpu.isa))
 
-    def pack(self, weight: Tensor, bias: Tensor | None) -> PackedWeight:
-        """``weight`` ``bfloat16 [out, in]``, ``in`` even; ``bias`` ``[out]``. Both are copied."""
+    def pack(self, weight: Tensor, bias: Tensor | None, form: str = "bf16") -> PackedWeight:
+        """``weight`` ``bfloat16 [out, in]``, ``in`` even; ``bias`` ``[out]``. Both are copied.
+
+        ``form`` is ``"bf16"``, or ``"int8"``: codes of 8 bits with a scale for each output, rounded to nearest; the
+        inputs are then quantized to 8 bits too (7 on AVX2), each row with a scale of its own, when they arrive.
+        """
         out_features, in_features = weight.shape
         assert weight.dtype == torch.bfloat16, weight.dtype
         assert in_features % 2 == 0, in_features
+        assert form in WEIGHT_FORMS, form
         weight = weight.detach().contiguous()
         plain = None if bias is None else bias.detach().float().contiguous().numpy()
-        native = _native.Linear(weight.data_ptr(), plain, out_features, in_features)
+        if form == "bf16":
+            native = _native.Linear(weight.data_ptr(), plain, out_features, in_features)
+        else:
+            wide = weight.float()
+            scales = wide.abs().amax(dim=1).clamp_min(1e-30) / 127
+            codes = (wide / scales[:, None]).round().to(torch.int8)
+            native = _native.Linear(self._cpu.native, codes.data_ptr(), scales.numpy(), plain, out_features, in_features)
         return PackedWeight(out_features, in_features, native)
 
     def apply(self, weight: PackedWeight, x: Tensor) -> Tensor:

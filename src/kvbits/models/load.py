@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 from kvbits.attention import IMPLEMENTATION, Forward, attend
 from kvbits.config import ModelGeometry
 from kvbits.errors import ConfigError, UnsupportedError
+from kvbits.kernels.decoder import WEIGHT_FORMS
 from kvbits.models.fused import FusedModel, fuse
 from kvbits.models.geometry import geometry_of
 from kvbits.models.hugepages import collapse_to_huge_pages
@@ -79,15 +80,21 @@ def load_model(
     name: str,
     dtype: str = "bfloat16",
     progress: Callable[[str], None] | None = None,
+    weights: str = "bf16",
 ) -> LoadedModel:
     """Load ``name``: a packaged model, a ``.gguf`` file, a directory (safetensors or one GGUF) or a Hugging Face id.
 
-    ``dtype`` is ``"bfloat16"`` or ``"float32"``; ``progress`` gets a line of text before each long stage. Raises
+    ``dtype`` is ``"bfloat16"`` or ``"float32"``; ``weights`` is ``"bf16"``, or ``"int8"``: the linear layers' weights
+    in 8 bits with a scale for each output, for ``bfloat16`` only; ``progress`` gets a line of text before each long stage. Raises
     ``ConfigError`` when the model cannot be found or read, ``UnsupportedError`` when kvbits cannot run it.
     """
     if dtype not in _DTYPES:
         raise ConfigError(f"unknown model dtype '{dtype}'; choose from {', '.join(_DTYPES)}")
     report = progress or (lambda line: None)
+    if weights not in WEIGHT_FORMS:
+        raise ConfigError(f"unknown weights '{weights}'; choose from {', '.join(WEIGHT_FORMS)}")
+    if weights != "bf16" and dtype != "bfloat16":
+        raise ConfigError(f"weights '{weights}' go with the model dtype bfloat16, not {dtype}")
     source = locate(name)
     report(f"Loading {name} ({dtype}) ..." if source.offline else f"Downloading and loading {name} ({dtype}) ...")
     # A GGUF file's configuration comes with its tensors; anything else is refused before a weight is read.
@@ -100,7 +107,9 @@ def load_model(
         options["quantization_config"] = GgufConfig(dequantize=True)
     model = _read(name, "weights", AutoModelForCausalLM, source, **options)
     loaded = wrap(model, tokenizer, name, geometry)
-    pack_linears(model)  # after the fingerprint, which reads the plain weights
+    packed = pack_linears(model, weights)  # after the fingerprint, which reads the plain weights
+    if weights != "bf16" and not packed:
+        raise UnsupportedError(f"the model '{name}' has no linear layer that can be stored as {weights}")
     fused = fuse(model, loaded.geometry)
     if isinstance(fused, FusedModel):
         loaded = replace(loaded, fused=fused)
