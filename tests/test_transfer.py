@@ -156,7 +156,7 @@ def test_four_bits_are_fewer_bytes_to_send() -> None:
     """On a model of the usual shape: 16 / 4.5, every scale and zero point counted."""
     sizes = {}
     for dtype in ("bf16", "int4"):
-        engine = engine_of(byte_model(num_hidden_layers=8), kv_cache_dtype=dtype, kv_cache_memory=16 << 20)
+        engine = engine_of(byte_model(num_hidden_layers=8, head_dim=64), kv_cache_dtype=dtype, kv_cache_memory=16 << 20)
         run(engine, PROMPT)
         sizes[dtype] = export_pages(engine, PROMPT).num_bytes
     assert sizes["bf16"] / sizes["int4"] == pytest.approx(16 / 4.5, rel=0.02)
@@ -223,8 +223,8 @@ def test_wrong_files_are_one_line(model: str, tmp_path: Path) -> None:
 
 
 def test_the_real_models_pages_move_to_another_engine(tmp_path: Path) -> None:
-    text = topics["FORMATTING" if "FORMATTING" in topics else sorted(topics)[0]][:1500]
-    params = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True, logprobs=2)
+    text = topics["FORMATTING" if "FORMATTING" in topics else sorted(topics)[0]][:600]
+    params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True, logprobs=2)
     options = {"kv_cache_dtype": "int4", "kv_cache_memory": "64MiB", "batch_invariant": True, "progress": False}
     one = LLM("smollm2-135m", **options)
     computed = one.generate(text, params)[0]
