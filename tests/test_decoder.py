@@ -65,7 +65,7 @@ def test_models_of_the_structure_are_fused(name: str, form: str) -> None:
     """``fuse`` itself compares the logits with transformers' own code and refuses what differs."""
     torch.manual_seed(1)
     small = loaded(MODELS[name](), form)
-    fused = fuse(small.model, small.geometry)
+    fused = fuse(small.model, small.geometry, form)
     assert isinstance(fused, FusedModel), fused
 
 

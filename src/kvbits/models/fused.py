@@ -29,8 +29,9 @@ _LAYER = frozenset({"self_attn", "mlp", "input_layernorm", "post_attention_layer
 _BODY = frozenset({"embed_tokens", "layers", "norm", "rotary_emb"})
 
 _TRIED_TOKENS = PAGE_TOKENS - 1
-_TOLERANCE = 0.05
-"""Relative difference of the logits, both in bfloat16: measured 0.005 to 0.01; another structure differs by about 1."""
+_TOLERANCE = {"bf16": 0.05, "int8": 0.2}
+"""Relative difference of the logits by form of the weights: SmolLM2 has 0.014 and 0.056 (codes of inputs that differ in
+their last bit may differ by one); a factor of two in one norm of a small model has over 0.3."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,14 @@ class FusedModel:
         return self.decoder.forward(step.backend, step.pool.layers, step.batch, embedded, cos[0], sin[0], wanted)
 
 
-def fuse(model: Any, geometry: ModelGeometry) -> FusedModel | str:
-    """The fused form of a model whose linear layers are packed, or the reason why it has none."""
+def fuse(model: Any, geometry: ModelGeometry, form: str = "bf16") -> FusedModel | str:
+    """The fused form of a model whose linear layers are packed as ``form``, or the reason why it has none."""
     try:
         fused = _recognise(model, geometry)
     except _Different as reason:
         return str(reason)
     difference = _difference(model, geometry, fused)
-    if not difference < _TOLERANCE:
+    if not difference < _TOLERANCE[form]:
         return f"its logits differ by {difference:.2g} from transformers' own code"
     return fused
 

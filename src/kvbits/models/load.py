@@ -110,11 +110,12 @@ def load_model(
     packed = pack_linears(model, weights)  # after the fingerprint, which reads the plain weights
     if weights != "bf16" and not packed:
         raise UnsupportedError(f"the model '{name}' has no linear layer that can be stored as {weights}")
-    fused = fuse(model, loaded.geometry)
-    if isinstance(fused, FusedModel):
-        loaded = replace(loaded, fused=fused)
-    else:
-        report(f"The layers of {name} run as transformers' own code: {fused}")
+    if packed:
+        fused = fuse(model, loaded.geometry, weights)
+        if isinstance(fused, FusedModel):
+            loaded = replace(loaded, fused=fused)
+        else:
+            report(f"The layers of {name} run as transformers' own code: {fused}")
     collapse_to_huge_pages()
     return loaded
 
