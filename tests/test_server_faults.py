@@ -153,7 +153,7 @@ _FIELDS = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     path=st.sampled_from([CHAT, TEXT, "/tokenize", "/detokenize"]), change=st.dictionaries(_FIELDS, _ANY, max_size=3)
 )

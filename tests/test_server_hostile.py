@@ -81,12 +81,12 @@ def check(tally: Tally, count: int) -> None:
 
 def test_hostile_clients(server: Running) -> None:
     with undisturbed(server):
-        tally = storm(server.url, 300, MAX_BODY, seed=1)
-    check(tally, 300)
+        tally = storm(server.url, 160, MAX_BODY, seed=1)
+    check(tally, 160)
 
 
 def test_the_description_holds(server: Running) -> None:
-    against_the_description(server, 8)
+    against_the_description(server, 4)
 
 
 @pytest.mark.soak

@@ -11,8 +11,10 @@ constexpr int8_t kEntries<3>[16] = {-52, -32, -18, -6, 6, 18, 32, 52};
 template <>
 constexpr int8_t kEntries<2>[16] = {-37, -11, 11, 37};
 template <int BITS>
-constexpr int kReach = BITS == 4 ? 55 : BITS == 3 ? 52 : 46;  // a token's largest element in units of its scale
-constexpr int kEntryOffset = 64;  // what makes an entry unsigned
+constexpr int kReach = BITS == 4   ? 55
+                       : BITS == 3 ? 52
+                                   : 46;  // a token's largest element in units of its scale
+constexpr int kEntryOffset = 64;          // what makes an entry unsigned
 
 struct EntryTable {
   alignas(16) uint8_t bytes[16];

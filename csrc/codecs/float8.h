@@ -1,9 +1,9 @@
-// 8-bit floats (src/kvbits/codecs/float8.py), attended in float: products are exact. Included inside a per-ISA anonymous
-// namespace.
+// 8-bit floats (src/kvbits/codecs/float8.py), attended in float: products are exact. Included inside a per-ISA
+// anonymous namespace.
 //
-// A code's seven low bits, moved to a float's exponent and first mantissa bits, are the number times 2^(bias - 127), its
-// subnormals included. The query (or the weights) carry half of the missing power, the page's scale the rest, so that
-// nothing in between leaves float's range.
+// A code's seven low bits, moved to a float's exponent and first mantissa bits, are the number times 2^(bias - 127),
+// its subnormals included. The query (or the weights) carry half of the missing power, the page's scale the rest, so
+// that nothing in between leaves float's range.
 
 template <int MANTISSA>
 constexpr int kFloat8Bias = MANTISSA == 3 ? 7 : 15;
@@ -30,8 +30,7 @@ template <int MANTISSA, int ROWS, int VECTORS>
 inline void dot_float8(const uint8_t* page, ptrdiff_t ahead, int reduction, int lanes, int lane,
                        const float* const* factors, F (&sum)[ROWS][VECTORS]) {
   F acc[ROWS][VECTORS];
-  unrolled<ROWS>(
-      [&](auto r) KVBITS_INLINE { unrolled<VECTORS>([&](auto v) KVBITS_INLINE { acc[r][v] = f_set(0); }); });
+  unrolled<ROWS>([&](auto r) KVBITS_INLINE { unrolled<VECTORS>([&](auto v) KVBITS_INLINE { acc[r][v] = f_set(0); }); });
   for (int quad = 0; quad < reduction / 4; ++quad) {
     B codes[VECTORS];
     unrolled<VECTORS>([&](auto v) KVBITS_INLINE {
@@ -39,8 +38,8 @@ inline void dot_float8(const uint8_t* page, ptrdiff_t ahead, int reduction, int 
     });
     add_float8_quad<MANTISSA>(codes, factors, quad, acc);
   }
-  unrolled<ROWS>(
-      [&](auto r) KVBITS_INLINE { unrolled<VECTORS>([&](auto v) KVBITS_INLINE { sum[r][v] = acc[r][v]; }); });
+  unrolled<ROWS>([&](auto r)
+                     KVBITS_INLINE { unrolled<VECTORS>([&](auto v) KVBITS_INLINE { sum[r][v] = acc[r][v]; }); });
 }
 
 // What the sums must still be multiplied with.
@@ -76,9 +75,8 @@ struct Float8Key {
       F sum[ROWS][kVectors];
       dot_float8<MANTISSA, ROWS, kVectors>(page, ahead, dim, kPage, lane, factors, sum);
       unrolled<ROWS>([&](auto r) KVBITS_INLINE {
-        unrolled<kVectors>([&](auto v) KVBITS_INLINE {
-          f_store(scores + r * kPage + lane + v * kWidth, f_mul(sum[r][v], factor));
-        });
+        unrolled<kVectors>(
+            [&](auto v) KVBITS_INLINE { f_store(scores + r * kPage + lane + v * kWidth, f_mul(sum[r][v], factor)); });
       });
     }
   }
@@ -154,7 +152,9 @@ void seal_float8(const uint8_t* open_page, int dim, const Rounding&, uint8_t* ou
     const float x = bf16_to_float(pairs[i]) * inverse;
     const int lane = i / 2 % lanes, row = i / 2 / lanes * 2 + i % 2;
     out[(static_cast<size_t>(row / 4) * lanes + lane) * 4 + row % 4] =
-        float8_from_float<MANTISSA>(x > kLargest ? kLargest : x < -kLargest ? -kLargest : x);
+        float8_from_float<MANTISSA>(x > kLargest    ? kLargest
+                                    : x < -kLargest ? -kLargest
+                                                    : x);
   }
   __builtin_memcpy(out + n, &scale, 4);
   for (uint8_t* end = out + n + 4; (end - out) % 64 != 0; ++end) *end = 0;

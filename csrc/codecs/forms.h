@@ -42,7 +42,7 @@ struct PlainForm : IntegerCodes<BITS, SYMMETRIC> {
   static constexpr float kKeyOffset = SYMMETRIC ? kKeyMean : 0.0f;
   static constexpr float kValueMean = SYMMETRIC ? 0.0f : kKeyMean;
   using KeyCodes = Planes<BITS>;
-  using ValueCodes = std::conditional_t<BITS < 8 || SYMMETRIC, Planes<BITS>, void>;  // they must fit a signed byte
+  using ValueCodes = std::conditional_t < BITS<8 || SYMMETRIC, Planes<BITS>, void>;  // they must fit a signed byte
 
   struct Params {
     const uint16_t *scales, *zeros;
@@ -76,7 +76,7 @@ template <bool PER_CHANNEL, bool SYMMETRIC>
 struct NibbleLayout : IntegerCodes<8, SYMMETRIC> {
   static constexpr bool kPerChannel = PER_CHANNEL;
   static constexpr bool kZeros = true;  // not all are stored: some follow from the scale
-  static constexpr float kBias = 128;  // of symmetric codes
+  static constexpr float kBias = 128;   // of symmetric codes
 
   static size_t high_bytes(int dim) { return static_cast<size_t>(kPage) * dim / 2; }
   static int params_of(int dim) { return PER_CHANNEL ? dim : kPage; }

@@ -79,9 +79,7 @@ struct AffineSeal {
       }
       inverse[i] = scale[i] > 0 ? 1.0f / scale[i] : 0.0f;
     }
-    const auto nearest = [&](float x, int i) {
-      return FORM::nearest((x - low[i]) * inverse[i]);
-    };
+    const auto nearest = [&](float x, int i) { return FORM::nearest((x - low[i]) * inverse[i]); };
     constexpr int kBias = kKey ? FORM::kKeyBias : FORM::kValueBias;
     const auto stored = [&](float code) {
       if constexpr (kSymmetric) return static_cast<uint8_t>((static_cast<int>(code) + kBias) & kTop);

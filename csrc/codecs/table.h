@@ -42,13 +42,8 @@ struct CodecKernels {
 
 template <class K, class V, class DK = K, class DV = V>
 constexpr CodecKernels entry(int id, SealKernel seal_key, SealKernel seal_value) {
-  return {id,
-          {K::prepare, score_any<K>},
-          {accumulate_any<V>, nullptr},
-          seal_key,
-          seal_value,
-          {DK::prepare, score_any<DK>},
-          {accumulate_any<DV>, nullptr}};
+  return {id,         {K::prepare, score_any<K>},   {accumulate_any<V>, nullptr}, seal_key,
+          seal_value, {DK::prepare, score_any<DK>}, {accumulate_any<DV>, nullptr}};
 }
 
 template <int BITS, bool PER_CHANNEL, bool SYMMETRIC>
@@ -71,14 +66,19 @@ constexpr CodecKernels nibbles() {
 template <int BITS>
 constexpr CodecKernels codebook_key() {
   using Form = CodebookForm<BITS, true>;
-  return {256 + BITS + 16, {AffineKey<Form>::prepare, score_any<AffineKey<Form>>}, {}, seal_affine_key<Form>, nullptr,
-          {AffineKey<Form>::prepare, score_any<AffineKey<Form>>}, {}};
+  return {256 + BITS + 16, {AffineKey<Form>::prepare, score_any<AffineKey<Form>>}, {}, seal_affine_key<Form>,
+          nullptr,         {AffineKey<Form>::prepare, score_any<AffineKey<Form>>}, {}};
 }
 template <int BITS>
 constexpr CodecKernels codebook_value() {
   using Form = CodebookForm<BITS, false>;
   using V = AffineValue<Form>;
-  return {256 + BITS, {}, {accumulate_any<V>, turn_accumulator}, nullptr, seal_affine_value<Form>, {},
+  return {256 + BITS,
+          {},
+          {accumulate_any<V>, turn_accumulator},
+          nullptr,
+          seal_affine_value<Form>,
+          {},
           {accumulate_any<V>, turn_accumulator}};
 }
 

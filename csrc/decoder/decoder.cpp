@@ -204,7 +204,8 @@ void Decoder::forward(Cpu& cpu, const std::vector<const Layer*>& caches, const B
     each_row(workers, rows, [&](int r) {
       const float* from = projected + static_cast<size_t>(r) * width;
       uint16_t* to = heads + static_cast<size_t>(r) * width;
-      const float *c = cos + static_cast<size_t>(r) * shape_.rotated, *s = sin + static_cast<size_t>(r) * shape_.rotated;
+      const float *c = cos + static_cast<size_t>(r) * shape_.rotated,
+                  *s = sin + static_cast<size_t>(r) * shape_.rotated;
       for (int h = 0; h < shape_.heads + shape_.kv_heads; ++h) {
         const std::vector<float>& weight = h < shape_.heads ? layer.query_norm : layer.key_norm;
         kernels.rotate(from + h * dim, weight.empty() ? nullptr : weight.data(), shape_.eps, dim, c, s,

@@ -12,8 +12,8 @@
 namespace kvbits {
 
 // A packed weight [out, in]: panels of kPanel outputs; in a panel, for each pair of inputs, the outputs' two bfloat16.
-// What is beyond the weight is zero, the last panel's partner included. Or codes of 8 bits with a scale for each output,
-// in quads of inputs instead of pairs; the inputs are then quantized too, row by row.
+// What is beyond the weight is zero, the last panel's partner included. Or codes of 8 bits with a scale for each
+// output, in quads of inputs instead of pairs; the inputs are then quantized too, row by row.
 class Linear {
  public:
   // `weight` bfloat16 [out, in], contiguous; `bias` float [out] or null.

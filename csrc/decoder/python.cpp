@@ -45,7 +45,8 @@ void bind_decoder(nb::module_& m) {
             new (self) Linear(pointer<int8_t>(codes), scales.data(), bias ? bias->data() : nullptr, out, in,
                               rows_for(cpu.kernels().isa).code_zero);
           },
-          nb::arg("cpu"), nb::arg("codes"), nb::arg("scales"), nb::arg("bias").none(), nb::arg("out_features"), nb::arg("in_features"))
+          nb::arg("cpu"), nb::arg("codes"), nb::arg("scales"), nb::arg("bias").none(), nb::arg("out_features"),
+          nb::arg("in_features"))
       .def("apply", [](const Linear& self, Cpu& cpu, uintptr_t x, int64_t stride, int rows, uintptr_t y) {
         nb::gil_scoped_release release;
         apply_linear(cpu, self, pointer<uint16_t>(x), stride, rows, pointer<uint16_t>(y));
@@ -57,8 +58,17 @@ void bind_decoder(nb::module_& m) {
           [](DecoderLayer* self, const Linear& query, const Linear& key, const Linear& value, const Linear& output,
              const Linear& gate, const Linear& up, const Linear& down, Floats input_norm, Floats mlp_norm,
              std::optional<Floats> query_norm, std::optional<Floats> key_norm) {
-            new (self) DecoderLayer{&query,           &key, &value, &output, &gate, &up, &down, copied(input_norm),
-                                    copied(mlp_norm), copied(query_norm), copied(key_norm)};
+            new (self) DecoderLayer{&query,
+                                    &key,
+                                    &value,
+                                    &output,
+                                    &gate,
+                                    &up,
+                                    &down,
+                                    copied(input_norm),
+                                    copied(mlp_norm),
+                                    copied(query_norm),
+                                    copied(key_norm)};
           },
           nb::arg("query"), nb::arg("key"), nb::arg("value"), nb::arg("output"), nb::arg("gate"), nb::arg("up"),
           nb::arg("down"), nb::arg("input_norm"), nb::arg("mlp_norm"), nb::arg("query_norm").none(),
@@ -79,12 +89,12 @@ void bind_decoder(nb::module_& m) {
           nb::arg("hidden"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("dim"), nb::arg("rotated"),
           nb::arg("intermediate"), nb::arg("eps"), nb::arg("gelu"), nb::arg("layers"), nb::arg("final_norm"),
           nb::arg("head"), nb::keep_alive<1, 12>())
-      .def("forward", [](Decoder& self, Cpu& cpu, const std::vector<const Layer*>& layers, const BatchTables& tables,
-                         int rows, uintptr_t embedded, uintptr_t cos, uintptr_t sin, uintptr_t wanted, int count,
-                         uintptr_t logits) {
-        if (static_cast<int>(layers.size()) != self.num_layers()) throw nb::value_error("one cache a layer");
-        nb::gil_scoped_release release;
-        self.forward(cpu, layers, tables.batch, rows, pointer<uint16_t>(embedded), pointer<float>(cos),
-                     pointer<float>(sin), pointer<int64_t>(wanted), count, pointer<float>(logits));
-      });
+      .def("forward",
+           [](Decoder& self, Cpu& cpu, const std::vector<const Layer*>& layers, const BatchTables& tables, int rows,
+              uintptr_t embedded, uintptr_t cos, uintptr_t sin, uintptr_t wanted, int count, uintptr_t logits) {
+             if (static_cast<int>(layers.size()) != self.num_layers()) throw nb::value_error("one cache a layer");
+             nb::gil_scoped_release release;
+             self.forward(cpu, layers, tables.batch, rows, pointer<uint16_t>(embedded), pointer<float>(cos),
+                          pointer<float>(sin), pointer<int64_t>(wanted), count, pointer<float>(logits));
+           });
 }

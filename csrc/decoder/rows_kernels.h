@@ -1,8 +1,10 @@
-// The decoder's kernels on rows, for the vector type of the simd header included before, inside its anonymous namespace.
+// The decoder's kernels on rows, for the vector type of the simd header included before, inside its anonymous
+// namespace.
 
 constexpr int kMaxHead = 576;  // largest head size
 
-// Round to nearest even. A NaN becomes some NaN or infinity (or, for a few payloads, zero): the sampler sees the others.
+// Round to nearest even. A NaN becomes some NaN or infinity (or, for a few payloads, zero): the sampler sees the
+// others.
 inline uint16_t bf16_of_number(float x) {
   uint32_t bits;
   __builtin_memcpy(&bits, &x, 4);
@@ -70,9 +72,8 @@ inline void multiply_tile(const uint8_t* x, ptrdiff_t stride, int quads, const i
     });
   }
   unrolled<ROWS>([&](auto r) {
-    unrolled<PANELS * kPanelVectors>([&](auto v) {
-      __builtin_memcpy(out + r * kTwoPanels + v * kWidth, &sums[r][v], sizeof(I));
-    });
+    unrolled<PANELS * kPanelVectors>(
+        [&](auto v) { __builtin_memcpy(out + r * kTwoPanels + v * kWidth, &sums[r][v], sizeof(I)); });
   });
 }
 

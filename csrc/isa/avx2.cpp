@@ -24,8 +24,8 @@ namespace {
 // clang-format on
 
 const Kernels kKernels = {
-    "avx2",      key_kernel, value_kernel, seal_key_kernel, seal_value_kernel,
-    softmax_any, merge_rows, load_query,   store_output,   draft_key_kernel, draft_value_kernel,
+    "avx2",     key_kernel, value_kernel, seal_key_kernel,  seal_value_kernel,  softmax_any,
+    merge_rows, load_query, store_output, draft_key_kernel, draft_value_kernel,
 };
 }  // namespace
 

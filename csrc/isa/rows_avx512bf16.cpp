@@ -12,8 +12,8 @@ namespace {
 #include "../decoder/rows_kernels.h"
 // clang-format on
 
-const RowKernels kRows = {"avx512bf16", multiply_any, multiply_any, quantize_any, kCodeZero, norm_any, rotate_any, gate_any,
-                          round_any};
+const RowKernels kRows = {"avx512bf16", multiply_any, multiply_any, quantize_any, kCodeZero,
+                          norm_any,     rotate_any,   gate_any,     round_any};
 }  // namespace
 
 const RowKernels& avx512bf16_rows() { return kRows; }

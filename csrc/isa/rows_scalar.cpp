@@ -10,8 +10,8 @@ namespace {
 #include "../decoder/rows_kernels.h"
 // clang-format on
 
-const RowKernels kRows = {"scalar", multiply_any, multiply_any, quantize_any, kCodeZero, norm_any, rotate_any, gate_any,
-                          round_any};
+const RowKernels kRows = {"scalar", multiply_any, multiply_any, quantize_any, kCodeZero,
+                          norm_any, rotate_any,   gate_any,     round_any};
 }  // namespace
 
 const RowKernels& scalar_rows() { return kRows; }

@@ -22,8 +22,8 @@ namespace {
 // clang-format on
 
 const Kernels kKernels = {
-    "scalar",    key_kernel, value_kernel, seal_key_kernel, seal_value_kernel,
-    softmax_any, merge_rows, load_query,   store_output,   draft_key_kernel, draft_value_kernel,
+    "scalar",   key_kernel, value_kernel, seal_key_kernel,  seal_value_kernel,  softmax_any,
+    merge_rows, load_query, store_output, draft_key_kernel, draft_value_kernel,
 };
 }  // namespace
 

@@ -110,5 +110,6 @@ template <int ELEMENT, int SHIFT>
 inline F b_float8(B a) {
   if constexpr (ELEMENT < 3) a = _mm256_slli_epi32(a, 24 - 8 * ELEMENT);
   const uint32_t kept = 0x80000000u | (0x7fu << SHIFT);
-  return _mm256_castsi256_ps(_mm256_and_si256(_mm256_srai_epi32(a, 24 - SHIFT), _mm256_set1_epi32(static_cast<int>(kept))));
+  return _mm256_castsi256_ps(
+      _mm256_and_si256(_mm256_srai_epi32(a, 24 - SHIFT), _mm256_set1_epi32(static_cast<int>(kept))));
 }

@@ -114,5 +114,6 @@ template <int ELEMENT, int SHIFT>
 inline F b_float8(B a) {
   if constexpr (ELEMENT < 3) a = _mm512_slli_epi32(a, 24 - 8 * ELEMENT);
   const uint32_t kept = 0x80000000u | (0x7fu << SHIFT);
-  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_srai_epi32(a, 24 - SHIFT), _mm512_set1_epi32(static_cast<int>(kept))));
+  return _mm512_castsi512_ps(
+      _mm512_and_si512(_mm512_srai_epi32(a, 24 - SHIFT), _mm512_set1_epi32(static_cast<int>(kept))));
 }

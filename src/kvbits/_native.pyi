@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 MAX_DIM: int
 PAGE_TOKENS: int
@@ -52,7 +52,10 @@ class Cpu:
 def row_kernels(isa: str) -> str: ...
 
 class Linear:
+    @overload
     def __init__(self, weight: int, bias: Any, out_features: int, in_features: int) -> None: ...
+    @overload
+    def __init__(self, cpu: Cpu, codes: int, scales: Any, bias: Any, out_features: int, in_features: int) -> None: ...
     def apply(self, cpu: Cpu, x: int, stride: int, rows: int, y: int) -> None: ...
 
 class DecoderLayer:

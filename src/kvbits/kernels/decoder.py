@@ -45,7 +45,9 @@ class Products:
             wide = weight.float()
             scales = wide.abs().amax(dim=1).clamp_min(1e-30) / 127
             codes = (wide / scales[:, None]).round().to(torch.int8)
-            native = _native.Linear(self._cpu.native, codes.data_ptr(), scales.numpy(), plain, out_features, in_features)
+            native = _native.Linear(
+                self._cpu.native, codes.data_ptr(), scales.numpy(), plain, out_features, in_features
+            )
         return PackedWeight(out_features, in_features, native)
 
     def apply(self, weight: PackedWeight, x: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ and a row's result must not depend on the rows beside it, which libraries do not
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 
@@ -29,24 +31,23 @@ class PackedLinear(nn.Module):
 def pack_linears(model: nn.Module, form: str = "bf16") -> int:
     """Replace the bfloat16 linear layers of ``model`` on the CPU; returns how many were.
 
-    ``form`` is that of the packed weights (:data:`kvbits.kernels.decoder.WEIGHT_FORMS`). Layers of another type (subclasses, quantized ones) and other dtypes stay as they are, as do all where the
-    processor has only our portable kernels, which are slower than torch's (unless another form is asked for).
+    ``form`` is that of the packed weights (:data:`kvbits.kernels.decoder.WEIGHT_FORMS`). Layers of another type
+    (subclasses, quantized ones) and other dtypes stay as they are, as do all where the processor has only our portable
+    kernels, which are slower than torch's (unless another form is asked for).
     """
     products = Products()
     if products.name == "scalar" and form == "bf16":
         return 0
-    packed: dict[int, PackedLinear] = {}  # a weight that two layers share is packed once
     replaced = 0
-    for parent in list(model.modules()):
+    for parent in [module for module in model.modules() if not _packs(module)]:  # a packed layer's weight goes at once
         for name, child in list(parent.named_children()):
             if _packs(child):
-                layer = packed.setdefault(id(child), PackedLinear(child, products, form))
-                setattr(parent, name, layer)
+                setattr(parent, name, PackedLinear(child, products, form))
                 replaced += 1
     return replaced
 
 
-def _packs(layer: nn.Module) -> bool:
+def _packs(layer: nn.Module) -> TypeGuard[nn.Linear]:
     return (
         type(layer) is nn.Linear
         and layer.weight.dtype == torch.bfloat16
