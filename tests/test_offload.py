@@ -69,12 +69,15 @@ class Lru:
         self.slots = slots
         self.pages: OrderedDict[bytes, int] = OrderedDict()
 
-    def keep(self, key: bytes, size: int) -> None:
+    def keep(self, key: bytes, size: int, fails: bool) -> None:
+        """A page comes whose copy ``fails`` or not: the room that was made for it is lost all the same."""
         if size <= self.slots:
             self.pages[key] = size
             self.pages.move_to_end(key)
         while sum(self.pages.values()) > self.slots:
             self.pages.popitem(last=False)
+        if fails:
+            self.pages.pop(key, None)
 
 
 class TierMachine(RuleBasedStateMachine):
@@ -101,10 +104,10 @@ class TierMachine(RuleBasedStateMachine):
         self.gone.append(key)
         first = self.pool[frame][1] == 0  # type: ignore[index]
         if self.gone.count(key) == (self.first if first else self.sealed):
-            if not self.mover.full and not self.tier.read_only:
-                self.model.keep(key, self.gone.count(key))
-            elif key in self.model.pages:
+            if key in self.model.pages:
                 self.model.pages.move_to_end(key)
+            elif not self.tier.read_only:
+                self.model.keep(key, self.gone.count(key), self.mover.full)
             self.gone = []
 
     def pages(self, seq_id: int) -> list[Frames]:
