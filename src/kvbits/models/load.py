@@ -86,7 +86,8 @@ def load_model(
 
     ``dtype`` is ``"bfloat16"`` or ``"float32"``; ``weights`` is ``"bf16"``, or ``"int8"``: the linear layers' weights
     in 8 bits with a scale for each output, for ``bfloat16`` only; ``progress`` gets a line of text before each long
-    stage. Raises ``ConfigError`` when the model cannot be found or read, ``UnsupportedError`` when kvbits cannot run it.
+    stage. Raises ``ConfigError`` when the model cannot be found or read, ``UnsupportedError`` when kvbits cannot run
+    it.
     """
     if dtype not in _DTYPES:
         raise ConfigError(f"unknown model dtype '{dtype}'; choose from {', '.join(_DTYPES)}")
