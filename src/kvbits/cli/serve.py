@@ -106,6 +106,10 @@ def serve(
     if ray:
         if cache_file:
             raise ConfigError("--cache-file loads pages into one server; with --ray replicas take them from each other")
+        if speculative is not None:
+            raise ConfigError("--speculative-config goes with one server; --ray replicas do not guess tokens")
+        if weights != "bf16":
+            raise ConfigError(f"--weights {weights} goes with one server; --ray replicas hold bf16 weights")
         check_ray()
         from kvbits.ray.options import ReplicaOptions
 
