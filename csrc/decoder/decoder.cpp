@@ -57,10 +57,9 @@ class Tile {
   alignas(64) int32_t sums_[kRowTile * kTwoPanels];
 };
 
-// store(row, column, count, results): `count` results of a row from `column` on.
-using Store = std::function<void(int, int, int, const float*)>;
-
-// All rows times two neighbouring panels of one weight.
+// All rows times two neighbouring panels of one weight; store(row, column, count, results) takes `count` results of a
+// row from `column` on.
+template <class Store>
 void multiply_pair(const RowKernels& kernels, const Linear& linear, int pair, const Input& input, int rows,
                    const Store& store) {
   Tile tile(kernels, input);
@@ -121,13 +120,14 @@ void Linear::Free::operator()(void* p) const { std::free(p); }
 uint16_t* Input::get(int rows, int width) {
   // Products read pairs, so an odd width needs one element more at the very end.
   auto* x = reinterpret_cast<uint16_t*>(memory_.get((static_cast<size_t>(rows) * width + 1) * sizeof(uint16_t)));
-  borrow(x, width, rows, width);
+  borrow(x, width, width);
   return x;
 }
 
-void Input::borrow(const uint16_t* x, ptrdiff_t stride, int rows, int width) {
-  x_ = x, stride_ = stride, width_ = width;
-  code_stride_ = (width + 3) / 4 * 4;
+void Input::borrow(const uint16_t* x, ptrdiff_t stride, int width) { x_ = x, stride_ = stride, width_ = width; }
+
+void Input::reserve_codes(int rows) {
+  code_stride_ = (width_ + 3) / 4 * 4;
   codes_ = code_memory_.get(static_cast<size_t>(rows) * code_stride_);
   steps_ = reinterpret_cast<float*>(step_memory_.get(rows * sizeof(float)));
 }
@@ -139,8 +139,11 @@ void Input::quantize(const RowKernels& kernels, int r) {
 void apply_linear(Cpu& cpu, const Linear& linear, const uint16_t* x, ptrdiff_t stride, int rows, uint16_t* y) {
   const RowKernels& kernels = rows_for(cpu.kernels().isa);
   Input input;
-  input.borrow(x, stride, rows, linear.in());
-  if (linear.coded()) each_row(cpu.workers(), rows, [&](int r) { input.quantize(kernels, r); });
+  input.borrow(x, stride, linear.in());
+  if (linear.coded()) {
+    input.reserve_codes(rows);
+    each_row(cpu.workers(), rows, [&](int r) { input.quantize(kernels, r); });
+  }
   cpu.workers().run(linear.panel_pairs(), [&](int pair, int) {
     multiply_pair(kernels, linear, pair, input, rows, [&](int row, int column, int count, const float* products) {
       kernels.round(products, count, y + static_cast<size_t>(row) * linear.out() + column);
@@ -164,6 +167,9 @@ void Decoder::forward(Cpu& cpu, const std::vector<const Layer*>& caches, const B
   auto* heads = reinterpret_cast<uint16_t*>(heads_.get(all * width * 2));
   uint16_t* attended = attended_.get(rows, key_at);
   uint16_t* gated = gated_.get(rows, inner);
+  if (coded) {
+    for (Input* input : {&normed_, &attended_, &gated_}) input->reserve_codes(rows);
+  }
 
   const auto norm = [&](const std::vector<float>& weight) {
     each_row(workers, rows, [&](int r) {

@@ -56,8 +56,9 @@ class Input {
  public:
   // Room for `rows` rows of `width`; the elements are written by the caller.
   uint16_t* get(int rows, int width);
-  void borrow(const uint16_t* x, ptrdiff_t stride, int rows, int width);
-  // Once a row is written: its codes.
+  void borrow(const uint16_t* x, ptrdiff_t stride, int width);
+  // Room for the codes of `rows` rows, and, once a row is written, its codes.
+  void reserve_codes(int rows);
   void quantize(const RowKernels& kernels, int row);
 
   const uint16_t* row(int r) const { return x_ + r * stride_; }

@@ -35,7 +35,6 @@ struct RowKernels {
   void (*round)(const float* x, int count, uint16_t* out);
 };
 
-// Null where the instruction set has none of its own.
 const RowKernels& scalar_rows();
 const RowKernels& avx2_rows();
 const RowKernels& avx512_rows();

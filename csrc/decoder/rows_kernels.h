@@ -1,8 +1,6 @@
 // The decoder's kernels on rows, for the vector type of the simd header included before, inside its anonymous
 // namespace.
 
-constexpr int kMaxHead = 576;  // largest head size
-
 // Round to nearest even. A NaN becomes some NaN or infinity (or, for a few payloads, zero): the sampler sees the
 // others.
 inline uint16_t bf16_of_number(float x) {
@@ -146,7 +144,7 @@ void norm_any(const float* x, const float* weight, float eps, int dim, uint16_t*
 
 void rotate_any(const float* x, const float* weight, float eps, int dim, const float* cos, const float* sin, int half,
                 uint16_t* out) {
-  float normed[kMaxHead];
+  float normed[kMaxDim];
   if (weight != nullptr) {
     const float factor = 1.0f / __builtin_sqrtf(mean_square(x, dim) + eps);
     for (int i = 0; i < dim; ++i) normed[i] = x[i] * factor * weight[i];

@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "../decoder/rows.h"
+#include "../kernels.h"
 #include "../numbers.h"
 #include "../unrolled.h"
 

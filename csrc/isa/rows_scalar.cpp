@@ -1,5 +1,6 @@
 // The decoder's kernels on rows, compiled for one instruction set; see isa/scalar.cpp for why all is anonymous.
 #include "../decoder/rows.h"
+#include "../kernels.h"
 #include "../numbers.h"
 #include "../unrolled.h"
 
