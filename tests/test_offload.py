@@ -17,7 +17,7 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 from helpers.pages import extend, text
-from helpers.serving import byte_model, engine_of
+from helpers.serving import byte_model, engine_of, greedy
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -288,16 +288,7 @@ def file_limit(size: int) -> Iterator[None]:
 
 
 def run(engine: Engine, prompt: list[int], tokens: int = 6) -> tuple[list[int], int]:
-    """The greedy answer, and how much of the prompt was cached."""
-    engine.add_request(prompt, SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True))
-    found, cached = [], 0
-    while engine.has_unfinished():
-        for delta in engine.step():
-            assert delta.error is None
-            found += delta.token_ids
-            cached = delta.num_cached_tokens
-    engine.pages.check()
-    return found, cached
+    return greedy(engine, prompt, tokens)
 
 
 def prompts(count: int, length: int = 500) -> list[list[int]]:

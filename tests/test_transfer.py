@@ -9,7 +9,7 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
-from helpers.serving import byte_model, engine_of
+from helpers.serving import byte_model, engine_of, greedy
 from helpers.tiny import save as save_tiny
 from helpers.tiny import tiny_model
 from safetensors import safe_open
@@ -17,29 +17,15 @@ from typer.testing import CliRunner
 
 from kvbits import LLM, SamplingParams
 from kvbits.cli.main import app
-from kvbits.engine.engine import Engine
 from kvbits.engine.transfer import PageBundle, export_pages, import_pages
 from kvbits.errors import CacheError, ConfigError
 
 PROMPT = random.Random(3).choices(range(3, 259), k=300)
-GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
-
-
-def run(engine: Engine, prompt: list[int], salt: str = "") -> tuple[list[int], int]:
-    engine.add_request(prompt, GREEDY, salt=salt)
-    found, cached = [], 0
-    while engine.has_unfinished():
-        for delta in engine.step():
-            assert delta.error is None
-            found += delta.token_ids
-            cached = delta.num_cached_tokens
-    engine.pages.check()
-    return found, cached
 
 
 def exported(**options: object) -> tuple[PageBundle, list[int]]:
     engine = engine_of(byte_model(), **options)
-    answer, cached = run(engine, PROMPT)
+    answer, cached = greedy(engine, PROMPT)
     assert cached == 0
     return export_pages(engine, PROMPT), answer
 
@@ -54,7 +40,7 @@ def test_another_engine_goes_on_from_a_file(dtype: str, tmp_path: Path) -> None:
     assert import_pages(other, PageBundle.load(tmp_path / "pages")) == 256
     other.pages.check()
     assert other.pages.stats().sealed == 0
-    assert run(other, PROMPT) == (answer, 256)
+    assert greedy(other, PROMPT) == (answer, 256)
     # What went in comes out: byte for byte, wherever it lies now.
     again = export_pages(other, PROMPT)
     assert torch.equal(again.frames[: len(bundle.frames)], bundle.frames)
@@ -64,9 +50,9 @@ def test_a_bundle_is_found_under_its_salt_only() -> None:
     bundle, answer = exported()
     other = engine_of(byte_model())
     assert import_pages(other, bundle, salt="tenant") == 256
-    assert run(other, PROMPT) == (answer, 0)
+    assert greedy(other, PROMPT) == (answer, 0)
     assert export_pages(other, PROMPT, salt="tenant").num_tokens == 256
-    assert run(other, PROMPT, salt="tenant") == (answer, 256)
+    assert greedy(other, PROMPT, salt="tenant") == (answer, 256)
 
 
 def test_loading_beside_running_requests_takes_what_room_there_is() -> None:
@@ -82,15 +68,15 @@ def test_loading_beside_running_requests_takes_what_room_there_is() -> None:
     other.pages.check()
     while other.has_unfinished():
         other.step()
-    assert run(other, PROMPT)[0] == answer
+    assert greedy(other, PROMPT)[0] == answer
 
 
 def test_pages_come_out_of_the_offload_tier_too() -> None:
     layout = engine_of(byte_model()).pool.layout
     frames = layout.frames_of(400)
     engine = engine_of(byte_model(), kv_cache_memory=frames * layout.frame_bytes, kv_offload_size=1 << 20)
-    run(engine, PROMPT)
-    run(engine, random.Random(5).choices(range(3, 259), k=390))
+    greedy(engine, PROMPT)
+    greedy(engine, random.Random(5).choices(range(3, 259), k=390))
     assert engine.pages.stats().tier.stored > 0  # type: ignore[union-attr]
     bundle = export_pages(engine, PROMPT)
     assert bundle.num_tokens == 256
@@ -157,7 +143,7 @@ def test_four_bits_are_fewer_bytes_to_send() -> None:
     sizes = {}
     for dtype in ("bf16", "int4"):
         engine = engine_of(byte_model(num_hidden_layers=8, head_dim=64), kv_cache_dtype=dtype, kv_cache_memory=16 << 20)
-        run(engine, PROMPT)
+        greedy(engine, PROMPT)
         sizes[dtype] = export_pages(engine, PROMPT).num_bytes
     assert sizes["bf16"] / sizes["int4"] == pytest.approx(16 / 4.5, rel=0.02)
 

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from helpers.tiny import tiny_model
+from kvbits import SamplingParams
 from kvbits.config import EngineConfig
 from kvbits.engine.engine import Engine
 from kvbits.models import LoadedModel
@@ -94,3 +95,17 @@ def running(engine: Engine, **options: object) -> Iterator[Running]:
             server.should_exit = True
             thread.join(20)
             assert not thread.is_alive()
+
+
+def greedy(engine: Engine, prompt: list[int], tokens: int = 8, salt: str = "") -> tuple[list[int], int]:
+    """The greedy answer, and how much of the prompt was cached; the pages are checked afterwards."""
+    params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+    engine.add_request(prompt, params, salt=salt)
+    found, cached = [], 0
+    while engine.has_unfinished():
+        for delta in engine.step():
+            assert delta.error is None
+            found += delta.token_ids
+            cached = delta.num_cached_tokens
+    engine.pages.check()
+    return found, cached
