@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from bandwidth import read_bandwidth
@@ -56,18 +58,26 @@ class Case:
         return sealed + len(self.batch.starts) * layout.open.used_bytes
 
 
-def make_case(geometry: str, dtype: str, isa: str, batch: int, context: int, phase: str, most_bytes: int) -> Case:
+def make_case(
+    geometry: str,
+    dtype: str,
+    isa: str,
+    contexts: Sequence[int],
+    phase: str,
+    most_bytes: int,
+    threads: int | None = None,
+) -> Case:
     """Fill a pool: one page is really sealed per layer and copied to all others, so parameters are sane numbers."""
     layer = GEOMETRIES[geometry]
-    per_layer = batch * context * 2 * layer.num_kv_heads * (layer.key_dim + layer.value_dim)
+    per_layer = sum(contexts) * 2 * layer.num_kv_heads * (layer.key_dim + layer.value_dim)
     layers = max(1, min(LAYERS[geometry], most_bytes // per_layer))
-    model = ModelGeometry(geometry, (layer,) * layers, context + PAGE_TOKENS, 1)
+    model = ModelGeometry(geometry, (layer,) * layers, max(contexts) + PAGE_TOKENS, 1)
     policy = parse_policy(dtype, layers)
-    pages = context // PAGE_TOKENS
+    ends = list(accumulate(context // PAGE_TOKENS for context in contexts))
+    first_open, batch = ends[-1], len(contexts)
     layout = PoolLayout.of(model, policy)
-    frames = batch * (pages * layout.sealed.frames + layout.open.frames)
-    pool = PagedPool(model, policy, frames * layout.frame_bytes)
-    backend = CpuBackend(isa)
+    pool = PagedPool(model, policy, (first_open + batch * layout.open.frames) * layout.frame_bytes)
+    backend = CpuBackend(isa, threads)
     generator = torch.Generator().manual_seed(0)
 
     def rows(n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -78,7 +88,6 @@ def make_case(geometry: str, dtype: str, isa: str, batch: int, context: int, pha
         )
         return tuple(torch.randn(n, *shape, generator=generator).to(torch.bfloat16) for shape in shapes)  # type: ignore[return-value]
 
-    first_open = batch * pages
     opens = [
         range(first_open + s * layout.open.frames, first_open + (s + 1) * layout.open.frames) for s in range(batch)
     ]
@@ -86,11 +95,11 @@ def make_case(geometry: str, dtype: str, isa: str, batch: int, context: int, pha
     sample = rows(PAGE_TOKENS)
     for view in pool.layers:
         backend.forward(view, fill, *sample, None)
-    pool.buffer[1 : batch * pages] = pool.buffer[0]
+    pool.buffer[1:first_open] = pool.buffer[0]
     count = 1 if phase == "decode" else PREFILL_ROWS
     slices = []
-    for s in range(batch):
-        sealed = range(s * pages, (s + 1) * pages)
+    for s, (context, end) in enumerate(zip(contexts, ends, strict=True)):
+        sealed = range(end - context // PAGE_TOKENS, end)
         start = context - count - (0 if phase == "prefill" else PAGE_TOKENS // 2)
         slices.append(SequenceSlice(start, count, sealed, opens[s], opens[s]))
     return Case(pool, backend, BatchLayout.of(slices), rows(batch * count))
@@ -100,7 +109,7 @@ def measure(
     args: argparse.Namespace, geometry: str, phase: str, batch: int, context: int, bandwidth: float
 ) -> list[dict]:
     cases = {
-        (dtype, isa): make_case(geometry, dtype, isa, batch, context, phase, args.max_bytes)
+        (dtype, isa): make_case(geometry, dtype, isa, [context] * batch, phase, args.max_bytes)
         for dtype in args.dtype
         for isa in args.isa
     }

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Sequence
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 from machine import describe, machine_facts
+from matplotlib.figure import Figure
 
 Row = dict[str, Any]
+
+COLOURS = ("#3b78b8", "#2a9d6f", "#c8763a", "#8b5fbf", "#b8405e", "#5f6b7a", "#a38a2c", "#2f9aa8")
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -47,6 +53,45 @@ def write_report(
     fig.tight_layout()
     fig.savefig(target.with_suffix(".png"), dpi=120)
     plt.close(fig)
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """Where results go."""
+    parser.add_argument("--json", type=Path, metavar="F", help="the table goes beside it as .md, the picture as .png")
+    parser.add_argument("--picture", type=Path, metavar="F", help="instead of the picture beside the JSON")
+
+
+def publish(
+    title: str, tables: Mapping[str, Sequence[Row]], facts: Row, args: argparse.Namespace, figure: Figure, notes: str
+) -> None:
+    """Print the tables; write what :func:`add_output`'s options ask for. ``tables["rows"]`` is the first one."""
+    machine = machine_facts() | facts
+    settings = ", ".join(f"{key} {_cell(value)}" for key, value in facts.items())
+    parts = [f"# {title}", describe(machine), settings, notes]
+    for name, rows in tables.items():
+        parts += [table(rows)] if name == "rows" else [f"## {name.replace('_', ' ').capitalize()}", table(rows)]
+    text = "\n\n".join(parts) + "\n"
+    print(text)
+    picture = args.picture
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"machine": machine, **tables}, indent=1) + "\n")
+        args.json.with_suffix(".md").write_text(text)
+        picture = picture or args.json.with_suffix(".png")
+    if picture is not None:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(picture, dpi=130)
+
+
+def spread(name: str, values: Sequence[float], scale: float = 1.0) -> Row:
+    """Median, least and greatest of ``values`` times ``scale``."""
+    middle = statistics.median(values)
+    return {name: scale * middle, f"{name}_min": scale * min(values), f"{name}_max": scale * max(values)}
+
+
+def note(line: str) -> None:
+    """A line of progress, on stderr."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _cell(value: Any) -> str:
