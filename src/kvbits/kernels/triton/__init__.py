@@ -1,0 +1,1 @@
+"""Triton kernels for GPUs: the same page bytes as every other backend. Imported only where they are chosen."""

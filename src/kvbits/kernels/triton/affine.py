@@ -1,0 +1,124 @@
+"""Affine codes, with float16 parameters (``affine``) or in two planes of nibbles with one-byte scales (``nibbles``)."""
+
+import triton
+import triton.language as tl
+
+from kvbits.kernels.triton.choose import choose
+from kvbits.kernels.triton.numbers import from_scale8, reciprocal, to_half, to_scale8
+from kvbits.kernels.triton.planes import fill_zero, load_matrix, store_matrix
+
+
+@triton.jit
+def _param_index(FORM: tl.constexpr):
+    if FORM.per_row:
+        index = tl.arange(0, FORM.row_block)
+        return index, index < FORM.rows
+    else:
+        index = tl.arange(0, FORM.lane_block)
+        return index, index < FORM.lanes
+
+
+@triton.jit
+def _apply(codes, scale, zero, FORM: tl.constexpr):
+    if FORM.per_row:
+        return codes * scale[:, None] + zero[:, None]
+    else:
+        return codes * scale[None, :] + zero[None, :]
+
+
+@triton.jit
+def dequantize_affine(page, FORM: tl.constexpr):
+    codes = load_matrix(page, 0, FORM.bits, FORM)
+    index, inside = _param_index(FORM)
+    count: tl.constexpr = FORM.rows if FORM.per_row else FORM.lanes
+    params = (page + FORM.params_at).to(tl.pointer_type(tl.float16))
+    scale = tl.load(params + index, mask=inside, other=0.0).to(tl.float32)
+    half: tl.constexpr = 1 << (FORM.bits - 1)
+    if FORM.symmetric:
+        # keys are stored with an offset, values in two's complement
+        codes = (codes if FORM.key else codes ^ half) - half
+        zero = tl.zeros(scale.shape, tl.float32)
+    else:
+        zero = tl.load(params + count + index, mask=inside, other=0.0).to(tl.float32)
+    return _apply(codes.to(tl.float32), scale, zero, FORM)
+
+
+@triton.jit
+def dequantize_nibbles(page, FORM: tl.constexpr):
+    """Both planes, or what a draft makes of the high one."""
+    high = load_matrix(page, 0, 4, FORM)
+    index, inside = _param_index(FORM)
+    count: tl.constexpr = FORM.rows if FORM.per_row else FORM.lanes
+    scale = from_scale8(tl.load(page + FORM.params_at + index, mask=inside, other=0))
+    if FORM.symmetric:
+        zero = -128.0 * scale
+    else:
+        zeros = (page + FORM.params_at + count).to(tl.pointer_type(tl.float16))
+        zero = tl.load(zeros + index, mask=inside, other=0.0).to(tl.float32)
+    if FORM.draft:
+        return _apply(high.to(tl.float32), 16.0 * scale, zero + 7.5 * scale, FORM)
+    else:
+        low = load_matrix(page, FORM.second_at, 4, FORM)
+        return _apply((16 * high + low).to(tl.float32), scale, zero, FORM)
+
+
+@triton.jit
+def extent(x, clip, FORM: tl.constexpr):
+    """Least and largest of every group of ``x``, moved towards their middle where there is a ``clip``."""
+    axis: tl.constexpr = 1 if FORM.per_row else 0
+    if FORM.per_row:
+        inside = (tl.arange(0, FORM.lane_block) < FORM.lanes)[None, :]
+    else:
+        inside = (tl.arange(0, FORM.row_block) < FORM.rows)[:, None]
+    low = tl.min(tl.where(inside, x, float("inf")), axis)
+    high = tl.max(tl.where(inside, x, float("-inf")), axis)
+    if clip is not None:
+        share = tl.load(clip)
+        middle = (low + high) * 0.5
+        reach = (high - low) * 0.5 * share
+        low = tl.where(share == 1.0, low, middle - reach)
+        high = tl.where(share == 1.0, high, middle + reach)
+    return low, high
+
+
+@triton.jit
+def quantize_affine(x, page, clip, feedback, order, rank, FORM: tl.constexpr):
+    """``affine`` and ``nibbles`` pages from ``x`` ``float32 [row_block, lane_block]``."""
+    index, inside = _param_index(FORM)
+    count: tl.constexpr = FORM.rows if FORM.per_row else FORM.lanes
+    nibbles: tl.constexpr = FORM.kind == "nibbles"
+    half: tl.constexpr = 1 << (FORM.bits - 1)
+    if FORM.symmetric:
+        zero = tl.zeros([FORM.row_block if FORM.per_row else FORM.lane_block], tl.float32)
+        reach = tl.math.div_rn(tl.max(tl.abs(x), 1 if FORM.per_row else 0), half - 1.0)
+    else:
+        low, high = extent(x, clip, FORM)
+        zero = to_half(low).to(tl.float32)
+        reach = tl.math.div_rn(high - zero, 2.0 * half - 1.0)
+    if nibbles:
+        byte = to_scale8(reach, True)
+        scale = from_scale8(byte)
+        tl.store(page + FORM.params_at + index, byte.to(tl.uint8), mask=inside)
+        at: tl.constexpr = FORM.params_at + count
+    else:
+        stored = to_half(reach)
+        scale = stored.to(tl.float32)
+        tl.store((page + FORM.params_at).to(tl.pointer_type(tl.float16)) + index, stored, mask=inside)
+        at: tl.constexpr = FORM.params_at + 2 * count
+    if not FORM.symmetric:
+        tl.store((page + at).to(tl.pointer_type(tl.float16)) + index, to_half(zero), mask=inside)
+    end: tl.constexpr = at + (0 if FORM.symmetric else 2 * count)
+    least: tl.constexpr = 1.0 - half if FORM.symmetric else 0.0
+    most: tl.constexpr = half - 1.0 if FORM.symmetric else 2.0 * half - 1.0
+    codes = choose(x, scale, zero, reciprocal(scale), least, most, feedback, order, rank, FORM).to(tl.int32)
+    if nibbles:
+        codes += half if FORM.symmetric else 0
+        plane: tl.constexpr = FORM.rows * FORM.lanes // 2
+        store_matrix(page, codes >> 4, 0, 4, FORM)
+        fill_zero(page, end, FORM.second_at)
+        store_matrix(page, codes, FORM.second_at, 4, FORM)
+        fill_zero(page, FORM.second_at + plane, FORM.bytes)
+    else:
+        codes += half if FORM.symmetric and FORM.key else 0
+        store_matrix(page, codes, 0, FORM.bits, FORM)
+        fill_zero(page, end, FORM.bytes)

@@ -1,0 +1,115 @@
+"""The attention kernels: decode in splits of pages that are merged, prefill tile by tile."""
+
+import triton
+import triton.language as tl
+
+from kvbits.config import PAGE_TOKENS
+from kvbits.kernels.base import SPLIT_PAGES
+from kvbits.kernels.triton.softmax import finish
+from kvbits.kernels.triton.tile import attend_own, attend_sealed, load_query, oldest_page, tile_rows
+
+_TOKENS = tl.constexpr(PAGE_TOKENS)
+_SPLIT = tl.constexpr(SPLIT_PAGES)
+
+
+@triton.jit
+def decode_splits(query, key, value, cache, tiles, starts, first_rows, sealed, head_frames, sink_frames, partial,
+                  SHAPE: tl.constexpr, SEALED: tl.constexpr, OPEN: tl.constexpr, SINK: tl.constexpr,
+                  M: tl.constexpr):  # fmt: skip
+    """Grid ``(tiles, kv_heads, slots)``: slot 0 is the tile's own page, slot ``i + 1`` the ``i``-th split of pages.
+
+    ``query``, ``key``, ``value``: (pointer, stride of a row, stride of a head); ``cache`` as for
+    :func:`~kvbits.kernels.triton.tile.attend_sealed`; ``tiles`` ``int32 [tiles, 4]``: sequence, first row, queries,
+    position of the first; ``sealed``: (``int32`` pointer, stride of a sequence); ``head_frames``, ``sink_frames``
+    ``int32 [sequences]``.
+    ``partial``: pointers to ``float32 [tiles, kv_heads, slots, M, value_block]`` (sums), ``[..., M]`` (maxima) and
+    ``[..., M]`` (weights).
+    """
+    index, head, slot = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    sequence, first, count, positions, rows, heads, valid = tile_rows(tiles, index, head, SHAPE, M)
+    page = first // _TOKENS
+    q = load_query(query, rows, heads, valid, tl.arange(0, SHAPE.key_block), SHAPE)
+    most = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, SHAPE.value_block], tl.float32)
+    if slot == 0:
+        frame = tl.load(head_frames + sequence).to(tl.int64)
+        open_block = cache[0] + frame * cache[1] + cache[3] + head * OPEN.bytes
+        start, first_row = tl.load(starts + sequence), tl.load(first_rows + sequence)
+        most, total, acc = attend_own(
+            q, key, value, valid, positions, open_block, head, page, start, first_row, first + count, most, total, acc,
+            SHAPE, OPEN,
+        )  # fmt: skip
+    else:
+        low = tl.maximum((slot - 1) * _SPLIT, oldest_page(first, SHAPE))
+        high = tl.minimum(slot * _SPLIT, page)
+        if low < high:
+            most, total, acc = attend_sealed(
+                q, query, rows, heads, valid, positions, cache, head, sealed[0] + sequence * sealed[1],
+                sink_frames + sequence, low, high, most, total, acc, SHAPE, SEALED, SINK,
+            )  # fmt: skip
+    m = tl.arange(0, M)
+    place = ((index * SHAPE.kv_heads + head) * tl.num_programs(2) + slot).to(tl.int64) * M + m
+    tl.store(partial[1] + place, most)
+    tl.store(partial[2] + place, total)
+    channel = tl.arange(0, SHAPE.value_block)
+    tl.store(partial[0] + place[:, None] * SHAPE.value_block + channel[None, :], acc)
+
+
+@triton.jit
+def merge_splits(partial, tiles, sinks, out, slots, SHAPE: tl.constexpr, M: tl.constexpr):
+    """Grid ``(tiles, kv_heads)``: the slots of :func:`decode_splits` in order, then the result.
+
+    ``out``: (pointer, stride of a row, stride of a head).
+    """
+    index, head = tl.program_id(0), tl.program_id(1)
+    _, _, _, _, rows, heads, valid = tile_rows(tiles, index, head, SHAPE, M)
+    m, channel = tl.arange(0, M), tl.arange(0, SHAPE.value_block)
+    most = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, SHAPE.value_block], tl.float32)
+    for slot in range(slots):
+        place = ((index * SHAPE.kv_heads + head) * slots + slot).to(tl.int64) * M + m
+        peak = tl.maximum(most, tl.load(partial[1] + place))
+        base = tl.where(peak == float("-inf"), 0.0, peak)
+        fade, weight = tl.exp2(most - base), tl.exp2(tl.load(partial[1] + place) - base)
+        total = total * fade + tl.load(partial[2] + place) * weight
+        part = tl.load(partial[0] + place[:, None] * SHAPE.value_block + channel[None, :])
+        acc = acc * fade[:, None] + part * weight[:, None]
+        most = peak
+    _store(finish(most, total, acc, sinks, heads, SHAPE), out, rows, heads, valid, SHAPE)
+
+
+@triton.jit
+def prefill_tiles(query, key, value, cache, tiles, starts, first_rows, sealed, head_frames, sink_frames, sinks, out,
+                  SHAPE: tl.constexpr, SEALED: tl.constexpr, OPEN: tl.constexpr, SINK: tl.constexpr,
+                  M: tl.constexpr):  # fmt: skip
+    """Grid ``(tiles, kv_heads)``: sealed pages, then the tile's own, and the result. Arguments as above."""
+    index, head = tl.program_id(0), tl.program_id(1)
+    sequence, first, count, positions, rows, heads, valid = tile_rows(tiles, index, head, SHAPE, M)
+    page = first // _TOKENS
+    q = load_query(query, rows, heads, valid, tl.arange(0, SHAPE.key_block), SHAPE)
+    most = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, SHAPE.value_block], tl.float32)
+    most, total, acc = attend_sealed(
+        q, query, rows, heads, valid, positions, cache, head, sealed[0] + sequence * sealed[1],
+        sink_frames + sequence, oldest_page(first, SHAPE), page, most, total, acc,
+        SHAPE, SEALED, SINK,
+    )  # fmt: skip
+    frame = tl.load(head_frames + sequence).to(tl.int64)
+    open_block = cache[0] + frame * cache[1] + cache[3] + head * OPEN.bytes
+    start, first_row = tl.load(starts + sequence), tl.load(first_rows + sequence)
+    most, total, acc = attend_own(
+        q, key, value, valid, positions, open_block, head, page, start, first_row, first + count, most, total, acc,
+        SHAPE, OPEN,
+    )  # fmt: skip
+    _store(finish(most, total, acc, sinks, heads, SHAPE), out, rows, heads, valid, SHAPE)
+
+
+@triton.jit
+def _store(result, out, rows, heads, valid, SHAPE: tl.constexpr):
+    channel = tl.arange(0, SHAPE.value_block)
+    target = out[0] + (rows.to(tl.int64) * out[1] + heads * out[2])[:, None] + channel[None, :]
+    mask = valid[:, None] & (channel < SHAPE.value_dim)[None, :]
+    tl.store(target, result.to(out[0].dtype.element_ty), mask=mask)

@@ -1,0 +1,91 @@
+"""The Triton backend: seal, attend, append, in this order, so that the open page is read before it is written."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton import knobs
+
+from kvbits.codecs import Scheme
+from kvbits.config import LayerGeometry
+from kvbits.errors import ConfigError
+from kvbits.kernels.base import Backend, BatchLayout
+from kvbits.kernels.triton.form import block_of, refusal, shape_of
+from kvbits.kernels.triton.launch import LayerKernels, Sides, append, decode, prefill, rounding_of, seal
+from kvbits.kernels.triton.tables import StepTables, Tiles, step_tables, step_tiles
+from kvbits.pool import LayerView
+
+
+class TritonBackend(Backend):
+    """Kernels for NVIDIA, AMD and Intel GPUs; on the CPU in Triton's interpreter only, which is for tests.
+
+    Pages are byte for byte those of the other backends. Numbers: float32 rows are multiplied in float32, bfloat16 rows
+    with keys, values and softmax weights rounded to bfloat16, both added in float32. Raises ``ConfigError`` for a
+    ``device`` that Triton has no kernels for.
+    """
+
+    name = "triton"
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        if self.device.type not in ("cuda", "xpu") and not knobs.runtime.interpret:
+            raise ConfigError(
+                f"the backend 'triton' needs a GPU; the device is '{self.device}'. Choose the backend 'cpu', or a "
+                "device such as 'cuda'"
+            )
+        self._layers: dict[tuple[int, bool], LayerKernels] = {}
+        self._batch: BatchLayout | None = None
+        self._tables: dict[bool, StepTables] = {}
+        self._tiles: dict[int, tuple[Tiles, Tiles]] = {}
+
+    def supports(self, scheme: Scheme, layer: LayerGeometry) -> str | None:
+        return refusal(scheme, layer)
+
+    def forward(
+        self, view: LayerView, batch: BatchLayout, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None
+    ) -> Tensor:
+        layer, rows = view.geometry, batch.num_rows
+        assert query.shape == (rows, layer.num_heads, layer.key_dim), (query.shape, rows, layer)
+        assert key.shape == (rows, layer.num_kv_heads, layer.key_dim), (key.shape, rows, layer)
+        assert value.shape == (rows, layer.num_kv_heads, layer.value_dim), (value.shape, rows, layer)
+        assert query.dtype == key.dtype == value.dtype
+        assert query.dtype in (torch.bfloat16, torch.float32), query.dtype
+        assert query.device == view.buffer.device, (query.device, view.buffer.device)
+        sides = Sides(_rows(query), _rows(key.to(torch.bfloat16)), _rows(value.to(torch.bfloat16)))
+        kernels = self._kernels(view, batch.draft)
+        tables, (few, many) = self._step(view, batch)
+        out = query.new_empty(rows, layer.num_heads, layer.value_dim)
+        seal(kernels, tables, sides)
+        decode(kernels, tables, few, sides, sinks, out)
+        prefill(kernels, tables, many, sides, sinks, out)
+        append(kernels, tables, sides)
+        return out
+
+    def _kernels(self, view: LayerView, draft: bool) -> LayerKernels:
+        known = self._layers.get((view.index, draft))
+        if known is None or known.view is not view:
+            layer = view.geometry
+            sealed = block_of(view.sealed.scheme, layer, draft)
+            sink = None if view.sink is None else block_of(view.sink.scheme, layer, draft)
+            shape = shape_of(layer, sealed, *([] if sink is None else [sink]))
+            opened = block_of(view.open.scheme, layer)
+            known = LayerKernels(view, shape, sealed, opened, sink, *rounding_of(view.rounding, view.buffer.device))
+            self._layers[view.index, draft] = known
+        return known
+
+    def _step(self, view: LayerView, batch: BatchLayout) -> tuple[StepTables, tuple[Tiles, Tiles]]:
+        """The step's tables, made once for all layers that can share them."""
+        if self._batch is not batch:
+            self._batch = batch
+            self._tables.clear()
+            self._tiles.clear()
+        device, apart, group = view.buffer.device, view.sink is not None, view.geometry.group_size
+        if apart not in self._tables:
+            self._tables[apart] = step_tables(batch, apart, device)
+        if group not in self._tiles:
+            self._tiles[group] = step_tiles(batch, group, device)
+        return self._tables[apart], self._tiles[group]
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()

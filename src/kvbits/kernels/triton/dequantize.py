@@ -1,0 +1,34 @@
+"""What a sealed page means: the one place where attention meets the codecs."""
+
+import triton
+import triton.language as tl
+
+from kvbits.kernels.triton.affine import dequantize_affine, dequantize_nibbles
+from kvbits.kernels.triton.blocks import dequantize_blocks
+from kvbits.kernels.triton.codebook import dequantize_codebook
+from kvbits.kernels.triton.float8 import dequantize_float8
+from kvbits.kernels.triton.mixed import dequantize_mixed
+from kvbits.kernels.triton.raw import dequantize_raw
+
+
+@triton.jit
+def dequantize(page, FORM: tl.constexpr):
+    """``float32 [row_block, lane_block]`` from the bytes at ``page``; keys ``[channels, 64]``, values ``[64, channels]``.
+
+    Codebook pages come rotated and without their centers, mixed ones in the page's own order of channels.
+    """
+    if FORM.kind == "raw":
+        return dequantize_raw(page, FORM)
+    elif FORM.kind == "affine":
+        return dequantize_affine(page, FORM)
+    elif FORM.kind == "nibbles":
+        return dequantize_nibbles(page, FORM)
+    elif FORM.kind == "float8":
+        return dequantize_float8(page, FORM)
+    elif FORM.kind == "codebook":
+        return dequantize_codebook(page, FORM)
+    elif FORM.kind == "mixed":
+        return dequantize_mixed(page, FORM)
+    else:
+        tl.static_assert(FORM.kind == "blocks")
+        return dequantize_blocks(page, FORM)

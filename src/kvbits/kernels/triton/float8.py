@@ -1,0 +1,25 @@
+"""Pages of 8-bit floats with one scale (:mod:`kvbits.codecs.float8`), by bits: the formats of devices differ."""
+
+import triton
+import triton.language as tl
+
+from kvbits.kernels.triton.numbers import clamp, from_float8, to_float8
+from kvbits.kernels.triton.planes import fill_zero, load_matrix, store_matrix
+
+
+@triton.jit
+def dequantize_float8(page, FORM: tl.constexpr):
+    scale = tl.load((page + FORM.params_at).to(tl.pointer_type(tl.float32)))
+    return from_float8(load_matrix(page, 0, 8, FORM), FORM.bits) * scale
+
+
+@triton.jit
+def quantize_float8(x, page, FORM: tl.constexpr):
+    largest: tl.constexpr = 448.0 if FORM.bits == 3 else 57344.0
+    scale = tl.math.div_rn(tl.max(tl.max(tl.abs(x), 1), 0), largest)
+    # 2**-126: the reciprocal of less would overflow
+    usable = scale > 1.1754943508222875e-38
+    inverse = tl.where(usable, tl.math.div_rn(1.0, tl.where(usable, scale, 1.0)), 0.0)
+    store_matrix(page, to_float8(clamp(x * inverse, -largest, largest), FORM.bits), 0, 8, FORM)
+    tl.store((page + FORM.params_at).to(tl.pointer_type(tl.float32)), scale)
+    fill_zero(page, FORM.params_at + 4, FORM.bytes)

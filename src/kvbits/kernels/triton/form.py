@@ -1,0 +1,201 @@
+"""What the kernels know at compile time: how a page is coded and what a layer looks like, as plain numbers.
+
+Every derived size is a field and not a property: Triton tells compiled kernels apart by what such an object prints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from kvbits.codecs import Codec, Scheme, Side
+from kvbits.codecs.affine import Affine
+from kvbits.codecs.blocks import BLOCK, Blocks
+from kvbits.codecs.codebook import Codebook
+from kvbits.codecs.float8 import Float8
+from kvbits.codecs.hadamard import block_size
+from kvbits.codecs.mixed import Mixed
+from kvbits.codecs.nibbles import Nibbles
+from kvbits.codecs.raw import Raw
+from kvbits.config import PAGE_TOKENS, LayerGeometry, align
+
+MAX_DIM = 256
+"""The largest head size whose page fits the registers of one program."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """One head's page of keys (``[dim, 64]``: channels are rows) or values (``[64, dim]``: tokens are rows).
+
+    ``row_block``, ``lane_block``: the sizes padded to powers of two. ``params_at``: byte of the first parameter;
+    ``per_row``: parameters belong to rows and not to lanes. ``second_at``: byte of the second part of a page (low
+    nibbles; a mixed page's narrow channels, whose wide ones are the ``first`` ones stored, from byte ``first_at``).
+    ``stride``: lanes that lie side by side. ``rotate``: channels that are rotated together, 0 for none. ``inner``: the
+    form of each block of channels, where values have several.
+    """
+
+    kind: str
+    key: bool
+    dim: int
+    dim_block: int
+    rows: int
+    lanes: int
+    row_block: int
+    lane_block: int
+    stride: int
+    bytes: int
+    bits: int
+    params_at: int
+    per_row: bool = False
+    symmetric: bool = False
+    centered: bool = False
+    rotate: int = 0
+    rotate_steps: int = 0
+    low_bits: int = 0
+    first: int = 0
+    first_at: int = 0
+    second_at: int = 0
+    draft: bool = False
+    inner: Form | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """One head's block of a layer in a frame: its keys, and its values ``values_at`` bytes later."""
+
+    key: Form
+    value: Form
+    bytes: int
+    values_at: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A layer. ``window`` and ``softcap`` are 0 where there is none; ``dim_block`` are powers of two."""
+
+    kv_heads: int
+    group: int
+    key_dim: int
+    value_dim: int
+    key_block: int
+    value_block: int
+    scale: float
+    window: int
+    softcap: float
+    sinks: bool
+    rotated_keys: bool
+    key_rotate: int
+    key_rotate_steps: int
+
+
+def form_of(codec: Codec, dim: int, side: Side, draft: bool = False) -> Form | None:
+    """``None`` for a codec that these kernels do not know."""
+    key, block = side == "key", _power(dim)
+    rows, lanes = (dim, PAGE_TOKENS) if key else (PAGE_TOKENS, dim)
+    row_block, lane_block = (block, PAGE_TOKENS) if key else (PAGE_TOKENS, block)
+    plain = Form("raw", key, dim, block, rows, lanes, row_block, lane_block, lanes, codec.page_bytes(dim), 16, 0)
+    codes = PAGE_TOKENS * dim // 8
+    if isinstance(codec, Raw):
+        return plain
+    if isinstance(codec, Affine):
+        per_row = (codec.per == "channel") == key
+        bits = codec.bits
+        return replace(
+            plain, kind="affine", bits=bits, params_at=codes * bits, per_row=per_row, symmetric=codec.symmetric
+        )
+    if isinstance(codec, Nibbles):
+        return replace(
+            plain,
+            kind="nibbles",
+            bits=8,
+            params_at=codes * 4,
+            per_row=(codec.per == "channel") == key,
+            symmetric=codec.symmetric,
+            second_at=codec.draft_bytes(dim),
+            draft=draft,
+        )
+    if isinstance(codec, Float8):
+        return replace(plain, kind="float8", bits=codec.mantissa, params_at=codes * 8)
+    if isinstance(codec, Codebook):
+        return replace(
+            plain,
+            kind="codebook",
+            bits=codec.bits,
+            params_at=codes * codec.bits,
+            per_row=not key,
+            centered=codec.centered,
+            rotate=block_size(dim),
+            rotate_steps=block_size(dim).bit_length() - 1,
+        )
+    if isinstance(codec, Mixed) and key:
+        wide = Affine(codec.name, codec.high, per="channel").page_bytes(dim // 4)
+        return replace(
+            plain,
+            kind="mixed",
+            bits=codec.high,
+            low_bits=codec.low,
+            per_row=True,
+            first=dim // 4,
+            first_at=align(dim),
+            second_at=align(dim) + wide,
+        )
+    if isinstance(codec, Blocks) and not key:
+        return replace(
+            plain,
+            kind="blocks",
+            bits=codec.bits,
+            stride=BLOCK,
+            per_row=True,
+            params_at=PAGE_TOKENS * BLOCK * codec.bits // 8,
+            bytes=codec.page_bytes(dim) * BLOCK // dim,
+            inner=form_of(Affine(codec.name, codec.bits), BLOCK, side),
+        )
+    return None
+
+
+def block_of(scheme: Scheme, layer: LayerGeometry, draft: bool = False) -> Block:
+    """The block of a layer that :func:`refusal` has let through."""
+    key = form_of(scheme.key, layer.key_dim, "key", draft)
+    value = form_of(scheme.value, layer.value_dim, "value", draft)
+    assert key is not None, scheme.key
+    assert value is not None, scheme.value
+    return Block(key, value, scheme.head_bytes(layer), align(scheme.key.page_bytes(layer.key_dim)))
+
+
+def shape_of(layer: LayerGeometry, *blocks: Block) -> Shape:
+    """``blocks``: those of the sealed pages, the first page's included."""
+    rotate = max(block.key.rotate for block in blocks)
+    return Shape(
+        kv_heads=layer.num_kv_heads,
+        group=layer.group_size,
+        key_dim=layer.key_dim,
+        value_dim=layer.value_dim,
+        key_block=_power(layer.key_dim),
+        value_block=_power(layer.value_dim),
+        scale=layer.scale,
+        window=layer.window or 0,
+        softcap=layer.softcap or 0.0,
+        sinks=layer.sinks,
+        rotated_keys=rotate > 0,
+        key_rotate=rotate,
+        key_rotate_steps=max(rotate.bit_length() - 1, 0),
+    )
+
+
+def refusal(scheme: Scheme, layer: LayerGeometry) -> str | None:
+    """``None``, or the reason why the kernels cannot run ``layer`` stored as ``scheme``."""
+    largest = max(layer.key_dim, layer.value_dim)
+    if largest > MAX_DIM:
+        return f"head size {largest} is over {MAX_DIM}, the largest of the Triton kernels"
+    reason = scheme.supports(layer)
+    if reason:
+        return reason
+    if form_of(scheme.key, layer.key_dim, "key") is None:
+        return f"the Triton kernels have no keys coded as '{scheme.key.name}'"
+    if form_of(scheme.value, layer.value_dim, "value") is None:
+        return f"the Triton kernels have no values coded as '{scheme.value.name}'"
+    return None
+
+
+def _power(size: int) -> int:
+    """The least power of two that is not below ``size``; at least 16, the least that tensor cores multiply."""
+    return max(16, 1 << (size - 1).bit_length())

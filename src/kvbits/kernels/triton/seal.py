@@ -1,0 +1,65 @@
+"""Full pages become codes: one program for each page and head, for keys and for values."""
+
+import triton
+import triton.language as tl
+
+from kvbits.kernels.triton.affine import quantize_affine
+from kvbits.kernels.triton.codebook import quantize_codebook
+from kvbits.kernels.triton.float8 import quantize_float8
+from kvbits.kernels.triton.mixed import by_reach, quantize_mixed
+from kvbits.kernels.triton.own import load_own
+from kvbits.kernels.triton.raw import quantize_raw
+
+
+@triton.jit
+def seal_pages(rows, cache, pages, starts, first_rows, open_frames, sealed_frames, rounding,
+               FORM: tl.constexpr):  # fmt: skip
+    """Grid ``(pages, kv_heads)``.
+
+    ``rows``: the step's keys or values, ``bfloat16`` (pointer, stride of a row, stride of a head). ``cache``: (bytes,
+    bytes of a frame, of the open page's head and the sealed page's head: byte in the frame and bytes of a head).
+    ``pages`` ``int32 [pages, 2]``: sequence and page; ``starts``, ``first_rows``, ``open_frames`` ``int32
+    [sequences]``; ``sealed_frames``: (``int32`` pointer, stride of a sequence). ``rounding``: (clip, feedback, order, rank), each ``None`` or a pointer.
+    """
+    item, head = tl.program_id(0), tl.program_id(1)
+    sequence = tl.load(pages + 2 * item)
+    page = tl.load(pages + 2 * item + 1)
+    start, first_row = tl.load(starts + sequence), tl.load(first_rows + sequence)
+    open_frame = tl.load(open_frames + sequence).to(tl.int64)
+    frame = tl.load(sealed_frames[0] + sequence * sealed_frames[1] + page).to(tl.int64)
+    open_page = cache[0] + open_frame * cache[1] + cache[2] + head * cache[3]
+    target = cache[0] + frame * cache[1] + cache[4] + head * cache[5]
+    clip, feedback, order, rank = rounding
+    if clip is not None:
+        clip = clip + head
+    if feedback is not None:
+        feedback = feedback + head * FORM.dim * FORM.dim
+    if order is not None:
+        order = order + head * FORM.dim
+        rank = rank + head * FORM.dim
+    end = (page + 1) * 64
+    channels = tl.arange(0, FORM.dim_block)
+    x = load_own(rows, open_page, head, page, start, first_row, end, channels, FORM.key, FORM.dim).to(tl.float32)
+    if FORM.kind == "raw":
+        quantize_raw(x, target, FORM)
+    elif FORM.kind == "float8":
+        quantize_float8(x, target, FORM)
+    elif FORM.kind == "codebook":
+        quantize_codebook(x, target, clip, feedback, order, rank, FORM)
+    elif FORM.kind == "mixed":
+        if order is None:
+            channels = by_reach(x, FORM)
+        else:
+            channels = tl.load(order + channels, mask=channels < FORM.dim, other=FORM.dim)
+        stored = tl.where(tl.arange(0, FORM.dim_block) < FORM.dim, channels, FORM.dim)
+        x = load_own(rows, open_page, head, page, start, first_row, end, stored, FORM.key, FORM.dim).to(tl.float32)
+        quantize_mixed(x, channels, target, FORM)
+    elif FORM.kind == "blocks":
+        inner: tl.constexpr = FORM.inner
+        for block in range(FORM.dim // FORM.stride):
+            channels = block * FORM.stride + tl.arange(0, FORM.stride)
+            part = load_own(rows, open_page, head, page, start, first_row, end, channels, FORM.key, FORM.dim)
+            quantize_affine(part.to(tl.float32), target + block * FORM.bytes, None, None, None, None, inner)
+    else:
+        tl.static_assert(FORM.kind == "affine" or FORM.kind == "nibbles")
+        quantize_affine(x, target, clip, feedback, order, rank, FORM)

@@ -1,0 +1,50 @@
+"""One block of keys and values at a time, with the running maximum and sum of the softmax; logarithms to base 2."""
+
+import triton
+import triton.language as tl
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def product(a, b):
+    """``a @ b`` in float32: exact products for ``float32`` rows, else ``b`` rounded to the type of ``a``."""
+    if a.dtype == tl.float32:
+        return tl.dot(a, b.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(a, b.to(a.dtype))
+
+
+@triton.jit
+def logits(scores, SHAPE: tl.constexpr):
+    """Scaled and capped products of queries and keys, to base 2."""
+    scores = scores * SHAPE.scale
+    if SHAPE.softcap > 0:
+        # tanh by one exponential; where that overflows the quotient is 0
+        scores = SHAPE.softcap * (1.0 - 2.0 / (tl.exp(scores * (2.0 / SHAPE.softcap)) + 1.0))
+    return scores * _LOG2E
+
+
+@triton.jit
+def accumulate(scores, visible, values, most, total, acc, DOT: tl.constexpr):
+    """Take in a block: ``scores`` ``[m, 64]``, ``values`` ``[64, dim]``; returns the new state."""
+    scores = tl.where(visible, scores, float("-inf"))
+    peak = tl.maximum(most, tl.max(scores, 1))
+    # rows that have seen nothing yet have no maximum to subtract
+    base = tl.where(peak == float("-inf"), 0.0, peak)
+    weights = tl.exp2(scores - base[:, None])
+    fade = tl.exp2(most - base)
+    total = total * fade + tl.sum(weights, 1)
+    acc = acc * fade[:, None] + product(weights.to(DOT), values)
+    return peak, total, acc
+
+
+@triton.jit
+def finish(most, total, acc, sinks, heads, SHAPE: tl.constexpr):
+    """The weighted mean; ``sinks`` are logits of query heads that take weight and bring no value."""
+    if SHAPE.sinks:
+        sink = tl.load(sinks + heads) * _LOG2E
+        peak = tl.maximum(most, sink)
+        total = total * tl.exp2(most - peak) + tl.exp2(sink - peak)
+        acc = acc * tl.exp2(most - peak)[:, None]
+    return acc / total[:, None]

@@ -1,0 +1,132 @@
+"""A tile: some queries of one sequence, all in one page, times the query heads that share a KV head."""
+
+import triton
+import triton.language as tl
+
+from kvbits.config import PAGE_TOKENS
+from kvbits.kernels.triton.codebook import centers
+from kvbits.kernels.triton.dequantize import dequantize
+from kvbits.kernels.triton.hadamard import rotate
+from kvbits.kernels.triton.mixed import stored_channels
+from kvbits.kernels.triton.own import load_own
+from kvbits.kernels.triton.softmax import accumulate, logits, product
+
+_TOKENS = tl.constexpr(PAGE_TOKENS)
+
+
+@triton.jit
+def tile_rows(tiles, index, head, SHAPE: tl.constexpr, M: tl.constexpr):
+    """Sequence, first query's position, number of queries; and of the ``M`` rows: position, row, query head, validity."""
+    sequence = tl.load(tiles + 4 * index)
+    first_row = tl.load(tiles + 4 * index + 1)
+    count = tl.load(tiles + 4 * index + 2)
+    first = tl.load(tiles + 4 * index + 3)
+    m = tl.arange(0, M)
+    query = m // SHAPE.group
+    valid = query < count
+    return sequence, first, count, first + query, first_row + query, head * SHAPE.group + m % SHAPE.group, valid
+
+
+@triton.jit
+def load_query(query, rows, heads, valid, channel, SHAPE: tl.constexpr):
+    """``[m, channels]`` in the query's type; ``query``: (pointer, stride of a row, stride of a head)."""
+    mask = valid[:, None] & (channel < SHAPE.key_dim)[None, :]
+    offset = (rows.to(tl.int64) * query[1] + heads * query[2])[:, None] + channel[None, :]
+    return tl.load(query[0] + offset, mask=mask, other=0.0)
+
+
+@triton.jit
+def oldest_page(first, SHAPE: tl.constexpr):
+    """The first page that a query at ``first``, or a later one, sees anything of."""
+    if SHAPE.window > 0:
+        return tl.maximum(first - SHAPE.window + 1, 0) // _TOKENS
+    else:
+        return 0
+
+
+@triton.jit
+def _visible(positions, page, valid, SHAPE: tl.constexpr):
+    distance = positions[:, None] - (tl.arange(0, _TOKENS) + page * _TOKENS)[None, :]
+    visible = valid[:, None] & (distance >= 0)
+    if SHAPE.window > 0:
+        visible = visible & (distance < SHAPE.window)
+    return visible
+
+
+@triton.jit
+def _scores(q, rotated, page, query, rows, heads, valid, SHAPE: tl.constexpr, FORM: tl.constexpr):
+    """Products ``[m, 64]`` with the keys of the page at ``page``."""
+    keys = dequantize(page, FORM)
+    if FORM.kind == "mixed":
+        # the page's order of channels, for the query too
+        channel = stored_channels(page, FORM)
+        stored = tl.where(tl.arange(0, FORM.dim_block) < FORM.dim, channel, FORM.dim)
+        return product(load_query(query, rows, heads, valid, stored, SHAPE), keys)
+    elif FORM.kind == "codebook":
+        scores = product(rotated, keys)
+        if FORM.centered:
+            center = centers(page, FORM)
+            scores += tl.sum(q.to(tl.float32) * center[None, :], 1)[:, None]
+        return scores
+    else:
+        return product(q, keys)
+
+
+@triton.jit
+def visit_sealed(q, rotated, query, rows, heads, valid, positions, page, block, most, total, acc,
+                 SHAPE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Take in one sealed page, whose head's block begins at the byte pointer ``block``."""
+    KEY: tl.constexpr = BLOCK.key
+    VALUE: tl.constexpr = BLOCK.value
+    scores = _scores(q, rotated, block, query, rows, heads, valid, SHAPE, KEY)
+    visible = _visible(positions, page, valid, SHAPE)
+    values = dequantize(block + BLOCK.values_at, VALUE)
+    return accumulate(logits(scores, SHAPE), visible, values, most, total, acc, q.dtype)
+
+
+@triton.jit
+def attend_sealed(q, query, rows, heads, valid, positions, cache, head, sealed_row, sink_row, low, high,
+                  most, total, acc, SHAPE: tl.constexpr, SEALED: tl.constexpr, SINK: tl.constexpr):  # fmt: skip
+    """Take in the sealed pages ``low`` to ``high - 1``; ``SINK`` is the first page's form where it has its own.
+
+    ``cache``: (bytes, bytes of a frame, bytes of the sealed, the open and the first page in their frames);
+    ``sealed_row``: the sequence's frames, ``sink_row``: that of its first page. ``acc`` is 0 and goes unrotated.
+    """
+    rotated = q
+    if SHAPE.rotated_keys:
+        rotated = rotate(q.to(tl.float32), False, SHAPE.key_rotate, SHAPE.key_rotate_steps).to(q.dtype)
+    if SINK is not None:
+        if (low == 0) & (high > 0):
+            frame = tl.load(sink_row).to(tl.int64)
+            block = cache[0] + frame * cache[1] + cache[4] + head * SINK.bytes
+            most, total, acc = visit_sealed(
+                q, rotated, query, rows, heads, valid, positions, 0, block, most, total, acc, SHAPE, SINK
+            )
+            if SINK.value.rotate > 0:
+                acc = rotate(acc, False, SINK.value.rotate, SINK.value.rotate_steps)
+        low = tl.maximum(low, 1)
+        if SEALED.value.rotate > 0:
+            acc = rotate(acc, False, SEALED.value.rotate, SEALED.value.rotate_steps)
+    for page in range(low, high):
+        frame = tl.load(sealed_row + page).to(tl.int64)
+        block = cache[0] + frame * cache[1] + cache[2] + head * SEALED.bytes
+        most, total, acc = visit_sealed(
+            q, rotated, query, rows, heads, valid, positions, page, block, most, total, acc, SHAPE, SEALED
+        )
+    if SEALED.value.rotate > 0:
+        acc = rotate(acc, False, SEALED.value.rotate, SEALED.value.rotate_steps)
+    return most, total, acc
+
+
+@triton.jit
+def attend_own(q, key, value, valid, positions, open_block, head, page, start, first_row, end, most, total, acc,
+               SHAPE: tl.constexpr, OPEN: tl.constexpr):  # fmt: skip
+    """Take in the page of the queries, in 16 bit. ``end``: the position after the last query."""
+    channel = tl.arange(0, SHAPE.key_block)
+    keys = load_own(key, open_block, head, page, start, first_row, end, channel, True, SHAPE.key_dim)
+    scores = logits(product(q, keys), SHAPE)
+    channel = tl.arange(0, SHAPE.value_block)
+    values = load_own(
+        value, open_block + OPEN.values_at, head, page, start, first_row, end, channel, False, SHAPE.value_dim
+    )
+    return accumulate(scores, _visible(positions, page, valid, SHAPE), values, most, total, acc, q.dtype)
