@@ -14,9 +14,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from kvbits.cli import cluster
 from kvbits.cli.cluster import replicas_of
 from kvbits.errors import ConfigError
+from kvbits.ray.balance import FULL, Load, choose
 from kvbits.ray.metrics import merge
 from kvbits.ray.options import ClusterOptions
-from kvbits.ray.prefix import BLOCK_CHARS, PrefixMap, block_hashes, choose, prompt_text
+from kvbits.ray.prefix import BLOCK_CHARS, PrefixMap, block_hashes, prompt_text
 from kvbits.ray.scaling import ScalingPolicy, replicas_wanted
 
 
@@ -112,21 +113,86 @@ def test_what_is_long_ago_is_forgotten_the_end_of_a_text_first() -> None:
     assert known.holder(old[2:], {"one"}) == (None, False)
 
 
+def test_a_refused_prompt_is_held_by_nobody() -> None:
+    known = PrefixMap(1000)
+    text = blocks(3, 12)
+    known.record(text[:4], "one")
+    known.forget(known.record(text, "two"))
+    assert len(known) == 4
+    assert known.held == {"one": 4, "two": 0}
+    # The conversation still ends where it did: asked again, it goes on there.
+    assert known.holder(text, {"one", "two"}) == ("one", True)
+
+
+def test_a_refusal_leaves_what_the_replica_held_before() -> None:
+    known = PrefixMap(1000)
+    text = blocks(4, 9)
+    known.record(text[:6], "one")
+    refused = known.record(text, "one")
+    known.record(text[:3], "two")
+    known.forget(refused)
+    assert known.held == {"one": 6, "two": 3}
+    assert known.holder(text, {"one", "two"}) == ("one", True)
+    known.forget(known.record(text[:6], "one"))
+    assert known.held["one"] == 6
+
+
 @pytest.mark.parametrize(
-    ("preferred", "loads", "held", "imbalance", "order"),
+    ("preferred", "loads", "imbalance", "order"),
     [
-        ("b", {"a": 0, "b": 3, "c": 1}, {}, 3, ["b", "a", "c"]),
-        ("b", {"a": 0, "b": 4, "c": 1}, {}, 3, ["a", "c", "b"]),
-        (None, {"a": 2, "b": 1}, {"b": 9}, 3, ["b", "a"]),
-        (None, {"a": 1, "b": 1}, {"a": 9, "b": 2}, 3, ["b", "a"]),
-        ("gone", {"a": 0, "b": 0}, {}, 3, ["a", "b"]),
-        ("a", {}, {}, 3, []),
+        ("b", {"a": Load(0), "b": Load(3)}, 3, ["b", "a"]),
+        ("b", {"a": Load(0), "b": Load(4)}, 3, ["a", "b"]),
+        (None, {"a": Load(2), "b": Load(1, held=9)}, 3, ["b", "a"]),
+        (None, {"a": Load(1, 0.6), "b": Load(1, 0.2, held=9)}, 3, ["b", "a"]),
+        (None, {"a": Load(1, 0.5, held=9), "b": Load(1, 0.51, held=2)}, 3, ["b", "a"]),
+        (None, {"a": Load(1, FULL), "b": Load(7)}, 3, ["b", "a"]),
+        ("a", {"a": Load(1, FULL), "b": Load(7)}, 30, ["b", "a"]),
+        ("b", {"a": Load(1, FULL), "b": Load(7, FULL)}, 30, ["b", "a"]),
+        ("gone", {"a": Load(0), "b": Load(0, held=1)}, 3, ["a", "b"]),
+        (None, {"a": Load(5)}, 3, ["a"]),
+        ("a", {}, 3, []),
     ],
 )
-def test_the_holder_is_first_unless_it_is_much_busier(
-    preferred: str | None, loads: dict[str, int], held: dict[str, int], imbalance: int, order: list[str]
+def test_the_holder_is_first_unless_it_is_overloaded(
+    preferred: str | None, loads: dict[str, Load], imbalance: int, order: list[str]
 ) -> None:
-    assert choose(preferred, loads, held, imbalance) == order
+    assert choose(preferred, loads, imbalance, random.Random(0)) == order
+
+
+def test_of_many_the_better_of_two_is_first() -> None:
+    loads = {name: Load(number) for number, name in enumerate("abcdef")}
+    rng = random.Random(1)
+    firsts = {choose(None, loads, 3, rng)[0] for _ in range(300)}
+    assert firsts == set("abcde"), "the most loaded of six is never the better of two"
+    assert {choose("c", loads, 2, rng)[0] for _ in range(50)} == {"c"}
+    assert len({choose("c", loads, 1, rng)[0] for _ in range(50)}) > 1
+    assert all(sorted(choose("c", loads, 2, rng)) == list("abcdef") for _ in range(20))
+
+
+def test_new_conversations_spread_and_old_ones_return() -> None:
+    """The router's rule over time: 60 conversations of 5 turns on 3 replicas, some prompts refused."""
+    rng, known = random.Random(2), PrefixMap(100_000)
+    under_way: dict[str, list[int]] = {"a": [], "b": [], "c": []}
+    texts = ["s" * 200 + "".join(rng.choices("abcdef", k=300)) for _ in range(60)]
+    homes: dict[int, str] = {}
+    taken: dict[str, int] = dict.fromkeys(under_way, 0)
+    moved = 0
+    for step in range(300):
+        for ends in under_way.values():
+            ends[:] = [end for end in ends if end > step]
+        # A refused prompt that is longer than all others, again and again to the same replica.
+        known.forget(known.record(blocks(1000 + step, 80), "a"))
+        number = step % 60
+        holder, continues = known.holder(block_hashes(texts[number]), under_way)
+        loads = {name: Load(len(ends), 0.0, known.held[name]) for name, ends in under_way.items()}
+        best = choose(holder if continues else None, loads, 8, rng)[0]
+        moved += homes.setdefault(number, best) != best
+        taken[best] += 1
+        known.record(block_hashes(texts[number]), best)
+        under_way[best].append(step + rng.randint(1, 2))
+        texts[number] += "".join(rng.choices("abcdef", k=200))
+    assert moved == 0
+    assert min(taken.values()) > 0.2 * sum(taken.values()), taken
 
 
 def test_replicas_by_queue_and_by_usage() -> None:

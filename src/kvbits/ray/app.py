@@ -17,6 +17,9 @@ from kvbits.ray.scaling import ScalingPolicy
 APPLICATION = "kvbits"
 ENGINES = "engines"
 
+USAGE_PERIOD = 1.0
+"""Seconds between two reports of how full a replica's pool is."""
+
 
 def build(replica: ReplicaOptions, cluster: ClusterOptions, application: str = APPLICATION) -> serve.Application:
     """Bind the two deployments; ``serve.run(build(...), name=application)`` starts them or, again, rolls them over."""
@@ -54,7 +57,9 @@ def _replica_settings(replica: ReplicaOptions, cluster: ClusterOptions) -> dict[
     }
     if cluster.routing == "prefix":
         settings["request_router_config"] = RequestRouterConfig(
-            request_router_class=PrefixRouter, request_router_kwargs={"imbalance": cluster.imbalance}
+            request_router_class=PrefixRouter,
+            request_router_kwargs={"imbalance": cluster.imbalance},
+            request_routing_stats_period_s=USAGE_PERIOD,
         )
     if cluster.min_replicas == cluster.max_replicas:
         return settings | {"num_replicas": cluster.min_replicas}

@@ -101,10 +101,16 @@ class Front:
         try:
             async for batch in stream:
                 for message in batch:
+                    if message["type"] == "http.response.start":
+                        route.taken = message["status"] < 400
                     await answer.send(message)
         except asyncio.CancelledError:
             stream.cancel()
             raise
+        finally:
+            # A client that left early leaves a prompt that was computed, at least in part.
+            if route.taken is None:
+                route.taken = True
 
     async def _metrics(self, request: HttpRequest, answer: _Answer) -> None:
         """The metrics of every replica on one page."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvbits.pages import PoolStats
+
 
 @dataclass
 class Route:
@@ -11,13 +13,15 @@ class Route:
 
     ``blocks`` are the prompt's block hashes; ``target`` names the one replica that is meant. The router fills in
     ``holder``, the replica that was given the longest beginning of the prompt, and ``alive``, all there are, before the
-    request is sent.
+    request is sent. Router and front share this object: the front says in ``taken`` whether the replica took the
+    prompt or refused it, so that the router does not remember what nobody holds.
     """
 
     blocks: tuple[bytes, ...] = ()
     target: str | None = None
     holder: str | None = None
     alive: tuple[str, ...] = ()
+    taken: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -30,3 +34,14 @@ class HttpRequest:
     headers: tuple[tuple[bytes, bytes], ...]
     client: tuple[str, int] | None
     body: bytes
+
+
+@dataclass(frozen=True)
+class ReplicaStats:
+    """A replica's name, its pool, and the pages that it took from others: how many, in how many bytes and seconds."""
+
+    name: str
+    pool: PoolStats
+    fetched_pages: int
+    fetched_bytes: int
+    fetch_seconds: float

@@ -55,6 +55,15 @@ class _Block:
     continued: bool = False
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """What one prompt changed in a :class:`PrefixMap`: blocks that are new to ``replica``, and ends that it went on."""
+
+    replica: str
+    blocks: tuple[bytes, ...]
+    ends: tuple[bytes, ...]
+
+
 class PrefixMap:
     """Which replicas were given which blocks, the ``capacity`` most recently used of them.
 
@@ -69,18 +78,39 @@ class PrefixMap:
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def record(self, blocks: Sequence[bytes], replica: str) -> None:
-        """``replica`` computes or holds these blocks from now on."""
+    def record(self, blocks: Sequence[bytes], replica: str) -> Recorded:
+        """``replica`` computes or holds these blocks from now on, unless :meth:`forget` is given what this returns."""
+        added, ends = [], []
         # The beginning of a text is more recently used than its end, which is forgotten first.
         for number in range(len(blocks) - 1, -1, -1):
-            block = self._blocks.setdefault(blocks[number], _Block())
-            self.held[replica] += replica not in block.owners
+            key, goes_on = blocks[number], number + 1 < len(blocks)
+            known = key in self._blocks
+            block = self._blocks.setdefault(key, _Block())
+            if replica not in block.owners:
+                added.append(key)
+            if known and goes_on and not block.continued:
+                ends.append(key)
             block.owners[replica] = None
             block.owners.move_to_end(replica)
-            block.continued |= number + 1 < len(blocks)
-            self._blocks.move_to_end(blocks[number])
+            block.continued |= goes_on
+            self._blocks.move_to_end(key)
+        self.held[replica] += len(added)
         while len(self._blocks) > self._capacity:
             self.held.subtract(list(self._blocks.popitem(last=False)[1].owners))
+        return Recorded(replica, tuple(added), tuple(ends))
+
+    def forget(self, recorded: Recorded) -> None:
+        """The replica refused that prompt: it holds nothing of it, and a conversation still ends where it did."""
+        for key in recorded.blocks:
+            block = self._blocks.get(key)
+            if block is not None and recorded.replica in block.owners:
+                del block.owners[recorded.replica]
+                self.held[recorded.replica] -= 1
+                if not block.owners:
+                    del self._blocks[key]
+        for key in recorded.ends:
+            if key in self._blocks:
+                self._blocks[key].continued = False
 
     def holder(self, blocks: Sequence[bytes], alive: Collection[str]) -> tuple[str | None, bool]:
         """The replica among ``alive`` that holds most of ``blocks``, the latest where several do.
@@ -94,19 +124,6 @@ class PrefixMap:
                 if block is not None and replica in alive:
                     return replica, not block.continued
         return None, False
-
-
-def choose(preferred: str | None, loads: Mapping[str, int], held: Mapping[str, int], imbalance: int) -> list[str]:
-    """The replicas of ``loads`` (requests under way) in the order in which to try them.
-
-    The least loaded is first, of several the one that holds least; but ``preferred`` goes before unless it has more
-    than ``imbalance`` requests more than the least loaded.
-    """
-    order = sorted(loads, key=lambda replica: (loads[replica], held.get(replica, 0)))
-    if preferred is not None and preferred in loads and loads[preferred] - loads[order[0]] <= imbalance:
-        order.remove(preferred)
-        order.insert(0, preferred)
-    return order
 
 
 def _canonical(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextvars import ContextVar
 from typing import Any
@@ -18,8 +19,7 @@ from kvbits.engine.engine import Engine
 from kvbits.engine.transfer import PageBundle, export_pages, import_pages
 from kvbits.errors import KVBitsError
 from kvbits.models import load_model
-from kvbits.pages import PoolStats
-from kvbits.ray.messages import HttpRequest, Route
+from kvbits.ray.messages import HttpRequest, ReplicaStats, Route
 from kvbits.ray.options import ReplicaOptions
 from kvbits.ray.scaling import USAGE
 from kvbits.server.app import create_app
@@ -49,7 +49,8 @@ class Replica:
         self._application = serve.get_replica_context().app_name
         self._life: Any = None
         self._starting = asyncio.Lock()
-        self.fetched_pages = 0
+        self._fetched_pages = self._fetched_bytes = 0
+        self._fetch_seconds = 0.0
 
     # What Ray Serve asks
 
@@ -62,6 +63,10 @@ class Replica:
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What :class:`kvbits.ray.scaling.ScalingPolicy` reads."""
         return {USAGE: self._service.worker.snapshot.load.usage}
+
+    def record_routing_stats(self) -> dict[str, float]:
+        """What :class:`kvbits.ray.router.PrefixRouter` reads. Rounded: each change is told to every sender."""
+        return {USAGE: round(self._service.worker.snapshot.load.usage, 1)}
 
     # What the front and other replicas ask
 
@@ -96,10 +101,11 @@ class Replica:
         bundle = await self._service.worker.call(lambda: export_pages(self._engine, tokens, salt))
         return await asyncio.to_thread(bundle.to_bytes)
 
-    async def stats(self, route: Route) -> tuple[str, PoolStats, int]:
-        """This replica's name, its pool, and the pages that it took from others."""
+    async def stats(self, route: Route) -> ReplicaStats:
+        """What this replica holds and took from others."""
         await self._start()
-        return self._name, self._service.worker.snapshot.pool, self.fetched_pages
+        pool = self._service.worker.snapshot.pool
+        return ReplicaStats(self._name, pool, self._fetched_pages, self._fetched_bytes, self._fetch_seconds)
 
     async def names(self, route: Route) -> tuple[str, ...]:
         """All replicas, as the router that sent this knows them; this one alone where it does not."""
@@ -122,7 +128,7 @@ class Replica:
         have = await worker.call(lambda: self._engine.pages.lookup(tokens, salt.encode()))
         if (len(tokens) - 1 - have) // self._engine.pages.page_tokens < WORTH_FETCHING:
             return
-        handle = serve.get_deployment_handle(self._deployment, self._application)
+        handle, began = serve.get_deployment_handle(self._deployment, self._application), time.monotonic()
         try:
             data = await handle.pages.remote(Route(target=holder), tokens, salt)
             bundle = await asyncio.to_thread(PageBundle.from_bytes, data, f"what replica {holder} sent")
@@ -131,7 +137,9 @@ class Replica:
         except (RayError, RayServeException, KVBitsError) as error:
             log.warning("no pages from replica %s: %s", holder, type(error).__name__)
             return
-        self.fetched_pages += max(0, loaded - have) // self._engine.pages.page_tokens
+        self._fetched_pages += max(0, loaded - have) // self._engine.pages.page_tokens
+        self._fetched_bytes += len(data)
+        self._fetch_seconds += time.monotonic() - began
 
 
 class _Exchange:

@@ -1,17 +1,21 @@
 """Where a request goes: back to the replica that holds the conversation, unless that one is much busier.
 
-A new conversation goes where least is under way and least is held; what it has in common with others (a system prompt)
-can be fetched from the holder, which the replica is told.
+A new conversation goes to the less busy of two; what it has in common with others (a system prompt) can be fetched from
+the holder, which the replica is told.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from random import Random
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
+from kvbits.ray.balance import Load, choose
 from kvbits.ray.messages import Route
-from kvbits.ray.prefix import PrefixMap, choose
+from kvbits.ray.prefix import PrefixMap, Recorded
+from kvbits.ray.scaling import USAGE
 
 
 class PrefixRouter(RequestRouter):  # type: ignore[misc]
@@ -24,6 +28,9 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
     def initialize_state(self, imbalance: int = 8, capacity: int = 200_000) -> None:
         self._imbalance = imbalance
         self._map = PrefixMap(capacity)
+        self._random = Random()
+        # Prompts of which it is not known yet whether their replica took them; the bound is for senders that never say.
+        self._sent: deque[tuple[Route, Recorded]] = deque(maxlen=10_000)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -38,18 +45,31 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
         route.alive = tuple(sorted(by_name))
         if route.target in by_name:
             return [[by_name[route.target]]]
+        self._settle()
         route.holder, continues = self._map.holder(route.blocks, by_name)
-        # What a replica said when it took its last request, and what was sent and ended since; 0 when that is long ago.
-        known = self.replica_queue_len_cache
-        loads = {name: known.get(by_name[name].replica_id) or 0 for name in sorted(by_name)}
-        order = choose(route.holder if continues else None, loads, self._map.held, self._imbalance)
+        loads = {name: self._load(replica) for name, replica in by_name.items()}
+        order = choose(route.holder if continues else None, loads, self._imbalance, self._random)
         return [[by_name[name]] for name in order]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Remember who got the prompt."""
         route = _route(pending_request)
         if route is not None and route.target is None:
-            self._map.record(route.blocks, replica_id.unique_id)
+            self._sent.append((route, self._map.record(route.blocks, replica_id.unique_id)))
+
+    def _load(self, replica: RunningReplica) -> Load:
+        # What a replica said when it took its last request, and what was sent and ended since; 0 when that is long ago.
+        requests = self.replica_queue_len_cache.get(replica.replica_id) or 0
+        usage = float((replica.routing_stats or {}).get(USAGE, 0.0))
+        return Load(requests, usage, self._map.held[replica.replica_id.unique_id])
+
+    def _settle(self) -> None:
+        for _ in range(len(self._sent)):
+            route, recorded = self._sent.popleft()
+            if route.taken is None:
+                self._sent.append((route, recorded))
+            elif not route.taken:
+                self._map.forget(recorded)
 
 
 def _route(pending: PendingRequest | None) -> Route | None:
