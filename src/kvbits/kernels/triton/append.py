@@ -28,10 +28,10 @@ def append_rows(rows, cache, row_sequence, starts, counts, first_rows, head_fram
     stays = page == (start + count) // _TOKENS
     twice = (old != frame) & (page == start // _TOKENS)
     if stays | twice:
-        frame = tl.where(twice, old, frame).to(tl.int64)
+        place = tl.where(twice, old, frame).to(tl.int64)
         channel = tl.arange(0, BLOCK)
         inside = channel < DIM
         x = tl.load(rows[0] + row.to(tl.int64) * rows[1] + head * rows[2] + channel, mask=inside, other=0.0)
-        target = cache[0] + frame * cache[1] + cache[2] + head * cache[3] + cache[4]
+        target = cache[0] + place * cache[1] + cache[2] + head * cache[3] + cache[4]
         index = open_index(channel, position % _TOKENS, KEY, DIM)
         tl.store(target.to(tl.pointer_type(tl.bfloat16)) + index, x, mask=inside)

@@ -11,7 +11,7 @@ from kvbits.config import LayerGeometry
 from kvbits.errors import ConfigError
 from kvbits.kernels.base import Backend, BatchLayout
 from kvbits.kernels.triton.form import block_of, refusal, shape_of
-from kvbits.kernels.triton.launch import LayerKernels, Sides, append, decode, prefill, rounding_of, seal
+from kvbits.kernels.triton.launch import Launch, LayerKernels, Sides, append, decode, prefill, rounding_of, run, seal
 from kvbits.kernels.triton.tables import StepTables, Tiles, step_tables, step_tiles
 from kvbits.pool import LayerView
 
@@ -26,8 +26,9 @@ class TritonBackend(Backend):
 
     name = "triton"
 
-    def __init__(self, device: torch.device | str) -> None:
+    def __init__(self, device: torch.device | str, launch: Launch = run) -> None:
         self.device = torch.device(device)
+        self._launch = launch
         if self.device.type not in ("cuda", "xpu") and not knobs.runtime.interpret:
             raise ConfigError(
                 f"the backend 'triton' needs a GPU; the device is '{self.device}'. Choose the backend 'cpu', or a "
@@ -55,10 +56,10 @@ class TritonBackend(Backend):
         kernels = self._kernels(view, batch.draft)
         tables, (few, many) = self._step(view, batch)
         out = query.new_empty(rows, layer.num_heads, layer.value_dim)
-        seal(kernels, tables, sides)
-        decode(kernels, tables, few, sides, sinks, out)
-        prefill(kernels, tables, many, sides, sinks, out)
-        append(kernels, tables, sides)
+        seal(self._launch, kernels, tables, sides)
+        decode(self._launch, kernels, tables, few, sides, sinks, out)
+        prefill(self._launch, kernels, tables, many, sides, sinks, out)
+        append(self._launch, kernels, tables, sides)
         return out
 
     def _kernels(self, view: LayerView, draft: bool) -> LayerKernels:

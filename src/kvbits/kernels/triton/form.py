@@ -62,8 +62,8 @@ class Form:
 class Block:
     """One head's block of a layer in a frame: its keys, and its values ``values_at`` bytes later."""
 
-    key: Form
-    value: Form
+    keys: Form
+    values: Form
     bytes: int
     values_at: int
 
@@ -163,7 +163,7 @@ def block_of(scheme: Scheme, layer: LayerGeometry, draft: bool = False) -> Block
 
 def shape_of(layer: LayerGeometry, *blocks: Block) -> Shape:
     """``blocks``: those of the sealed pages, the first page's included."""
-    rotate = max(block.key.rotate for block in blocks)
+    rotate = max(block.keys.rotate for block in blocks)
     return Shape(
         kv_heads=layer.num_kv_heads,
         group=layer.group_size,

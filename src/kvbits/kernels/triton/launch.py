@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +16,25 @@ from kvbits.kernels.triton.seal import seal_pages
 from kvbits.kernels.triton.tables import StepTables, Tiles
 from kvbits.pool import LayerView
 
+
+class Launch(Protocol):
+    """Runs a kernel; whatever only wants to know which kernels run takes its place."""
+
+    def __call__(
+        self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any], **options: Any
+    ) -> None:
+        """``args`` by position, compile-time ``constants`` by name, ``options`` of the compiler."""
+
+
+def run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any], **options: Any) -> None:
+    """On the device of ``args``."""
+    kernel[grid](*args, **constants, **options)
+
+
 Pointers = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+_ATTENTION = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
@@ -55,22 +74,23 @@ def _pointers(rounding: Rounding, device: torch.device) -> Pointers:
     return clip, feedback, order, rank
 
 
-def seal(layer: LayerKernels, tables: StepTables, sides: Sides) -> None:
+def seal(launch: Launch, layer: LayerKernels, tables: StepTables, sides: Sides) -> None:
     """Seal what the step completes, the first page in its own form where it has one."""
     view = layer.view
     plain: Pointers = (None, None, None, None)
     _seal(
-        layer, tables, sides, tables.pages, view.sealed, layer.sealed, (tables.sealed, tables.sealed.stride(0)),
+        launch, layer, tables, sides, tables.pages, view.sealed, layer.sealed, (tables.sealed, tables.sealed.stride(0)),
         layer.key_rounding, layer.value_rounding,
     )  # fmt: skip
     if view.sink is not None and layer.sink is not None and len(tables.sink_pages):
         _seal(
-            layer, tables, sides, tables.sink_pages, view.sink, layer.sink, (tables.sink[view.sink.frame], 1),
+            launch, layer, tables, sides, tables.sink_pages, view.sink, layer.sink, (tables.sink[view.sink.frame], 1),
             plain, plain,
         )  # fmt: skip
 
 
 def _seal(
+    launch: Launch,
     layer: LayerKernels,
     tables: StepTables,
     sides: Sides,
@@ -85,30 +105,44 @@ def _seal(
         return
     buffer, opened = layer.view.buffer, layer.view.open
     parts: tuple[tuple[Tensor, Form, Pointers, int, int], ...] = (
-        (sides.key, block.key, key_rounding, 0, 0),
-        (sides.value, block.value, value_rounding, layer.open.values_at, block.values_at),
+        (sides.key, block.keys, key_rounding, 0, 0),
+        (sides.value, block.values, value_rounding, layer.open.values_at, block.values_at),
     )
     for rows, form, rounding, open_at, at in parts:
         cache = (buffer, buffer.stride(0), opened.offset + open_at, layer.open.bytes, place.offset + at, block.bytes)
-        seal_pages[(len(pages), layer.shape.kv_heads)](
-            _rows(rows), cache, pages, tables.starts, tables.first_rows, tables.head[opened.frame], frames, rounding,
-            FORM=form, num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
+        args = _rows(rows), cache, pages, tables.starts, tables.first_rows, tables.head[opened.frame], frames, rounding
+        # a product that is fused with a sum is rounded once less: the bytes would be other ones
+        launch(
+            seal_pages, (len(pages), layer.shape.kv_heads), args, {"FORM": form}, num_warps=4, enable_fp_fusion=False
+        )
 
 
-def append(layer: LayerKernels, tables: StepTables, sides: Sides) -> None:
+def append(launch: Launch, layer: LayerKernels, tables: StepTables, sides: Sides) -> None:
     """Store the rows of pages that stay open."""
     buffer, opened = layer.view.buffer, layer.view.open
-    for rows, form, at in ((sides.key, layer.open.key, 0), (sides.value, layer.open.value, layer.open.values_at)):
-        append_rows[(len(rows), layer.shape.kv_heads)](
-            _rows(rows), (buffer, buffer.stride(0), opened.offset, layer.open.bytes, at), tables.row_sequence,
-            tables.starts, tables.counts, tables.first_rows, tables.head[opened.frame], tables.tail[opened.frame],
-            KEY=form.key, DIM=form.dim, BLOCK=form.dim_block, num_warps=1,
-        )  # fmt: skip
+    for rows, form, at in ((sides.key, layer.open.keys, 0), (sides.value, layer.open.values, layer.open.values_at)):
+        args = (
+            _rows(rows),
+            (buffer, buffer.stride(0), opened.offset, layer.open.bytes, at),
+            tables.row_sequence,
+            tables.starts,
+            tables.counts,
+            tables.first_rows,
+            tables.head[opened.frame],
+            tables.tail[opened.frame],
+        )
+        constants = {"KEY": form.key, "DIM": form.dim, "BLOCK": form.dim_block}
+        launch(append_rows, (len(rows), layer.shape.kv_heads), args, constants, num_warps=1)
 
 
 def decode(
-    layer: LayerKernels, tables: StepTables, tiles: Tiles, sides: Sides, sinks: Tensor | None, out: Tensor
+    launch: Launch,
+    layer: LayerKernels,
+    tables: StepTables,
+    tiles: Tiles,
+    sides: Sides,
+    sinks: Tensor | None,
+    out: Tensor,
 ) -> None:
     """Attention of sequences with few new tokens."""
     count = len(tiles.table)
@@ -121,31 +155,34 @@ def decode(
         torch.empty(*size, device=out.device),
         torch.empty(*size, device=out.device),
     )
-    decode_splits[(count, shape.kv_heads, tiles.slots)](
-        *_attention_arguments(layer, tables, tiles, sides), partial,
-        SHAPE=shape, SEALED=layer.sealed, OPEN=layer.open, SINK=layer.sink, M=tiles.rows, num_warps=4, num_stages=2,
-    )  # fmt: skip
-    merge_splits[(count, shape.kv_heads)](
-        partial, tiles.table, sinks, _rows(out), tiles.slots, SHAPE=shape, M=tiles.rows, num_warps=4
-    )
+    args = *_attention_arguments(layer, tables, tiles, sides), partial
+    launch(decode_splits, size[:3], args, _attention_constants(layer, tiles), **_ATTENTION)
+    merge = partial, tiles.table, sinks, _rows(out), tiles.slots
+    launch(merge_splits, size[:2], merge, {"SHAPE": shape, "M": tiles.rows}, **_ATTENTION)
 
 
 def prefill(
-    layer: LayerKernels, tables: StepTables, tiles: Tiles, sides: Sides, sinks: Tensor | None, out: Tensor
+    launch: Launch,
+    layer: LayerKernels,
+    tables: StepTables,
+    tiles: Tiles,
+    sides: Sides,
+    sinks: Tensor | None,
+    out: Tensor,
 ) -> None:
     """Attention of the other sequences."""
     if not len(tiles.table):
         return
-    shape = layer.shape
-    wide = max(shape.key_block, shape.value_block) > 128
-    prefill_tiles[(len(tiles.table), shape.kv_heads)](
-        *_attention_arguments(layer, tables, tiles, sides), sinks, _rows(out),
-        SHAPE=shape, SEALED=layer.sealed, OPEN=layer.open, SINK=layer.sink, M=tiles.rows,
-        num_warps=8 if wide else 4, num_stages=2,
-    )  # fmt: skip
+    args = *_attention_arguments(layer, tables, tiles, sides), sinks, _rows(out)
+    grid = len(tiles.table), layer.shape.kv_heads
+    launch(prefill_tiles, grid, args, _attention_constants(layer, tiles), **{**_ATTENTION, "num_warps": 8})
 
 
-def _attention_arguments(layer: LayerKernels, tables: StepTables, tiles: Tiles, sides: Sides) -> tuple[object, ...]:
+def _attention_constants(layer: LayerKernels, tiles: Tiles) -> dict[str, Any]:
+    return {"SHAPE": layer.shape, "SEALED": layer.sealed, "OPEN": layer.open, "SINK": layer.sink, "M": tiles.rows}
+
+
+def _attention_arguments(layer: LayerKernels, tables: StepTables, tiles: Tiles, sides: Sides) -> tuple[Any, ...]:
     view = layer.view
     sink_offset = 0 if view.sink is None else view.sink.offset
     # without first pages in a form of their own the pointer is not followed

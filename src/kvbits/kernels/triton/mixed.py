@@ -74,6 +74,4 @@ def quantize_mixed(x, channels, page, FORM: tl.constexpr):
     codes = rint(clamp((x - low[:, None]) * inverse[:, None], 0.0, top[:, None])).to(tl.int32)
     first: tl.constexpr = FORM.first
     _store_part(page, codes, scale, zero, FORM.first_at, FORM.bits, first, 0, FORM.second_at, FORM)
-    _store_part(
-        page, codes, scale, zero, FORM.second_at, FORM.low_bits, FORM.dim - first, first, FORM.bytes, FORM
-    )
+    _store_part(page, codes, scale, zero, FORM.second_at, FORM.low_bits, FORM.dim - first, first, FORM.bytes, FORM)

@@ -76,11 +76,11 @@ def _scores(q, rotated, page, query, rows, heads, valid, SHAPE: tl.constexpr, FO
 def visit_sealed(q, rotated, query, rows, heads, valid, positions, page, block, most, total, acc,
                  SHAPE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Take in one sealed page, whose head's block begins at the byte pointer ``block``."""
-    KEY: tl.constexpr = BLOCK.key
-    VALUE: tl.constexpr = BLOCK.value
-    scores = _scores(q, rotated, block, query, rows, heads, valid, SHAPE, KEY)
+    KEYS: tl.constexpr = BLOCK.keys
+    VALUES: tl.constexpr = BLOCK.values
+    scores = _scores(q, rotated, block, query, rows, heads, valid, SHAPE, KEYS)
     visible = _visible(positions, page, valid, SHAPE)
-    values = dequantize(block + BLOCK.values_at, VALUE)
+    values = dequantize(block + BLOCK.values_at, VALUES)
     return accumulate(logits(scores, SHAPE), visible, values, most, total, acc, q.dtype)
 
 
@@ -102,19 +102,19 @@ def attend_sealed(q, query, rows, heads, valid, positions, cache, head, sealed_r
             most, total, acc = visit_sealed(
                 q, rotated, query, rows, heads, valid, positions, 0, block, most, total, acc, SHAPE, SINK
             )
-            if SINK.value.rotate > 0:
-                acc = rotate(acc, False, SINK.value.rotate, SINK.value.rotate_steps)
+            if SINK.values.rotate > 0:
+                acc = rotate(acc, False, SINK.values.rotate, SINK.values.rotate_steps)
         low = tl.maximum(low, 1)
-        if SEALED.value.rotate > 0:
-            acc = rotate(acc, False, SEALED.value.rotate, SEALED.value.rotate_steps)
+        if SEALED.values.rotate > 0:
+            acc = rotate(acc, False, SEALED.values.rotate, SEALED.values.rotate_steps)
     for page in range(low, high):
         frame = tl.load(sealed_row + page).to(tl.int64)
         block = cache[0] + frame * cache[1] + cache[2] + head * SEALED.bytes
         most, total, acc = visit_sealed(
             q, rotated, query, rows, heads, valid, positions, page, block, most, total, acc, SHAPE, SEALED
         )
-    if SEALED.value.rotate > 0:
-        acc = rotate(acc, False, SEALED.value.rotate, SEALED.value.rotate_steps)
+    if SEALED.values.rotate > 0:
+        acc = rotate(acc, False, SEALED.values.rotate, SEALED.values.rotate_steps)
     return most, total, acc
 
 

@@ -1,0 +1,188 @@
+"""Compile the Triton kernels without a GPU and print what they take: registers, spilled bytes, shared memory.
+
+Every kernel that a step launches is compiled, with the arguments with which it is launched. NVIDIA's numbers are those
+of ``cuobjdump`` for the finished code, AMD's those in the assembler text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kvbits.codecs import SCHEMES, parse_policy
+from kvbits.config import LayerGeometry, ModelGeometry
+from kvbits.kernels import BatchLayout, SequenceSlice
+from kvbits.kernels.triton.backend import TritonBackend
+from kvbits.pool import PagedPool
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Of one kernel: registers of a thread, spilled bytes of a thread, shared memory of a program in bytes."""
+
+    dtype: str
+    kernel: str
+    target: str
+    warps: int
+    registers: int
+    spilled: int
+    shared: int
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A launch that was recorded instead of run."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The kernel, with the side that it works on."""
+        name = self.kernel.fn.__name__
+        side = self.constants["FORM"].key if "FORM" in self.constants else self.constants.get("KEY")
+        return name if side is None else f"{name} ({'keys' if side else 'values'})"
+
+
+def record(dtype: str, layer: LayerGeometry, queries: torch.dtype) -> list[Launched]:
+    """What a step of two sequences launches, one with a new token and one with 70, over 16 and 1 sealed pages."""
+    found: list[Launched] = []
+
+    def launch(kernel: Any, grid: Any, args: tuple[Any, ...], constants: dict[str, Any], **options: Any) -> None:
+        found.append(Launched(kernel, args, constants, options))
+
+    geometry = ModelGeometry("compiled", (layer, layer), 4096, 16)
+    pool = PagedPool(geometry, parse_policy(dtype, 2), 1 << 27)
+    view = pool.layers[1]
+    frames = pool.layout.open.frames
+    slices = [
+        SequenceSlice(1030, 1, range(16), range(50, 50 + frames), range(50, 50 + frames)),
+        SequenceSlice(64, 70, range(20, 22), range(60, 60 + frames), range(60, 60 + frames)),
+    ]
+    rows = [
+        torch.zeros(71, heads, dim, dtype=queries)
+        for heads, dim in (
+            (layer.num_heads, layer.key_dim),
+            (layer.num_kv_heads, layer.key_dim),
+            (layer.num_kv_heads, layer.value_dim),
+        )
+    ]
+    # named a GPU for the backend's own check; nothing runs there
+    TritonBackend("cuda", launch).forward(view, BatchLayout.of(slices), *rows, None)
+    return found
+
+
+def _divisible(x: Any, path: tuple[int, ...], attributes: dict[tuple[int, ...], Any]) -> None:
+    """What Triton finds out of the arguments when it launches: pointers and numbers that 16 divides."""
+    if isinstance(x, tuple):
+        for i, part in enumerate(x):
+            _divisible(part, (*path, i), attributes)
+    elif (isinstance(x, torch.Tensor) and x.data_ptr() % 16 == 0) or (isinstance(x, int) and x % 16 == 0):
+        attributes[path] = [["tt.divisibility", 16]]
+
+
+def _type(x: Any, path: tuple[int, ...], constants: dict[tuple[int, ...], Any]) -> Any:
+    if isinstance(x, tuple):
+        return tuple(_type(part, (*path, i), constants) for i, part in enumerate(x))
+    if isinstance(x, torch.Tensor):
+        return TYPES[x.dtype]
+    if isinstance(x, int) and not isinstance(x, bool) and x != 1:
+        return "i32"
+    constants[path] = x
+    return "constexpr"
+
+
+def compile_launch(launched: Launched, target: GPUTarget) -> Any:
+    """The compiled kernel; raises what Triton raises when that fails."""
+    names = launched.kernel.arg_names
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    signature = {}
+    for i, x in enumerate(launched.args):
+        signature[names[i]] = _type(x, (i,), constants)
+        _divisible(x, (i,), attributes)
+    for name, x in launched.constants.items():
+        signature[name] = "constexpr"
+        constants[(names.index(name),)] = x
+    source = ASTSource(launched.kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=launched.options)
+
+
+def usage_of(compiled: Any, target: GPUTarget) -> tuple[int, int]:
+    """Registers and spilled bytes of a thread."""
+    if target.backend == "hip":
+        text = compiled.asm["amdgcn"]
+        found = [int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_count", "private_segment_fixed_size")]
+        return found[0], found[1]
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    found = [int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK")]
+    return found[0], found[1]
+
+
+def measure(dtype: str, layer: LayerGeometry, queries: torch.dtype, target: str, kernels: str = "") -> list[Usage]:
+    """Compile what a step launches for ``dtype`` (kernels whose name begins with ``kernels``), each kernel once."""
+    results: dict[str, Usage] = {}
+    for launched in record(dtype, layer, queries):
+        if launched.name in results or not launched.name.startswith(kernels):
+            continue
+        compiled = compile_launch(launched, TARGETS[target])
+        registers, spilled = usage_of(compiled, TARGETS[target])
+        warps, shared = launched.options["num_warps"], compiled.metadata.shared
+        results[launched.name] = Usage(dtype, launched.name, target, warps, registers, spilled, shared)
+    return list(results.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", nargs="+", default=list(SCHEMES), help="KV cache dtypes; all of them")
+    parser.add_argument("--target", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--kernels", default="", help="only kernels whose name begins so")
+    parser.add_argument("--heads", type=int, nargs=2, default=(32, 8), metavar=("QUERY", "KV"))
+    parser.add_argument("--head-dim", type=int, nargs=2, default=(128, 128), metavar=("KEY", "VALUE"))
+    parser.add_argument("--queries", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    args = parser.parse_args()
+    layer = LayerGeometry(*args.heads, *args.head_dim, args.head_dim[0] ** -0.5)
+    results = []
+    print(f"{'dtype':10} {'kernel':22} {'target':7} warps registers spilled shared", flush=True)
+    for dtype in args.dtype:
+        for target in args.target:
+            for u in measure(dtype, layer, getattr(torch, args.queries), target, args.kernels):
+                results.append(u)
+                row = f"{u.warps:5} {u.registers:9} {u.spilled:7} {u.shared:6}"
+                print(f"{u.dtype:10} {u.kernel:22} {u.target:7} {row}", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps([asdict(u) for u in results], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
