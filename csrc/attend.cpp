@@ -201,7 +201,7 @@ void Cpu::attend(const Layer& layer, const Batch& batch, const Rows& rows, const
         for (int head = item.head; head <= last_head; ++head) {
           const uint8_t* keys = page_block(page, head);
           const uint8_t* values = keys + (is_own ? layer.open : pages.sealed_place(page)).value_offset;
-          // The block to come, asked for while this one is read. An own page of another form has other offsets: it is
+          // The bytes to come, asked for while these are read. An own page of another form has other offsets: it is
           // small and recent, and asked for piece by piece all the same.
           const uint8_t* next = keys;
           if (head < last_head) {
@@ -212,16 +212,16 @@ void Cpu::attend(const Layer& layer, const Batch& batch, const Rows& rows, const
           QueryRow* head_state = state + (head - item.head) * head_rows;
           for (int r = 0; r < head_rows; r += kBlockRows) {
             const int n = head_rows - r < kBlockRows ? head_rows - r : kBlockRows;
-            const ptrdiff_t ahead = r == 0 ? next - keys : 0;
-            key.score(keys, ahead, key_dim, head_state + r, n, scores);
+            const Block block{keys, values, r == 0 ? next - keys : 0, head_state + r, n, scores, keep};
+            key.score(block, key_dim);
             int oldest[kBlockRows], last[kBlockRows];
             for (int i = 0; i < n; ++i) {
               const int offset = position + (r + i) / group_size - page * kPage;  // of the query from the page's start
               last[i] = is_own ? offset + 1 : kPage;
               oldest[i] = layer.window > 0 && offset >= layer.window ? offset - layer.window + 1 : 0;
             }
-            kernels_.softmax(scores, n, oldest, last, layer.softcap, head_state + r, keep);
-            value.accumulate(values, ahead, value_dim, head_state + r, n, scores, keep);
+            kernels_.softmax(block, oldest, last, layer.softcap);
+            value.accumulate(block, value_dim);
           }
         }
       }

@@ -64,18 +64,28 @@ struct QueryRow {
   float* accumulator;   // [value_dim]
 };
 
-// One codec's work on one page of one head, for up to kBlockRows query rows at once. While it reads a page it asks for
-// the bytes `ahead` of those that it reads (0: nothing follows).
+// Query rows that share a KV head, and one page of it. While a kernel reads the page it asks for the bytes `ahead` of
+// those that it reads (0: nothing follows).
+struct Block {
+  const uint8_t* keys;
+  const uint8_t* values;
+  ptrdiff_t ahead;
+  QueryRow* rows;
+  int count;      // up to kBlockRows
+  float* scores;  // [count, kPage]; the softmax turns them into weights
+  float* keep;    // [count]: the factor by which a row's accumulator must shrink
+};
+
+// One codec's work on a block.
 struct KeyKernel {
   // Once per row, before any page.
   void (*prepare)(QueryRow& row, int dim);
   // scores[r * kPage + t] = row r's query . key t
-  void (*score)(const uint8_t* page, ptrdiff_t ahead, int dim, const QueryRow* rows, int count, float* scores);
+  void (*score)(const Block& block, int dim);
 };
 struct ValueKernel {
   // row r: accumulator = accumulator * keep[r] + sum over t of weights[r * kPage + t] * value t
-  void (*accumulate)(const uint8_t* page, ptrdiff_t ahead, int dim, QueryRow* rows, int count, const float* weights,
-                     const float* keep);
+  void (*accumulate)(const Block& block, int dim);
   // Null, or what turns an accumulator into the form that `accumulate` adds to, and back.
   void (*turn)(QueryRow& row, int dim);
 };
@@ -94,10 +104,8 @@ struct Kernels {
   const ValueKernel* (*value)(int codec);
   SealKernel (*seal_key)(int codec);
   SealKernel (*seal_value)(int codec);
-  // Scores to softmax weights for `count` rows on one page: soft cap, mask outside [first[r], last[r]), running maximum
-  // and sum. keep[r] is the factor by which row r's accumulator must shrink.
-  void (*softmax)(float* scores, int count, const int* first, const int* last, float softcap, QueryRow* rows,
-                  float* keep);
+  // The block's scores to softmax weights: soft cap, mask outside [first[r], last[r]), running maximum and sum.
+  void (*softmax)(const Block& block, const int* first, const int* last, float softcap);
   // a, b: partial results of the same row over different pages; a becomes their union.
   void (*merge)(QueryRow& a, const QueryRow& b, int dim);
   // The row times `scale` (and 1 / ln 2, so that the softmax takes powers of two).

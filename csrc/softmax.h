@@ -36,8 +36,14 @@ inline F soft_cap(F x, float cap) {
   return f_sub(f_keep_if_ge(x, 0.0f, f_add(bounded, bounded)), bounded);
 }
 
+// Bytes of the block to come that are asked for meanwhile, from kKeysSkipped on: memory would else rest until the next
+// products.
+constexpr int kAskedBytes = 1536, kKeysSkipped = 512;
+
 template <int ROWS>
-inline void softmax_rows(float* scores, const int* first, const int* last, float softcap, QueryRow* rows, float* keep) {
+inline void softmax_rows(const Block& block, const int* first, const int* last, float softcap) {
+  float* scores = block.scores;
+  QueryRow* rows = block.rows;
   for (int r = 0; r < ROWS; ++r) {
     float* s = scores + r * kPage;
     if (softcap > 0) {
@@ -64,10 +70,15 @@ inline void softmax_rows(float* scores, const int* first, const int* last, float
   for (int i = 0; i < ROWS; i += kWidth) f_store(shrink + i, exp2_negative(f_load(shrink + i)));
   F total[ROWS];
   for (int r = 0; r < ROWS; ++r) {
-    keep[r] = shrink[r];
+    block.keep[r] = shrink[r];
     total[r] = f_mul(f_load(rows[r].total), f_set(shrink[r]));
   }
   for (int i = 0; i < kPage; i += kWidth) {
+    if (block.ahead != 0) {
+      constexpr int kStep = kAskedBytes / (kPage / kWidth);
+      const uint8_t* asked = block.keys + block.ahead + kKeysSkipped + i / kWidth * kStep;
+      for (int k = 0; k < kStep; k += 64) __builtin_prefetch(asked + k, 0, 2);
+    }
     for (int r = 0; r < ROWS; ++r) {
       const F weight = exp2_negative(f_sub(f_load(scores + r * kPage + i), f_set(top[r])));
       f_store(scores + r * kPage + i, weight);
@@ -77,18 +88,8 @@ inline void softmax_rows(float* scores, const int* first, const int* last, float
   for (int r = 0; r < ROWS; ++r) f_store(rows[r].total, total[r]);
 }
 
-inline void softmax_any(float* scores, int count, const int* first, const int* last, float softcap, QueryRow* rows,
-                        float* keep) {
-  switch (count) {
-    case 1:
-      return softmax_rows<1>(scores, first, last, softcap, rows, keep);
-    case 2:
-      return softmax_rows<2>(scores, first, last, softcap, rows, keep);
-    case 3:
-      return softmax_rows<3>(scores, first, last, softcap, rows, keep);
-    default:
-      return softmax_rows<4>(scores, first, last, softcap, rows, keep);
-  }
+inline void softmax_any(const Block& block, const int* first, const int* last, float softcap) {
+  with_rows(block.count, [&](auto rows) { softmax_rows<rows>(block, first, last, softcap); });
 }
 
 inline void merge_rows(QueryRow& a, const QueryRow& b, int dim) {

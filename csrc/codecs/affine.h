@@ -57,55 +57,48 @@ struct AffineKey {
       rotate(rotated, dim, 1, 1);
       query = rotated;
     }
-    F sum[1] = {f_set(0)}, most[1] = {f_set(0)}, correction[1] = {f_set(0)};
-    for (int i = 0; i < dim; i += kWidth) {
-      const F q = f_load(query + i);
-      sum[0] = f_add(sum[0], q);
-      most[0] = f_max(most[0], f_abs(q));
+    F rounded[1][kVectorsOf<0>], sum = f_set(0), most[1] = {f_set(0)};
+    for (int i = 0; i < dim / kWidth; ++i) {
+      rounded[0][i] = f_load(query + i * kWidth);
+      sum = f_add(sum, rounded[0][i]);
+      most[0] = f_max_abs(most[0], rounded[0][i]);
     }
-    row.sum = f_reduce_add(sum[0]);
+    row.sum = f_reduce_add(sum);
     if constexpr (!kPerChannel) {
-      quantize_rows<1, kT, FORM::kRadix, true>(query, dim, dim, most, sum, FORM::kKeyMean, row.codes, 2 * dim,
-                                               &row.unit, correction);
+      F correction[1] = {f_mul(sum, f_set(FORM::kKeyMean))};
+      quantize_rows<1, kT, FORM::kRadix, true, 0>(rounded, dim / kWidth, most, FORM::kKeyMean, row.codes, 2 * dim,
+                                                  &row.unit, correction);
       row.correction = f_reduce_add(correction[0]) - FORM::kKeyOffset * row.sum;
     }
   }
 
+  // The rows' queries in the page's units, as integers.
+  struct Folded {
+    const uint8_t* codes[kBlockRows];
+    float unit[kBlockRows], bias[kBlockRows];
+    float centers[kBlockRows];  // the query's products with the page's centers
+    alignas(64) uint8_t own_codes[kPerChannel ? kBlockRows * 2 * kMaxDim : 1];
+  };
+
   template <int ROWS>
-  static void score_rows(const uint8_t* page, ptrdiff_t ahead, int dim, const QueryRow* rows, float* scores) {
-    const auto params = FORM::params(page, dim);
-    params.prefetch(ahead);
-    const uint8_t* codes[ROWS];
-    float unit[ROWS], bias[4];
-    alignas(64) uint8_t folded_codes[kPerChannel ? ROWS : 1][2 * kMaxDim];
+  static void fold(const Block& block, int dim, Folded& folded_rows) {
+    const QueryRow* rows = block.rows;
+    const auto params = FORM::params(block.keys, dim);
+    params.prefetch(block.ahead);
+    static_assert(!(kPerChannel && FORM::kCentered));
     if constexpr (kPerChannel) {
-      alignas(64) float folded[ROWS][kMaxDim];
-      F most[ROWS], sum[ROWS], correction[ROWS];
-      for (int r = 0; r < ROWS; ++r) most[r] = sum[r] = correction[r] = f_set(0);
-      for (int i = 0; i < dim; i += kWidth) {
-        static_assert(FORM::kZeros);
-        const F scale = params.scale(i), zero = params.zero(i, scale);
-        for (int r = 0; r < ROWS; ++r) {
-          const F q = f_load(rows[r].query + i);
-          const F product = f_mul(q, scale);
-          f_store(folded[r] + i, product);
-          most[r] = f_max(most[r], f_abs(product));
-          sum[r] = f_add(sum[r], product);
-          correction[r] = f_fma(q, zero, correction[r]);
-        }
+      if constexpr (fixed_vectors(64) > 0) {
+        if (dim == 64) return fold_channels<ROWS, fixed_vectors(64)>(block, dim, folded_rows);
+        if (dim == 128) return fold_channels<ROWS, fixed_vectors(128)>(block, dim, folded_rows);
       }
-      quantize_rows<ROWS, kT, FORM::kRadix, true>(folded[0], kMaxDim, dim, most, sum, FORM::kKeyMean, folded_codes[0],
-                                                  2 * kMaxDim, unit, correction);
-      f_reduce_add_rows<ROWS>(correction, bias);
-      for (int r = 0; r < ROWS; ++r) codes[r] = folded_codes[r];
+      fold_channels<ROWS, 0>(block, dim, folded_rows);
     } else {
       for (int r = 0; r < ROWS; ++r) {
-        codes[r] = rows[r].codes;
-        unit[r] = rows[r].unit;
-        bias[r] = rows[r].correction;
+        folded_rows.codes[r] = rows[r].codes;
+        folded_rows.unit[r] = rows[r].unit;
+        folded_rows.bias[r] = rows[r].correction;
       }
     }
-    float centers[4];  // the query's products with the page's centers
     if constexpr (FORM::kCentered) {
       F sum[ROWS];
       for (int r = 0; r < ROWS; ++r) sum[r] = f_set(0);
@@ -113,29 +106,57 @@ struct AffineKey {
         const F center = params.center(i);
         for (int r = 0; r < ROWS; ++r) sum[r] = f_fma(f_load(rows[r].query + i), center, sum[r]);
       }
-      f_reduce_add_rows<ROWS>(sum, centers);
+      f_reduce_add_rows<ROWS>(sum, folded_rows.centers);
     }
+  }
 
+  template <int ROWS>
+  static void score_rows(const Block& block, int dim, const Folded& folded) {
+    const auto params = FORM::params(block.keys, dim);
     constexpr int kVectors = lane_vectors(ROWS * kT, Codes::kQuads);
     static_assert(kPage % (kWidth * kVectors) == 0);
     for (int lane = 0; lane < kPage; lane += kWidth * kVectors) {
       I sum[ROWS][kT][kVectors];
-      dot_lanes<Codes, ROWS, kT, kVectors, true>(page, ahead, dim, kPage, lane, codes, dim, sum);
+      dot_lanes<Codes, ROWS, kT, kVectors, true>(block.keys, block.ahead, dim, kPage, lane, folded.codes, dim, sum);
       unrolled<ROWS>([&](auto r) KVBITS_INLINE {
         unrolled<kVectors>([&](auto v) KVBITS_INLINE {
           const int token = lane + v * kWidth;
           F dot = f_from(sum[r][0][v]);
           if constexpr (kT == 2) dot = f_fma(dot, f_set(kRadixValue), f_from(sum[r][1][v]));
-          F score = f_fma(dot, f_set(unit[r]), f_set(bias[r]));
+          F score = f_fma(dot, f_set(folded.unit[r]), f_set(folded.bias[r]));
           if constexpr (!kPerChannel) {
             const F scale = params.scale(token);
-            score = FORM::kCentered ? f_fma(score, scale, f_set(centers[r])) : f_mul(score, scale);
-            if constexpr (FORM::kZeros) score = f_fma(params.zero(token, scale), f_set(rows[r].sum), score);
+            score = FORM::kCentered ? f_fma(score, scale, f_set(folded.centers[r])) : f_mul(score, scale);
+            if constexpr (FORM::kZeros) score = f_fma(params.zero(token, scale), f_set(block.rows[r].sum), score);
           }
-          f_store(scores + r * kPage + token, score);
+          f_store(block.scores + r * kPage + token, score);
         });
       });
     }
+  }
+
+ private:
+  // `correction` gets the query's products with the zero points and with what the codes' mean stands for.
+  template <int ROWS, int N>
+  static void fold_channels(const Block& block, int dim, Folded& folded) {
+    static_assert(FORM::kZeros);
+    const auto params = FORM::params(block.keys, dim);
+    F product[ROWS][kVectorsOf<N>], most[ROWS], correction[ROWS];
+    unrolled<ROWS>([&](auto r) KVBITS_INLINE { most[r] = correction[r] = f_set(0); });
+    each_vector<N>(dim / kWidth, [&](auto i) KVBITS_INLINE {
+      const F scale = params.scale(i * kWidth);
+      const F base = f_fma(scale, f_set(FORM::kKeyMean), params.zero(i * kWidth, scale));
+      unrolled<ROWS>([&](auto r) KVBITS_INLINE {
+        const F q = f_load(block.rows[r].query + i * kWidth);
+        product[r][i] = f_mul(q, scale);
+        most[r] = f_max_abs(most[r], product[r][i]);
+        correction[r] = f_fma(q, base, correction[r]);
+      });
+    });
+    quantize_rows<ROWS, kT, FORM::kRadix, true, N>(product, dim / kWidth, most, FORM::kKeyMean, folded.own_codes,
+                                                   2 * dim, folded.unit, correction);
+    f_reduce_add_rows<ROWS>(correction, folded.bias);
+    for (int r = 0; r < ROWS; ++r) folded.codes[r] = folded.own_codes + r * 2 * dim;
   }
 };
 
@@ -146,77 +167,83 @@ struct AffineValue {
   using Codes = typename FORM::ValueCodes;
   static constexpr float kRadixValue = static_cast<float>(1 << FORM::kRadix);
 
-  template <int ROWS>
-  static void accumulate_rows(const uint8_t* page, ptrdiff_t ahead, int dim, QueryRow* rows, const float* weights,
-                              const float* keep) {
-    const auto params = FORM::params(page, dim);
-    params.prefetch(ahead);
-    alignas(64) uint8_t codes[ROWS][2 * kPage];
-    float unit[ROWS], bias[4];
-    float total[4];  // per channel: what the channel's zero point meets
-    alignas(64) float folded[kPerChannel ? 1 : ROWS][kPage];
-    F most[ROWS], correction[ROWS], sum[ROWS];
-    for (int r = 0; r < ROWS; ++r) most[r] = correction[r] = sum[r] = f_set(0);
-    for (int i = 0; i < kPage; i += kWidth) {
-      F scale = f_set(1), zero = f_set(0);
-      if constexpr (!kPerChannel) scale = params.scale(i);
-      if constexpr (!kPerChannel && FORM::kZeros) zero = params.zero(i, scale);
-      for (int r = 0; r < ROWS; ++r) {
-        const F p = f_load(weights + r * kPage + i);
-        if constexpr (kPerChannel) {
-          most[r] = f_max(most[r], p);
-          sum[r] = f_add(sum[r], p);
-        } else {
-          const F product = f_mul(p, scale);
-          f_store(folded[r] + i, product);
-          most[r] = f_max(most[r], product);
-          sum[r] = f_add(sum[r], product);
-          if constexpr (FORM::kZeros) correction[r] = f_fma(p, zero, correction[r]);
-        }
-      }
-    }
-    quantize_rows<ROWS, kT, FORM::kRadix, false>(kPerChannel ? weights : folded[0], kPage, kPage, most, sum,
-                                                 FORM::kValueMean, codes[0], 2 * kPage, unit, correction);
-    f_reduce_add_rows<ROWS>(correction, bias);
-    if constexpr (kPerChannel) f_reduce_add_rows<ROWS>(sum, total);
+  // The rows' weights in the page's units, as integers.
+  struct Folded {
+    alignas(64) uint8_t codes[kBlockRows][2 * kPage];
+    float unit[kBlockRows], bias[kBlockRows];
+    float total[kBlockRows];  // per channel: what the channel's zero point meets
+  };
 
-    const uint8_t* terms[ROWS];
-    for (int r = 0; r < ROWS; ++r) terms[r] = codes[r];
+  template <int ROWS>
+  static void fold(const Block& block, int dim, Folded& folded_rows) {
+    constexpr int kN = fixed_vectors(kPage);
+    constexpr float kMean = FORM::kValueMean;
+    const auto params = FORM::params(block.values, dim);
+    params.prefetch(block.ahead);
+    F product[ROWS][kVectorsOf<kN>], most[ROWS], correction[ROWS], sum[ROWS];
+    unrolled<ROWS>([&](auto r) KVBITS_INLINE { most[r] = correction[r] = sum[r] = f_set(0); });
+    each_vector<kN>(kPage / kWidth, [&](auto i) KVBITS_INLINE {
+      F scale = f_set(1), base = f_set(0);  // of the tokens; base: what a weight meets beside the rounded codes
+      if constexpr (!kPerChannel) {
+        scale = params.scale(i * kWidth);
+        if constexpr (kMean != 0) base = f_mul(scale, f_set(kMean));
+        if constexpr (FORM::kZeros) base = f_add(base, params.zero(i * kWidth, scale));
+      }
+      unrolled<ROWS>([&](auto r) KVBITS_INLINE {
+        const F p = f_load(block.scores + r * kPage + i * kWidth);
+        product[r][i] = kPerChannel ? p : f_mul(p, scale);
+        most[r] = f_max(most[r], product[r][i]);
+        if constexpr (kPerChannel) sum[r] = f_add(sum[r], p);
+        if constexpr (!kPerChannel && (FORM::kZeros || kMean != 0)) correction[r] = f_fma(p, base, correction[r]);
+      });
+    });
+    if constexpr (kPerChannel) {
+      unrolled<ROWS>([&](auto r) KVBITS_INLINE { correction[r] = f_mul(sum[r], f_set(kMean)); });
+    }
+    quantize_rows<ROWS, kT, FORM::kRadix, false, kN>(product, kPage / kWidth, most, kMean, folded_rows.codes[0],
+                                                     2 * kPage, folded_rows.unit, correction);
+    f_reduce_add_rows<ROWS>(correction, folded_rows.bias);
+    if constexpr (kPerChannel) f_reduce_add_rows<ROWS>(sum, folded_rows.total);
+  }
+
+  template <int ROWS>
+  static void accumulate_rows(const Block& block, int dim, const Folded& folded) {
     constexpr int kVectors = lane_vectors(ROWS * kT, Codes::kQuads);
     int lane = 0;
     for (; lane + kWidth * kVectors <= dim; lane += kWidth * kVectors) {
-      accumulate_lanes<ROWS, kVectors>(page, ahead, dim, lane, terms, unit, bias, total, params, rows, keep);
+      accumulate_lanes<ROWS, kVectors>(block, dim, lane, folded);
     }
     if constexpr (kVectors > 2) {
       for (; lane + kWidth * 2 <= dim; lane += kWidth * 2) {
-        accumulate_lanes<ROWS, 2>(page, ahead, dim, lane, terms, unit, bias, total, params, rows, keep);
+        accumulate_lanes<ROWS, 2>(block, dim, lane, folded);
       }
     }
     for (; lane < dim; lane += kWidth) {
-      accumulate_lanes<ROWS, 1>(page, ahead, dim, lane, terms, unit, bias, total, params, rows, keep);
+      accumulate_lanes<ROWS, 1>(block, dim, lane, folded);
     }
   }
 
  private:
   template <int ROWS, int VECTORS>
-  static void accumulate_lanes(const uint8_t* page, ptrdiff_t ahead, int dim, int lane, const uint8_t* const* codes,
-                               const float* unit, const float* bias, const float* total,
-                               const typename FORM::Params& params, QueryRow* rows, const float* keep) {
+  static void accumulate_lanes(const Block& block, int dim, int lane, const Folded& folded) {
+    const auto params = FORM::params(block.values, dim);
+    const uint8_t* codes[ROWS];
+    for (int r = 0; r < ROWS; ++r) codes[r] = folded.codes[r];
     I sum[ROWS][kT][VECTORS];
-    dot_lanes<Codes, ROWS, kT, VECTORS, false>(page, ahead, kPage, dim, lane, codes, kPage, sum);
+    dot_lanes<Codes, ROWS, kT, VECTORS, false>(block.values, block.ahead, kPage, dim, lane, codes, kPage, sum);
     unrolled<ROWS>([&](auto r) KVBITS_INLINE {
       unrolled<VECTORS>([&](auto v) KVBITS_INLINE {
         const int channel = lane + v * kWidth;
         F dot = f_from(sum[r][0][v]);
         if constexpr (kT == 2) dot = f_fma(dot, f_set(kRadixValue), f_from(sum[r][1][v]));
-        F gain = f_fma(dot, f_set(unit[r]), f_set(bias[r]));
+        F gain = f_fma(dot, f_set(folded.unit[r]), f_set(folded.bias[r]));
         if constexpr (kPerChannel) {
           const F scale = params.scale(channel);
           gain = f_mul(gain, scale);
-          if constexpr (FORM::kZeros) gain = f_fma(params.zero(channel, scale), f_set(total[r]), gain);
+          if constexpr (FORM::kZeros) gain = f_fma(params.zero(channel, scale), f_set(folded.total[r]), gain);
         }
-        float* out = rows[r].accumulator + channel;
-        f_store(out, f_fma(f_load(out), f_set(keep[r]), gain));
+        float* out = block.rows[r].accumulator + channel;
+        f_store(out, f_fma(f_load(out), f_set(block.keep[r]), gain));
       });
     });
   }

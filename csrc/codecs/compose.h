@@ -10,25 +10,38 @@ template <int HIGH, int LOW>
 struct MixedKey {
   using HighForm = PlainForm<HIGH, true, false>;
   using LowForm = PlainForm<LOW, true, false>;
+  using High = AffineKey<HighForm>;
+  using Low = AffineKey<LowForm>;
 
   static void prepare(QueryRow&, int) {}
 
+  struct Folded {
+    typename High::Folded high;
+    typename Low::Folded low;
+  };
+
   template <int ROWS>
-  static void score_rows(const uint8_t* page, ptrdiff_t ahead, int dim, const QueryRow* rows, float* scores) {
+  static void fold(const Block& block, int dim, Folded& folded) {
     const int first = dim / 4;
-    prefetch_all(page, ahead, dim);
+    prefetch_all(block.keys, block.ahead, dim);
     alignas(64) float gathered[ROWS][kMaxDim];
     QueryRow high[ROWS], low[ROWS];  // only their queries are read
     for (int r = 0; r < ROWS; ++r) {
-      for (int c = 0; c < dim; ++c) gathered[r][c] = rows[r].query[page[c]];
+      for (int c = 0; c < dim; ++c) gathered[r][c] = block.rows[r].query[block.keys[c]];
       high[r].query = gathered[r];
       low[r].query = gathered[r] + first;
     }
-    const uint8_t* high_page = page + (dim + 63) / 64 * 64;
-    const uint8_t* low_page = high_page + channel_page_bytes<HIGH>(first);
+    High::template fold<ROWS>(part<HIGH>(block, dim, high, block.scores), first, folded.high);
+    Low::template fold<ROWS>(part<LOW>(block, dim, low, block.scores), dim - first, folded.low);
+  }
+
+  template <int ROWS>
+  static void score_rows(const Block& block, int dim, const Folded& folded) {
+    const int first = dim / 4;
     alignas(64) float rest[ROWS * kPage];
-    AffineKey<HighForm>::template score_rows<ROWS>(high_page, ahead, first, high, scores);
-    AffineKey<LowForm>::template score_rows<ROWS>(low_page, ahead, dim - first, low, rest);
+    float* scores = block.scores;
+    High::template score_rows<ROWS>(part<HIGH>(block, dim, block.rows, scores), first, folded.high);
+    Low::template score_rows<ROWS>(part<LOW>(block, dim, block.rows, rest), dim - first, folded.low);
     for (int i = 0; i < ROWS * kPage; i += kWidth) f_store(scores + i, f_add(f_load(scores + i), f_load(rest + i)));
   }
 
@@ -67,6 +80,15 @@ struct MixedKey {
   }
 
  private:
+  // The block as it meets the page of one width.
+  template <int BITS>
+  static Block part(const Block& block, int dim, QueryRow* rows, float* scores) {
+    Block found = block;
+    found.keys += (dim + 63) / 64 * 64 + (BITS == LOW ? channel_page_bytes<HIGH>(dim / 4) : 0);
+    found.rows = rows;
+    found.scores = scores;
+    return found;
+  }
   static int at(int channel, int token) { return (channel / 2 * kPage + token) * 2 + channel % 2; }
   static float channel(const uint16_t* pairs, int c, int t) { return bf16_to_float(pairs[at(c, t)]); }
 };
@@ -78,13 +100,26 @@ struct BlockValue {
   static constexpr int kBlock = 32;
   static constexpr size_t kBytes = (static_cast<size_t>(kPage) * kBlock * BITS / 8 + 4 * kPage + 63) / 64 * 64;
 
+  struct Folded {
+    typename AffineValue<Form>::Folded of[kMaxDim / kBlock];
+  };
+
   template <int ROWS>
-  static void accumulate_rows(const uint8_t* page, ptrdiff_t ahead, int dim, QueryRow* rows, const float* weights,
-                              const float* keep) {
-    QueryRow part[ROWS];  // only their accumulators are touched
-    for (int block = 0; block < dim / kBlock; ++block) {
-      for (int r = 0; r < ROWS; ++r) part[r].accumulator = rows[r].accumulator + block * kBlock;
-      AffineValue<Form>::template accumulate_rows<ROWS>(page + block * kBytes, ahead, kBlock, part, weights, keep);
+  static void fold(const Block& block, int dim, Folded& folded) {
+    Block part = block;
+    for (int i = 0; i < dim / kBlock; ++i, part.values += kBytes) {
+      AffineValue<Form>::template fold<ROWS>(part, kBlock, folded.of[i]);
+    }
+  }
+
+  template <int ROWS>
+  static void accumulate_rows(const Block& block, int dim, const Folded& folded) {
+    QueryRow rows[ROWS];  // only their accumulators are touched
+    Block part = block;
+    part.rows = rows;
+    for (int i = 0; i < dim / kBlock; ++i, part.values += kBytes) {
+      for (int r = 0; r < ROWS; ++r) rows[r].accumulator = block.rows[r].accumulator + i * kBlock;
+      AffineValue<Form>::template accumulate_rows<ROWS>(part, kBlock, folded.of[i]);
     }
   }
 

@@ -53,30 +53,39 @@ inline float float8_factor(const uint8_t* page, ptrdiff_t ahead, int dim) {
 }
 
 template <int ROWS>
-inline void lift(const float* const* rows, int n, float (*out)[kMaxDim]) {
+inline void lift(const float* const* rows, int n, float* out) {
   for (int r = 0; r < ROWS; ++r)
-    for (int i = 0; i < n; i += kWidth) f_store(out[r] + i, f_mul(f_load(rows[r] + i), f_set(kFloat8Lift)));
+    for (int i = 0; i < n; i += kWidth) f_store(out + r * n + i, f_mul(f_load(rows[r] + i), f_set(kFloat8Lift)));
 }
 
 template <int MANTISSA>
 struct Float8Key {
   static void prepare(QueryRow&, int) {}
 
+  struct Folded {
+    alignas(64) float lifted[kBlockRows * kMaxDim];
+  };
+
   template <int ROWS>
-  static void score_rows(const uint8_t* page, ptrdiff_t ahead, int dim, const QueryRow* rows, float* scores) {
+  static void fold(const Block& block, int dim, Folded& folded) {
+    const float* queries[ROWS];
+    for (int r = 0; r < ROWS; ++r) queries[r] = block.rows[r].query;
+    lift<ROWS>(queries, dim, folded.lifted);
+  }
+
+  template <int ROWS>
+  static void score_rows(const Block& block, int dim, const Folded& folded) {
     constexpr int kVectors = lane_vectors(ROWS, 2, kRegisters / 2);
-    const F factor = f_set(float8_factor<MANTISSA>(page, ahead, dim));
-    alignas(64) float lifted[ROWS][kMaxDim];
+    const F factor = f_set(float8_factor<MANTISSA>(block.keys, block.ahead, dim));
     const float* factors[ROWS];
-    for (int r = 0; r < ROWS; ++r) factors[r] = rows[r].query;
-    lift<ROWS>(factors, dim, lifted);
-    for (int r = 0; r < ROWS; ++r) factors[r] = lifted[r];
+    for (int r = 0; r < ROWS; ++r) factors[r] = folded.lifted + r * dim;
     for (int lane = 0; lane < kPage; lane += kWidth * kVectors) {
       F sum[ROWS][kVectors];
-      dot_float8<MANTISSA, ROWS, kVectors>(page, ahead, dim, kPage, lane, factors, sum);
+      dot_float8<MANTISSA, ROWS, kVectors>(block.keys, block.ahead, dim, kPage, lane, factors, sum);
       unrolled<ROWS>([&](auto r) KVBITS_INLINE {
-        unrolled<kVectors>(
-            [&](auto v) KVBITS_INLINE { f_store(scores + r * kPage + lane + v * kWidth, f_mul(sum[r][v], factor)); });
+        unrolled<kVectors>([&](auto v) KVBITS_INLINE {
+          f_store(block.scores + r * kPage + lane + v * kWidth, f_mul(sum[r][v], factor));
+        });
       });
     }
   }
@@ -84,35 +93,39 @@ struct Float8Key {
 
 template <int MANTISSA>
 struct Float8Value {
+  struct Folded {
+    alignas(64) float lifted[kBlockRows * kPage];
+  };
+
   template <int ROWS>
-  static void accumulate_rows(const uint8_t* page, ptrdiff_t ahead, int dim, QueryRow* rows, const float* weights,
-                              const float* keep) {
+  static void fold(const Block& block, int, Folded& folded) {
+    const float* weights[ROWS];
+    for (int r = 0; r < ROWS; ++r) weights[r] = block.scores + r * kPage;
+    lift<ROWS>(weights, kPage, folded.lifted);
+  }
+
+  template <int ROWS>
+  static void accumulate_rows(const Block& block, int dim, const Folded& folded) {
     constexpr int kVectors = lane_vectors(ROWS, 2, kRegisters / 2);
-    const float factor = float8_factor<MANTISSA>(page, ahead, dim);
-    alignas(64) float lifted[ROWS][kMaxDim];
+    const float factor = float8_factor<MANTISSA>(block.values, block.ahead, dim);
     const float* factors[ROWS];
-    for (int r = 0; r < ROWS; ++r) factors[r] = weights + r * kPage;
-    lift<ROWS>(factors, kPage, lifted);
-    for (int r = 0; r < ROWS; ++r) factors[r] = lifted[r];
+    for (int r = 0; r < ROWS; ++r) factors[r] = folded.lifted + r * kPage;
     int lane = 0;
     for (; lane + kWidth * kVectors <= dim; lane += kWidth * kVectors) {
-      accumulate_lanes<ROWS, kVectors>(page, ahead, dim, lane, factors, factor, rows, keep);
+      accumulate_lanes<ROWS, kVectors>(block, dim, lane, factors, factor);
     }
-    for (; lane < dim; lane += kWidth) {
-      accumulate_lanes<ROWS, 1>(page, ahead, dim, lane, factors, factor, rows, keep);
-    }
+    for (; lane < dim; lane += kWidth) accumulate_lanes<ROWS, 1>(block, dim, lane, factors, factor);
   }
 
  private:
   template <int ROWS, int VECTORS>
-  static void accumulate_lanes(const uint8_t* page, ptrdiff_t ahead, int dim, int lane, const float* const* factors,
-                               float factor, QueryRow* rows, const float* keep) {
+  static void accumulate_lanes(const Block& block, int dim, int lane, const float* const* factors, float factor) {
     F sum[ROWS][VECTORS];
-    dot_float8<MANTISSA, ROWS, VECTORS>(page, ahead, kPage, dim, lane, factors, sum);
+    dot_float8<MANTISSA, ROWS, VECTORS>(block.values, block.ahead, kPage, dim, lane, factors, sum);
     unrolled<ROWS>([&](auto r) KVBITS_INLINE {
       unrolled<VECTORS>([&](auto v) KVBITS_INLINE {
-        float* out = rows[r].accumulator + lane + v * kWidth;
-        f_store(out, f_fma(f_load(out), f_set(keep[r]), f_mul(sum[r][v], f_set(factor))));
+        float* out = block.rows[r].accumulator + lane + v * kWidth;
+        f_store(out, f_fma(f_load(out), f_set(block.keep[r]), f_mul(sum[r][v], f_set(factor))));
       });
     });
   }

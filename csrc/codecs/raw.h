@@ -23,8 +23,12 @@ inline void add_pairs(const float* factors, const F (&even)[VECTORS], const F (&
 struct RawKey {
   static void prepare(QueryRow&, int) {}
 
+  struct Folded {};
   template <int ROWS>
-  static void score_rows(const uint8_t* page, ptrdiff_t ahead, int dim, const QueryRow* rows, float* scores) {
+  static void fold(const Block&, int, Folded&) {}
+
+  template <int ROWS>
+  static void score_rows(const Block& block, int dim, const Folded&) {
     constexpr int kVectors = lane_vectors(ROWS, 2, kRegisters * 3 / 4);
     for (int lane = 0; lane < kPage; lane += kWidth * kVectors) {
       F sum[ROWS][kVectors];
@@ -32,11 +36,12 @@ struct RawKey {
                          KVBITS_INLINE { unrolled<kVectors>([&](auto v) KVBITS_INLINE { sum[r][v] = f_set(0); }); });
       for (int pair = 0; pair < dim / 2; ++pair) {
         F even[kVectors], odd[kVectors];
-        load_pairs(page, ahead, kPage, pair, lane, even, odd);
-        unrolled<ROWS>([&](auto r) KVBITS_INLINE { add_pairs(rows[r].query + 2 * pair, even, odd, sum[r]); });
+        load_pairs(block.keys, block.ahead, kPage, pair, lane, even, odd);
+        unrolled<ROWS>([&](auto r) KVBITS_INLINE { add_pairs(block.rows[r].query + 2 * pair, even, odd, sum[r]); });
       }
       unrolled<ROWS>([&](auto r) KVBITS_INLINE {
-        unrolled<kVectors>([&](auto v) KVBITS_INLINE { f_store(scores + r * kPage + lane + v * kWidth, sum[r][v]); });
+        unrolled<kVectors>([&](auto v)
+                               KVBITS_INLINE { f_store(block.scores + r * kPage + lane + v * kWidth, sum[r][v]); });
       });
     }
   }
@@ -47,15 +52,18 @@ struct RawKey {
 };
 
 struct RawValue {
+  struct Folded {};
   template <int ROWS>
-  static void accumulate_rows(const uint8_t* page, ptrdiff_t ahead, int dim, QueryRow* rows, const float* weights,
-                              const float* keep) {
+  static void fold(const Block&, int, Folded&) {}
+
+  template <int ROWS>
+  static void accumulate_rows(const Block& block, int dim, const Folded&) {
     constexpr int kVectors = lane_vectors(ROWS, 2, kRegisters * 3 / 4);
     int lane = 0;
     for (; lane + kWidth * kVectors <= dim; lane += kWidth * kVectors) {
-      accumulate_lanes<ROWS, kVectors>(page, ahead, dim, lane, rows, weights, keep);
+      accumulate_lanes<ROWS, kVectors>(block, dim, lane);
     }
-    for (; lane < dim; lane += kWidth) accumulate_lanes<ROWS, 1>(page, ahead, dim, lane, rows, weights, keep);
+    for (; lane < dim; lane += kWidth) accumulate_lanes<ROWS, 1>(block, dim, lane);
   }
 
   static void seal(const uint8_t* open_page, int dim, const Rounding& rounding, uint8_t* out) {
@@ -64,21 +72,21 @@ struct RawValue {
 
  private:
   template <int ROWS, int VECTORS>
-  static void accumulate_lanes(const uint8_t* page, ptrdiff_t ahead, int dim, int lane, QueryRow* rows,
-                               const float* weights, const float* keep) {
+  static void accumulate_lanes(const Block& block, int dim, int lane) {
     F sum[ROWS][VECTORS];
     unrolled<ROWS>([&](auto r) KVBITS_INLINE {
       unrolled<VECTORS>([&](auto v) KVBITS_INLINE {
-        sum[r][v] = f_mul(f_load(rows[r].accumulator + lane + v * kWidth), f_set(keep[r]));
+        sum[r][v] = f_mul(f_load(block.rows[r].accumulator + lane + v * kWidth), f_set(block.keep[r]));
       });
     });
     for (int pair = 0; pair < kPage / 2; ++pair) {
       F even[VECTORS], odd[VECTORS];
-      load_pairs(page, ahead, dim, pair, lane, even, odd);
-      unrolled<ROWS>([&](auto r) KVBITS_INLINE { add_pairs(weights + r * kPage + 2 * pair, even, odd, sum[r]); });
+      load_pairs(block.values, block.ahead, dim, pair, lane, even, odd);
+      unrolled<ROWS>([&](auto r) KVBITS_INLINE { add_pairs(block.scores + r * kPage + 2 * pair, even, odd, sum[r]); });
     }
     unrolled<ROWS>([&](auto r) KVBITS_INLINE {
-      unrolled<VECTORS>([&](auto v) KVBITS_INLINE { f_store(rows[r].accumulator + lane + v * kWidth, sum[r][v]); });
+      unrolled<VECTORS>([&](auto v)
+                            KVBITS_INLINE { f_store(block.rows[r].accumulator + lane + v * kWidth, sum[r][v]); });
     });
   }
 };

@@ -1,34 +1,38 @@
 // Every codec by its number (Codec.native_id in Python): the one line that a new codec adds here.
 // Included inside a per-ISA anonymous namespace.
 
-template <class K>
-void score_any(const uint8_t* page, ptrdiff_t ahead, int dim, const QueryRow* rows, int count, float* scores) {
+// body(rows) for the block's number of rows as a compile-time constant.
+template <class Body>
+inline void with_rows(int count, Body&& body) {
   static_assert(kBlockRows == 4);
   switch (count) {
     case 1:
-      return K::template score_rows<1>(page, ahead, dim, rows, scores);
+      return body(std::integral_constant<int, 1>{});
     case 2:
-      return K::template score_rows<2>(page, ahead, dim, rows, scores);
+      return body(std::integral_constant<int, 2>{});
     case 3:
-      return K::template score_rows<3>(page, ahead, dim, rows, scores);
+      return body(std::integral_constant<int, 3>{});
     default:
-      return K::template score_rows<4>(page, ahead, dim, rows, scores);
+      return body(std::integral_constant<int, 4>{});
   }
 }
 
+template <class K>
+void score_any(const Block& block, int dim) {
+  with_rows(block.count, [&](auto rows) {
+    typename K::Folded folded;
+    K::template fold<rows>(block, dim, folded);
+    K::template score_rows<rows>(block, dim, folded);
+  });
+}
+
 template <class V>
-void accumulate_any(const uint8_t* page, ptrdiff_t ahead, int dim, QueryRow* rows, int count, const float* weights,
-                    const float* keep) {
-  switch (count) {
-    case 1:
-      return V::template accumulate_rows<1>(page, ahead, dim, rows, weights, keep);
-    case 2:
-      return V::template accumulate_rows<2>(page, ahead, dim, rows, weights, keep);
-    case 3:
-      return V::template accumulate_rows<3>(page, ahead, dim, rows, weights, keep);
-    default:
-      return V::template accumulate_rows<4>(page, ahead, dim, rows, weights, keep);
-  }
+void accumulate_any(const Block& block, int dim) {
+  with_rows(block.count, [&](auto rows) {
+    typename V::Folded folded;
+    V::template fold<rows>(block, dim, folded);
+    V::template accumulate_rows<rows>(block, dim, folded);
+  });
 }
 
 struct CodecKernels {

@@ -18,6 +18,7 @@ inline F f_fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 inline F f_max(F a, F b) { return _mm256_max_ps(a, b); }
 inline F f_min(F a, F b) { return _mm256_min_ps(a, b); }
 inline F f_abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+inline F f_max_abs(F a, F b) { return f_max(f_abs(a), f_abs(b)); }
 inline F f_round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline F f_from(I a) { return _mm256_cvtepi32_ps(a); }
 inline float f_reduce_max(F a) {
@@ -71,10 +72,11 @@ template <int N>
 inline I i_sll(I a) {
   return _mm256_slli_epi32(a, N);
 }
-inline void i_store_bytes(uint8_t* p, I a) {
+template <bool SIGNED>
+inline void i_store_bytes(uint8_t* p, const I (&a)[1]) {
   const __m256i low =
-      _mm256_shuffle_epi8(a, _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8, 12,
-                                              -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1));
+      _mm256_shuffle_epi8(a[0], _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8,
+                                                 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1));
   const int32_t words[2] = {_mm256_extract_epi32(low, 0), _mm256_extract_epi32(low, 4)};
   __builtin_memcpy(p, words, 8);
 }

@@ -18,6 +18,7 @@ inline F f_fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 inline F f_max(F a, F b) { return _mm512_max_ps(a, b); }
 inline F f_min(F a, F b) { return _mm512_min_ps(a, b); }
 inline F f_abs(F a) { return _mm512_abs_ps(a); }
+inline F f_max_abs(F a, F b) { return _mm512_range_ps(a, b, 0xb); }  // the larger magnitude, without its sign
 inline F f_round(F a) { return _mm512_roundscale_ps(a, 0); }
 inline F f_from(I a) { return _mm512_cvtepi32_ps(a); }
 inline float f_reduce_max(F a) { return _mm512_reduce_max_ps(a); }
@@ -77,10 +78,25 @@ template <int N>
 inline I i_sll(I a) {
   return _mm512_slli_epi32(a, N);
 }
-// The low byte of each lane.
-inline void i_store_bytes(uint8_t* p, I a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a)); }
+// The low byte of each lane, in order.
+template <bool SIGNED>
+inline void i_store_bytes(uint8_t* p, const I (&a)[1]) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a[0]));
+}
+// Four vectors whose lanes fit a byte of that kind: packing takes them to halves and then bytes within 128-bit lanes.
+template <bool SIGNED>
+inline void i_store_bytes(uint8_t* p, const I (&a)[4]) {
+  const __m512i low = _mm512_packs_epi32(a[0], a[1]), high = _mm512_packs_epi32(a[2], a[3]);
+  const __m512i bytes = SIGNED ? _mm512_packs_epi16(low, high) : _mm512_packus_epi16(low, high);
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, bytes));
+}
 // Lane sums of four products of unsigned and signed bytes.
-inline I i_dot(I sum, B u, B s) { return _mm512_dpbusd_epi32(sum, u, s); }
+// Assembly, because GCC 12 gives the intrinsic's result another register than its sum: copies and spills in every loop.
+inline I i_dot(I sum, B u, B s) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(s));
+  return sum;
+}
 
 inline B b_load(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline B b_quad(const uint8_t* p) {

@@ -19,6 +19,7 @@ inline F f_fma(F a, F b, F c) { return a * b + c; }
 inline F f_max(F a, F b) { return a > b ? a : b; }
 inline F f_min(F a, F b) { return a < b ? a : b; }
 inline F f_abs(F a) { return a < 0 ? -a : a; }
+inline F f_max_abs(F a, F b) { return f_max(f_abs(a), f_abs(b)); }
 inline F f_round(F a) { return __builtin_nearbyintf(a); }
 inline F f_from(I a) { return static_cast<float>(a); }
 inline float f_reduce_max(F a) { return a; }
@@ -56,7 +57,10 @@ template <int N>
 inline I i_sll(I a) {
   return static_cast<int32_t>(static_cast<uint32_t>(a) << N);
 }
-inline void i_store_bytes(uint8_t* p, I a) { *p = static_cast<uint8_t>(a); }
+template <bool SIGNED>
+inline void i_store_bytes(uint8_t* p, const I (&a)[1]) {
+  *p = static_cast<uint8_t>(a[0]);
+}
 inline I i_dot(I sum, B u, B s) {
   for (int i = 0; i < 32; i += 8) {
     sum += static_cast<int32_t>((u >> i) & 0xff) * static_cast<int8_t>((s >> i) & 0xff);
