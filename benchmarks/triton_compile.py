@@ -137,7 +137,9 @@ def usage_of(compiled: Any, target: GPUTarget) -> tuple[int, int]:
     """Registers and spilled bytes of a thread."""
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
-        found = [int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_count", "private_segment_fixed_size")]
+        found = [
+            int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_count", "private_segment_fixed_size")
+        ]
         return found[0], found[1]
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

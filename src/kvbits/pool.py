@@ -39,9 +39,14 @@ class PagedPool:
     """
 
     def __init__(
-        self, geometry: ModelGeometry, policy: Policy, memory_bytes: int, buffer: Tensor | None = None
+        self,
+        geometry: ModelGeometry,
+        policy: Policy,
+        memory_bytes: int,
+        buffer: Tensor | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
-        """Reserve ``memory_bytes`` (or use ``buffer``, ``uint8``, of at least that size).
+        """Reserve ``memory_bytes`` of ``device`` (or use ``buffer``, ``uint8``, of at least that size).
 
         Raises ``ConfigError`` when not even one short sequence fits, ``UnsupportedError`` when a layer does not fit
         its codec.
@@ -57,7 +62,7 @@ class PagedPool:
                 f" one session needs {least} ({least * self.layout.frame_bytes} bytes)"
             )
         size = self.num_frames * self.layout.frame_bytes
-        block = _reserve(size) if buffer is None else buffer[:size]
+        block = _reserve(size, torch.device(device)) if buffer is None else buffer[:size]
         self.buffer = block.view(self.num_frames, self.layout.frame_bytes)
         sealed, own, sink = self.layout.sealed, self.layout.open, self.layout.sink
         self.layers = tuple(
@@ -96,12 +101,14 @@ class PagedPool:
         return self.layout.sealed.used_bytes / PAGE_TOKENS
 
 
-def _reserve(size: int) -> Tensor:
-    """Anonymous memory ``uint8 [size]``, in huge pages where the system has them.
+def _reserve(size: int, device: torch.device) -> Tensor:
+    """Memory ``uint8 [size]`` of a device; the host's is anonymous, in huge pages where the system has them.
 
     Attention walks the pool in pieces of a few kilobytes; with 4 KiB pages the address translation costs as much as the
     reading.
     """
+    if device.type != "cpu":
+        return torch.empty(size, dtype=torch.uint8, device=device)
     # private: shared memory gets no huge pages
     block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):

@@ -29,7 +29,7 @@ from kvbits.engine.stats import EngineStats, Load
 from kvbits.engine.teacher import teacher_forced
 from kvbits.engine.text import decoder, end_tokens
 from kvbits.errors import RequestError
-from kvbits.kernels import Backend, default_backend
+from kvbits.kernels import Backend, choose_backend
 from kvbits.models import LoadedModel
 from kvbits.pool import PagedPool
 
@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 class Engine:
     """Serves many requests at once from one quantized pool.
 
+    ``backend``: kernels, by name (:data:`kvbits.kernels.BACKENDS`) or ready-made; ``None`` goes by the model's device.
     ``speculative``: tokens are guessed ahead and checked several at a time. Raises ``ConfigError`` for options that
     contradict the model or the pool, ``UnsupportedError`` where the kernels cannot store a layer as the policy asks.
     """
@@ -47,15 +48,16 @@ class Engine:
         self,
         loaded: LoadedModel,
         config: EngineConfig | None = None,
-        backend: Backend | None = None,
+        backend: Backend | str | None = None,
         speculative: SpeculativeConfig | None = None,
     ) -> None:
         self.loaded = loaded
         self.config = config = config or EngineConfig()
-        self.backend = backend or default_backend()
-        check_invariance(loaded, config)
+        self.backend = choose_backend(backend, loaded.device.type)
+        check_invariance(loaded, config, self.backend)
         self.max_model_len = context_of(loaded, config)
-        self.pool = PagedPool(loaded.geometry, policy_of(loaded, config, self.backend), config.kv_cache_memory)
+        policy = policy_of(loaded, config, self.backend)
+        self.pool = PagedPool(loaded.geometry, policy, config.kv_cache_memory, device=loaded.device)
         self.pages = pages_of(self.pool, loaded, config)
         self.limits = limits_of(self.pool, self.max_model_len, config)
         self.scheduler = Scheduler(self.pages, self.limits.pool, config.max_num_seqs, config.max_num_batched_tokens)

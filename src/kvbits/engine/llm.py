@@ -30,8 +30,9 @@ class LLM:
     or text such as ``"256MiB"``. ``kv_offload_size`` bytes of host memory, or of ``kv_offload_path`` (a file or a
     directory), keep the pages that the pool gives up. ``speculative_config`` (the options of
     :class:`~kvbits.engine.speculation.SpeculativeConfig`) guesses tokens ahead; answers stay the
-    same. ``progress`` shows a bar on stderr for work that takes more than two seconds. Raises ``ConfigError`` or
-    ``UnsupportedError`` at once for what cannot work.
+    same. ``device`` (``"cpu"``, ``"cuda"``, ...) is where a model that is named runs; ``backend`` (``"auto"``,
+    ``"cpu"``, ``"triton"``) goes by it. ``progress`` shows a bar on stderr for work that takes more than two seconds.
+    Raises ``ConfigError`` or ``UnsupportedError`` at once for what cannot work.
     """
 
     def __init__(
@@ -45,12 +46,13 @@ class LLM:
         max_num_batched_tokens: int = 512,
         dtype: str = "bfloat16",
         weights: str = "bf16",
+        device: str = "cpu",
         enable_prefix_caching: bool = True,
         batch_invariant: bool = False,
         kv_offload_size: str | int | None = None,
         kv_offload_path: str | None = None,
         speculative_config: SpeculativeConfig | Mapping[str, Any] | None = None,
-        backend: Backend | None = None,
+        backend: Backend | str | None = None,
         progress: bool = True,
     ) -> None:
         config = EngineConfig(
@@ -65,7 +67,9 @@ class LLM:
             kv_offload_path=kv_offload_path,
         )
         speculative = SpeculativeConfig.of(speculative_config)
-        self.loaded = load_model(model, dtype=dtype, weights=weights) if isinstance(model, str) else model
+        self.loaded = (
+            model if isinstance(model, LoadedModel) else load_model(model, dtype, weights=weights, device=device)
+        )
         self.engine = Engine(self.loaded, config, backend, speculative)
         self._progress = progress
 

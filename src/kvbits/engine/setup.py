@@ -34,9 +34,13 @@ def policy_of(loaded: LoadedModel, config: EngineConfig, backend: Backend) -> Po
     return policy
 
 
-def check_invariance(loaded: LoadedModel, config: EngineConfig) -> None:
-    """Raise ``UnsupportedError`` where bit-identical answers are asked for and the linear layers do not give them."""
-    reason = loaded.depends_on_rows() if config.batch_invariant else None
+def check_invariance(loaded: LoadedModel, config: EngineConfig, backend: Backend) -> None:
+    """Raise ``UnsupportedError`` where bit-identical answers are asked for and layers or kernels do not give them."""
+    if not config.batch_invariant:
+        return
+    reason = loaded.depends_on_rows()
+    if not backend.batch_invariant:
+        reason = f"the kernels of the backend '{backend.name}' round by the number of new tokens"
     if reason:
         raise UnsupportedError(f"batch_invariant cannot be kept with {loaded.name} here: {reason}")
 

@@ -16,7 +16,7 @@ from kvbits.hf.attention import IMPLEMENTATION, register
 from kvbits.hf.batch import Batch
 from kvbits.hf.layer import QuantizedLayer
 from kvbits.hf.store import Step, Store
-from kvbits.kernels import Backend, default_backend
+from kvbits.kernels import Backend, choose_backend
 from kvbits.models.load import wrap
 
 
@@ -34,22 +34,22 @@ class QuantizedCache(Cache):
         kv_cache_dtype: str | Path = "int8",
         *,
         kv_cache_memory: str | int | None = None,
-        backend: Backend | None = None,
+        backend: Backend | str | None = None,
     ) -> None:
         """Measure ``model``, reserve the pages and switch the model's attention to kvbits'.
 
         ``kv_cache_dtype``: a dtype (``"int4"``), a policy string (``"0-1:int8,2-29:int8/int4"``) or the directory of a
         calibrated policy. ``kv_cache_memory`` is bytes or text such as ``"256MiB"``, the most that all pages may take;
-        without it a quarter of the free memory is the bound. Memory is taken page by page, as tokens come.
+        without it a quarter of the free memory is the bound. On the CPU memory is taken page by page, as tokens
+        come; on a GPU all of it at once. ``backend``: ``"auto"`` (by the model's device), ``"cpu"`` or ``"triton"``.
 
         The model is put in eval mode and works with kvbits caches only until
         ``model.set_attn_implementation("sdpa")``. Raises ``ConfigError`` for a dtype or policy that cannot be read,
         ``UnsupportedError`` for a model that kvbits cannot run.
         """
-        if model.device.type != "cpu":
-            raise UnsupportedError(f"the model is on '{model.device}'; kvbits.hf.QuantizedCache runs on the CPU")
+        kernels = choose_backend(backend, model.device.type)
         loaded = wrap(model, None, model.config.model_type)
-        store = Store(loaded, _dtype(kv_cache_dtype), kv_cache_memory, backend or default_backend())
+        store = Store(loaded, _dtype(kv_cache_dtype), kv_cache_memory, kernels)
         register()
         model.set_attn_implementation(IMPLEMENTATION)
         config = model.config.get_text_config(decoder=True)
@@ -90,7 +90,7 @@ class QuantizedCache(Cache):
     def step_of(self, layer: int, rows: int, columns: int, mask: Tensor | None) -> Step:
         """The step that ``layer`` is part of; the first layer of a forward pass begins it."""
         if self._step is None or layer in self._done:
-            self._step = self._batch.begin(rows, columns, mask, self.recording)
+            self._step = self._batch.begin(rows, columns, None if mask is None else mask.cpu(), self.recording)
             self._done.clear()
         return self._step
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
+import torch
 from torch import Tensor
 
 from kvbits.attention import Forward
@@ -44,9 +46,9 @@ class Store:
     def __init__(self, loaded: LoadedModel, dtype: str, memory: str | int | None, backend: Backend) -> None:
         config = EngineConfig(kv_cache_dtype=dtype, enable_prefix_caching=False)
         policy = policy_of(loaded, config, backend)
-        size = _spare_memory(loaded.geometry, policy) if memory is None else parse_bytes(memory)
+        size = _spare_memory(loaded.geometry, policy, loaded.device) if memory is None else parse_bytes(memory)
         self.backend = backend
-        self.pool = PagedPool(loaded.geometry, policy, size)
+        self.pool = PagedPool(loaded.geometry, policy, size, device=loaded.device)
         self.pages: PageManager = pages_of(self.pool, loaded, config)
         self._next = 0
 
@@ -73,7 +75,13 @@ class Store:
             self.pool.copy(source, target)
 
 
-def _spare_memory(geometry: ModelGeometry, policy: Policy) -> int:
-    """Address space to reserve; the operating system gives memory only to frames that are used."""
+def _spare_memory(geometry: ModelGeometry, policy: Policy, device: torch.device) -> int:
+    """Bytes to reserve: address space on the CPU, where only frames that are used get memory; all of it on a GPU."""
     frame = PoolLayout.of(geometry, policy).frame_bytes
-    return int(min(psutil.virtual_memory().available // _SHARE, _MAX_FRAMES * frame))
+    free = psutil.virtual_memory().available if device.type == "cpu" else _module(device).mem_get_info(device)[0]
+    return int(min(free // _SHARE, _MAX_FRAMES * frame))
+
+
+def _module(device: torch.device) -> Any:
+    """``torch.cuda`` or its like."""
+    return torch.get_device_module(device)

@@ -100,6 +100,9 @@ class Backend(ABC):
 
     name: str
 
+    batch_invariant = True
+    """Whether a token's result has the same bits whatever else is in its step."""
+
     @abstractmethod
     def supports(self, scheme: Scheme, layer: LayerGeometry) -> str | None:
         """``None``, or the reason why this backend cannot run ``layer`` stored as ``scheme``."""

@@ -52,23 +52,31 @@ class LoadedModel:
     fingerprint: str
     fused: FusedModel | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model's weights are, and its cache has to be."""
+        device: torch.device = self.model.device
+        return device
+
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, positions: Tensor, step: Forward, logits_rows: Tensor) -> Tensor:
         """Run one step.
 
         ``input_ids``, ``positions`` ``int64 [rows]``: the new tokens of all sequences of ``step.batch``, packed;
-        ``logits_rows`` ``int64 [n]``: the rows whose logits are wanted. Returns ``float32 [n, vocab]``.
+        ``logits_rows`` ``int64 [n]``: the rows whose logits are wanted. Returns ``float32 [n, vocab]``,
+        on the CPU whatever the device.
         """
         if self.fused is not None and self.fused.runs(step):
             return self.fused.forward(input_ids, positions, step, logits_rows)
+        device = self.device
         out = self.model(
-            input_ids=input_ids.unsqueeze(0),
-            position_ids=positions.unsqueeze(0),
+            input_ids=input_ids.unsqueeze(0).to(device),
+            position_ids=positions.unsqueeze(0).to(device),
             use_cache=False,
-            logits_to_keep=logits_rows,
+            logits_to_keep=logits_rows.to(device),
             kvbits=step,
         )
-        logits: Tensor = out.logits[0].float()
+        logits: Tensor = out.logits[0].float().cpu()
         return logits
 
     def depends_on_rows(self) -> str | None:
@@ -81,13 +89,14 @@ def load_model(
     dtype: str = "bfloat16",
     progress: Callable[[str], None] | None = None,
     weights: str = "bf16",
+    device: str = "cpu",
 ) -> LoadedModel:
     """Load ``name``: a packaged model, a ``.gguf`` file, a directory (safetensors or one GGUF) or a Hugging Face id.
 
     ``dtype`` is ``"bfloat16"`` or ``"float32"``; ``weights`` is ``"bf16"``, or ``"int8"``: the linear layers' weights
-    in 8 bits with a scale for each output, for ``bfloat16`` only; ``progress`` gets a line of text before each long
-    stage. Raises ``ConfigError`` when the model cannot be found or read, ``UnsupportedError`` when kvbits cannot run
-    it.
+    in 8 bits with a scale for each output, for ``bfloat16`` on the CPU only; ``device`` is a torch device; ``progress``
+    gets a line of text before each long stage. Raises ``ConfigError`` when the model cannot be found or read or the
+    device cannot be used, ``UnsupportedError`` when kvbits cannot run the model.
     """
     if dtype not in _DTYPES:
         raise ConfigError(f"unknown model dtype '{dtype}'; choose from {', '.join(_DTYPES)}")
@@ -96,6 +105,9 @@ def load_model(
         raise ConfigError(f"unknown weights '{weights}'; choose from {', '.join(WEIGHT_FORMS)}")
     if weights != "bf16" and dtype != "bfloat16":
         raise ConfigError(f"weights '{weights}' go with the model dtype bfloat16, not {dtype}")
+    place = _device(device)
+    if weights != "bf16" and place.type != "cpu":
+        raise UnsupportedError(f"weights '{weights}' are multiplied on the CPU; the device is '{device}'")
     source = locate(name)
     report(f"Loading {name} ({dtype}) ..." if source.offline else f"Downloading and loading {name} ({dtype}) ...")
     # A GGUF file's configuration comes with its tensors; anything else is refused before a weight is read.
@@ -108,6 +120,9 @@ def load_model(
         options["quantization_config"] = GgufConfig(dequantize=True)
     model = _read(name, "weights", AutoModelForCausalLM, source, **options)
     loaded = wrap(model, tokenizer, name, geometry)
+    if place.type != "cpu":
+        model.to(place)
+        return loaded
     packed = pack_linears(model, weights)  # after the fingerprint, which reads the plain weights
     if weights != "bf16" and not packed:
         raise UnsupportedError(f"the model '{name}' has no linear layer that can be stored as {weights}")
@@ -119,6 +134,18 @@ def load_model(
             report(f"The layers of {name} run as transformers' own code: {fused}")
     collapse_to_huge_pages()
     return loaded
+
+
+def _device(name: str) -> torch.device:
+    """Raises ``ConfigError`` for a device that torch does not know or this machine does not have."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    # torch tells of a missing driver by an assertion
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"the device '{name}' cannot be used here: {reason}") from error
+    return device
 
 
 def wrap(model: Any, tokenizer: Any, name: str, geometry: ModelGeometry | None = None) -> LoadedModel:

@@ -37,7 +37,9 @@ def proposer_of(
         return SelfProposer(runner, pages)
     assert speculative.model is not None
     dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
-    return draft_model(load_model(speculative.model, dtype=dtype), speculative, loaded, config)
+    return draft_model(
+        load_model(speculative.model, dtype=dtype, device=str(loaded.device)), speculative, loaded, config
+    )
 
 
 def draft_model(
@@ -58,8 +60,8 @@ def draft_model(
         config, kv_cache_dtype=speculative.kv_cache_dtype, kv_cache_memory=speculative.memory_bytes,
         kv_offload_size=None, kv_offload_path=None,
     )  # fmt: skip
-    backend = default_backend()
-    pool = PagedPool(draft.geometry, policy_of(draft, own, backend), own.kv_cache_memory)
+    backend = default_backend(draft.device.type)
+    pool = PagedPool(draft.geometry, policy_of(draft, own, backend), own.kv_cache_memory, device=draft.device)
     pages = pages_of(pool, draft, own)
     return DraftModelProposer(Runner(draft, pool, pages, backend), pages, config.max_num_batched_tokens)
 

@@ -28,6 +28,7 @@ def _apply(codes, scale, zero, FORM: tl.constexpr):
 
 @triton.jit
 def dequantize_affine(page, FORM: tl.constexpr):
+    """Codes times their scales, plus their zeros."""
     codes = load_matrix(page, 0, FORM.bits, FORM)
     index, inside = _param_index(FORM)
     count: tl.constexpr = FORM.rows if FORM.per_row else FORM.lanes

@@ -9,7 +9,7 @@ from triton import knobs
 from kvbits.codecs import Scheme
 from kvbits.config import LayerGeometry
 from kvbits.errors import ConfigError
-from kvbits.kernels.base import Backend, BatchLayout
+from kvbits.kernels import GPUS, Backend, BatchLayout
 from kvbits.kernels.triton.form import block_of, refusal, shape_of
 from kvbits.kernels.triton.launch import Launch, LayerKernels, Sides, append, decode, prefill, rounding_of, run, seal
 from kvbits.kernels.triton.tables import StepTables, Tiles, step_tables, step_tiles
@@ -25,11 +25,12 @@ class TritonBackend(Backend):
     """
 
     name = "triton"
+    batch_invariant = False  # splits of decode steps are merged, prefill goes straight through
 
     def __init__(self, device: torch.device | str, launch: Launch = run) -> None:
         self.device = torch.device(device)
         self._launch = launch
-        if self.device.type not in ("cuda", "xpu") and not knobs.runtime.interpret:
+        if self.device.type not in GPUS and not knobs.runtime.interpret:
             raise ConfigError(
                 f"the backend 'triton' needs a GPU; the device is '{self.device}'. Choose the backend 'cpu', or a "
                 "device such as 'cuda'"

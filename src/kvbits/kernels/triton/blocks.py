@@ -8,6 +8,7 @@ from kvbits.kernels.triton.planes import load_codes
 
 @triton.jit
 def dequantize_blocks(page, FORM: tl.constexpr):
+    """All blocks at once: each lane knows the small page that it lies in."""
     token = tl.arange(0, FORM.row_block)
     lane = tl.arange(0, FORM.lane_block)
     block = lane // FORM.stride * FORM.bytes

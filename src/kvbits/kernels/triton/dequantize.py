@@ -13,7 +13,7 @@ from kvbits.kernels.triton.raw import dequantize_raw
 
 @triton.jit
 def dequantize(page, FORM: tl.constexpr):
-    """``float32 [row_block, lane_block]`` from the bytes at ``page``; keys ``[channels, 64]``, values ``[64, channels]``.
+    """``float32 [row_block, lane_block]`` from the bytes at ``page``: keys ``[dim, 64]``, values ``[64, dim]``.
 
     Codebook pages come rotated and without their centers, mixed ones in the page's own order of channels.
     """

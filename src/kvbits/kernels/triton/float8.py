@@ -9,12 +9,14 @@ from kvbits.kernels.triton.planes import fill_zero, load_matrix, store_matrix
 
 @triton.jit
 def dequantize_float8(page, FORM: tl.constexpr):
+    """Floats times the page's scale."""
     scale = tl.load((page + FORM.params_at).to(tl.pointer_type(tl.float32)))
     return from_float8(load_matrix(page, 0, 8, FORM), FORM.bits) * scale
 
 
 @triton.jit
 def quantize_float8(x, page, FORM: tl.constexpr):
+    """The largest element becomes the largest float."""
     largest: tl.constexpr = 448.0 if FORM.bits == 3 else 57344.0
     scale = tl.math.div_rn(tl.max(tl.max(tl.abs(x), 1), 0), largest)
     # 2**-126: the reciprocal of less would overflow

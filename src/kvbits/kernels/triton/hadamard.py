@@ -31,10 +31,7 @@ def _lanes_step(x, STEP: tl.constexpr):
 
 @triton.jit
 def rotate(x, ROWS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr):
-    """Rotate ``float32 [a, b]`` along its rows (``ROWS``) or its lanes, ``BLOCK = 2**STEPS`` at a time; self-inverse."""
+    """Rotate ``float32 [a, b]`` down its rows (``ROWS``) or along its lanes, ``BLOCK = 2**STEPS`` at a time."""
     for i in tl.static_range(STEPS):
-        if ROWS:
-            x = _rows_step(x, 1 << i)
-        else:
-            x = _lanes_step(x, 1 << i)
+        x = _rows_step(x, 1 << i) if ROWS else _lanes_step(x, 1 << i)
     return x * _norm(BLOCK)

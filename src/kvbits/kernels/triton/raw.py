@@ -6,6 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def dequantize_raw(page, FORM: tl.constexpr):
+    """bfloat16 is the upper half of float32."""
     pair = tl.arange(0, FORM.row_block // 2)
     lane = tl.arange(0, FORM.lane_block)
     mask = (pair < FORM.rows // 2)[:, None] & (lane < FORM.lanes)[None, :]

@@ -19,7 +19,8 @@ def seal_pages(rows, cache, pages, starts, first_rows, open_frames, sealed_frame
     ``rows``: the step's keys or values, ``bfloat16`` (pointer, stride of a row, stride of a head). ``cache``: (bytes,
     bytes of a frame, of the open page's head and the sealed page's head: byte in the frame and bytes of a head).
     ``pages`` ``int32 [pages, 2]``: sequence and page; ``starts``, ``first_rows``, ``open_frames`` ``int32
-    [sequences]``; ``sealed_frames``: (``int32`` pointer, stride of a sequence). ``rounding``: (clip, feedback, order, rank), each ``None`` or a pointer.
+    [sequences]``; ``sealed_frames``: (``int32`` pointer, stride of a sequence). ``rounding``: (clip, feedback, order,
+    rank), each ``None`` or a pointer.
     """
     item, head = tl.program_id(0), tl.program_id(1)
     sequence = tl.load(pages + 2 * item)

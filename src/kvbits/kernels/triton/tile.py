@@ -16,7 +16,7 @@ _TOKENS = tl.constexpr(PAGE_TOKENS)
 
 @triton.jit
 def tile_rows(tiles, index, head, SHAPE: tl.constexpr, M: tl.constexpr):
-    """Sequence, first query's position, number of queries; and of the ``M`` rows: position, row, query head, validity."""
+    """Sequence, first position, queries; and of the ``M`` rows: position, row, query head, whether they are any."""
     sequence = tl.load(tiles + 4 * index)
     first_row = tl.load(tiles + 4 * index + 1)
     count = tl.load(tiles + 4 * index + 2)
