@@ -52,7 +52,7 @@ class Sample:
     first: Tensor
 
 
-class _Watch:
+class Watch:
     """Stands for the engine's runner and keeps the last batch."""
 
     def __init__(self, runner: Any) -> None:
@@ -90,7 +90,7 @@ def sample_pages(loaded: LoadedModel, dtype: str) -> Sample:
     """Compute a few pages of real text and copy them."""
     length = SAMPLE_PAGES * PAGE_TOKENS + PAGE_TOKENS // 2
     engine = Engine(loaded, _config(loaded, dtype, 1, length + 2, length))
-    watch = _Watch(engine._runner)
+    watch = Watch(engine._runner)
     engine._runner = watch
     engine.add_request(text_tokens(loaded)[:length], SamplingParams(max_tokens=2, ignore_eos=True))
     engine.step()
