@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 from helpers.serving import CONTEXT, byte_tokenizer, engine_of, running
 from helpers.tiny import save, tiny_model
@@ -166,6 +167,43 @@ def test_sessions_return_to_the_replica_that_holds_their_pages(
     assert alone / prompt > 0.3
     assert routed >= 0.9 * alone
     assert scattered < routed
+
+
+def test_conversations_that_begin_at_once_spread(cluster: Cluster) -> None:
+    before = {name: stats.pool.queries for name, stats in cluster.stats().items()}
+
+    async def main() -> list[int]:
+        async with httpx.AsyncClient(timeout=60) as client:
+            bodies = [{"model": MODEL, "prompt": prose(600 + i, 200), "max_tokens": 4} for i in range(8)]
+            answers = await asyncio.gather(*(client.post(cluster.url + "/v1/completions", json=b) for b in bodies))
+            return [answer.status_code for answer in answers]
+
+    assert asyncio.run(main()) == [200] * 8
+    served = [stats.pool.queries - before[name] for name, stats in cluster.stats().items()]
+    assert len(served) == 2
+    assert sum(served) == 8 * 200
+    assert min(served) >= 2 * 200, served
+
+
+def test_the_openai_client_sees_no_difference(cluster: Cluster, single: str) -> None:
+    def talk_to(url: str) -> list[Any]:
+        client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=60)
+        ask = {"model": MODEL, "messages": [message(prose(9, 150))], "max_tokens": 20, "temperature": 0}
+        whole = client.chat.completions.create(**ask)
+        stream = client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True})
+        chunks = [essence(chunk.model_dump()) for chunk in stream]
+        pieces = [choice["delta"]["content"] or "" for chunk in chunks for choice in chunk["choices"]]
+        assert "".join(pieces) == whole.choices[0].message.content
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.completions.create(model=MODEL, prompt="x" * 5000)
+        with pytest.raises(openai.NotFoundError) as unknown:
+            client.chat.completions.create(**{**ask, "model": "other"})
+        return [
+            essence(whole.model_dump()), chunks, refused.value.body, unknown.value.body,
+            [model.id for model in client.models.list()],
+        ]  # fmt: skip
+
+    assert talk_to(cluster.url) == talk_to(single)
 
 
 def test_replies_are_those_of_a_single_server(cluster: Cluster, single: str) -> None:

@@ -6,7 +6,8 @@ the holder, which the replica is told.
 
 from __future__ import annotations
 
-from collections import deque
+import time
+from collections import Counter, deque
 from random import Random
 from typing import Any
 
@@ -16,6 +17,9 @@ from kvbits.ray.balance import Load, choose
 from kvbits.ray.messages import Route
 from kvbits.ray.prefix import PrefixMap, Recorded
 from kvbits.ray.scaling import USAGE
+
+ON_THE_WAY_SECONDS = 2.0
+"""How long a choice counts as a request under way, unless the replica has taken or refused it before."""
 
 
 class PrefixRouter(RequestRouter):  # type: ignore[misc]
@@ -29,6 +33,8 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
         self._imbalance = imbalance
         self._map = PrefixMap(capacity)
         self._random = Random()
+        # Chosen, but not counted by Ray yet: of many requests that come at once, each one sees the ones before it.
+        self._on_the_way: dict[str, tuple[str, float]] = {}
         # Prompts of which it is not known yet whether their replica took them; the bound is for senders that never say.
         self._sent: deque[tuple[Route, Recorded]] = deque(maxlen=10_000)
 
@@ -38,30 +44,42 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
         """Ranks of one replica each, the best first."""
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         route = _route(pending_request)
-        if pending_request is not None:
-            pending_request.routing_context.should_backoff = True
-        if route is None:
+        if pending_request is None or route is None:
             return [candidate_replicas]
+        pending_request.routing_context.should_backoff = True
         route.alive = tuple(sorted(by_name))
         if route.target in by_name:
             return [[by_name[route.target]]]
         self._settle()
         route.holder, continues = self._map.holder(route.blocks, by_name)
-        loads = {name: self._load(replica) for name, replica in by_name.items()}
+        request_id, now = pending_request.metadata.internal_request_id, time.monotonic()
+        self._on_the_way.pop(request_id, None)
+        coming = self._coming(now)
+        loads = {name: self._load(replica, coming[name]) for name, replica in by_name.items()}
         order = choose(route.holder if continues else None, loads, self._imbalance, self._random)
+        self._on_the_way[request_id] = order[0], now
         return [[by_name[name]] for name in order]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Remember who got the prompt."""
+        self._on_the_way.pop(pending_request.metadata.internal_request_id, None)
         route = _route(pending_request)
         if route is not None and route.target is None:
             self._sent.append((route, self._map.record(route.blocks, replica_id.unique_id)))
 
-    def _load(self, replica: RunningReplica) -> Load:
+    def _coming(self, now: float) -> Counter[str]:
+        while self._on_the_way:
+            first, (_, since) = next(iter(self._on_the_way.items()))
+            if now - since < ON_THE_WAY_SECONDS:
+                break
+            del self._on_the_way[first]
+        return Counter(name for name, _ in self._on_the_way.values())
+
+    def _load(self, replica: RunningReplica, coming: int) -> Load:
         # What a replica said when it took its last request, and what was sent and ended since; 0 when that is long ago.
         requests = self.replica_queue_len_cache.get(replica.replica_id) or 0
         usage = float((replica.routing_stats or {}).get(USAGE, 0.0))
-        return Load(requests, usage, self._map.held[replica.replica_id.unique_id])
+        return Load(requests + coming, usage, self._map.held[replica.replica_id.unique_id])
 
     def _settle(self) -> None:
         for _ in range(len(self._sent)):
