@@ -5,8 +5,9 @@
 
 It writes a task (a YAML file and its questions) to a folder and runs the harness's own command on it:
 
-    python -m kvbits.lm_eval --model kvbits --model_args pretrained=smollm2-135m,kv_cache_dtype=int4 \\
-        --tasks capitals --include_path FOLDER
+    lm_eval --model kvbits --model_args pretrained=smollm2-135m,kv_cache_dtype=int4 --tasks FOLDER/capitals.yaml
+
+The last line of the task file is what makes the harness know kvbits.
 """
 
 import argparse
@@ -35,11 +36,12 @@ doc_to_choice: "{{{{choices}}}}"
 doc_to_target: "{{{{answer}}}}"
 metric_list:
   - metric: acc
+process_docs: !function kvbits.lm_eval.task.unchanged
 """
 
 
-def write_task(folder: Path) -> None:
-    """Four choices for each country."""
+def write_task(folder: Path) -> Path:
+    """Four choices for each country; returns the task's file."""
     names = list(CAPITALS.values())
     lines = []
     for at, (country, capital) in enumerate(CAPITALS.items()):
@@ -47,7 +49,9 @@ def write_task(folder: Path) -> None:
         lines.append(json.dumps({"country": country, "choices": choices, "answer": choices.index(capital)}))
     data = folder / "capitals.jsonl"
     data.write_text("\n".join(lines), encoding="utf-8")
-    (folder / "capitals.yaml").write_text(TASK.format(data=data, cache=folder / "cache"), encoding="utf-8")
+    task = folder / "capitals.yaml"
+    task.write_text(TASK.format(data=data, cache=folder / "cache"), encoding="utf-8")
+    return task
 
 
 def main() -> int:
@@ -57,11 +61,12 @@ def main() -> int:
     parser.add_argument("--dtype", nargs="+", default=["bf16", "int4"])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        write_task(Path(folder))
+        task = write_task(Path(folder))
         for dtype in options.dtype:
             arguments = f"pretrained={options.model},kv_cache_dtype={dtype},kv_cache_memory=64MiB"
-            command = [sys.executable, "-m", "kvbits.lm_eval", "--model", "kvbits", "--model_args", arguments]
-            code = subprocess.call([*command, "--tasks", "capitals", "--include_path", folder])
+            # "python -m lm_eval" is what the lm_eval command runs
+            command = [sys.executable, "-m", "lm_eval", "--model", "kvbits", "--model_args", arguments]
+            code = subprocess.call([*command, "--tasks", str(task)])
             if code:
                 return code
     return 0

@@ -63,6 +63,13 @@ def test_vllm_leaves_single_layers_in_16_bit() -> None:
     )
 
 
+def test_layers_that_an_engine_keeps_in_16_bit_by_itself_are_named() -> None:
+    found = of("int8,int4", "vllm")
+    assert found.arguments == ("--kv-cache-dtype", "turboquant_k8v4")
+    assert found.lost[0] == "keys of layers 0-1, 30-31 have 8 bits in the policy and 16 here"
+    assert (found.key_bits, found.value_bits) == (9.0, 5.5)
+
+
 def test_fewer_bits_than_asked_for_are_the_last_choice() -> None:
     """A bit too few counts three times a bit too many."""
     mostly = of("0-27:int4,28-31:int8/int4", "lmdeploy")
@@ -98,7 +105,7 @@ def test_every_difference_is_named(layers: list[str]) -> None:
             for sentence in sentences:
                 head, _, tail = sentence.partition(" have ")
                 here = float(tail.split(" and ")[1].split()[0])
-                named = range(len(layers)) if "all layers" in head else _numbers(head.split("layers ")[1])
+                named = range(len(layers)) if "all layers" in head else _numbers(head.split(maxsplit=3)[3])
                 for layer in named:
                     assert wanted[layer] == float(tail.split()[0])
                     wanted[layer] = here

@@ -20,6 +20,7 @@ from lm_eval.tasks import TaskManager
 
 from kvbits.errors import ConfigError, RequestError
 from kvbits.lm_eval import register
+from kvbits.lm_eval import task as task_module
 from kvbits.lm_eval.__main__ import main
 from kvbits.lm_eval.arguments import Generation
 from kvbits.lm_eval.model import KVBitsLM
@@ -148,6 +149,19 @@ def test_without_the_harness_the_error_says_what_to_install(monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ConfigError, match=r"pip install 'kvbits\[lm-eval\]'"):
         register()
+
+
+def test_importing_the_module_for_task_files_registers_nothing() -> None:
+    code = (
+        "import kvbits.lm_eval.task as task, lm_eval.models\n"
+        "from lm_eval.api.registry import model_registry\n"
+        "assert 'kvbits' not in model_registry\n"
+        "assert task.unchanged([1]) == [1] and 'kvbits' in model_registry"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(AttributeError, match="no 'other'"):
+        task_module.other  # noqa: B018
 
 
 def test_the_example_runs(path: str) -> None:

@@ -1,8 +1,9 @@
 """What the cache options of other engines can say. One table an engine; no torch.
 
-Sources, read in 2026: vLLM ``vllm/config/cache.py`` (``CacheDType``) and its page "Quantized KV Cache"; SGLang's page
-"Quantized KV Cache"; LMDeploy ``docs/en/quantization/kv_quant.md``; llama.cpp ``common/arg.cpp`` (``-ctk``, ``-ctv``);
-OpenVINO's properties ``KEY_CACHE_PRECISION`` and ``VALUE_CACHE_PRECISION``.
+Sources, read in November 2026: vLLM ``vllm/config/cache.py`` (``CacheDType``), its page "Quantized KV Cache", and
+``TurboQuantConfig.get_boundary_skip_layers`` for ``edges``; SGLang's page "Quantized KV Cache"; LMDeploy
+``docs/en/quantization/kv_quant.md``; llama.cpp ``common/arg.cpp`` (``-ctk``, ``-ctv``); OpenVINO's properties
+``KEY_CACHE_PRECISION`` and ``VALUE_CACHE_PRECISION``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from dataclasses import dataclass
 class Form:
     """One way to store keys and values: bits per element of each, and how the engine names it.
 
-    ``what`` describes the codes; ``needs`` what must be there for it (``""``: nothing).
+    ``what`` describes the codes; ``needs`` what must be there for it (``""``: nothing). ``edges``: so many layers at
+    either end stay in 16 bits whether asked for or not.
     """
 
     name: str
@@ -22,6 +24,7 @@ class Form:
     value_bits: float
     what: str
     needs: str = ""
+    edges: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Engine:
     skips_layers: bool = False
 
 
+_TURBO = "a head size and a GPU that TurboQuant takes"
 _SCALES = "calibrated scales in the checkpoint (kvbits export --to compressed-tensors), else every scale is 1"
 _SGLANG_SCALES = "--quantization-param-path with calibrated scales (kvbits export), else every scale is 1"
 
@@ -58,10 +62,10 @@ VLLM = Engine(
         Form("auto", 16, 16, "the model's own 16-bit dtype"),
         Form("fp8", 8, 8, "float8 e4m3, one scale per tensor or head", _SCALES),
         Form("int8_per_token_head", 8, 8, "8-bit integers, one scale per token and head", "the Triton backend"),
-        Form("turboquant_k8v4", 8, 4, "keys float8 e4m3, values 4 bit", "a head size and a GPU that TurboQuant takes"),
+        Form("turboquant_k8v4", 8, 4, "keys float8 e4m3, values 4 bit", _TURBO, edges=2),
         Form("int4_per_token_head", 4, 4, "4-bit codes, one scale per token and head", "the Triton backend"),
-        Form("turboquant_k3v4_nc", 3, 4, "keys 3 bit, values 4 bit, rotated", "a head size and a GPU for TurboQuant"),
-        Form("turboquant_3bit_nc", 3, 3, "3 bit, rotated", "a head size and a GPU that TurboQuant takes"),
+        Form("turboquant_k3v4_nc", 3, 4, "keys 3 bit, values 4 bit, rotated", _TURBO, edges=2),
+        Form("turboquant_3bit_nc", 3, 3, "3 bit, rotated", _TURBO, edges=2),
     ),
     skips_layers=True,
 )

@@ -61,17 +61,22 @@ def _bits(codec: Codec) -> int:
 def _of_forms(engine: Engine, keys: Sequence[int], values: Sequence[int], never: Sequence[str]) -> Translation:
     pairs = list(zip(keys, values, strict=True))
     plain = {i for i, pair in enumerate(pairs) if engine.skips_layers and min(pair) >= 16}
-    rest = [pair for i, pair in enumerate(pairs) if i not in plain]
-    if not rest:
-        rest, plain = pairs, set()
+    if len(plain) == len(pairs):
+        plain = set()
+
+    def stored(form: Form) -> list[tuple[float, float]]:
+        """Bits of every layer's keys and values."""
+        ends = {i for i in range(len(pairs)) if min(i, len(pairs) - 1 - i) < form.edges}
+        return [(16.0, 16.0) if i in plain | ends else (form.key_bits, form.value_bits) for i in range(len(pairs))]
 
     def price(form: Form) -> float:
-        return sum(_price(k, form.key_bits) + _price(v, form.value_bits) for k, v in rest)
+        got = zip(pairs, stored(form), strict=True)
+        return sum(_price(k, key) + _price(v, value) for (k, v), (key, value) in got)
 
     best = min(engine.forms, key=price)
     if best.key_bits >= 16:
         plain = set()
-    real = [(16.0, 16.0) if i in plain else (best.key_bits, best.value_bits) for i in range(len(pairs))]
+    real = stored(best)
     lost = [*_differences("keys", keys, [k for k, _ in real]), *_differences("values", values, [v for _, v in real])]
     return Translation(
         engine.name,
@@ -124,10 +129,14 @@ def _differences(what: str, wanted: Sequence[float], got: Sequence[float]) -> li
             found.setdefault(pair, []).append(layer)
     whole = len(wanted)
     return [
-        f"{what} of {'all layers' if len(layers) == whole else 'layers ' + _ranges(layers)} have {a:g} bits in the "
+        f"{what} of {'all layers' if len(layers) == whole else _named(layers)} have {a:g} bits in the "
         f"policy and {b:g} here"
         for (a, b), layers in found.items()
     ]
+
+
+def _named(layers: list[int]) -> str:
+    return f"layer{'s' if len(layers) > 1 else ''} {_ranges(layers)}"
 
 
 def _ranges(numbers: Sequence[int]) -> str:
