@@ -70,11 +70,16 @@ format: $(INSTALLED) ## rewrite the sources in the project's format
 	$(BIN)/ruff format src tests benchmarks examples
 	find csrc -name '*.h' -o -name '*.cpp' | xargs --no-run-if-empty $(BIN)/clang-format -i
 
-bench: $(INSTALLED) ## read bandwidth, attention alone, and the whole engine, per dtype
+bench: $(INSTALLED) ## read bandwidth, attention alone, a step taken apart, and the whole engine, per dtype
 	mkdir -p out
 	$(BIN)/python benchmarks/bandwidth.py --json out/bandwidth.json
 	$(BIN)/python benchmarks/attention.py --json out/attention.json --batch 1 8 --context 512 2048 8192
 	$(BIN)/python benchmarks/attention.py --json out/attention-prefill.json --phase prefill --batch 1 --context 4096 8192
+	$(BIN)/python benchmarks/unequal.py --json out/unequal.json
+	$(BIN)/python benchmarks/step_breakdown.py --json out/step_breakdown.json --model $(MODEL) --weights bf16 int8
+	$(BIN)/python benchmarks/cost_growth.py --json out/cost_growth.json --model $(MODEL)
+	$(BIN)/python benchmarks/mixed_load.py --json out/mixed_load.json --model $(MODEL)
+	$(BIN)/python benchmarks/end_to_end.py --json out/end_to_end.json --model $(MODEL) --weights bf16 int8
 	$(BIN)/kvbits bench $(MODEL) --kv-cache-dtype bf16 --kv-cache-dtype int8 --kv-cache-dtype int4 \
 	  --context 4096 --batch 8 --new-tokens 64 --json out/bench.json
 
