@@ -3,11 +3,11 @@
     python benchmarks/end_to_end.py --json out/end_to_end.json [--batch 1 8 32] [--context 512 4096 7680]
 
 The engine runs in this process, as in ``kvbits bench``. Prefill: prompts of real text are computed, as many of a batch
-as fit ``--prefill-tokens`` (prompts are computed one after another, so more of them say the same). Decode: ``--steps``
-steps of all sequences after two that are not timed; the caches are filled with copies of really computed pages, each
-sequence its own (benchmarks/filled.py), because computing 32 x 7,680 tokens takes minutes and changes no decode step.
-In every round all dtypes take their turn; figures are medians, of rounds for prefill and of single steps for decode,
-with the least and the greatest.
+as fit ``--prefill-tokens`` (they are computed one after another, so more of them say the same; batches that come to the
+same prompts share the measurement). Decode: ``--steps`` steps of all sequences after two that are not timed; the caches
+are filled with copies of really computed pages, each sequence its own (benchmarks/filled.py), because computing 32 x
+7,680 tokens takes minutes and changes no decode step. In every round all dtypes take their turn; figures are medians,
+of rounds for prefill and of single steps for decode, with the least and the greatest.
 """
 
 from __future__ import annotations
@@ -26,11 +26,10 @@ from kvbits.kernels.decoder import WEIGHT_FORMS
 from kvbits.models import LoadedModel, load_model
 
 
-def prefill(loaded: LoadedModel, dtype: str, batch: int, context: int, args: argparse.Namespace) -> float:
-    """Tokens per second of computing as many of the prompts as ``args.prefill_tokens`` allows."""
-    count = max(1, min(batch, args.prefill_tokens // context))
-    prompts = distinct_prompts(text_tokens(loaded), context, count)
-    return measure_speed(loaded, dtype, prompts, 1, args.max_num_batched_tokens).prefill_tokens_per_s
+def prefill(loaded: LoadedModel, dtype: str, prompts: int, context: int, args: argparse.Namespace) -> float:
+    """Tokens per second of computing ``prompts`` prompts."""
+    chosen = distinct_prompts(text_tokens(loaded), context, prompts)
+    return measure_speed(loaded, dtype, chosen, 1, args.max_num_batched_tokens).prefill_tokens_per_s
 
 
 def decode(
@@ -51,24 +50,28 @@ def decode(
 def measure(loaded: LoadedModel, weights: str, args: argparse.Namespace) -> list[Row]:
     samples = {dtype: sample_pages(loaded, dtype) for dtype in args.dtype}
     rows: list[Row] = []
+    computed: dict[tuple[str, int, int], list[float]] = {}
     for batch in args.batch:
         for context in args.context:
-            computed: dict[str, list[float]] = {dtype: [] for dtype in args.dtype}
+            prompts = max(1, min(batch, args.prefill_tokens // context))
             steps: dict[str, list[float]] = {dtype: [] for dtype in args.dtype}
             for turn in range(args.rounds):
                 for dtype in args.dtype if turn % 2 == 0 else reversed(args.dtype):
-                    computed[dtype].append(prefill(loaded, dtype, batch, context, args))
+                    known = computed.setdefault((dtype, prompts, context), [])
+                    if len(known) <= turn:
+                        known.append(prefill(loaded, dtype, prompts, context, args))
                     gc.collect()  # a pool is gone before the next one comes
-                    steps[dtype] += decode(loaded, dtype, batch, context, samples[dtype], args)
+                    taken = decode(loaded, dtype, batch, context, samples[dtype], args)
                     gc.collect()
+                    steps[dtype] += taken
                     note(
                         f"{turn + 1}/{args.rounds}  weights {weights}  {batch} x {context}  {dtype:<6} "
-                        f"prefill {computed[dtype][-1]:8.0f}  "
-                        f"decode {batch / statistics.median(steps[dtype]):8.1f} tok/s"
+                        f"prefill {known[turn]:8.0f}  decode {batch / statistics.median(taken):8.1f} tok/s"
                     )
             for dtype in args.dtype:
                 row: Row = {"weights": weights, "batch": batch, "context": context, "kv_dtype": dtype}
-                row |= spread("prefill_tokens_per_s", computed[dtype])
+                row["prompts_computed"] = prompts
+                row |= spread("prefill_tokens_per_s", computed[dtype, prompts, context])
                 row |= spread("decode_tokens_per_s", [batch / seconds for seconds in steps[dtype]])
                 rows.append(row | {"decode_step_ms": 1e3 * statistics.median(steps[dtype])})
     return rows
@@ -119,7 +122,7 @@ def main() -> None:
     parser.add_argument("--weights", nargs="+", default=["bf16"], choices=WEIGHT_FORMS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=16, help="timed decode steps of a round")
-    parser.add_argument("--prefill-tokens", type=int, default=16384, help="most prompt tokens computed at once")
+    parser.add_argument("--prefill-tokens", type=int, default=8192, help="most prompt tokens computed at once")
     parser.add_argument("--max-num-batched-tokens", type=int, default=512)
     args = parser.parse_args()
     rows: list[Row] = []
