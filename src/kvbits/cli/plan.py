@@ -168,6 +168,7 @@ def _check_picture(path: Path) -> None:
 
 
 def _print(made: Plan, facts: ModelFacts, options: Options) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
@@ -179,12 +180,11 @@ def _print(made: Plan, facts: ModelFacts, options: Options) -> None:
         highlight=False,
     )
     windowed = any(c.windowed_sessions is not None for s in made.schemes for c in s.contexts)
-    table = Table()
-    for name in ("KV cache", "bits", "KV bytes/token", "context", "sessions", "open pages", "fills first", "x 16 bit"):
-        table.add_column(name, justify="left" if name in ("KV cache", "fills first") else "right")
-    table.add_column("longest context", justify="right")
-    if windowed:
-        table.add_column("windows freed", justify="right")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    names = ["KV cache", "bits", "KV bytes\na token", "context", "sessions", "open\npages", "fills\nfirst", "x 16\nbit",
+             "longest\ncontext"]  # fmt: skip
+    for name in [*names, "windows\nfreed"] if windowed else names:
+        table.add_column(name, justify="left" if name in ("KV cache", "fills\nfirst") else "right")
     for scheme in made.schemes:
         for c in scheme.contexts:
             table.add_row(
@@ -196,10 +196,12 @@ def _print(made: Plan, facts: ModelFacts, options: Options) -> None:
                 f"{100 * c.open_bytes / c.session_bytes:.1f} %",
                 c.fills_first,
                 f"{c.gain_over_16bit:.2f}",
-                f"{scheme.longest_context:,}" + (" (model)" if scheme.limited_by == "model" else ""),
+                f"{scheme.longest_context:,}" + (" *" if scheme.limited_by == "model" else "  "),
                 *([f"{c.windowed_sessions:,}"] if c.windowed_sessions is not None else []),
             )
     console.print(table)
+    if any(scheme.limited_by == "model" for scheme in made.schemes):
+        print("* the model's own limit; memory would hold more.")
     if windowed:
         print(
             "Sessions: every layer keeps all pages, as kvbits does. Windows freed: sessions for an engine that gives "
@@ -210,13 +212,23 @@ def _print(made: Plan, facts: ModelFacts, options: Options) -> None:
 
 
 def _print_runs(runs: list[Run], requests: int) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{requests:,} requests")
+    table = Table(title=f"{requests:,} requests", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("KV cache")
-    names = "load", "waited > 1 s", "wait p50 / p99 s", "preempted", "refused", "running", "pool use", "prefix hits"
-    for name in (*names, "first token p50 / p99 s", "tokens/s"):
+    names = (
+        "load",
+        "waited\n> 1 s",
+        "wait, s\np50 / p99",
+        "preempted",
+        "refused",
+        "running",
+        "pool\nuse",
+        "prefix\nhits",
+    )
+    for name in (*names, "first token, s\np50 / p99", "tokens/s"):
         table.add_column(name, justify="right")
     for run in runs:
         r = run.outcome.as_json()

@@ -1,0 +1,79 @@
+"""What ``kvbits plan`` says a memory holds, against what the engine really admits and takes.
+
+    python benchmarks/plan_check.py smollm2-135m --context 1024 --memory 96MiB --json out/plan-check.json
+
+For each dtype as many prompts of ``--context`` tokens as are planned, and a few more, go to an engine with exactly the
+planned bytes of cache. All prompts are computed in one step, so that admission is what is seen, not the growth of those
+that already decode. Reported: sessions planned and admitted, and frames of a session planned and held.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from machine import machine_facts
+from report import table
+
+from kvbits.codecs import parse_policy
+from kvbits.config import EngineConfig, parse_bytes
+from kvbits.engine.engine import Engine
+from kvbits.engine.params import SamplingParams
+from kvbits.engine.scheduler import WATERMARK
+from kvbits.models import load_model
+from kvbits.planning import plan
+
+MORE = 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="smollm2-135m")
+    parser.add_argument("--context", type=int, nargs="+", default=[500, 1024])
+    parser.add_argument("--memory", default="64MiB")
+    parser.add_argument("--dtype", nargs="+", default=["bf16", "int8", "int4", "int4+sink:int8"])
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    loaded = load_model(args.model)
+    memory = parse_bytes(args.memory)
+    rows = []
+    for dtype in args.dtype:
+        policy = parse_policy(dtype, loaded.geometry.num_layers)
+        (scheme,) = plan(loaded.geometry, [policy], memory, args.context, watermark=WATERMARK).schemes
+        for at in scheme.contexts:
+            count = at.sessions + MORE
+            engine = Engine(
+                loaded,
+                EngineConfig(
+                    kv_cache_dtype=dtype,
+                    kv_cache_memory=memory,
+                    max_num_seqs=count,
+                    max_num_batched_tokens=count * at.context,
+                ),
+            )
+            for session in range(count):
+                prompt = [1000 + (session * 7919 + i * 31) % 20000 for i in range(at.context)]
+                engine.add_request(prompt, SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True))
+            engine.step()
+            stats = engine.pages.stats()
+            running = engine.load().running
+            rows.append(
+                {
+                    "dtype": dtype,
+                    "context": at.context,
+                    "sessions_planned": at.sessions,
+                    "admitted_planned": at.admitted,
+                    "admitted": running,
+                    "frames_planned": at.session_bytes // scheme.frame_bytes,
+                    "frames_held": (stats.open + stats.sealed) / running,
+                }
+            )
+            print(rows[-1], flush=True)
+    print(table(rows))
+    if args.json:
+        args.json.write_text(json.dumps({"model": args.model, "memory": memory, "results": rows, **machine_facts()}))
+
+
+if __name__ == "__main__":
+    main()
