@@ -66,14 +66,12 @@ def hold(url: str, model: str, chat: Sequence[str], new_tokens: int, bar: Any) -
 
 def by_replica(server: Serving) -> list[int]:
     """Prompt tokens that each replica computed or found."""
-    page = httpx.get(server.target.url + "/metrics", timeout=60).text
+    page = httpx.get(server.target.url + "/metrics", timeout=600).text
     found = re.findall(r"^vllm:prompt_tokens_total\{.*\} (\S+)$", page, re.MULTILINE)
     return sorted((round(float(value)) for value in found), reverse=True)
 
 
-def run_case(
-    label: str, command: list[str], replicas: int, chats: Sequence[Sequence[str]], args: argparse.Namespace
-) -> Row:
+def run_case(command: list[str], replicas: int, chats: Sequence[Sequence[str]], args: argparse.Namespace) -> Row:
     with serving(command) as server, tqdm(total=sum(map(len, chats)), unit="turn", leave=False) as bar:
         # The first replica answers while others still load the model.
         while len(by_replica(server)) < replicas:

@@ -9,7 +9,7 @@ import random
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -326,6 +326,41 @@ def test_a_replica_killed_under_load_loses_only_its_requests(cluster: Cluster, r
         assert (stats.pool.open, stats.pool.sealed) == (0, 0)
 
 
+def test_a_request_that_no_replica_survives_ends_with_one_clean_error() -> None:
+    from ray.exceptions import RayActorError
+
+    from kvbits.ray.front import RETRY_SECONDS, Front
+
+    class Dying:
+        """A deployment whose replicas die under every request."""
+
+        def __init__(self) -> None:
+            self.http = self
+            self.asked = 0
+
+        def options(self, **changes: Any) -> Dying:
+            return self
+
+        async def remote(self, route: Route, request: Any) -> AsyncIterator[list[Any]]:
+            self.asked += 1
+            raise RayActorError
+            yield []
+
+    front = Front.__new__(Front)
+    front._handle, front._max_body, front._retries = Dying(), 1000, 2
+
+    async def main() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(front), base_url="http://front") as client:
+            return await client.post("/v1/completions", json={"prompt": "x"})
+
+    answer = asyncio.run(main())
+    assert front._handle.asked == 3
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, str(RETRY_SECONDS))
+    error = answer.json()["error"]
+    assert error["code"] == "replica_lost"
+    assert set(error) == {"message", "type", "param", "code"}
+
+
 def test_a_client_that_goes_away_frees_its_pages(cluster: Cluster) -> None:
     body = {"model": MODEL, "messages": [message(prose(5, 150))], "max_tokens": 700, "stream": True}
     with httpx.stream("POST", cluster.url + "/v1/chat/completions", json=body) as stream:
@@ -359,8 +394,11 @@ def test_an_update_rolls_over_without_a_failure(cluster: Cluster, replica: Repli
         time.sleep(0.2)
 
 
-def test_a_queue_brings_a_second_replica(cluster: Cluster, replica: ReplicaOptions) -> None:
-    cluster.deploy(replica, replace(TWO, min_replicas=1, max_replicas=2, target_requests=1.0, scale_up_delay=0.5))
+@pytest.mark.parametrize(
+    "targets", [{"target_requests": 1.0}, {"target_requests": 1000.0, "target_usage": 0.02}], ids=["requests", "pool"]
+)
+def test_load_brings_a_second_replica(cluster: Cluster, replica: ReplicaOptions, targets: dict[str, float]) -> None:
+    cluster.deploy(replica, replace(TWO, min_replicas=1, max_replicas=2, scale_up_delay=0.5, **targets))
     body = {"model": MODEL, "messages": [message(prose(8, 100))], "max_tokens": 600, "temperature": 0}
 
     async def main() -> int:
