@@ -5,6 +5,7 @@ import triton.language as tl
 
 from kvbits.config import PAGE_TOKENS
 from kvbits.kernels.base import SPLIT_PAGES
+from kvbits.kernels.triton.numbers import convert
 from kvbits.kernels.triton.softmax import finish
 from kvbits.kernels.triton.tile import attend_own, attend_sealed, load_query, oldest_page, tile_rows
 
@@ -112,4 +113,4 @@ def _store(result, out, rows, heads, valid, SHAPE: tl.constexpr):
     channel = tl.arange(0, SHAPE.value_block)
     target = out[0] + (rows.to(tl.int64) * out[1] + heads * out[2])[:, None] + channel[None, :]
     mask = valid[:, None] & (channel < SHAPE.value_dim)[None, :]
-    tl.store(target, result.to(out[0].dtype.element_ty), mask=mask)
+    tl.store(target, convert(result, out[0].dtype.element_ty), mask=mask)

@@ -124,7 +124,6 @@ def append(launch: Launch, layer: LayerKernels, tables: StepTables, sides: Sides
         args = (
             _rows(rows),
             (buffer, buffer.stride(0), opened.offset, layer.open.bytes, at),
-            tables.row_sequence,
             tables.starts,
             tables.counts,
             tables.first_rows,
@@ -132,7 +131,8 @@ def append(launch: Launch, layer: LayerKernels, tables: StepTables, sides: Sides
             tables.tail[opened.frame],
         )
         constants = {"KEY": form.key, "DIM": form.dim, "BLOCK": form.dim_block}
-        launch(append_rows, (len(rows), layer.shape.kv_heads), args, constants, num_warps=1)
+        grid = len(tables.starts), layer.shape.kv_heads, 2
+        launch(append_rows, grid, args, constants, num_warps=4)
 
 
 def decode(

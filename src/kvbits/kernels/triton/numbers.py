@@ -2,6 +2,10 @@
 
 import triton
 import triton.language as tl
+from triton import knobs
+
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+"""numpy has no bfloat16: where Triton interprets, it is converted by bits, and products are those of float32 copies."""
 
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: a sum with it has no bits behind the point
 _HALF_MAX = tl.constexpr(65504.0)
@@ -11,6 +15,26 @@ _HALF_MAX = tl.constexpr(65504.0)
 def rint(x):
     """To the nearest integer, halves to even; ``|x|`` below 2**22."""
     return (x + _ROUND) - _ROUND
+
+
+@triton.jit
+def widen(x):
+    """``bfloat16`` as ``float32``."""
+    return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def convert(x, TYPE: tl.constexpr):
+    """``float32`` or ``bfloat16`` numbers in another of these types, to nearest, halves to even."""
+    if x.dtype == TYPE:
+        return x
+    elif tl.float32 == TYPE:
+        return widen(x)
+    elif INTERPRETED:
+        bits = x.to(tl.uint32, bitcast=True)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(TYPE)
 
 
 @triton.jit

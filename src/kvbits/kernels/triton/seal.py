@@ -7,6 +7,7 @@ from kvbits.kernels.triton.affine import quantize_affine
 from kvbits.kernels.triton.codebook import quantize_codebook
 from kvbits.kernels.triton.float8 import quantize_float8
 from kvbits.kernels.triton.mixed import by_reach, quantize_mixed
+from kvbits.kernels.triton.numbers import widen
 from kvbits.kernels.triton.own import load_own
 from kvbits.kernels.triton.raw import quantize_raw
 
@@ -40,7 +41,7 @@ def seal_pages(rows, cache, pages, starts, first_rows, open_frames, sealed_frame
         rank = rank + head * FORM.dim
     end = (page + 1) * 64
     channels = tl.arange(0, FORM.dim_block)
-    x = load_own(rows, open_page, head, page, start, first_row, end, channels, FORM.key, FORM.dim).to(tl.float32)
+    x = widen(load_own(rows, open_page, head, page, start, first_row, end, channels, FORM.key, FORM.dim))
     if FORM.kind == "raw":
         quantize_raw(x, target, FORM)
     elif FORM.kind == "float8":
@@ -53,14 +54,14 @@ def seal_pages(rows, cache, pages, starts, first_rows, open_frames, sealed_frame
         else:
             channels = tl.load(order + channels, mask=channels < FORM.dim, other=FORM.dim)
         stored = tl.where(tl.arange(0, FORM.dim_block) < FORM.dim, channels, FORM.dim)
-        x = load_own(rows, open_page, head, page, start, first_row, end, stored, FORM.key, FORM.dim).to(tl.float32)
+        x = widen(load_own(rows, open_page, head, page, start, first_row, end, stored, FORM.key, FORM.dim))
         quantize_mixed(x, channels, target, FORM)
     elif FORM.kind == "blocks":
         inner: tl.constexpr = FORM.inner
         for block in range(FORM.dim // FORM.stride):
             channels = block * FORM.stride + tl.arange(0, FORM.stride)
             part = load_own(rows, open_page, head, page, start, first_row, end, channels, FORM.key, FORM.dim)
-            quantize_affine(part.to(tl.float32), target + block * FORM.bytes, None, None, None, None, inner)
+            quantize_affine(widen(part), target + block * FORM.bytes, None, None, None, None, inner)
     else:
         tl.static_assert(FORM.kind == "affine" or FORM.kind == "nibbles")
         quantize_affine(x, target, clip, feedback, order, rank, FORM)

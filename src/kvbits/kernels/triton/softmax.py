@@ -3,16 +3,21 @@
 import triton
 import triton.language as tl
 
+from kvbits.kernels.triton.numbers import INTERPRETED, convert, widen
+
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def product(a, b):
     """``a @ b`` in float32: exact products for ``float32`` rows, else ``b`` rounded to the type of ``a``."""
+    b = convert(b, a.dtype)
     if a.dtype == tl.float32:
-        return tl.dot(a, b.to(tl.float32), input_precision="ieee")
+        return tl.dot(a, b, input_precision="ieee")
+    elif INTERPRETED:
+        return tl.dot(widen(a), widen(b), input_precision="ieee")
     else:
-        return tl.dot(a, b.to(a.dtype))
+        return tl.dot(a, b)
 
 
 @triton.jit
@@ -35,7 +40,7 @@ def accumulate(scores, visible, values, most, total, acc, DOT: tl.constexpr):
     weights = tl.exp2(scores - base[:, None])
     fade = tl.exp2(most - base)
     total = total * fade + tl.sum(weights, 1)
-    acc = acc * fade[:, None] + product(weights.to(DOT), values)
+    acc = acc * fade[:, None] + product(convert(weights, DOT), values)
     return peak, total, acc
 
 

@@ -20,11 +20,10 @@ PREFILL_ROWS = 64
 class StepTables:
     """What every layer needs; all ``int32`` on the device.
 
-    ``row_sequence`` ``[rows]``; ``starts``, ``counts``, ``first_rows`` ``[S]``; ``sealed`` ``[S, columns]``; ``head``,
+    ``starts``, ``counts``, ``first_rows`` ``[S]``; ``sealed`` ``[S, columns]``; ``head``,
     ``tail``, ``sink`` ``[frames, S]``; ``pages`` and ``sink_pages`` ``[n, 2]``: sequence and page to seal.
     """
 
-    row_sequence: Tensor
     starts: Tensor
     counts: Tensor
     first_rows: Tensor
@@ -58,7 +57,6 @@ def step_tables(batch: BatchLayout, first_page_apart: bool, device: torch.device
     apart = [p for p in pages if first_page_apart and p[1] == 0]
     columns = -(-batch.sealed.shape[1] // 16) * 16
     arrays: list[NDArray[np.int32]] = [
-        np.repeat(np.arange(len(batch.counts), dtype=np.int32), batch.counts),
         batch.starts,
         batch.counts,
         batch.rows[:-1],

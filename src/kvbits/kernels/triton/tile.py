@@ -8,6 +8,7 @@ from kvbits.kernels.triton.codebook import centers
 from kvbits.kernels.triton.dequantize import dequantize
 from kvbits.kernels.triton.hadamard import rotate
 from kvbits.kernels.triton.mixed import stored_channels
+from kvbits.kernels.triton.numbers import convert
 from kvbits.kernels.triton.own import load_own
 from kvbits.kernels.triton.softmax import accumulate, logits, product
 
@@ -66,7 +67,7 @@ def _scores(q, rotated, page, query, rows, heads, valid, SHAPE: tl.constexpr, FO
         scores = product(rotated, keys)
         if FORM.centered:
             center = centers(page, FORM)
-            scores += tl.sum(q.to(tl.float32) * center[None, :], 1)[:, None]
+            scores += tl.sum(convert(q, tl.float32) * center[None, :], 1)[:, None]
         return scores
     else:
         return product(q, keys)
@@ -94,7 +95,8 @@ def attend_sealed(q, query, rows, heads, valid, positions, cache, head, sealed_r
     """
     rotated = q
     if SHAPE.rotated_keys:
-        rotated = rotate(q.to(tl.float32), False, SHAPE.key_rotate, SHAPE.key_rotate_steps).to(q.dtype)
+        rotated = rotate(convert(q, tl.float32), False, SHAPE.key_rotate, SHAPE.key_rotate_steps)
+        rotated = convert(rotated, q.dtype)
     if SINK is not None:
         if (low == 0) & (high > 0):
             frame = tl.load(sink_row).to(tl.int64)

@@ -1,0 +1,346 @@
+"""The Triton kernels against the reference: in Triton's interpreter, or on a GPU where there is one.
+
+The tests that are marked run kernels. Triton decides when it is imported whether it interprets, so ``make test`` runs
+them in a process of their own; ``make test-gpu`` runs them on the device.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.driver import Frames
+from helpers.tiny import tiny_model
+from test_kernels import PLAIN, SHAPES, Inputs, make_inputs, run
+from test_kernels import test_a_tentative_step_leaves_the_head_page_as_it_was as check_tentative_step
+from test_rounding import pages, rounding_of
+from torch import Tensor
+
+from kvbits.codecs import SCHEMES, Codec, Scheme, Side
+from kvbits.codecs.base import Rounding
+from kvbits.config import EngineConfig, LayerGeometry, ModelGeometry
+from kvbits.engine.engine import Engine
+from kvbits.engine.params import SamplingParams
+from kvbits.errors import ConfigError, UnsupportedError
+from kvbits.hf import QuantizedCache
+from kvbits.kernels import Backend, BatchLayout, choose_backend
+from kvbits.kernels.cpu import CpuBackend
+from kvbits.kernels.reference import ReferenceBackend
+from kvbits.models.load import wrap
+from kvbits.pool import LayerView
+
+pytest.importorskip("triton", reason="Triton exists for Linux only")
+
+ROOT = Path(__file__).parents[1]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = LayerGeometry(3, 1, 64, 64, 64**-0.5)
+ODD = {
+    "fp8_e5m2": LayerGeometry(2, 1, 80, 80, 80**-0.5),
+    "int8h": LayerGeometry(2, 1, 80, 96, 80**-0.5),
+    "int3": LayerGeometry(2, 1, 96, 96, 96**-0.5),
+    "nf4": LayerGeometry(2, 1, 96, 80, 96**-0.5),
+    "int4b32": LayerGeometry(2, 1, 80, 96, 80**-0.5),
+    "mix8_4": LayerGeometry(2, 1, 192, 128, 192**-0.5),
+    "mix4_2": LayerGeometry(2, 1, 256, 256, 256**-0.5),
+}
+
+
+class OnDevice(Backend):
+    """The Triton backend for pools and rows in host memory, which it copies to the device and back."""
+
+    name = "triton on a device"
+
+    def __init__(self) -> None:
+        from kvbits.kernels.triton.backend import TritonBackend
+
+        self.inner = TritonBackend(DEVICE)
+
+    def supports(self, scheme: Scheme, layer: LayerGeometry) -> str | None:
+        return self.inner.supports(scheme, layer)
+
+    def forward(
+        self, view: LayerView, batch: BatchLayout, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None
+    ) -> Tensor:
+        buffer = view.buffer.to(DEVICE)
+        out = self.inner.forward(
+            replace(view, buffer=buffer),
+            batch,
+            *(x.to(DEVICE) for x in (query, key, value)),
+            None if sinks is None else sinks.to(DEVICE),
+        )
+        view.buffer.copy_(buffer)
+        return out.cpu()
+
+
+def assert_agrees(layer: LayerGeometry, dtype: str, lengths: list[int], chunk: int = 129, draft: bool = False) -> None:
+    """Page bytes equal; float32 rows within the order of summation."""
+    inputs = make_inputs(layer, lengths)
+    expected, expected_pages = run(ReferenceBackend(), layer, dtype, inputs, chunk, draft=draft)
+    got, got_pages = run(OnDevice(), layer, dtype, inputs, chunk, draft=draft)
+    for a, b in zip(got_pages, expected_pages, strict=True):
+        assert torch.equal(a, b)
+    assert (torch.cat(got) - torch.cat(expected)).abs().max() <= 2e-5
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("dtype", SCHEMES)
+def test_every_dtype(dtype: str) -> None:
+    """A chunk over a page boundary, then a single token."""
+    assert OnDevice().supports(SCHEMES[dtype], SMALL) is None
+    assert_agrees(SMALL, dtype, [66], 65)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape(shape: str) -> None:
+    layer, length = SHAPES[shape], 130 if "window" in shape else 66
+    assert_agrees(replace(layer, num_heads=layer.group_size, num_kv_heads=1), "int4", [length], length - 1)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("dtype", ODD)
+def test_head_sizes_that_are_no_powers_of_two(dtype: str) -> None:
+    assert_agrees(ODD[dtype], dtype, [66], 65)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("dtype", ["nf4+sink:int8", "int4+sink:nf4", "nf3+sink:nf4", "bf16/nf4+sink:bf16"])
+def test_first_pages_in_a_form_of_their_own(dtype: str) -> None:
+    assert_agrees(replace(SMALL, window=100), dtype, [130], 129)
+
+
+@pytest.mark.triton
+def test_sequences_of_all_kinds_in_one_step() -> None:
+    assert_agrees(replace(PLAIN, num_heads=2), "int4/int8h", [1, 64, 66], 60)
+
+
+@pytest.mark.triton
+def test_drafts() -> None:
+    assert_agrees(SMALL, "int8h/int4", [66], 65, draft=True)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("window", [None, 1100])
+def test_pages_of_another_backend_in_several_splits(window: int | None) -> None:
+    """The CPU's kernels store 2,100 tokens; one more attends to their pages in three splits."""
+    layer = replace(SMALL, window=window, sinks=True)
+    inputs = make_inputs(layer, [2101])
+    rows = [x[0] for x in (inputs.query, inputs.key, inputs.value)]
+    frames = Frames(ModelGeometry("test", (layer, layer), 8192, 16), "int8", 80)
+    view = frames.pool.layers[1]
+    CpuBackend().forward(view, BatchLayout.of([frames.slice(0, 2100)]), *(x[:2100] for x in rows), inputs.sinks)
+    batch = BatchLayout.of([frames.slice(0, 1)])
+    before = view.buffer.clone()
+    expected = ReferenceBackend().forward(view, batch, *(x[2100:] for x in rows), inputs.sinks)
+    view.buffer.copy_(before)
+    got = OnDevice().forward(view, batch, *(x[2100:] for x in rows), inputs.sinks)
+    assert (got - expected).abs().max() <= 2e-5
+
+
+@pytest.mark.triton
+def test_pages_that_these_kernels_sealed_are_read_by_the_others() -> None:
+    inputs = make_inputs(SMALL, [150])
+    rows = [x[0] for x in (inputs.query, inputs.key, inputs.value)]
+    outputs = []
+    for first in (ReferenceBackend(), OnDevice()):
+        frames = Frames(ModelGeometry("test", (SMALL, SMALL), 8192, 16), "nf4/int4b32", 16)
+        view = frames.pool.layers[1]
+        first.forward(view, BatchLayout.of([frames.slice(0, 140)]), *(x[:140] for x in rows), None)
+        batch = BatchLayout.of([frames.slice(0, 10)])
+        outputs.append(CpuBackend().forward(view, batch, *(x[140:] for x in rows), None))
+    assert torch.equal(outputs[0], outputs[1])
+
+
+@pytest.mark.triton
+def test_a_tentative_step_leaves_the_head_page_as_it_was() -> None:
+    check_tentative_step(OnDevice)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(
+    ("dtype", "clip"), [("int4", 0.7), ("int8", None), ("int8h", 0.7), ("nf3", 0.7), ("nf2", None)]
+)
+def test_calibrated_rounding(dtype: str, clip: float | None) -> None:
+    layer = LayerGeometry(2, 2, 32, 64, 0.1)
+    inputs = make_inputs(layer, [70])
+    rounding = rounding_of(layer, clip)
+    expected = pages(ReferenceBackend(), layer, dtype, inputs, rounding)
+    assert torch.equal(pages(OnDevice(), layer, dtype, inputs, rounding), expected)
+    plain = pages(ReferenceBackend(), layer, dtype, inputs, replace(rounding, key=Rounding(), value=Rounding()))
+    assert not torch.equal(plain, expected)
+
+
+@pytest.mark.triton
+def test_a_calibrated_order_chooses_the_wider_channels() -> None:
+    inputs = make_inputs(SMALL, [70])
+    rounding = rounding_of(SMALL, 0.7)
+    expected = pages(ReferenceBackend(), SMALL, "mix8_2", inputs, rounding)
+    assert torch.equal(pages(OnDevice(), SMALL, "mix8_2", inputs, rounding), expected)
+
+
+@pytest.mark.triton
+def test_pages_of_extreme_numbers() -> None:
+    """Constant, tiny, huge and negative channels; zeros of both signs."""
+    layer = LayerGeometry(1, 1, 64, 64, 1.0)
+    x = torch.randn(64, 1, 64, generator=torch.Generator().manual_seed(0))
+    x[:, :, :4] = torch.tensor([0.0, -0.0, 1e-30, 3.0])
+    x[:, :, 4] *= 1e5
+    x[:, :, 5] *= 1e-3  # no smaller: which of two zeros of unlike sign is the least is not defined
+    x[:, :, 6] = 60.0 + 0.01 * x[:, :, 6]
+    inputs = Inputs([x[:, :1]], [x], [x.flip(0)], None)
+    for dtype in ("int8", "int8h", "int4", "fp8_e4m3", "fp8_e5m2", "nf4", "mix4_2"):
+        for scale in (1.0, 1e-37):
+            scaled = replace(inputs, key=[x * scale], value=[x.flip(0) * scale])
+            _, expected = run(ReferenceBackend(), layer, dtype, scaled)
+            _, got = run(OnDevice(), layer, dtype, scaled)
+            assert torch.equal(got[0], expected[0]), (dtype, scale)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("dtype", ["bf16", "int8", "int4", "nf4", "mix8_4"])
+def test_bfloat16_rows(dtype: str) -> None:
+    """Keys, values and weights are rounded to bfloat16: that stays well below the error of 4-bit codes."""
+    inputs = make_inputs(SMALL, [130])
+    exact, _ = run(ReferenceBackend(), SMALL, "bf16", inputs, 129)
+    coded, expected_pages = run(ReferenceBackend(), SMALL, dtype, inputs, 129)
+    four, _ = run(ReferenceBackend(), SMALL, "int4", inputs, 129)
+    got, got_pages = run(OnDevice(), SMALL, dtype, inputs, 129, torch.bfloat16)
+    assert torch.equal(got_pages[0], expected_pages[0])
+    error = (got[0].float() - coded[0])[64:]
+    noise = (four[0] - exact[0])[64:]
+    assert error.square().mean().sqrt() <= 0.25 * noise.square().mean().sqrt()
+
+
+@pytest.mark.triton
+def test_the_engine_and_the_transformers_cache_run_on_it() -> None:
+    model = tiny_model("gemma2").to(DEVICE)
+    prompt = torch.arange(4, 74).unsqueeze(0).to(DEVICE)
+    loaded = wrap(model, None, "tiny")
+    answers = []
+    for backend in (choose_backend("triton", DEVICE), ReferenceBackend() if DEVICE == "cpu" else None):
+        engine = Engine(loaded, EngineConfig("int4", 1 << 22), backend)
+        assert engine.pool.buffer.device.type == DEVICE
+        engine.add_request(prompt[0].tolist(), SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True))
+        tokens: list[int] = []
+        while engine.has_unfinished():
+            for delta in engine.step():
+                tokens += delta.token_ids
+        answers.append(tokens)
+    cache = QuantizedCache(model, "int4", kv_cache_memory="4MiB", backend="triton")
+    generated = model.generate(prompt, past_key_values=cache, max_new_tokens=3, do_sample=False, eos_token_id=None)
+    assert len(answers[0]) == 3
+    assert answers[0] == answers[1] == generated[0, 70:].tolist()
+
+
+@pytest.mark.triton
+def test_bit_identical_batches_are_not_promised() -> None:
+    model = tiny_model("llama").to(DEVICE)
+    config = EngineConfig("int4", 1 << 22, batch_invariant=True)
+    with pytest.raises(UnsupportedError, match="backend 'triton' round by the number of new tokens"):
+        Engine(wrap(model, None, "tiny"), config, choose_backend("triton", DEVICE))
+
+
+# Without a kernel that runs
+
+
+def test_in_the_interpreter() -> None:
+    """The tests above, in a process in which Triton interprets."""
+    command = [sys.executable, "-m", "pytest", "-m", "triton", "-x", "--durations=5", str(Path(__file__))]
+    variables = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert f"{len(SCHEMES)} passed" not in done.stdout  # more than the first test alone
+    print(done.stdout[-1500:])
+
+
+def test_a_cpu_is_refused_outside_of_the_interpreter() -> None:
+    code = (
+        "from kvbits.errors import ConfigError\n"
+        "from kvbits.kernels import choose_backend\n"
+        "try: choose_backend('triton', 'cpu')\n"
+        "except ConfigError as error: print(error)"
+    )
+    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True)
+    assert done.stdout == (
+        "the backend 'triton' needs a GPU; the device is 'cpu'. Choose the backend 'cpu', or a device such as 'cuda'\n"
+    )
+
+
+def test_backends_go_by_the_device() -> None:
+    assert isinstance(choose_backend(None), CpuBackend)
+    assert isinstance(choose_backend("cpu"), CpuBackend)
+    assert choose_backend("auto", "cuda").name == choose_backend("auto", "xpu").name == "triton"
+    given = ReferenceBackend()
+    assert choose_backend(given, "cuda") is given
+    with pytest.raises(ConfigError, match="unknown backend 'cudnn'; choose from auto, cpu, triton"):
+        choose_backend("cudnn")
+    with pytest.raises(ConfigError, match="the backend 'cpu' reads host memory; the model is on 'cuda'"):
+        choose_backend("cpu", "cuda")
+    with pytest.raises(UnsupportedError, match="the model is on 'mps'"):
+        choose_backend(None, "mps")
+
+
+def test_a_codec_without_kernels_is_refused_by_name() -> None:
+    @dataclass(frozen=True)
+    class Foreign(Codec):
+        """No codec of the registry."""
+
+        def page_bytes(self, dim: int) -> int:
+            return 64 * dim
+
+        def encode(self, rows: Tensor, side: Side, rounding: Rounding | None = None) -> Tensor:
+            raise AssertionError
+
+        def decode(self, page: Tensor, dim: int, side: Side) -> Tensor:
+            raise AssertionError
+
+        def supports(self, dim: int) -> str | None:
+            return None
+
+        @property
+        def native_id(self) -> int:
+            return 9999
+
+    backend = choose_backend(None, "cuda")
+    scheme = Scheme(SCHEMES["int4"].key, Foreign("foreign"))
+    assert backend.supports(scheme, SMALL) == "the Triton kernels have no values coded as 'foreign'"
+    assert "have no keys coded as 'foreign'" in str(backend.supports(Scheme(scheme.value, scheme.key), SMALL))
+    wide = LayerGeometry(1, 1, 320, 64, 1.0)
+    assert "head size 320 is over 256" in str(backend.supports(SCHEMES["int8"], wide))
+
+
+def test_kernels_compile_ahead_of_time(tmp_path: Path) -> None:
+    script = ROOT / "benchmarks" / "triton_compile.py"
+    options = ["--dtype", "int4", "--kernels", "decode", "--heads", "4", "1", "--head-dim", "64", "64"]
+    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(script), *options],
+        env={**variables, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [line.split() for line in done.stdout.splitlines()[1:]]
+    assert [row[:3] for row in rows] == [["int4", "decode_splits", t] for t in ("sm_80", "sm_90", "gfx942")]
+    for row in rows:
+        warps, registers, spilled, shared = map(int, row[3:])
+        assert (warps, spilled) == (4, 0)
+        assert 32 < registers <= 512
+        assert 0 < shared <= 64 << 10
+
+
+def test_nothing_imports_triton_before_it_is_chosen() -> None:
+    code = (
+        "import sys, kvbits.kernels, kvbits.engine.llm, kvbits.hf, kvbits.server.app, kvbits.kernels.cpu\n"
+        "print([name for name in sys.modules if name.startswith('kvbits.kernels.triton')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
