@@ -105,6 +105,17 @@ def test_the_recommendation_follows_the_rule(files: dict[str, Path], sessions: i
     assert any("int2" in line for line in advice.missing)
 
 
+def test_a_policy_is_the_same_one_in_every_result_wherever_it_lay(tmp_path: Path) -> None:
+    """``evaluate`` writes the path, ``plan`` the directory's name; the better policy must win over int4."""
+    best = quality("policy:somewhere/else/tuned", 4.6, 0.001, verdict="small loss")
+    evaluated, planned = tmp_path / "evaluated.json", tmp_path / "planned.json"
+    evaluated.write_text(json.dumps({**QUALITY, "results": [*QUALITY["results"], best]}))
+    planned.write_text(json.dumps({**PLAN, "schemes": [*PLAN["schemes"], scheme("tuned", 4.6, 26)]}))
+    advice = advise(gather([evaluated, planned]), 25, None)
+    assert advice.dtype == "tuned"
+    assert "somewhere" not in " ".join((*advice.reasons, *advice.missing))
+
+
 def test_without_a_plan_or_speeds_it_says_so(files: dict[str, Path]) -> None:
     advice = advise(gather([files["quality"]]), 1000, None)
     assert advice.dtype == "int8"

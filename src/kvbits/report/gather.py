@@ -33,6 +33,8 @@ class Gathered:
 def gather(paths: Iterable[Path]) -> Gathered:
     """Read JSON files (and directories of policies). Later results of a dtype replace earlier ones.
 
+    Policies are known by their directories' names, whatever the path was when they were evaluated.
+
     Raises ``ConfigError`` for a file that is none of them, for results of different models, and when nothing is given.
     """
     found = Gathered()
@@ -58,6 +60,12 @@ def _short(name: str) -> str:
     return short.removesuffix(".json").removesuffix(".gguf").removesuffix("-instruct")
 
 
+def _policy(dtype: Any) -> Any:
+    """A policy by its directory's name, as the planner has it: results say ``policy:PATH``."""
+    text = str(dtype)
+    return text.rstrip("/").rsplit("/", 1)[-1] if text.startswith("policy:") and "/" in text else dtype
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -72,6 +80,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _add(found: Gathered, path: Path, document: dict[str, Any]) -> str:
     rows = document.get("results")
+    if isinstance(rows, list):
+        rows = [
+            {**row, "dtype": _policy(row["dtype"])} if isinstance(row, dict) and "dtype" in row else row for row in rows
+        ]
     if document.get("format") == "kvbits-policy":
         name = path.name if path.is_dir() else path.resolve().parent.name
         found.policies.append({**document, "name": name})
