@@ -99,7 +99,7 @@ def test_the_recommendation_follows_the_rule(files: dict[str, Path], sessions: i
         assert advice.reasons[0] == "No usable dtype holds 28 sessions of 4,096 tokens."
     else:
         text = " ".join(advice.reasons)
-        assert f"{sessions:,} were asked for" in text
+        assert f"{sessions:,} {'was' if sessions == 1 else 'were'} asked for" in text
         assert "Rule: " in text
     # int2 was evaluated, not planned
     assert any("int2" in line for line in advice.missing)

@@ -85,7 +85,8 @@ def _why(best: Candidate, all_of_them: list[Candidate], sessions: int, at: int |
     change = 100 * (row["perplexity"] / row["perplexity_16bit"] - 1)
     found = [f"{best.level.words}: {kl}, perplexity {change:+.2f} %, {best.bits:.2f} bits per element"]
     if at is not None:
-        found.append(f"{best.sessions:,} sessions of {at:,} tokens fit; {sessions:,} were asked for")
+        verb = "was" if sessions == 1 else "were"
+        found.append(f"{best.sessions:,} sessions of {at:,} tokens fit; {sessions:,} {verb} asked for")
         plain = next((c for c in all_of_them if c.dtype == "bf16"), None)
         if plain is not None and plain.sessions and plain is not best:
             found.append(f"that is {best.sessions / plain.sessions:.2g} times what 16 bit holds ({plain.sessions:,})")
