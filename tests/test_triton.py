@@ -7,6 +7,7 @@ them in a process of their own; ``make test-gpu`` runs them on the device.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -162,11 +163,9 @@ def test_a_tentative_step_leaves_the_head_page_as_it_was() -> None:
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize(
-    ("dtype", "clip"), [("int4", 0.7), ("int8", None), ("int8h", 0.7), ("nf3", 0.7), ("nf2", None)]
-)
+@pytest.mark.parametrize(("dtype", "clip"), [("int4", 0.7), ("int8", None), ("int8h", 0.7), ("nf3", 0.7)])
 def test_calibrated_rounding(dtype: str, clip: float | None) -> None:
-    layer = LayerGeometry(2, 2, 32, 64, 0.1)
+    layer = LayerGeometry(2, 2, 32, 32, 0.1)
     inputs = make_inputs(layer, [70])
     rounding = rounding_of(layer, clip)
     expected = pages(ReferenceBackend(), layer, dtype, inputs, rounding)
@@ -193,8 +192,8 @@ def test_pages_of_extreme_numbers() -> None:
     x[:, :, 5] *= 1e-3  # no smaller: which of two zeros of unlike sign is the least is not defined
     x[:, :, 6] = 60.0 + 0.01 * x[:, :, 6]
     inputs = Inputs([x[:, :1]], [x], [x.flip(0)], None)
-    for dtype in ("int8", "int8h", "int4", "fp8_e4m3", "fp8_e5m2", "nf4", "mix4_2"):
-        for scale in (1.0, 1e-37):
+    for scale, dtypes in ((1.0, ("int8h", "int4", "fp8_e4m3", "nf4")), (1e-37, ("int8", "fp8_e5m2", "mix4_2"))):
+        for dtype in dtypes:
             scaled = replace(inputs, key=[x * scale], value=[x.flip(0) * scale])
             _, expected = run(ReferenceBackend(), layer, dtype, scaled)
             _, got = run(OnDevice(), layer, dtype, scaled)
@@ -202,14 +201,14 @@ def test_pages_of_extreme_numbers() -> None:
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("dtype", ["bf16", "int8", "int4", "nf4", "mix8_4"])
+@pytest.mark.parametrize("dtype", ["bf16", "int4", "nf4"])
 def test_bfloat16_rows(dtype: str) -> None:
     """Keys, values and weights are rounded to bfloat16: that stays well below the error of 4-bit codes."""
-    inputs = make_inputs(SMALL, [130])
-    exact, _ = run(ReferenceBackend(), SMALL, "bf16", inputs, 129)
-    coded, expected_pages = run(ReferenceBackend(), SMALL, dtype, inputs, 129)
-    four, _ = run(ReferenceBackend(), SMALL, "int4", inputs, 129)
-    got, got_pages = run(OnDevice(), SMALL, dtype, inputs, 129, torch.bfloat16)
+    inputs = make_inputs(SMALL, [66])
+    exact, _ = run(ReferenceBackend(), SMALL, "bf16", inputs, 65)
+    coded, expected_pages = run(ReferenceBackend(), SMALL, dtype, inputs, 65)
+    four, _ = run(ReferenceBackend(), SMALL, "int4", inputs, 65)
+    got, got_pages = run(OnDevice(), SMALL, dtype, inputs, 65, torch.bfloat16)
     assert torch.equal(got_pages[0], expected_pages[0])
     error = (got[0].float() - coded[0])[64:]
     noise = (four[0] - exact[0])[64:]
@@ -218,23 +217,23 @@ def test_bfloat16_rows(dtype: str) -> None:
 
 @pytest.mark.triton
 def test_the_engine_and_the_transformers_cache_run_on_it() -> None:
-    model = tiny_model("gemma2").to(DEVICE)
-    prompt = torch.arange(4, 74).unsqueeze(0).to(DEVICE)
+    model = tiny_model("mistral", num_hidden_layers=2).to(DEVICE)
+    prompt = torch.arange(4, 70).unsqueeze(0).to(DEVICE)
     loaded = wrap(model, None, "tiny")
     answers = []
     for backend in (choose_backend("triton", DEVICE), ReferenceBackend() if DEVICE == "cpu" else None):
         engine = Engine(loaded, EngineConfig("int4", 1 << 22), backend)
         assert engine.pool.buffer.device.type == DEVICE
-        engine.add_request(prompt[0].tolist(), SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True))
+        engine.add_request(prompt[0].tolist(), SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True))
         tokens: list[int] = []
         while engine.has_unfinished():
             for delta in engine.step():
                 tokens += delta.token_ids
         answers.append(tokens)
     cache = QuantizedCache(model, "int4", kv_cache_memory="4MiB", backend="triton")
-    generated = model.generate(prompt, past_key_values=cache, max_new_tokens=3, do_sample=False, eos_token_id=None)
-    assert len(answers[0]) == 3
-    assert answers[0] == answers[1] == generated[0, 70:].tolist()
+    generated = model.generate(prompt, past_key_values=cache, max_new_tokens=2, do_sample=False, eos_token_id=None)
+    assert len(answers[0]) == 2
+    assert answers[0] == answers[1] == generated[0, 66:].tolist()
 
 
 @pytest.mark.triton
@@ -250,12 +249,13 @@ def test_bit_identical_batches_are_not_promised() -> None:
 
 def test_in_the_interpreter() -> None:
     """The tests above, in a process in which Triton interprets."""
-    command = [sys.executable, "-m", "pytest", "-m", "triton", "-x", "--durations=5", str(Path(__file__))]
+    command = [sys.executable, "-m", "pytest", "-m", "triton", "-x", "-v", str(Path(__file__))]
     variables = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout[-6000:]
-    assert f"{len(SCHEMES)} passed" not in done.stdout  # more than the first test alone
-    print(done.stdout[-1500:])
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed, done.stdout[-6000:]
+    assert int(passed[1]) > len(SCHEMES) + len(SHAPES)
 
 
 def test_a_cpu_is_refused_outside_of_the_interpreter() -> None:
