@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 NATIVE := $(wildcard CMakeLists.txt) $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-ray lint docs format bench bench-peers clean
+.PHONY: help install demo test test-ray test-gpu bench-gpu lint docs format bench bench-peers clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -41,6 +41,15 @@ test: $(INSTALLED) ## the whole test suite
 test-ray: $(INSTALLED) ## two replicas on a local Ray against one server (installs ray)
 	$(PIP) 'ray[serve]'
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m ray tests/test_ray.py
+
+# The same tests run in Triton's interpreter as part of "make test".
+test-gpu: $(INSTALLED) ## the Triton kernels against the reference, on this machine's GPU (a torch build for it in .venv)
+	$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'torch sees no GPU here')"
+	$(BIN)/python -m pytest -m triton tests/test_triton.py
+
+bench-gpu: $(INSTALLED) ## attention of the Triton kernels on this machine's GPU, per dtype
+	mkdir -p out
+	$(BIN)/python benchmarks/triton_attention.py --json out/triton_attention.json
 
 # Takes the system's Chromium (Debian: apt-get install chromium), or the one of "playwright install chromium".
 test-browser: $(INSTALLED) ## the live page in a headless Chromium; writes out/serving-page.png

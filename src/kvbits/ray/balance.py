@@ -34,7 +34,7 @@ def choose(preferred: str | None, loads: Mapping[str, Load], imbalance: int, ran
     pair = random.sample(names, min(2, len(names)))
     order = sorted(pair, key=lambda name: loads[name].rank)
     order += sorted((name for name in names if name not in pair), key=lambda name: loads[name].rank)
-    if preferred in loads and not _overloaded(loads[preferred], loads, imbalance):
+    if preferred is not None and preferred in loads and not _overloaded(loads[preferred], loads, imbalance):
         order.remove(preferred)
         order.insert(0, preferred)
     return order

@@ -100,12 +100,11 @@ def quantize_affine(x, page, clip, feedback, order, rank, FORM: tl.constexpr):
         byte = to_scale8(reach, True)
         scale = from_scale8(byte)
         tl.store(page + FORM.params_at + index, byte.to(tl.uint8), mask=inside)
-        at: tl.constexpr = FORM.params_at + count
     else:
         stored = to_half(reach)
         scale = stored.to(tl.float32)
         tl.store((page + FORM.params_at).to(tl.pointer_type(tl.float16)) + index, stored, mask=inside)
-        at: tl.constexpr = FORM.params_at + 2 * count
+    at: tl.constexpr = FORM.params_at + (1 if nibbles else 2) * count
     if not FORM.symmetric:
         tl.store((page + at).to(tl.pointer_type(tl.float16)) + index, to_half(zero), mask=inside)
     end: tl.constexpr = at + (0 if FORM.symmetric else 2 * count)
