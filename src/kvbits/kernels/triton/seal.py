@@ -59,8 +59,8 @@ def seal_pages(rows, cache, pages, starts, first_rows, open_frames, sealed_frame
     elif FORM.kind == "blocks":
         inner: tl.constexpr = FORM.inner
         for block in range(FORM.dim // FORM.stride):
-            channels = block * FORM.stride + tl.arange(0, FORM.stride)
-            part = load_own(rows, open_page, head, page, start, first_row, end, channels, FORM.key, FORM.dim)
+            inside = block * FORM.stride + tl.arange(0, FORM.stride)
+            part = load_own(rows, open_page, head, page, start, first_row, end, inside, FORM.key, FORM.dim)
             quantize_affine(widen(part), target + block * FORM.bytes, None, None, None, None, inner)
     else:
         tl.static_assert(FORM.kind == "affine" or FORM.kind == "nibbles")
