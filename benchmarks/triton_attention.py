@@ -1,9 +1,10 @@
-"""Attention on a GPU, on synthetic pages: device time by Triton's ``do_bench``, bytes per second, speed.
+"""Attention on a GPU, on synthetic pages: device time by Triton's ``do_bench``, bytes per second, speed over the
+first dtype.
 
     python benchmarks/triton_attention.py --json out/triton_attention.json [--dtype int4 ...] [--context 8192 ...]
 
-Decode: every sequence has one new token. Prefill: the last 512 tokens of a prompt. One layer of Llama-3.1-8B's shape, on
-as many bytes as its sequences need.
+Decode: every sequence has one new token. Prefill: the last 512 tokens of a prompt. One layer of Llama-3.1-8B's shape,
+on as many bytes as its sequences need.
 """
 
 from __future__ import annotations
