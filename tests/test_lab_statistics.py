@@ -64,6 +64,13 @@ def test_levels_of_kl(mean: float, low: float, level: Level) -> None:
     assert measure("kl", mean, low, 2 * mean).level is level
 
 
+def test_a_few_documents_condemn_nothing() -> None:
+    def loss(groups: int) -> Measure:
+        return Measure("repetition", "drawn text", Interval(0.2, 0.15, 0.25, 1000, groups))
+
+    assert [loss(groups).level for groups in (1, 7, 8)] == [Level.SMALL, Level.SMALL, Level.BAD]
+
+
 def test_the_worst_measure_decides_and_says_why() -> None:
     harmless, small = measure("kl", 0.0001, 0.00005, 0.0002), measure("exact", 0.03, 0.01, 0.05)
     bad = measure("perplexity", 0.05, 0.03, 0.07)

@@ -17,7 +17,8 @@ from numpy.typing import ArrayLike
 LEVEL = 0.95
 RESAMPLES = 2000
 LEAST_GROUPS = 8
-"""With fewer groups than this single differences are drawn: a handful of groups says nothing of their spread."""
+"""With fewer groups than this single differences are drawn: a handful of groups says nothing of their spread. Such an
+interval is too narrow, so the verdict never condemns by it alone."""
 
 
 @dataclass(frozen=True)

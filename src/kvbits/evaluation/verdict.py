@@ -2,7 +2,9 @@
 
 Each measure is a mean loss against the 16-bit cache with a 95 % interval, and has two limits. *No measurable loss*: the
 interval reaches down to the first limit. *Do not use*: the whole interval is over the second limit. *Small loss*:
-anything between. The verdict is that of the worst measure. A dtype is also *do not use* where another one in the run
+anything between, and any loss found in fewer than
+:data:`~kvbits.evaluation.bootstrap.LEAST_GROUPS` documents or texts, whose interval cannot know how these differ. The
+verdict is that of the worst measure. A dtype is also *do not use* where another one in the run
 takes no more bits and loses certainly less KL: then something is wrong with it, or it is a waste of bits.
 """
 
@@ -13,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kvbits.evaluation.bootstrap import Interval
+from kvbits.evaluation.bootstrap import LEAST_GROUPS, Interval
 
 
 class Level(enum.IntEnum):
@@ -73,7 +75,8 @@ class Measure:
         limits = LIMITS[self.kind]
         if self.loss.low <= limits.none:
             return Level.NONE
-        return Level.BAD if self.loss.low > limits.bad else Level.SMALL
+        certain = self.loss.groups >= LEAST_GROUPS
+        return Level.BAD if certain and self.loss.low > limits.bad else Level.SMALL
 
     @property
     def words(self) -> str:
