@@ -101,8 +101,12 @@ def engine_of(loaded: LoadedModel, dtype: str) -> Engine:
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "int4"])
-def test_forced_answers_are_scored_as_given_tokens_are(loaded: LoadedModel, tokens: list[int], dtype: str) -> None:
-    """Against the same tokens teacher-forced: another way through engine and kernels, without a prefix cache."""
+def test_forced_answers_are_scored_as_given_tokens_are(model: str, tokens: list[int], dtype: str) -> None:
+    """Against the same tokens teacher-forced: another way through engine and kernels, without a prefix cache.
+
+    In bfloat16, whose layers do not depend on the rows beside: in float32 a last bit may move a query's code.
+    """
+    loaded = load_model(model, dtype="bfloat16")
     prompt = tokens[:300]
     golds = [tokens[400:405], tokens[500:503]]
     probes = [Probe("x", "one", (*prompt, t), tuple(g), {}) for t, g in zip((9, 8), golds, strict=True)]
@@ -112,7 +116,7 @@ def test_forced_answers_are_scored_as_given_tokens_are(loaded: LoadedModel, toke
         rows = torch.cat([logits for _, logits in engine_of(loaded, dtype).teacher_forced(whole, 300)])
         logprobs = torch.log_softmax(rows[:-1].double(), -1)
         expected = logprobs.gather(1, torch.tensor(probe.gold).unsqueeze(1)).sum().item()
-        assert answer.logprob == pytest.approx(expected, abs=1e-4)
+        assert answer.logprob == pytest.approx(expected, abs=1e-5)
         assert answer.exact == (logprobs.argmax(-1).tolist() == list(probe.gold))
 
 

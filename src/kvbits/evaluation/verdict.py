@@ -2,10 +2,10 @@
 
 Each measure is a mean loss against the 16-bit cache with a 95 % interval, and has two limits. *No measurable loss*: the
 interval reaches down to the first limit. *Do not use*: the whole interval is over the second limit. *Small loss*:
-anything between, and any loss found in fewer than
-:data:`~kvbits.evaluation.bootstrap.LEAST_GROUPS` documents or texts, whose interval cannot know how these differ. The
-verdict is that of the worst measure. A dtype is also *do not use* where another one in the run
-takes no more bits and loses certainly less KL: then something is wrong with it, or it is a waste of bits.
+anything between, and a loss of right answers, generated texts or tool calls that was found in fewer than
+:data:`~kvbits.evaluation.bootstrap.LEAST_GROUPS` of them, whose interval cannot know how these differ. The verdict is
+that of the worst measure. A dtype is also *do not use* where another one in the run takes no more bits and loses
+certainly less KL: then something is wrong with it, or it is a waste of bits.
 """
 
 from __future__ import annotations
@@ -33,13 +33,17 @@ class Level(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a loss is called: ``none`` and below is nothing, above ``bad`` too much; ``unit`` is that of both."""
+    """What a loss is called: ``none`` and below is nothing, above ``bad`` too much; ``unit`` is that of both.
+
+    ``documents``: it is a loss of whole documents or generated texts, not of the text's tokens or the model's layers.
+    """
 
     none: float
     bad: float
     unit: str
     about: str
     percent: bool = False
+    documents: bool = False
 
     def show(self, value: float) -> str:
         """``value`` with its unit."""
@@ -51,12 +55,18 @@ LIMITS = {
     "kl": Limits(0.001, 0.05, "nats", "KL divergence to 16 bit, per token"),
     "perplexity": Limits(0.002, 0.02, "%", "perplexity over 16 bit's", percent=True),
     "gain": Limits(0.01, 0.03, "%", "what sealed pages read back is too large or too small by", percent=True),
-    "exact": Limits(0.0, 0.05, "points", "right answers lost", percent=True),
-    "logprob": Limits(0.01, 0.1, "nats", "log-probability of the right answer lost, per token"),
-    "repetition": Limits(0.01, 0.1, "points", "repeated 4-grams more", percent=True),
-    "self-perplexity": Limits(0.02, 0.2, "nats", "how much less likely 16 bit finds the drawn text, per token"),
-    "calls-valid": Limits(0.0, 0.05, "points", "tool calls that are no valid JSON any more", percent=True),
-    "calls-changed": Limits(0.05, 0.3, "points", "tool calls with another name or other arguments", percent=True),
+    "exact": Limits(0.0, 0.05, "points", "right answers lost", percent=True, documents=True),
+    "logprob": Limits(0.01, 0.1, "nats", "log-probability of the right answer lost, per token", documents=True),
+    "repetition": Limits(0.01, 0.1, "points", "repeated 4-grams more", percent=True, documents=True),
+    "self-perplexity": Limits(
+        0.02, 0.2, "nats", "how much less likely 16 bit finds the drawn text, per token", documents=True
+    ),
+    "calls-valid": Limits(
+        0.0, 0.05, "points", "tool calls that are no valid JSON any more", percent=True, documents=True
+    ),
+    "calls-changed": Limits(
+        0.05, 0.3, "points", "tool calls with another name or other arguments", percent=True, documents=True
+    ),
 }
 """The rule of every kind of measure."""
 
@@ -75,7 +85,7 @@ class Measure:
         limits = LIMITS[self.kind]
         if self.loss.low <= limits.none:
             return Level.NONE
-        certain = self.loss.groups >= LEAST_GROUPS
+        certain = self.loss.groups >= LEAST_GROUPS or not limits.documents
         return Level.BAD if certain and self.loss.low > limits.bad else Level.SMALL
 
     @property
