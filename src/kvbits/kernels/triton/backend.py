@@ -43,8 +43,8 @@ class TritonBackend(Backend):
         if version < OLDEST_COMPILER and not knobs.runtime.interpret:
             oldest = ".".join(map(str, OLDEST_COMPILER))
             raise ConfigError(
-                f"the backend 'triton' needs Triton {oldest} or newer to compile; there is {triton.__version__}. Install "
-                f"a newer one: pip install --no-deps 'triton>={oldest}'"
+                f"the backend 'triton' needs Triton {oldest} or newer to compile; there is {triton.__version__}. "
+                f"Install a newer one: pip install --no-deps 'triton>={oldest}'"
             )
         self._layers: dict[tuple[int, bool], LayerKernels] = {}
         self._batch: BatchLayout | None = None
