@@ -227,6 +227,15 @@ def test_suspects_run_alone() -> None:
     world.run()
 
 
+def test_an_answer_may_take_the_pages_of_the_first_prompt_under_way() -> None:
+    world = World(frames=6, max_num_seqs=4, budget=1, caching=False)
+    for prompt, new in ((46, 118), (53, 26)):
+        world.add(prompt, new, first=1000 * world.count)
+        world.step()
+    world.run()
+    assert sorted(world.order) == [0, 1]
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     frames=st.integers(5, 40),

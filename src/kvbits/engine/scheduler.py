@@ -102,7 +102,6 @@ class Scheduler:
             self._alone(suspect, plan, scheduled)
             return plan
         decodes = self.decoding()
-        prefills = [r for r in self.running if r.remaining > 1]
         room = DraftRoom(self.pages, decodes, self.max_num_batched_tokens - len(decodes))
         rows = 0
         for request in decodes:
@@ -110,6 +109,8 @@ class Scheduler:
                 draft = room.take(request)
                 rows += self._advance(request, 1, plan, scheduled, draft) + len(draft)
         budget = max(self.max_num_batched_tokens - rows, min(MIN_PREFILL, self.max_num_batched_tokens))
+        # Not before: a running answer may have taken a prompt's pages.
+        prefills = [r for r in self.running if r.remaining > 1]
         if prefills:
             budget -= self._overtake(prefills[0], budget // 2, plan, scheduled)
         for request in prefills:
