@@ -21,7 +21,7 @@ import torch
 from bandwidth import read_bandwidth
 from filled import FilledEngine, Sample, sample_pages
 from matplotlib.figure import Figure
-from report import COLOURS, Row, add_output, note, publish
+from report import COLOURS, Row, model_parser, note, publish
 
 from kvbits.evaluation.speed import WARM_UP
 from kvbits.kernels.decoder import WEIGHT_FORMS
@@ -149,10 +149,7 @@ def picture(rows: list[Row], fits: list[Row], held: list[Row], args: argparse.Na
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_output(parser)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--dtype", nargs="+", default=["bf16", "int8", "int4"])
+    parser = model_parser(__doc__)
     parser.add_argument("--weights", default="bf16", choices=WEIGHT_FORMS)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--context", nargs="+", type=int, default=[512, 1536, 2560, 3584, 4608, 5632, 6656, 7680])

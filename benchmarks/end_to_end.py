@@ -19,7 +19,7 @@ import statistics
 import torch
 from filled import FilledEngine, Sample, sample_pages, text_tokens
 from matplotlib.figure import Figure
-from report import COLOURS, Row, add_output, note, publish, spread
+from report import COLOURS, Row, model_parser, note, publish, spread
 
 from kvbits.evaluation.speed import WARM_UP, distinct_prompts, measure_speed
 from kvbits.kernels.decoder import WEIGHT_FORMS
@@ -113,12 +113,9 @@ def picture(rows: list[Row], args: argparse.Namespace) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_output(parser)
-    parser.add_argument("--model", default="smollm2-135m")
+    parser = model_parser(__doc__)
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--context", nargs="+", type=int, default=[512, 4096, 7680])
-    parser.add_argument("--dtype", nargs="+", default=["bf16", "int8", "int4"])
     parser.add_argument("--weights", nargs="+", default=["bf16"], choices=WEIGHT_FORMS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=16, help="timed decode steps of a round")

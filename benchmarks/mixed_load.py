@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from filled import FilledEngine, Sample, sample_pages, text_tokens
 from matplotlib.figure import Figure
-from report import COLOURS, Row, add_output, note, publish
+from report import COLOURS, Row, model_parser, note, publish
 
 from kvbits.engine.params import SamplingParams
 from kvbits.evaluation.speed import WARM_UP, distinct_prompts
@@ -160,10 +160,7 @@ def picture(rows: list[Row], args: argparse.Namespace) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_output(parser)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--dtype", nargs="+", default=["bf16", "int8", "int4"])
+    parser = model_parser(__doc__)
     parser.add_argument("--weights", default="bf16", choices=WEIGHT_FORMS)
     parser.add_argument("--decoding", type=int, default=8, metavar="N", help="sequences that decode")
     parser.add_argument("--context", type=int, default=2048, help="tokens that each of them has")

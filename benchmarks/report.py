@@ -55,6 +55,15 @@ def write_report(
     plt.close(fig)
 
 
+def model_parser(doc: str | None) -> argparse.ArgumentParser:
+    """What every script that runs a model takes: the model, KV cache dtypes, and where results go."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_output(parser)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", nargs="+", default=["bf16", "int8", "int4"])
+    return parser
+
+
 def add_output(parser: argparse.ArgumentParser) -> None:
     """Where results go."""
     parser.add_argument("--json", type=Path, metavar="F", help="the table goes beside it as .md, the picture as .png")

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from filled import FilledEngine, Watch, sample_pages
 from matplotlib.figure import Figure
-from report import COLOURS, Row, add_output, note, publish, spread
+from report import COLOURS, Row, model_parser, note, publish, spread
 from step_parts import Attention, Clock, Evict, Linears, Storing, median_of
 
 from kvbits.evaluation.speed import WARM_UP
@@ -217,10 +217,7 @@ def picture(rows: Sequence[Row], args: argparse.Namespace) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_output(parser)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--dtype", nargs="+", default=["bf16", "int8", "int4"])
+    parser = model_parser(__doc__)
     parser.add_argument("--weights", nargs="+", default=["bf16"], choices=WEIGHT_FORMS)
     parser.add_argument("--phase", nargs="+", default=["decode", "prefill"], choices=["decode", "prefill"])
     parser.add_argument("--batch", type=int, default=8)
