@@ -85,7 +85,7 @@ class Session:
         extra = (("temperature", 0.0),)
         path, body = body_of(self._target, request, messages, Load(extra=extra))
         async with self._target.client(3600) as http:
-            await send(http, path, body, record)
+            await send(http, self._target.url + path, body, record)
         return record
 
 

@@ -318,6 +318,40 @@ def test_headers_that_never_end(byte_loaded: LoadedModel) -> None:
                 assert http.post(CHAT, json=LONG | {"max_tokens": 700}).elapsed.total_seconds() > 0.3
 
 
+def test_what_is_no_request_gets_an_error_of_our_shape(byte_loaded: LoadedModel) -> None:
+    with running(engine_of(byte_loaded)) as server:
+        address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+        for sent, status in ((b"SSH-2.0-x\r\n\r\n", 400), (b"GET / HTTP/1.1\r\nX: " + b"y" * 70_000, 431)):
+            with socket.create_connection(address, timeout=10) as connection:
+                connection.sendall(sent)
+                answer = b"".join(iter(lambda link=connection: link.recv(4096), b""))
+                assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+                assert set(json.loads(answer.partition(b"\r\n\r\n")[2])["error"]) == {
+                    "message", "type", "param", "code",
+                }  # fmt: skip
+        assert httpx.get(server.url + "/health").status_code == 200
+
+
+def test_requests_in_one_packet_are_answered_in_order_and_nothing_is_written_into_an_answer(
+    byte_loaded: LoadedModel,
+) -> None:
+    with running(engine_of(byte_loaded)) as server:
+        address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+        body = json.dumps(LONG | {"max_tokens": 50}).encode()
+        long = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+        short = b"GET /version HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        with socket.create_connection(address, timeout=30) as connection:
+            connection.sendall(long + short)
+            answer = b"".join(iter(lambda: connection.recv(4096), b""))
+            assert answer.count(b"HTTP/1.1 200 OK") == 2
+            assert answer.index(b"chat.completion") < answer.index(b'"version"')
+        with socket.create_connection(address, timeout=30) as connection:
+            connection.sendall(long + b"no request\r\n\r\n")
+            answer = b"".join(iter(lambda: connection.recv(4096), b""))
+            assert b"400" not in answer.partition(b"\r\n")[0]
+        server.idle()
+
+
 def test_an_answer_that_nobody_reads(byte_loaded: LoadedModel) -> None:
     with running(engine_of(byte_loaded), send_timeout=0.3) as server:
         body = json.dumps({"prompt": ["x" * 900] * 60, "echo": True, "max_tokens": 0, "logprobs": 5}).encode()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
+import aiohttp
 
 from kvbits.replay.send import CHAT, TEXT, Record, send
 from kvbits.replay.target import Target
@@ -65,12 +65,12 @@ async def replay(
     gate = asyncio.Semaphore(load.concurrency or max(1, len(requests)))
     start = time.perf_counter()
 
-    async def one(index: int, when: float, http: httpx.AsyncClient) -> Record:
+    async def one(index: int, when: float, http: aiohttp.ClientSession) -> Record:
         await asyncio.sleep(max(0.0, when - (time.perf_counter() - start)))
         async with gate:
             record = Record(index, time.perf_counter() - start)
             path, body = body_of(target, requests[index], prompts[index], load)
-            await send(http, path, body, record)
+            await send(http, target.url + path, body, record)
         done(record)
         return record
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
+import aiohttp
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -57,21 +59,18 @@ class Record:
         }
 
 
-async def send(http: httpx.AsyncClient, path: str, body: dict[str, Any], record: Record) -> None:
+async def send(http: aiohttp.ClientSession, url: str, body: dict[str, Any], record: Record) -> None:
     """Send ``body`` as a stream and fill ``record``; whatever fails becomes its ``error``."""
     begin = last = time.perf_counter()
     texts: list[str] = []
     try:
-        async with http.stream("POST", path, json=body) as answer:
-            if answer.status_code != 200:
-                record.error = f"{answer.status_code} {_message(await answer.aread())}"
+        async with http.post(url, json=body) as answer:
+            if answer.status != 200:
+                record.error = f"{answer.status} {_message(await answer.read())}"
                 return
             ended = False
-            async for line in answer.aiter_lines():
-                if not line.startswith("data:"):
-                    continue
-                data = line[5:].strip()
-                if data == "[DONE]":
+            async for data in _events(answer.content):
+                if data == b"[DONE]":
                     ended = True
                     break
                 text = _take(json.loads(data), record)
@@ -85,13 +84,23 @@ async def send(http: httpx.AsyncClient, path: str, body: dict[str, Any], record:
                     texts.append(text)
             if not ended and record.error is None:
                 record.error = "the stream ended without [DONE]"
-    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+    except (aiohttp.ClientError, asyncio.TimeoutError, ValueError, KeyError, TypeError) as error:
         record.error = f"{type(error).__name__}: {error}"
     finally:
         record.whole = time.perf_counter() - begin
         record.output_tokens = record.output_tokens or len(texts)
         record.text = "".join(texts)
         record.digest = hashlib.sha256(record.text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+async def _events(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+    """The data of each server-sent event. Lines of any length: the reader's own ``readline`` has a limit."""
+    rest = b""
+    async for part in content.iter_any():
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield line[5:].strip()
 
 
 def _take(event: dict[str, Any], record: Record) -> str:

@@ -6,9 +6,9 @@ import asyncio
 import json
 import logging
 import socket
+from http import HTTPStatus
 
-import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from kvbits.server.errors import ApiError
 from kvbits.server.options import ServerOptions
@@ -19,7 +19,11 @@ _PROBES = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
 """A peer that is gone without closing (power, cable) is noticed after two minutes, where the system can be told so."""
 
 
-class Connection(H11Protocol):
+_MOST_HEADERS = 64 * 1024
+"""Bytes of a request line with its headers; the parser itself has no limit."""
+
+
+class Connection(HttpToolsProtocol):
     """One HTTP connection with limits of time, which uvicorn has for idle connections only.
 
     A request line with its headers must be there ``header_timeout`` seconds after the connection, or after the answer
@@ -30,6 +34,8 @@ class Connection(H11Protocol):
     send_timeout = 60.0
     _reading: asyncio.TimerHandle | None = None
     _writing: asyncio.TimerHandle | None = None
+    _in_headers = False
+    _header_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -43,13 +49,32 @@ class Connection(H11Protocol):
         self._writing = None
         super().connection_lost(exc)
 
-    def handle_events(self) -> None:
-        super().handle_events()
-        if self.conn.their_state is h11.IDLE:
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._in_headers:
+            self._header_bytes += len(data)
+            if self._header_bytes > _MOST_HEADERS:
+                self._in_headers = False
+                self._refuse(431, f"the request's headers are larger than {_MOST_HEADERS} bytes")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_headers, self._header_bytes = True, 0
+
+    def on_headers_complete(self) -> None:
+        self._in_headers = False
+        _stop(self._reading)
+        self._reading = None
+        super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.response_complete:
+            # Otherwise the next request has come already.
             self._expect_request()
-        else:
-            _stop(self._reading)
-            self._reading = None
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, "this is no HTTP request")
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -62,18 +87,26 @@ class Connection(H11Protocol):
         super().resume_writing()
 
     def _expect_request(self) -> None:
-        if self._reading is None:
+        if self._reading is None and not self.transport.is_closing():
             self._reading = self.loop.call_later(self.header_timeout, self._late)
 
     def _late(self) -> None:
         self._reading = None
-        if self.transport.is_closing():
+        if not self.transport.is_closing():
+            log.info("a request did not come in time", extra={"facts": {"seconds": self.header_timeout}})
+            self._refuse(408, f"the request's headers did not come within {self.header_timeout:g} seconds")
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Answer what never became a request, and close. An answer that is under way is not written into."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.transport.close()
             return
-        log.info("a request did not come in time", extra={"facts": {"seconds": self.header_timeout}})
-        error = ApiError(408, f"the request's headers did not come within {self.header_timeout:g} seconds")
-        body = json.dumps(error.body()).encode()
-        head = "HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nConnection: close\r\n"
-        self.transport.write(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        body = json.dumps(ApiError(status, message).body()).encode()
+        head = (
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
         self.transport.close()
 
     def _unread(self) -> None:

@@ -14,6 +14,9 @@ from starlette.types import Receive, Scope, Send
 
 from kvbits.server.errors import ApiError, invalid
 
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+"""``json.dumps`` with separators makes such an encoder for every call."""
+
 M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
 
@@ -102,8 +105,8 @@ class EventStream(Response):
 
         try:
             async for event in self._events:
-                await line(json.dumps(event, separators=(",", ":")))
+                await line(_encode(event))
         except ApiError as error:
-            await line(json.dumps(error.body()), more=False)
+            await line(_encode(error.body()), more=False)
             return
         await line("[DONE]", more=False)
