@@ -215,6 +215,7 @@ def test_texts_that_cannot_be_read(model: str, tmp_path: Path, capsys: pytest.Ca
         (("--max-tokens", "0"), "max_tokens is 0"),
         (("--dtype", "float7"), "unknown model dtype 'float7'"),
         (("--threads", "0"), "threads is 0"),
+        (("--device", "nowhere"), "the device 'nowhere' cannot be used here"),
         (("--max-tokens", "many"), "'--max-tokens'"),
         (("--no-such-option",), "no-such-option"),
     ],

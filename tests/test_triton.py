@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -39,10 +38,6 @@ from kvbits.pool import LayerView
 pytest.importorskip("triton", reason="Triton exists for Linux only")
 
 ROOT = Path(__file__).parents[1]
-TRITON = tuple(int(part) for part in version("triton").split(".")[:2])
-compiles = pytest.mark.skipif(
-    TRITON < (3, 9), reason="this build of torch has a Triton that cannot compile the kernels"
-)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = LayerGeometry(3, 1, 64, 64, 64**-0.5)
 ODD = {
@@ -277,7 +272,6 @@ def test_a_cpu_is_refused_outside_of_the_interpreter() -> None:
     )
 
 
-@compiles
 def test_backends_go_by_the_device() -> None:
     assert isinstance(choose_backend(None), CpuBackend)
     assert isinstance(choose_backend("cpu"), CpuBackend)
@@ -292,7 +286,6 @@ def test_backends_go_by_the_device() -> None:
         choose_backend(None, "mps")
 
 
-@compiles
 def test_a_codec_without_kernels_is_refused_by_name() -> None:
     @dataclass(frozen=True)
     class Foreign(Codec):
@@ -322,7 +315,6 @@ def test_a_codec_without_kernels_is_refused_by_name() -> None:
     assert "head size 320 is over 256" in str(backend.supports(SCHEMES["int8"], wide))
 
 
-@compiles
 def test_kernels_compile_ahead_of_time(tmp_path: Path) -> None:
     script = ROOT / "benchmarks" / "triton_compile.py"
     options = ["--dtype", "int4", "--kernels", "decode", "--heads", "4", "1", "--head-dim", "64", "64"]

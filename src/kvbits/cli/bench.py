@@ -30,6 +30,7 @@ def bench(
     speculative_config: options.Speculative = None,
     dtype: options.Dtype = "bfloat16",
     weights: options.Weights = "bf16",
+    device: options.Device = "cpu",
     threads: options.Threads = None,
     json_file: options.JsonFile = None,
 ) -> None:
@@ -48,7 +49,7 @@ def bench(
     from kvbits.evaluation.speed import distinct_prompts, longest_sequence, measure_speed
 
     speculative = SpeculativeConfig.of(speculative_config)
-    loaded = load(model, dtype, threads, weights)
+    loaded = load(model, dtype, threads, weights, device)
     check_dtypes(loaded, dtypes, context)
     longest_sequence(loaded, context, batch, new_tokens, max_num_batched_tokens)
     prompts = distinct_prompts(tokens_of(loaded, content), context, batch)
@@ -61,7 +62,7 @@ def bench(
         if speed.speculation is not None:
             kept, length = speed.speculation["acceptance_rate"], speed.speculation["mean_acceptance_length"]
             print(f"{speed.dtype}: {kept:.0%} of the guessed tokens kept, {length:.2f} tokens a step with a guess")
-    rows = [speed.as_json() | {"compute_dtype": dtype, "weights": weights} | machine() for speed in found]
+    rows = [speed.as_json() | {"compute_dtype": dtype, "weights": weights} | machine(device) for speed in found]
     flat = rows[0] if len(rows) == 1 else {}
     results.write({**flat, "results": rows, "model": loaded.name})
 

@@ -45,6 +45,7 @@ def chat(
     kv_cache_memory: options.KVCacheMemory = "1GiB",
     dtype: options.Dtype = "bfloat16",
     weights: options.Weights = "bf16",
+    device: options.Device = "cpu",
     threads: options.Threads = None,
 ) -> None:
     """Chat with a model; an empty line or the end of input ends it. Speed and the cache's bytes go to stderr."""
@@ -58,7 +59,7 @@ def chat(
         from kvbits.engine.llm import LLM
 
         dtype_name = options.cache_dtype(kv_cache_dtype, kv_policy)
-        loaded = load(model, dtype, threads, weights)
+        loaded = load(model, dtype, threads, weights, device)
         asker = _Local(LLM(loaded, kv_cache_dtype=dtype_name, kv_cache_memory=kv_cache_memory, progress=False))
     messages: Messages = [] if system is None else [{"role": "system", "content": system}]
     while True:

@@ -37,6 +37,7 @@ def generate(
     speculative_config: options.Speculative = None,
     dtype: options.Dtype = "bfloat16",
     weights: options.Weights = "bf16",
+    device: options.Device = "cpu",
     threads: options.Threads = None,
     json_file: options.JsonFile = None,
 ) -> None:
@@ -53,7 +54,7 @@ def generate(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop
     )
     llm = LLM(
-        load(model, dtype, threads, weights),
+        load(model, dtype, threads, weights, device),
         kv_cache_dtype=kv_cache_dtype,
         kv_cache_memory=kv_cache_memory,
         max_model_len=max_model_len,

@@ -42,6 +42,12 @@ KVPolicies = Annotated[
 Weights = Annotated[
     str, typer.Option(metavar="FORM", help="Form of the linear layers' weights: bf16, or int8 with a scale per output.")
 ]
+Device = Annotated[
+    str,
+    typer.Option(
+        metavar="DEVICE", help="Where the model runs: cpu, or a GPU such as cuda (pip install 'kvbits[gpu]')."
+    ),
+]
 KVCacheMemory = Annotated[str, typer.Option(metavar="SIZE", help="Bytes of the cache, for example 256MiB or 1.5GB.")]
 KVOffloadSize = Annotated[
     str | None,

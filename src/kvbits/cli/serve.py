@@ -58,6 +58,7 @@ def serve(
     speculative_config: options.Speculative = None,
     dtype: options.Dtype = "bfloat16",
     weights: options.Weights = "bf16",
+    device: options.Device = "cpu",
     threads: options.Threads = None,
     ray: Annotated[bool, typer.Option("--ray", help="Serve from replicas on Ray (pip install 'kvbits[ray]').")] = False,
     ray_replicas: Annotated[
@@ -113,10 +114,10 @@ def serve(
         check_ray()
         from kvbits.ray.options import ReplicaOptions
 
-        replica = ReplicaOptions(model, config, served, dtype, threads)
+        replica = ReplicaOptions(model, config, served, dtype, threads, device)
         serve_cluster(replica, ray_replicas, ray_routing, host, port, ray_address)
         return
-    loaded = load(model, dtype, threads, weights)
+    loaded = load(model, dtype, threads, weights, device)
     from kvbits.engine.engine import Engine
     from kvbits.engine.transfer import load_pages
     from kvbits.server.run import serve as run

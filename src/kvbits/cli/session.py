@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from kvbits.models import LoadedModel
 
 
-def load(model: str, dtype: str, threads: int | None, weights: str = "bf16") -> LoadedModel:
+def load(model: str, dtype: str, threads: int | None, weights: str = "bf16", device: str = "cpu") -> LoadedModel:
     """Set the number of threads and load the model, naming each long stage on stderr."""
     import torch
 
@@ -24,7 +24,7 @@ def load(model: str, dtype: str, threads: int | None, weights: str = "bf16") -> 
         if threads < 1:
             raise ConfigError(f"threads is {threads}; it must be positive")
         torch.set_num_threads(threads)
-    return load_model(model, dtype=dtype, progress=note, weights=weights)
+    return load_model(model, dtype=dtype, progress=note, weights=weights, device=device)
 
 
 def note(line: str) -> None:
@@ -65,10 +65,11 @@ class Bar(AbstractContextManager[Callable[[int], None]]):
         self._bar.close()
 
 
-def machine() -> dict[str, Any]:
-    """Facts that a measured number needs beside it: kernels' instruction set and threads."""
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Facts that a measured number needs beside it: device, kernels' instruction set, threads."""
     import torch
 
     from kvbits.kernels import default_backend
 
-    return {"threads": torch.get_num_threads(), "isa": getattr(default_backend(), "isa", None)}
+    isa = getattr(default_backend(), "isa", None) if device == "cpu" else None
+    return {"threads": torch.get_num_threads(), "device": device, "isa": isa}

@@ -50,7 +50,7 @@ def _replica_settings(replica: ReplicaOptions, cluster: ClusterOptions) -> dict[
         "max_ongoing_requests": replica.most_requests,
         # A replica that cannot start says so; what comes after is somebody else's try.
         "max_constructor_retry_count": 2,
-        "ray_actor_options": {"num_cpus": cluster.cpus},
+        "ray_actor_options": {"num_cpus": cluster.cpus, "num_gpus": int(replica.device != "cpu")},
         "health_check_period_s": cluster.health_period,
         "health_check_timeout_s": max(30.0, 3 * cluster.health_period),
         "graceful_shutdown_timeout_s": cluster.drain_timeout,

@@ -13,13 +13,18 @@ ROUTINGS = ("prefix", "random")
 
 @dataclass(frozen=True)
 class ReplicaOptions:
-    """One engine and its API, the same in every replica. ``threads``: CPU threads (``None``: torch's choice)."""
+    """One engine and its API, the same in every replica.
+
+    ``threads``: CPU threads (``None``: torch's choice). On a ``device`` other than the CPU each replica has a GPU to
+    itself.
+    """
 
     model: str
     engine: EngineConfig
     server: ServerOptions
     dtype: str = "bfloat16"
     threads: int | None = None
+    device: str = "cpu"
 
     @property
     def most_requests(self) -> int:

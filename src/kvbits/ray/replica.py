@@ -39,7 +39,7 @@ class Replica:
     def __init__(self, options: ReplicaOptions, deployment: str, fetch_pages: bool = True) -> None:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        self._engine = Engine(load_model(options.model, dtype=options.dtype), options.engine)
+        self._engine = Engine(load_model(options.model, dtype=options.dtype, device=options.device), options.engine)
         self._app = create_app(self._engine, options.server)
         self._service: Service = self._app.state.service
         if fetch_pages:

@@ -90,7 +90,7 @@ def quantize_affine(x, page, clip, feedback, order, rank, FORM: tl.constexpr):
     nibbles: tl.constexpr = FORM.kind == "nibbles"
     half: tl.constexpr = 1 << (FORM.bits - 1)
     if FORM.symmetric:
-        zero = tl.zeros([FORM.row_block if FORM.per_row else FORM.lane_block], tl.float32)
+        zero = tl.full([FORM.row_block if FORM.per_row else FORM.lane_block], 0.0, tl.float32)
         reach = tl.math.div_rn(tl.max(tl.abs(x), 1 if FORM.per_row else 0), half - 1.0)
     else:
         low, high = extent(x, clip, FORM)

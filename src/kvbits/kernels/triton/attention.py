@@ -32,7 +32,7 @@ def decode_splits(query, key, value, cache, tiles, starts, first_rows, sealed, h
     q = load_query(query, rows, heads, valid, tl.arange(0, SHAPE.key_block), SHAPE)
     most = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
-    acc = tl.zeros([M, SHAPE.value_block], tl.float32)
+    acc = tl.full([M, SHAPE.value_block], 0.0, tl.float32)
     if slot == 0:
         frame = tl.load(head_frames + sequence).to(tl.int64)
         open_block = cache[0] + frame * cache[1] + cache[3] + head * OPEN.bytes
@@ -68,7 +68,7 @@ def merge_splits(partial, tiles, sinks, out, slots, SHAPE: tl.constexpr, M: tl.c
     m, channel = tl.arange(0, M), tl.arange(0, SHAPE.value_block)
     most = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
-    acc = tl.zeros([M, SHAPE.value_block], tl.float32)
+    acc = tl.full([M, SHAPE.value_block], 0.0, tl.float32)
     for slot in range(slots):
         place = ((index * SHAPE.kv_heads + head) * slots + slot).to(tl.int64) * M + m
         peak = tl.maximum(most, tl.load(partial[1] + place))
@@ -92,7 +92,7 @@ def prefill_tiles(query, key, value, cache, tiles, starts, first_rows, sealed, h
     q = load_query(query, rows, heads, valid, tl.arange(0, SHAPE.key_block), SHAPE)
     most = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
-    acc = tl.zeros([M, SHAPE.value_block], tl.float32)
+    acc = tl.full([M, SHAPE.value_block], 0.0, tl.float32)
     most, total, acc = attend_sealed(
         q, query, rows, heads, valid, positions, cache, head, sealed[0] + sequence * sealed[1],
         sink_frames + sequence, oldest_page(first, SHAPE), page, most, total, acc,

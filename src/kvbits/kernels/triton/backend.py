@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from triton import knobs
 
@@ -16,16 +15,13 @@ from kvbits.kernels.triton.launch import Launch, LayerKernels, Sides, append, de
 from kvbits.kernels.triton.tables import StepTables, Tiles, step_tables, step_tiles
 from kvbits.pool import LayerView
 
-OLDEST_COMPILER = (3, 9)
-"""Triton before it interprets these kernels but fails to compile them (seen with 3.7.1)."""
-
 
 class TritonBackend(Backend):
     """Kernels for NVIDIA, AMD and Intel GPUs; on the CPU in Triton's interpreter only, which is for tests.
 
     Pages are byte for byte those of the other backends. Numbers: float32 rows are multiplied in float32, bfloat16 rows
     with keys, values and softmax weights rounded to bfloat16, both added in float32. Raises ``ConfigError`` for a
-    ``device`` that Triton has no kernels for, or a Triton that cannot compile these.
+    ``device`` that Triton has no kernels for.
     """
 
     name = "triton"
@@ -38,13 +34,6 @@ class TritonBackend(Backend):
             raise ConfigError(
                 f"the backend 'triton' needs a GPU; the device is '{self.device}'. Choose the backend 'cpu', or a "
                 "device such as 'cuda'"
-            )
-        version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-        if version < OLDEST_COMPILER and not knobs.runtime.interpret:
-            oldest = ".".join(map(str, OLDEST_COMPILER))
-            raise ConfigError(
-                f"the backend 'triton' needs Triton {oldest} or newer to compile; there is {triton.__version__}. "
-                f"Install a newer one: pip install --no-deps 'triton>={oldest}'"
             )
         self._layers: dict[tuple[int, bool], LayerKernels] = {}
         self._batch: BatchLayout | None = None
