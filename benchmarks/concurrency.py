@@ -2,8 +2,9 @@
 
     python benchmarks/concurrency.py --json out/concurrency.json --text book.txt --kv-cache-memory 256MiB
 
-More sessions than any dtype can hold are sent at once. "running" is the mean over the time in which others wait, so
-that it is the pool that limits.
+More sessions than a dtype can hold are sent at once. "running" is the mean over the time in which the pool limits: from
+the most that ever ran until nobody waits any more. Give --sessions for each dtype, some times what it holds, so that
+this time is long for all of them.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from kvbits.replay.trace import TraceRequest
 RUNNING, WAITING = "vllm:num_requests_running", "vllm:num_requests_waiting"
 
 
-def run(server: Serving, args: argparse.Namespace, label: str) -> Row:
+def run(server: Serving, args: argparse.Namespace, sessions: int, label: str) -> Row:
     source = source_of(server.target, args.text)
-    requests = [TraceRequest(0.0, args.prompt_tokens, args.new_tokens) for _ in range(args.sessions)]
+    requests = [TraceRequest(0.0, args.prompt_tokens, args.new_tokens) for _ in range(sessions)]
     prompts = [source.prompt(request) for request in requests]
 
     def look() -> Row:
@@ -33,10 +34,12 @@ def run(server: Serving, args: argparse.Namespace, label: str) -> Row:
     load = Load(extra=(("temperature", 0.0), ("ignore_eos", True)))
     with sampled(look, 0.5) as samples:
         _, figures = run_load(server.target, requests, prompts, load, label)
-    limited = [s["running"] for s in samples if s["waiting"] > 0]
+    most = max(s["running"] for s in samples)
+    first = next(i for i, s in enumerate(samples) if s["running"] == most)
+    limited = [s["running"] for s in samples[first:] if s["waiting"] > 0]
     return figures | {
         "running": statistics.mean(limited) if limited else None,
-        "most_running": max(s["running"] for s in samples),
+        "most_running": most,
         "preemptions": server.metrics()["vllm:num_preemptions_total"],
     }
 
@@ -47,10 +50,13 @@ def main() -> None:
     parser.add_argument(
         "--kv-cache-dtype", nargs="+", default=["bf16", "int8", "int4"], help="the first is compared with"
     )
-    parser.add_argument("--sessions", type=int, default=64)
+    parser.add_argument("--sessions", type=int, nargs="+", default=[64], help="for all dtypes, or for each")
     parser.add_argument("--prompt-tokens", type=int, default=2048)
     parser.add_argument("--new-tokens", type=int, default=128)
     args = parser.parse_args()
+    if len(args.sessions) not in (1, len(args.kv_cache_dtype)):
+        parser.error(f"--sessions has {len(args.sessions)} numbers for {len(args.kv_cache_dtype)} dtypes")
+    sessions = dict(zip(args.kv_cache_dtype, args.sessions * len(args.kv_cache_dtype), strict=False))
     left_out = ("json", "kv_cache_dtype")
     stored = Stored(args.json, {k: str(v) for k, v in vars(args).items() if k not in left_out})
     for dtype in args.kv_cache_dtype:
@@ -63,14 +69,15 @@ def main() -> None:
                 "--threads",
                 str(args.threads),
             ]
-            flags += ["--max-num-seqs", str(args.sessions), "--no-enable-prefix-caching"]
+            flags += ["--max-num-seqs", str(sessions[dtype]), "--no-enable-prefix-caching"]
             with serving(kvbits_command(args.model, *flags)) as server:
-                stored.add(dtype, run(server, args, dtype))
+                stored.add(dtype, run(server, args, sessions[dtype], dtype))
     cases = {dtype: stored.cases[dtype] for dtype in args.kv_cache_dtype}
     base = cases[args.kv_cache_dtype[0]]
     rows = [
         {
             "dtype": dtype,
+            "sessions": sessions[dtype],
             "running": case["running"] or case["most_running"],
             "times": (case["running"] or case["most_running"]) / (base["running"] or base["most_running"]),
             "most running": case["most_running"],
@@ -84,7 +91,7 @@ def main() -> None:
         for dtype, case in cases.items()
     ]
     size = f"{args.prompt_tokens} + {args.new_tokens} tokens"
-    note = f"- {args.sessions} sessions of {size}, {args.kv_cache_memory} of cache."
+    note = f"- Sessions of {size}, {args.kv_cache_memory} of cache."
     unlimited = [dtype for dtype, case in cases.items() if case["running"] is None]
     more = [f"- The pool did not limit {', '.join(unlimited)}: all sessions ran at once."] if unlimited else []
     stored.finish("Sessions at once in the same bytes", rows, [note, *more])

@@ -8,10 +8,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 from machine import describe, machine_facts
 from report import table
 from tqdm import tqdm
@@ -55,7 +56,9 @@ def sampled(look: Callable[[], Row], seconds: float) -> Iterator[list[Row]]:
 
     def work() -> None:
         while not ended.wait(seconds):
-            found.append(look() | {"at": time.perf_counter()})
+            # A server that is busy, or stopped for a while, answers late or not at all; the next look may be answered.
+            with suppress(httpx.HTTPError):
+                found.append(look() | {"at": time.perf_counter()})
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()

@@ -160,6 +160,8 @@ def test_sessions_return_to_the_replica_that_holds_their_pages(
     assert min(served) > 0.2 * sum(served), served
     cluster.deploy(replica, replace(TWO, routing="random", fetch_pages=False))
     _, scattered = talk(cluster.url)
+    page = httpx.get(cluster.url + "/metrics", timeout=60).text
+    assert len(set(re.findall(r'replica="([^"]+)"', page))) == 2
     cluster.deploy(replica, TWO)
     print(
         f"cached share: single {alone / prompt:.1%}, by prefix {routed / prompt:.1%}, random {scattered / prompt:.1%}"

@@ -11,7 +11,7 @@ import httpx
 import pytest
 import requests
 import schemathesis
-from helpers.hostile import CHAT, Tally, judge, storm
+from helpers.hostile import CHAT, CONTINUE, Tally, judge, storm
 from helpers.process import saved_byte_model
 from helpers.serving import MODEL, Running, engine_of, running
 from hypothesis import HealthCheck, Phase, given, settings
@@ -136,7 +136,7 @@ def test_the_judge_knows_a_bad_answer() -> None:
     head = b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\n\r\n"
     good = b'{"error": {"message": "m", "type": "t", "param": null, "code": null}}'
     assert judge(head % 400 + good) == 400
-    assert judge(b"") == 0
+    assert judge(b"") == judge(CONTINUE) == 0
     for bad in (head % 500 + good, head % 400 + b'{"detail": 1}', head % 400 + b"Traceback (most", b"SSH-2.0",
                 b"HTTP/1.1 400 X\r\nSet-Cookie: b\r\n\r\n"):  # fmt: skip
         assert isinstance(judge(bad), str)

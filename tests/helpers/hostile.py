@@ -288,7 +288,11 @@ def judge(answer: bytes | None) -> int | str:
         return 0
     if b"Traceback" in answer or b'File "' in answer:
         return "a traceback"
-    head, _, rest = answer.removeprefix(CONTINUE).partition(b"\r\n\r\n")
+    answer = answer.removeprefix(CONTINUE)
+    if not answer:
+        # It may send the rest, but has said that it sends nothing more: gone.
+        return 0
+    head, _, rest = answer.partition(b"\r\n\r\n")
     parts = head.split(b"\r\n")[0].split()
     if len(parts) < 2 or not parts[0].startswith(b"HTTP/1.1") or not parts[1].isdigit():
         return "no HTTP"

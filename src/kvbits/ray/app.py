@@ -11,7 +11,7 @@ from ray.serve.handle import DeploymentHandle
 from kvbits.ray.front import front_of
 from kvbits.ray.options import ClusterOptions, ReplicaOptions
 from kvbits.ray.replica import Replica
-from kvbits.ray.router import PrefixRouter
+from kvbits.ray.router import Router
 from kvbits.ray.scaling import ScalingPolicy
 
 APPLICATION = "kvbits"
@@ -55,12 +55,11 @@ def _replica_settings(replica: ReplicaOptions, cluster: ClusterOptions) -> dict[
         "health_check_timeout_s": max(30.0, 3 * cluster.health_period),
         "graceful_shutdown_timeout_s": cluster.drain_timeout,
     }
-    if cluster.routing == "prefix":
-        settings["request_router_config"] = RequestRouterConfig(
-            request_router_class=PrefixRouter,
-            request_router_kwargs={"imbalance": cluster.imbalance},
-            request_routing_stats_period_s=USAGE_PERIOD,
-        )
+    settings["request_router_config"] = RequestRouterConfig(
+        request_router_class=Router,
+        request_router_kwargs={"by_prefix": cluster.routing == "prefix", "imbalance": cluster.imbalance},
+        request_routing_stats_period_s=USAGE_PERIOD,
+    )
     if cluster.min_replicas == cluster.max_replicas:
         return settings | {"num_replicas": cluster.min_replicas}
     policy = AutoscalingPolicy(

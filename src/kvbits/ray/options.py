@@ -38,7 +38,7 @@ class ClusterOptions:
 
     ``min_replicas`` to ``max_replicas`` run; between them ``target_requests`` under way and ``target_usage`` (share of
     the pool, 0 to 1) per replica decide. ``cpus`` is what Ray reserves for each. ``routing`` is ``"prefix"``, or
-    ``"random"`` for Ray's own choice of the less loaded of two. ``imbalance``: how many more requests than the least
+    ``"random"`` for the less busy of two. ``imbalance``: how many more requests than the least
     loaded the replica that holds a prompt's pages may have before another one fetches them; ``fetch_pages`` turns
     that transfer off. ``retries``: how often a request whose replica died before its answer began goes to another.
     ``health_period``, ``scale_up_delay`` and ``drain_timeout`` are in seconds. Raises

@@ -65,7 +65,7 @@ class Replica:
         return {USAGE: self._service.worker.snapshot.load.usage}
 
     def record_routing_stats(self) -> dict[str, float]:
-        """What :class:`kvbits.ray.router.PrefixRouter` reads. Rounded: each change is told to every sender."""
+        """What :class:`kvbits.ray.router.Router` reads. Rounded: each change is told to every sender."""
         return {USAGE: round(self._service.worker.snapshot.load.usage, 1)}
 
     # What the front and other replicas ask

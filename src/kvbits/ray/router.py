@@ -22,14 +22,16 @@ ON_THE_WAY_SECONDS = 2.0
 """How long a choice counts as a request under way, unless the replica has taken or refused it before."""
 
 
-class PrefixRouter(RequestRouter):  # type: ignore[misc]
+class Router(RequestRouter):  # type: ignore[misc]
     """One in each process that sends requests. Its first argument of every call is a :class:`Route`.
 
+    ``by_prefix``: whether it remembers who was given what; without, every request goes to the less busy of two.
     ``imbalance``: how many more requests than the least loaded the holder of a prefix may have. ``capacity``: blocks
     that are remembered.
     """
 
-    def initialize_state(self, imbalance: int = 8, capacity: int = 200_000) -> None:
+    def initialize_state(self, by_prefix: bool = True, imbalance: int = 8, capacity: int = 200_000) -> None:
+        self._by_prefix = by_prefix
         self._imbalance = imbalance
         self._map = PrefixMap(capacity)
         self._random = Random()
@@ -51,7 +53,9 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
         if route.target in by_name:
             return [[by_name[route.target]]]
         self._settle()
-        route.holder, continues = self._map.holder(route.blocks, by_name)
+        continues = False
+        if self._by_prefix:
+            route.holder, continues = self._map.holder(route.blocks, by_name)
         request_id, now = pending_request.metadata.internal_request_id, time.monotonic()
         self._on_the_way.pop(request_id, None)
         coming = self._coming(now)
@@ -64,7 +68,7 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
         """Remember who got the prompt."""
         self._on_the_way.pop(pending_request.metadata.internal_request_id, None)
         route = _route(pending_request)
-        if route is not None and route.target is None:
+        if self._by_prefix and route is not None and route.target is None:
             self._sent.append((route, self._map.record(route.blocks, replica_id.unique_id)))
 
     def _coming(self, now: float) -> Counter[str]:
