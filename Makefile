@@ -101,7 +101,8 @@ bench-serving: $(INSTALLED) ## the server under load; needs DATA=DIRECTORY
 	test -n "$(DATA)" || { echo "make bench-serving DATA=DIRECTORY" >&2; exit 2; }
 	$(BIN)/python benchmarks/agent_sessions.py --json out/sessions.json --chat $(DATA)/chat/mt_bench_question.jsonl \
 	  --agent $(DATA)/agentic/openai_requests/agentic_code_29.json
-	$(BIN)/python benchmarks/concurrency.py --json out/concurrency.json --text $(DATA)/lm/war_and_peace.txt
+	$(BIN)/python benchmarks/concurrency.py --json out/concurrency.json --text $(DATA)/lm/war_and_peace.txt \
+	  --kv-cache-memory 480MiB --kv-cache-dtype bf16 int8 int4 --sessions 24 45 81 --new-tokens 512
 	$(BIN)/python benchmarks/server_overhead.py --json out/overhead.json --text $(DATA)/lm/moby_dick.txt
 	$(BIN)/python benchmarks/llama_server.py --json out/llama_server.json --text $(DATA)/lm/war_and_peace.txt
 	$(BIN)/python benchmarks/mooncake.py --json out/mooncake.json --text $(DATA)/lm/war_and_peace.txt \
