@@ -94,7 +94,7 @@ def main() -> None:
     args = parser.parse_args()
     stored = Stored(args.json, {k: str(v) for k, v in vars(args).items() if k not in ("json", "rounds")})
     # As "kvbits serve" does, before torch is loaded.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "100000")
     import torch
 
     from kvbits import LLM, SamplingParams

@@ -67,7 +67,7 @@ def serving(command: Sequence[str]) -> Iterator[Serving]:
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryFile("w+") as said:
-        environment = os.environ | {"GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "20000")}
+        environment = os.environ | {"GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "100000")}
         whole = [*command, "--port", str(port)]
         process = subprocess.Popen(whole, stdout=said, stderr=subprocess.STDOUT, env=environment)
         try:

@@ -62,7 +62,7 @@ def run(arguments: list[str] | None = None) -> None:
 
 
 def _share_the_cores() -> None:
-    """Let the threads of torch's OpenMP wait actively for some 50 us only, then sleep; before torch is loaded.
+    """Let the threads of torch's OpenMP wait actively for some 250 us only, then sleep; before torch is loaded.
 
     By default they spin for as long as it takes: beside any other busy process each of the hundreds of barriers of a
     step then waits for the scheduler, and a step of 40 ms takes over a second. Always sleeping
@@ -70,7 +70,7 @@ def _share_the_cores() -> None:
     policy keeps it.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
 
 def _status(arguments: list[str] | None) -> int:
