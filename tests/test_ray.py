@@ -396,8 +396,13 @@ def test_an_update_rolls_over_without_a_failure(cluster: Cluster, replica: Repli
         time.sleep(0.2)
 
 
-def test_a_queue_brings_a_second_replica(cluster: Cluster, replica: ReplicaOptions) -> None:
-    cluster.deploy(replica, replace(TWO, min_replicas=1, max_replicas=2, target_requests=1.0, scale_up_delay=0.5))
+@pytest.mark.parametrize(
+    "targets", [{"target_requests": 1.0}, {"target_requests": 1000.0, "target_usage": 0.02}], ids=["requests", "pool"]
+)
+def test_load_brings_a_second_replica(cluster: Cluster, replica: ReplicaOptions, targets: dict[str, float]) -> None:
+    # A number of replicas that was scaled to stays for Ray's delay of ten minutes; one that was given does not.
+    cluster.deploy(replica, TWO)
+    cluster.deploy(replica, replace(TWO, min_replicas=1, max_replicas=2, scale_up_delay=0.5, **targets))
     body = {"model": MODEL, "messages": [message(prose(8, 100))], "max_tokens": 600, "temperature": 0}
 
     async def main() -> int:

@@ -345,10 +345,17 @@ def test_requests_in_one_packet_are_answered_in_order_and_nothing_is_written_int
             answer = b"".join(iter(lambda: connection.recv(4096), b""))
             assert answer.count(b"HTTP/1.1 200 OK") == 2
             assert answer.index(b"chat.completion") < answer.index(b'"version"')
+        body = json.dumps(LONG | {"max_tokens": 700, "stream": True}).encode()
+        stream = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
         with socket.create_connection(address, timeout=30) as connection:
-            connection.sendall(long + b"no request\r\n\r\n")
-            answer = b"".join(iter(lambda: connection.recv(4096), b""))
-            assert b"400" not in answer.partition(b"\r\n")[0]
+            connection.sendall(stream)
+            answer = connection.recv(4096)
+            connection.sendall(b"no request\r\n\r\n")
+            with contextlib.suppress(ConnectionResetError):
+                answer += b"".join(iter(lambda: connection.recv(4096), b""))
+            assert answer.startswith(b"HTTP/1.1 200 OK")
+            assert answer.count(b"HTTP/1.1") == 1
+            assert b"[DONE]" not in answer
         server.idle()
 
 
