@@ -22,7 +22,7 @@ from report import table, write_report
 
 from kvbits.codecs import PoolLayout, parse_policy
 from kvbits.config import PAGE_TOKENS, LayerGeometry, ModelGeometry
-from kvbits.kernels import BatchLayout, SequenceSlice
+from kvbits.kernels import BatchLayout, SequencePages
 from kvbits.kernels.cpu import CpuBackend, available_isas
 from kvbits.pool import PagedPool
 
@@ -91,7 +91,7 @@ def make_case(
     opens = [
         range(first_open + s * layout.open.frames, first_open + (s + 1) * layout.open.frames) for s in range(batch)
     ]
-    fill = BatchLayout.of([SequenceSlice(0, PAGE_TOKENS, [0], opens[0], opens[0])])
+    fill = BatchLayout.of([SequencePages(0, PAGE_TOKENS, [0], opens[0], opens[0])])
     sample = rows(PAGE_TOKENS)
     for view in pool.layers:
         backend.forward(view, fill, *sample, None)
@@ -101,7 +101,7 @@ def make_case(
     for s, (context, end) in enumerate(zip(contexts, ends, strict=True)):
         sealed = range(end - context // PAGE_TOKENS, end)
         start = context - count - (0 if phase == "prefill" else PAGE_TOKENS // 2)
-        slices.append(SequenceSlice(start, count, sealed, opens[s], opens[s]))
+        slices.append(SequencePages(start, count, sealed, opens[s], opens[s]))
     return Case(pool, backend, BatchLayout.of(slices), rows(batch * count))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from kvbits.config import PAGE_TOKENS, ModelGeometry
-from kvbits.kernels import BatchLayout, SequenceSlice
+from kvbits.kernels import BatchLayout, SequencePages
 from kvbits.kernels.cpu import CpuBackend
 from kvbits.kernels.decoder import Products
 from kvbits.models import LoadedModel
@@ -144,7 +144,7 @@ def _first_tokens(pool: PagedPool, heads: int, sequences: int, start: int, count
         opened = frames[: layout.open.frames]
         full = frames[layout.open.frames :]
         first = full[: layout.first_frames] if layout.sink else []
-        slices.append(SequenceSlice(start, count, full[len(first) :], opened, opened, first))
+        slices.append(SequencePages(start, count, full[len(first) :], opened, opened, first))
     return made, BatchLayout.of(slices)
 
 

@@ -19,7 +19,7 @@ from triton.testing import do_bench
 
 from kvbits.codecs import PoolLayout, parse_policy
 from kvbits.config import PAGE_TOKENS, LayerGeometry, ModelGeometry
-from kvbits.kernels import Backend, BatchLayout, SequenceSlice, choose_backend
+from kvbits.kernels import Backend, BatchLayout, SequencePages, choose_backend
 from kvbits.pool import PagedPool
 
 LAYER = LayerGeometry(32, 8, 128, 128, 128**-0.5)
@@ -41,7 +41,7 @@ class Case:
         slices = []
         for _ in range(batch):
             sealed, own = [order.pop() for _ in range(full)], [order.pop() for _ in range(layout.open.frames)]
-            slices.append(SequenceSlice(start, new, sealed, own, own))
+            slices.append(SequencePages(start, new, sealed, own, own))
         self.batch, self.backend = BatchLayout.of(slices), backend
         self.rows = tuple(
             torch.randn(batch * new, heads, 128, dtype=torch.bfloat16, device=device)

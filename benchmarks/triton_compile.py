@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 
 from kvbits.codecs import SCHEMES, parse_policy
 from kvbits.config import LayerGeometry, ModelGeometry
-from kvbits.kernels import BatchLayout, SequenceSlice
+from kvbits.kernels import BatchLayout, SequencePages
 from kvbits.kernels.triton.backend import TritonBackend
 from kvbits.pool import PagedPool
 
@@ -81,8 +81,8 @@ def record(dtype: str, layer: LayerGeometry, queries: torch.dtype) -> list[Launc
     view = pool.layers[1]
     frames = pool.layout.open.frames
     slices = [
-        SequenceSlice(1030, 1, range(16), range(50, 50 + frames), range(50, 50 + frames)),
-        SequenceSlice(64, 70, range(20, 22), range(60, 60 + frames), range(60, 60 + frames)),
+        SequencePages(1030, 1, range(16), range(50, 50 + frames), range(50, 50 + frames)),
+        SequencePages(64, 70, range(20, 22), range(60, 60 + frames), range(60, 60 + frames)),
     ]
     rows = [
         torch.zeros(71, heads, dim, dtype=queries)

@@ -23,12 +23,12 @@ from kvbits.calibration.fit import Choice, fit, ordered_feedback
 from kvbits.calibration.policy import NAMES, Planner
 from kvbits.calibration.selftext import write_windows
 from kvbits.calibration.texts import split_windows
-from kvbits.codecs import SCHEMES, LayerRounding, Policy, PoolLayout, Rounding, parse_policy
-from kvbits.codecs.artifact import load_policy, resolve_policy, save_policy
+from kvbits.codecs import SCHEMES, LayerRounding, Policy, PoolLayout, Rounding, parse_policy, policy_of
 from kvbits.codecs.hadamard import rotate
+from kvbits.codecs.policy_file import load_policy, save_policy
 from kvbits.config import ModelGeometry
 from kvbits.errors import ConfigError
-from kvbits.kernels import BatchLayout, SequenceSlice
+from kvbits.kernels import BatchLayout, SequencePages
 from kvbits.kernels.reference import ReferenceBackend
 from kvbits.models import LoadedModel
 from kvbits.models.load import wrap
@@ -79,7 +79,7 @@ def logits_of(loaded: LoadedModel, backend: DenseBackend | ReferenceBackend, win
     pages = len(window) // 64
     frames = list(range(layout.open.frames))
     sealed = list(range(layout.open.frames, layout.open.frames + pages))
-    batch = BatchLayout.of([SequenceSlice(0, len(window), sealed, frames, frames)])
+    batch = BatchLayout.of([SequencePages(0, len(window), sealed, frames, frames)])
     step = Forward(pool, backend, batch)
     rows = torch.arange(len(window))
     with torch.no_grad():
@@ -288,7 +288,7 @@ def saved(
 
 def test_a_policy_survives_the_disk(loaded: LoadedModel, saved: tuple[Path, Policy]) -> None:
     directory, policy = saved
-    again = resolve_policy(f"policy:{directory}", loaded.geometry, loaded.fingerprint)
+    again = policy_of(f"policy:{directory}", loaded.geometry, loaded.fingerprint)
     assert again == policy
     assert again.name.startswith("calibrated-")
     assert again.sink == (SCHEMES["int8"],) * 3

@@ -12,7 +12,7 @@ from helpers.tiny import tiny_model
 from transformers import Cache, T5Config, T5ForConditionalGeneration
 
 from kvbits.codecs import parse_policy
-from kvbits.codecs.artifact import save_policy
+from kvbits.codecs.policy_file import save_policy
 from kvbits.errors import CacheError, ConfigError, OutOfPages, UnsupportedError
 from kvbits.hf import QuantizedCache
 from kvbits.models.load import wrap

@@ -14,7 +14,7 @@ from torch import Tensor
 from kvbits.codecs import SCHEMES, parse_policy
 from kvbits.config import LayerGeometry, ModelGeometry
 from kvbits.errors import ConfigError
-from kvbits.kernels import Backend, BatchLayout, SequenceSlice, cpu
+from kvbits.kernels import Backend, BatchLayout, SequencePages, cpu
 from kvbits.kernels.cpu import CpuBackend, available_isas
 from kvbits.kernels.reference import ReferenceBackend
 
@@ -290,7 +290,7 @@ def test_wrong_choices_are_named() -> None:
 
 def test_a_row_outside_the_batch_is_an_assertion() -> None:
     frames = Frames(ModelGeometry("test", (PLAIN, PLAIN), 8192, 16), "int4", 16)
-    batch = BatchLayout.of([SequenceSlice(0, 4, [], frames.slice(0, 4).head, frames.slice(0, 1).tail)])
+    batch = BatchLayout.of([SequencePages(0, 4, [], frames.slice(0, 4).head, frames.slice(0, 1).tail)])
     q, k = torch.zeros(5, 6, 64), torch.zeros(5, 2, 64)
     with pytest.raises(AssertionError):
         CpuBackend().forward(frames.pool.layers[0], batch, q, k, k, None)

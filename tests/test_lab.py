@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kvbits.attention import Forward
 from kvbits.cli.main import run
+from kvbits.codecs import Policy
 from kvbits.config import EngineConfig
 from kvbits.engine.engine import Engine
 from kvbits.engine.params import SamplingParams
@@ -97,6 +98,10 @@ def engine_of(loaded: LoadedModel, dtype: str) -> Engine:
     return Engine(loaded, EngineConfig(dtype, 1 << 23))
 
 
+def policies(loaded: LoadedModel, *dtypes: str) -> list[Policy]:
+    return [loaded.policy(dtype) for dtype in dtypes]
+
+
 # Answers
 
 
@@ -110,7 +115,7 @@ def test_forced_answers_are_scored_as_given_tokens_are(model: str, tokens: list[
     prompt = tokens[:300]
     golds = [tokens[400:405], tokens[500:503]]
     probes = [Probe("x", "one", (*prompt, t), tuple(g), {}) for t, g in zip((9, 8), golds, strict=True)]
-    found = ask(loaded, dtype, probes, Ledger())
+    found = ask(loaded, loaded.policy(dtype), probes, Ledger())
     for probe, answer in zip(probes, found, strict=True):
         whole = [*probe.prompt, *probe.gold]
         rows = torch.cat([logits for _, logits in engine_of(loaded, dtype).teacher_forced(whole, 300)])
@@ -128,7 +133,7 @@ def test_an_answer_is_exact_where_greedy_decoding_gives_it(loaded: LoadedModel, 
         greedy += [t for delta in step.deltas for t in delta.token_ids]
     wrong = [*greedy[:5], (greedy[5] + 1) % VOCAB]
     probes = [Probe("x", "one", tuple(prompt), tuple(gold), {}) for gold in (greedy, wrong)]
-    assert [a.exact for a in ask(loaded, "int8", probes, Ledger())] == [True, False]
+    assert [a.exact for a in ask(loaded, loaded.policy("int8"), probes, Ledger())] == [True, False]
 
 
 def test_documents_that_are_done_are_not_asked_again(
@@ -136,15 +141,15 @@ def test_documents_that_are_done_are_not_asked_again(
 ) -> None:
     path = tmp_path / "parts.jsonl"
     probes = [Probe("x", str(i), tuple(tokens[i : i + 150]), (5, 6), {"length": 150}) for i in range(3)]
-    first = ask(loaded, "int4", probes[:2], Ledger(path))
+    first = ask(loaded, loaded.policy("int4"), probes[:2], Ledger(path))
     steps = []
     step = Engine.step
     monkeypatch.setattr(Engine, "step", lambda self: steps.append(1) or step(self))
-    assert ask(loaded, "int4", probes[:2], Ledger(path)) == first
+    assert ask(loaded, loaded.policy("int4"), probes[:2], Ledger(path)) == first
     assert not steps
-    assert ask(loaded, "int4", probes, Ledger(path))[:2] == first
+    assert ask(loaded, loaded.policy("int4"), probes, Ledger(path))[:2] == first
     assert steps
-    assert ask(loaded, "int2", probes[:2], Ledger(path)) != first
+    assert ask(loaded, loaded.policy("int2"), probes[:2], Ledger(path)) != first
 
 
 # Layers
@@ -153,19 +158,19 @@ def test_documents_that_are_done_are_not_asked_again(
 def test_layers_by_themselves_agree_with_plain_attention(loaded: LoadedModel, tokens: list[int]) -> None:
     """Error feedback through the layers is shut out: layer 2 of a run whose layers 0 and 1 are 16 bit sees the same."""
     window = tokens[:320]
-    found = measure_layers(loaded, ["int4", "0-1:bf16,2:int4", REFERENCE], window)
+    found = measure_layers(loaded, policies(loaded, "int4", "0-1:bf16,2:int4", REFERENCE), window)
     errors = {dtype: layer_errors([sums.as_json()]) for dtype, sums in found.items() if dtype != REFERENCE}
     whole, last = errors["int4"], errors["0-1:bf16,2:int4"]
     assert [e.error for e in last[:2]] == [0.0, 0.0]
     assert last[2] == whole[2]
     assert 0.001 < whole[2].error < 0.5
-    coarse = layer_errors([measure_layers(loaded, ["int2"], window)["int2"].as_json()])
+    coarse = layer_errors([measure_layers(loaded, policies(loaded, "int2"), window)["int2"].as_json()])
     assert all(c.error > 2 * e.error for c, e in zip(coarse, whole, strict=True))
     assert all(abs(e.key_off) < 0.02 and abs(e.value_off) < 0.02 for e in whole)
 
 
 def test_the_chunk_does_not_change_what_layers_say(loaded: LoadedModel, tokens: list[int]) -> None:
-    found = [layer_errors([measure_layers(loaded, ["int4"], tokens[:300], chunk)["int4"].as_json()])
+    found = [layer_errors([measure_layers(loaded, policies(loaded, "int4"), tokens[:300], chunk)["int4"].as_json()])
              for chunk in (64, 192)]  # fmt: skip
     for one, two in zip(*found, strict=True):
         assert one.error == pytest.approx(two.error, rel=1e-3)
@@ -183,7 +188,7 @@ def test_the_measured_layers_leave_the_logits_alone(loaded: LoadedModel, tokens:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LoadedModel, "forward", listen)
-        measure_layers(loaded, ["int2"], tokens[:192], 64)
+        measure_layers(loaded, policies(loaded, "int2"), tokens[:192], 64)
     rows = torch.cat([logits for _, logits in engine_of(loaded, "bf16").teacher_forced(tokens[:192], 0)])
     torch.testing.assert_close(torch.cat(seen), rows[63::64], atol=1e-4, rtol=1e-4)
 
@@ -208,8 +213,8 @@ def test_positions_split_the_records_of_all_windows() -> None:
 
 def test_free_text_is_scored_by_the_16_bit_cache(loaded: LoadedModel, tokens: list[int]) -> None:
     prompts = [tokens[:100], tokens[300:400]]
-    reference = write(loaded, REFERENCE, prompts, 40, Ledger())
-    other = write(loaded, "int2", prompts, 40, Ledger())
+    reference = write(loaded, loaded.policy(REFERENCE), prompts, 40, Ledger())
+    other = write(loaded, loaded.policy("int2"), prompts, 40, Ledger())
     assert [(t.prompt, t.mode) for t in other] == [(0, "greedy"), (0, "drawn"), (1, "greedy"), (1, "drawn")]
     assert {len(t.tokens) for t in other} == {40}
     for text in (reference[0], other[1]):
@@ -263,7 +268,7 @@ def test_calls_are_right_by_the_published_answers(call: Any, right: bool) -> Non
 
 
 def test_a_scale_that_is_off_by_5_percent_is_noticed(loaded: LoadedModel, tokens: list[int]) -> None:
-    laboratory = Laboratory(loaded, ["bf16", "int8", "int4"], Ledger(), Bars())
+    laboratory = Laboratory(loaded, policies(loaded, "bf16", "int8", "int4"), Ledger(), Bars())
     windows = [tokens[:448], tokens[448:896]]
     laboratory.text(windows)
     laboratory.layers(windows)

@@ -6,10 +6,9 @@ import pytest
 from helpers.tiny import tiny_model, tiny_tokenizer
 
 from kvbits.codecs import parse_policy
-from kvbits.config import EngineConfig
+from kvbits.config import WATERMARK, EngineConfig
 from kvbits.engine.engine import Engine
 from kvbits.engine.params import SamplingParams
-from kvbits.engine.scheduler import WATERMARK
 from kvbits.models.load import wrap
 from kvbits.planning import plan
 

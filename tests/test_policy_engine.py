@@ -12,7 +12,7 @@ from helpers.tiny import tiny_model, tiny_tokenizer
 from kvbits import LLM, SamplingParams
 from kvbits.calibration.fit import ordered_feedback
 from kvbits.codecs import LayerRounding, Policy, parse_policy
-from kvbits.codecs.artifact import save_policy
+from kvbits.codecs.policy_file import save_policy
 from kvbits.errors import ConfigError
 from kvbits.models import LoadedModel
 from kvbits.models.load import wrap

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvbits.codecs import SCHEMES
 from kvbits.config import PAGE_TOKENS, LayerGeometry, ModelGeometry
-from kvbits.kernels import Backend, BatchLayout, SequenceSlice
+from kvbits.kernels import Backend, BatchLayout, SequencePages
 from kvbits.kernels.reference import ReferenceBackend, read_page
 
 LENGTH = 200
@@ -159,7 +159,7 @@ def test_a_tentative_step_keeps_its_first_page_in_16_bit() -> None:
     backend.forward(view, BatchLayout.of([first]), query[:60], key[:60], value[:60], None)
     other = frames.slice(1, 0)  # frames for the tail
     sealed = frames.slice(0, 20).sealed
-    step = SequenceSlice(60, 20, sealed, first.head, other.head)
+    step = SequencePages(60, 20, sealed, first.head, other.head)
     out = backend.forward(view, BatchLayout.of([step]), query[60:], key[60:], value[60:], None)
     head_keys, head_values = read_page(view, view.open, first.head[view.open.frame])
     assert torch.equal(head_keys, key[:PAGE_TOKENS].bfloat16().float())
@@ -168,7 +168,7 @@ def test_a_tentative_step_keeps_its_first_page_in_16_bit() -> None:
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
     # and the tail holds what the next step needs
     more = random_step(layer, 5, seed=3)
-    again = SequenceSlice(80, 5, sealed, other.head, other.head)
+    again = SequencePages(80, 5, sealed, other.head, other.head)
     out = backend.forward(view, BatchLayout.of([again]), *more[:3], None)
     joined = tuple(torch.cat([a, b]) for a, b in zip((query, key, value), more[:3], strict=True))
     torch.testing.assert_close(out.double(), dense(layer, "int4", (*joined, None))[80:], rtol=1e-4, atol=1e-5)

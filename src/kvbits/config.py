@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 from kvbits.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvbits.codecs.policy import Policy
 
 PAGE_TOKENS = 64
 """Tokens in one page. Every codec, kernel and table counts in pages of this size."""
 
 ALIGNMENT = 64
 """Bytes; every block inside a page starts on a cache line."""
+
+POLICY_PREFIX = "policy:"
+"""What a KV cache dtype begins with when it names the directory of a calibrated policy."""
+
+WATERMARK = 100
+"""One frame in so many stays free at admission, so that a newcomer does not push out running sequences at once."""
+
+MIN_PREFILL = 64
+"""Tokens of a step that go to prompts even where the running sequences use up the budget."""
+
+OVERTAKEN = 4
+"""A prompt goes before one that has at least so many times its tokens left."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +77,14 @@ class ModelGeometry:
 class EngineConfig:
     """Options of the engine; names are the ones that vLLM users know.
 
-    ``kv_cache_memory`` is in bytes. ``max_num_batched_tokens`` is the token budget of one step (prefill chunks
-    included). ``batch_invariant`` makes the engine refuse a model whose linear layers round by the number of rows, so
-    that answers are the same to the last bit in any batch. ``kv_offload_size`` bytes keep the pages that the pool gives
-    up: in host memory, or in ``kv_offload_path``, a file or a directory.
+    ``kv_cache_dtype`` is a dtype, ``policy:DIR`` or a policy that was read already. ``kv_cache_memory`` is in bytes.
+    ``max_num_batched_tokens`` is the token budget of one step (prefill chunks included). ``batch_invariant`` makes the
+    engine refuse a model whose linear layers round by the number of rows, so that answers are the same to the last bit
+    in any batch. ``kv_offload_size`` bytes keep the pages that the pool gives up: in host memory, or in
+    ``kv_offload_path``, a file or a directory.
     """
 
-    kv_cache_dtype: str = "int8"
+    kv_cache_dtype: str | Policy = "int8"
     kv_cache_memory: int = 1 << 30
     max_model_len: int | None = None
     max_num_seqs: int = 64
@@ -75,6 +93,18 @@ class EngineConfig:
     batch_invariant: bool = False
     kv_offload_size: int | None = None
     kv_offload_path: str | None = None
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> EngineConfig:
+        """From ``options`` by name, of which others are passed over; sizes may be text such as ``"256MiB"``.
+
+        Raises ``ConfigError`` for what makes no sense.
+        """
+        chosen = {field.name: options[field.name] for field in fields(cls) if field.name in options}
+        for name in ("kv_cache_memory", "kv_offload_size"):
+            if chosen.get(name) is not None:
+                chosen[name] = parse_bytes(chosen[name])
+        return cls(**chosen)
 
     def __post_init__(self) -> None:
         for name in ("kv_cache_memory", "max_num_seqs", "max_num_batched_tokens"):

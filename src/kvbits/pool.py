@@ -54,12 +54,12 @@ class PagedPool:
         self.geometry = geometry
         self.policy = policy
         self.layout = PoolLayout.of(geometry, policy)
-        self.num_frames = memory_bytes // self.layout.frame_bytes
-        least = self.layout.first_frames + self.layout.open.frames
+        self.num_frames = self.layout.frames_in(memory_bytes)
+        least = self.layout.frames_of(PAGE_TOKENS)
         if self.num_frames < least:
             raise ConfigError(
                 f"a KV cache of {memory_bytes} bytes holds {self.num_frames} frames of {self.layout.frame_bytes} bytes;"
-                f" one session needs {least} ({least * self.layout.frame_bytes} bytes)"
+                f" one session needs {least} ({self.layout.session_bytes(PAGE_TOKENS)} bytes)"
             )
         size = self.num_frames * self.layout.frame_bytes
         block = _reserve(size, torch.device(device)) if buffer is None else buffer[:size]
@@ -78,6 +78,11 @@ class PagedPool:
             for i, layer in enumerate(geometry.layers)
         )
 
+    @classmethod
+    def smallest(cls, geometry: ModelGeometry, policy: Policy) -> PagedPool:
+        """A pool of one page: for what only asks a pool for its layers, or stores no more than that."""
+        return cls(geometry, policy, PoolLayout.of(geometry, policy).session_bytes(PAGE_TOKENS))
+
     def copy(self, source: tuple[int, ...], target: tuple[int, ...]) -> None:
         """Copy a page frame by frame (copy-on-write)."""
         for a, b in zip(source, target, strict=True):
@@ -85,7 +90,7 @@ class PagedPool:
 
     def sessions_capacity(self, tokens: int) -> int:
         """Running sequences of ``tokens`` tokens that the pool holds at once, open pages included."""
-        return self.num_frames // self.layout.frames_of(tokens)
+        return self.layout.sessions(self.buffer.nbytes, tokens)
 
     def bits_per_element(self) -> float:
         """Bits per element of a sealed page, every parameter counted."""
@@ -93,12 +98,11 @@ class PagedPool:
 
     def effective_bits_per_element(self, tokens: int) -> float:
         """Bits per element over all frames that a sequence of ``tokens`` tokens holds, open page included."""
-        held = 8 * self.layout.frames_of(tokens) * self.layout.frame_bytes
-        return held / (tokens * self.geometry.bytes_per_token_16bit() / 2)
+        return self.layout.effective_bits(tokens)
 
     def bytes_per_token(self) -> float:
         """Bytes of one token in a sealed page."""
-        return self.layout.sealed.used_bytes / PAGE_TOKENS
+        return self.layout.bytes_per_token
 
 
 def _reserve(size: int, device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from kvbits.attention import Forward
 from kvbits.codecs import parse_policy
 from kvbits.config import PAGE_TOKENS, ModelGeometry
-from kvbits.kernels import Backend, BatchLayout, SequenceSlice
+from kvbits.kernels import Backend, BatchLayout, SequencePages
 from kvbits.models import LoadedModel
 from kvbits.pool import PagedPool
 
@@ -33,7 +33,7 @@ class Frames:
         self.sink: dict[int, list[int]] = {}
         self.length: dict[int, int] = {}
 
-    def slice(self, sequence: int, count: int) -> SequenceSlice:
+    def slice(self, sequence: int, count: int) -> SequencePages:
         """The next ``count`` tokens of ``sequence``."""
         if sequence not in self._open:
             self._open[sequence] = [self._free.pop() for _ in range(self.pool.layout.open.frames)]
@@ -46,7 +46,7 @@ class Frames:
         while len(self.sealed[sequence]) < full - (sequence in self.sink):
             self.sealed[sequence].append(self._free.pop())
         frames = self._open[sequence]
-        return SequenceSlice(
+        return SequencePages(
             start, count, list(self.sealed[sequence]), frames, frames, list(self.sink.get(sequence, []))
         )
 

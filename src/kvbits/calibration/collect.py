@@ -16,14 +16,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvbits.attention import Forward
-from kvbits.calibration.dense import DenseBackend
-from kvbits.codecs import PoolLayout, Side, parse_policy
+from kvbits.calibration.dense import Window, run_dense
+from kvbits.codecs import Side
 from kvbits.config import PAGE_TOKENS
 from kvbits.errors import ConfigError
-from kvbits.kernels import BatchLayout, SequenceSlice
 from kvbits.models import LoadedModel
-from kvbits.pool import PagedPool
 
 _LOGIT_ROWS = 128
 """Rows of logits that are turned into gradients at once: 25 MB of float32 for 49,152 words."""
@@ -111,8 +108,7 @@ def collect(
     queries = [torch.zeros(g.num_kv_heads, g.key_dim, g.key_dim) for g in loaded.geometry.layers]
     with _frozen(loaded.model):
         for index, window in enumerate(windows):
-            backend, gradients_of = _backward(loaded, window, generator)
-            layers = [backend.windows[i] for i in range(loaded.geometry.num_layers)]
+            layers, gradients_of = _backward(loaded, window, generator)
             rows_of = [x for w in layers for x in (w.key, w.value)]
             part = slice(index * pages, (index + 1) * pages)
             for sample, row, gradient in zip(samples, rows_of, gradients_of, strict=True):
@@ -139,27 +135,12 @@ def _frozen(model: torch.nn.Module) -> Iterator[None]:
 
 def _backward(
     loaded: LoadedModel, window: Sequence[int], generator: torch.Generator
-) -> tuple[DenseBackend, tuple[Tensor, ...]]:
-    policy = parse_policy("bf16", loaded.geometry.num_layers)
-    layout = PoolLayout.of(loaded.geometry, policy)
-    # Nothing is stored in it: the hook asks the pool for the layers' geometry only.
-    pool = PagedPool(loaded.geometry, policy, layout.frames_of(PAGE_TOKENS) * layout.frame_bytes)
-    backend = DenseBackend()
-    count = len(window)
-    step = SequenceSlice(0, count, [0] * (count // PAGE_TOKENS), [0] * layout.open.frames, [0] * layout.open.frames)
+) -> tuple[list[Window], tuple[Tensor, ...]]:
     with torch.enable_grad():
-        logits = loaded.model(
-            input_ids=torch.tensor([list(window)]),
-            position_ids=torch.arange(count).unsqueeze(0),
-            use_cache=False,
-            logits_to_keep=torch.arange(count // 2, count),
-            kvbits=Forward(pool, backend, BatchLayout.of([step])),
-        ).logits[0]
+        logits, layers = run_dense(loaded, window, torch.arange(len(window) // 2, len(window)))
         slopes = torch.cat([_slope(part.detach(), generator) for part in logits.split(_LOGIT_ROWS)])
-        layers = [backend.windows[i] for i in range(loaded.geometry.num_layers)]
         errors = [x for w in layers for x in (w.key_error, w.value_error)]
-        gradients = torch.autograd.grad(logits, errors, slopes)
-    return backend, gradients
+        return layers, torch.autograd.grad(logits, errors, slopes)
 
 
 def _slope(logits: Tensor, generator: torch.Generator) -> Tensor:

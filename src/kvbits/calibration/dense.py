@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,10 +10,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
-from kvbits.codecs import Scheme
+from kvbits.attention import Forward
+from kvbits.codecs import Scheme, parse_policy
 from kvbits.config import PAGE_TOKENS, LayerGeometry
 from kvbits.kernels import Backend, BatchLayout
-from kvbits.pool import LayerView
+from kvbits.models import LoadedModel
+from kvbits.pages import SequencePages
+from kvbits.pool import LayerView, PagedPool
 
 
 @dataclass
@@ -81,6 +85,24 @@ class DenseBackend(Backend):
             for kv in range(view.geometry.num_kv_heads)
         ]
         return torch.cat(heads, dim=1).to(query.dtype)
+
+
+def run_dense(loaded: LoadedModel, window: Sequence[int], wanted: Tensor) -> tuple[Tensor, list[Window]]:
+    """Logits ``[rows, vocab]`` of the rows ``wanted`` (``int64 [rows]``) of ``window`` (token ids), and every layer's
+    rows; with gradients where they are enabled."""
+    # Nothing is stored in it: the hook asks the pool for the layers' geometry only.
+    pool = PagedPool.smallest(loaded.geometry, parse_policy("bf16", loaded.geometry.num_layers))
+    backend = DenseBackend()
+    count, frames = len(window), (0,) * pool.layout.open.frames
+    step = SequencePages(0, count, [0] * (count // PAGE_TOKENS), frames, frames)
+    logits: Tensor = loaded.model(
+        input_ids=torch.tensor([list(window)]),
+        position_ids=torch.arange(count).unsqueeze(0),
+        use_cache=False,
+        logits_to_keep=wanted,
+        kvbits=Forward(pool, backend, BatchLayout.of([step])),
+    ).logits[0]
+    return logits, [backend.windows[i] for i in range(loaded.geometry.num_layers)]
 
 
 def _attention(

@@ -54,16 +54,11 @@ def check_bits(geometry: ModelGeometry, bits: float) -> None:
 
 def check_memory(geometry: ModelGeometry, sink: str | None, memory: int, sessions: int, context: int) -> None:
     """Raise ``ConfigError`` with the bytes needed when ``sessions`` of ``context`` tokens fit ``memory`` in no way."""
-    needed = _needed(geometry, least_policy(geometry, sink), sessions, context)
+    needed = sessions * PoolLayout.of(geometry, least_policy(geometry, sink)).session_bytes(context)
     if needed > memory:
         raise ConfigError(
             f"{sessions} sessions of {context} tokens cannot fit {memory} bytes; the least possible is {needed} bytes"
         )
-
-
-def _needed(geometry: ModelGeometry, policy: Policy, sessions: int, context: int) -> int:
-    layout = PoolLayout.of(geometry, policy)
-    return sessions * layout.frames_of(context) * layout.frame_bytes
 
 
 def _sink(geometry: ModelGeometry, sink: str | None) -> tuple[Scheme, ...] | None:
@@ -106,7 +101,7 @@ class Planner:
         check_memory(self.geometry, self._sink_name, memory, sessions, context)
 
         def needed(budget: int) -> int:
-            return _needed(self.geometry, self.policy(budget), sessions, context)
+            return sessions * PoolLayout.of(self.geometry, self.policy(budget)).session_bytes(context)
 
         low, high = self.least, self.most
         while high - low > PAGE_TOKENS:

@@ -8,13 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvbits.codecs import PoolLayout, parse_policy
-from kvbits.config import EngineConfig
-from kvbits.engine.engine import Engine
 from kvbits.engine.params import SamplingParams
+from kvbits.evaluation.compare import REFERENCE, engine_for
 from kvbits.models import LoadedModel
-
-_CACHE = "bf16"
 
 
 def write_windows(
@@ -29,10 +25,7 @@ def write_windows(
     Where the model ends a text it begins another one in the same window. The same ``seed`` gives the same windows.
     ``progress`` is told the tokens written since its last call.
     """
-    layout = PoolLayout.of(loaded.geometry, parse_policy(_CACHE, loaded.geometry.num_layers))
-    memory = (count + 1) * (layout.frames_of(context) + 2 * layout.open.frames) * layout.frame_bytes
-    config = EngineConfig(_CACHE, memory, max_num_seqs=count, enable_prefix_caching=False)
-    engine = Engine(loaded, config)
+    engine = engine_for(loaded, loaded.policy(REFERENCE), count, context)
     begin = _first_token(loaded)
     written: dict[str, list[int]] = {}
     for index in range(count):

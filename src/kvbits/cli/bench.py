@@ -10,7 +10,6 @@ import typer
 from kvbits.cli import options
 from kvbits.cli.output import JsonFile
 from kvbits.cli.session import Bar, load, machine, tokens_of
-from kvbits.errors import ConfigError
 
 if TYPE_CHECKING:
     from kvbits.evaluation.speed import Speed
@@ -20,9 +19,9 @@ def bench(
     model: options.Model,
     kv_cache_dtype: options.KVCacheDtypes = None,
     kv_policy: options.KVPolicies = None,
-    context: Annotated[int, typer.Option(metavar="TOKENS", help="Prompt of each sequence.")] = 4096,
-    batch: Annotated[int, typer.Option(metavar="N", help="Sequences that decode together.")] = 8,
-    new_tokens: Annotated[int, typer.Option(metavar="N", help="Timed decode steps.")] = 32,
+    context: Annotated[int, typer.Option(min=1, metavar="TOKENS", help="Prompt of each sequence.")] = 4096,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences that decode together.")] = 8,
+    new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Timed decode steps.")] = 32,
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Text for the prompts. Default: Python's language reference.")
     ] = None,
@@ -37,26 +36,25 @@ def bench(
     """Time prefill, then decode steps with all sequences running (the median step). Prefix caching is off."""
     results = JsonFile(json_file)
     dtypes = options.cache_dtypes(kv_cache_dtype, kv_policy)
-    for name, value in (("context", context), ("batch", batch), ("new-tokens", new_tokens)):
-        if value < 1:
-            raise ConfigError(f"--{name} is {value}; it must be at least 1")
     from kvbits.evaluation.documents import reference_text
     from kvbits.evaluation.windows import read_text
 
     content = reference_text() if text is None else read_text(text)
     from kvbits.engine.speculation import SpeculativeConfig
-    from kvbits.evaluation.compare import check_dtypes
+    from kvbits.evaluation.compare import policies_of
     from kvbits.evaluation.speed import distinct_prompts, longest_sequence, measure_speed
 
     speculative = SpeculativeConfig.of(speculative_config)
     loaded = load(model, dtype, threads, weights, device)
-    check_dtypes(loaded, dtypes, context)
+    policies = policies_of(loaded, dtypes, context)
     longest_sequence(loaded, context, batch, new_tokens, max_num_batched_tokens)
     prompts = distinct_prompts(tokens_of(loaded, content), context, batch)
     found = []
-    for name in dtypes:
-        with Bar(batch * (context + new_tokens), name) as advance:
-            found.append(measure_speed(loaded, name, prompts, new_tokens, max_num_batched_tokens, advance, speculative))
+    for policy in policies:
+        with Bar(batch * (context + new_tokens), policy.label) as advance:
+            found.append(
+                measure_speed(loaded, policy, prompts, new_tokens, max_num_batched_tokens, advance, speculative)
+            )
     _print(found)
     for speed in found:
         if speed.speculation is not None:

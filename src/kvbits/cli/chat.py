@@ -106,7 +106,7 @@ class _Local:
         from kvbits.engine.text import encode_chat
         from kvbits.errors import RequestError
 
-        engine, layout = self._llm.engine, self._llm.engine.pool.layout
+        engine = self._llm.engine
         prompt = encode_chat(self._llm.loaded, messages)
         request_id = engine.add_request(prompt, SamplingParams(max_tokens=max_tokens, temperature=temperature))
         try:
@@ -119,7 +119,7 @@ class _Local:
                     yield delta.text
         finally:
             engine.abort(request_id)
-        turn.cache_bytes = layout.frames_of(turn.prompt_tokens + turn.new_tokens) * layout.frame_bytes
+        turn.cache_bytes = engine.pool.layout.session_bytes(turn.prompt_tokens + turn.new_tokens)
 
 
 class _Remote:

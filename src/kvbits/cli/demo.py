@@ -13,6 +13,7 @@ from kvbits.cli.output import JsonFile, folder
 from kvbits.cli.session import Bar, load, machine, note, tokens_of
 
 if TYPE_CHECKING:
+    from kvbits.codecs import Policy
     from kvbits.evaluation.fidelity import FidelitySummary
     from kvbits.evaluation.showcase import Showing
     from kvbits.models import LoadedModel
@@ -46,16 +47,17 @@ def demo(
     memory = parse_bytes(kv_cache_memory)
     dtypes = options.cache_dtypes(list(DTYPES), kv_policy)
     # Fidelity in float32, as evaluate does it: bfloat16 layers add noise of their own that INT8 would be blamed for.
-    fidelity = _fidelity(load(model, "float32", threads), dtypes, windows, max_num_batched_tokens)
+    exact = load(model, "float32", threads)
+    policies = [exact.policy(name) for name in dtypes]
+    fidelity = _fidelity(exact, policies, windows, max_num_batched_tokens)
     loaded = load(model, dtype, threads)
     documents = hide_facts(sessions, document_tokens, lambda part: len(tokens_of(loaded, part)))
     note(f"{sessions} conversations over documents of {document_tokens}+ tokens; each cache has {kv_cache_memory}.")
     shown = []
-    for name in dtypes:
-        with Bar(sessions * (document_tokens + new_tokens), f"{name} conversations") as advance:
-            shown.append(
-                show(loaded, name, memory, documents, fidelity[name], new_tokens, max_num_batched_tokens, advance)
-            )
+    for policy in policies:
+        with Bar(sessions * (document_tokens + new_tokens), f"{policy.label} conversations") as advance:
+            summary = fidelity[policy.label]
+            shown.append(show(loaded, policy, memory, documents, summary, new_tokens, max_num_batched_tokens, advance))
     picture = output / "demo.png"
     draw(shown, memory, folder(output) / "demo.png")
     seconds = time.perf_counter() - begin
@@ -65,7 +67,7 @@ def demo(
 
 
 def _fidelity(
-    loaded: LoadedModel, dtypes: list[str], windows: int, max_num_batched_tokens: int
+    loaded: LoadedModel, policies: list[Policy], windows: int, max_num_batched_tokens: int
 ) -> dict[str, FidelitySummary]:
     """Each dtype against 16 bit on the start of the reference."""
     from kvbits.evaluation.compare import compare
@@ -73,8 +75,8 @@ def _fidelity(
     from kvbits.evaluation.windows import cut_windows
 
     parts = cut_windows(tokens_of(loaded, reference_text()), WINDOW, windows)
-    with Bar(WINDOW * windows * len(dtypes), "fidelity") as advance:
-        return {c.dtype: c.summary for c in compare(loaded, dtypes, parts, max_num_batched_tokens, advance)}
+    with Bar(WINDOW * windows * len(policies), "fidelity") as advance:
+        return {c.dtype: c.summary for c in compare(loaded, policies, parts, max_num_batched_tokens, advance)}
 
 
 def _print(shown: list[Showing], memory: str) -> None:

@@ -87,7 +87,7 @@ def evaluate(
 
     content = None if text is None else read_text(text)
     book = content if haystack is None else read_text(haystack)
-    from kvbits.evaluation.compare import check_dtypes
+    from kvbits.evaluation.compare import policies_of
     from kvbits.evaluation.laboratory import Laboratory
     from kvbits.evaluation.ledger import Ledger
     from kvbits.evaluation.menu import FIDELITY, LAYERS, Sizes, choose, run_menu
@@ -98,11 +98,11 @@ def evaluate(
     )  # fmt: skip
     ledger = Ledger(resume)
     loaded = load(model, dtype, threads)
-    check_dtypes(loaded, dtypes, context if content is not None else 0)
+    policies = policies_of(loaded, dtypes, context if content is not None else 0)
     tokens = [] if content is None else tokens_of(loaded, content)
     only_text = set(menu.parts) <= {FIDELITY, LAYERS}
     served = loaded if only_text or task_dtype == dtype else load(model, task_dtype, threads)
-    laboratory = Laboratory(loaded, dtypes, ledger, Bar, dtype, served, task_dtype, max_num_batched_tokens)
+    laboratory = Laboratory(loaded, policies, ledger, Bar, dtype, served, task_dtype, max_num_batched_tokens)
     run_menu(laboratory, menu, tokens, book, sizes)
     rows = laboratory.results()
     from kvbits.cli.tables import print_results

@@ -149,18 +149,14 @@ def _print_use(layout: Layout, granularity: Granularity, output: Path) -> None:
 def _flags(model: str, dtype: str | None, policy: Path | None, engines: list[str] | None) -> dict[str, Any]:
     if (dtype is None) == (policy is None):
         raise ConfigError("--to flags needs a policy to translate: --kv-cache-dtype DTYPE or --kv-policy DIR")
-    from kvbits.codecs import parse_policy
+    from kvbits.codecs import policy_of
+    from kvbits.config import POLICY_PREFIX
     from kvbits.export.engines import ENGINES
     from kvbits.export.flags import translate
     from kvbits.models.facts import facts_of_model
-    from kvbits.planning.policy_file import read_dtypes
 
     geometry = facts_of_model(model, "expanded").geometry
-    if policy is None:
-        assert dtype is not None
-        chosen = parse_policy(dtype, geometry.num_layers)
-    else:
-        chosen = read_dtypes(policy, geometry)
+    chosen = policy_of(f"{POLICY_PREFIX}{policy}" if dtype is None else dtype, geometry, None)
     found = [translate(chosen, name, calibrated=policy is not None) for name in engines or ENGINES]
     for translation in found:
         _print_translation(translation)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from kvbits.config import POLICY_PREFIX
 from kvbits.errors import ConfigError
 
 Model = Annotated[
@@ -77,12 +78,17 @@ JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="W
 
 def cache_dtype(dtype: str, policy: Path | None) -> str:
     """The dtype that the engine is given: the policy's directory where there is one."""
-    return dtype if policy is None else f"policy:{policy}"
+    return dtype if policy is None else f"{POLICY_PREFIX}{policy}"
+
+
+def named(dtypes: list[str] | None, policies: list[Path] | None) -> list[str]:
+    """All dtypes and policies, perhaps none."""
+    return [*(dtypes or ()), *(cache_dtype("", path) for path in policies or ())]
 
 
 def cache_dtypes(dtypes: list[str] | None, policies: list[Path] | None) -> list[str]:
     """All dtypes and policies to run. Raises ``ConfigError`` when there is none."""
-    found = [*(dtypes or ()), *(f"policy:{path}" for path in policies or ())]
+    found = named(dtypes, policies)
     if not found:
         raise ConfigError("there is nothing to run; give --kv-cache-dtype DTYPE or --kv-policy DIR")
     return found

@@ -104,7 +104,7 @@ def plan(
         raise ConfigError(f"--mla is '{mla}'; choose from latent, expanded")
     if max_num_batched_tokens < 1:
         raise ConfigError(f"--max-num-batched-tokens is {max_num_batched_tokens}; it must be positive")
-    from kvbits.engine.scheduler import WATERMARK
+    from kvbits.config import WATERMARK
     from kvbits.planning.request import Options, make_plan
 
     facts = _facts(model, "latent" if mla == "latent" else "expanded")

@@ -89,17 +89,8 @@ def serve(
         drain_timeout=drain_timeout,
         max_body=parse_bytes(max_body),
     )
-    config = EngineConfig(
-        kv_cache_dtype=options.cache_dtype(kv_cache_dtype, kv_policy),
-        kv_cache_memory=parse_bytes(kv_cache_memory),
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        enable_prefix_caching=enable_prefix_caching,
-        batch_invariant=batch_invariant,
-        kv_offload_size=None if kv_offload_size is None else parse_bytes(kv_offload_size),
-        kv_offload_path=kv_offload_path,
-    )
+    kv_cache_dtype = options.cache_dtype(kv_cache_dtype, kv_policy)
+    config = EngineConfig.of(locals())
     from kvbits.engine.speculation import SpeculativeConfig
 
     speculative = SpeculativeConfig.of(speculative_config)

@@ -3,6 +3,7 @@
 from kvbits.codecs.base import Codec, LayerRounding, Rounding, Scheme, Side
 from kvbits.codecs.layout import PageFormat, Place, PoolLayout
 from kvbits.codecs.policy import OPEN, SCHEMES, Policy, codecs_in_use, parse_policy
+from kvbits.codecs.policy_file import policy_of
 
 __all__ = [
     "OPEN",
@@ -18,4 +19,5 @@ __all__ = [
     "Side",
     "codecs_in_use",
     "parse_policy",
+    "policy_of",
 ]

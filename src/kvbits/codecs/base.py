@@ -100,9 +100,7 @@ class Scheme:
 
     @property
     def name(self) -> str:
-        if self.key.name.partition(":")[0] == self.value.name.partition(":")[0]:
-            return self.key.name.partition(":")[0]
-        return f"{self.key.name.partition(':')[0]}/{self.value.name.partition(':')[0]}"
+        return self.key.name if self.key.name == self.value.name else f"{self.key.name}/{self.value.name}"
 
     def head_bytes(self, layer: LayerGeometry) -> int:
         """Bytes of one page of one KV head: its keys, then its values."""

@@ -8,10 +8,16 @@ pool, and each layer lies whole inside one of them. So one free list serves ever
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvbits.codecs.base import Scheme
 from kvbits.codecs.policy import OPEN, Policy
 from kvbits.config import PAGE_TOKENS, LayerGeometry, ModelGeometry
+
+Tokens = TypeVar("Tokens", int, NDArray[np.int64])
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,11 @@ class PoolLayout:
         """Frames of a sequence's first page once it is full."""
         return (self.sink or self.sealed).frames
 
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of one token in a sealed page."""
+        return self.sealed.used_bytes / PAGE_TOKENS
+
     def full_pages(self, frames: int) -> int:
         """Full pages of one sequence that ``frames`` frames hold beside its open page; -1 when not even that fits."""
         rest = frames - self.open.frames
@@ -76,11 +87,43 @@ class PoolLayout:
             return -1 if rest < 0 else 0
         return 1 + (rest - self.first_frames) // self.sealed.frames
 
-    def frames_of(self, tokens: int) -> int:
-        """Frames that a running sequence of ``tokens`` tokens holds: its full pages sealed, and one open page."""
+    def frames_of(self, tokens: Tokens) -> Tokens:
+        """Frames that a running sequence of ``tokens`` tokens holds: its full pages sealed, and one open page.
+
+        Of many sequences at once where ``tokens`` is an array (``int64 [n]``).
+        """
         full = tokens // PAGE_TOKENS
-        first = self.first_frames - self.sealed.frames if full else 0
+        first = (full > 0) * (self.first_frames - self.sealed.frames)
         return full * self.sealed.frames + first + self.open.frames
+
+    def session_bytes(self, tokens: int) -> int:
+        """Bytes that a running sequence of ``tokens`` tokens holds, its open page included."""
+        return self.frames_of(tokens) * self.frame_bytes
+
+    def frames_in(self, memory: int) -> int:
+        """Frames of a pool of ``memory`` bytes."""
+        return memory // self.frame_bytes
+
+    def sessions(self, memory: int, tokens: int) -> int:
+        """Running sequences of ``tokens`` tokens that ``memory`` bytes hold at once."""
+        return self.frames_in(memory) // self.frames_of(tokens)
+
+    def longest_context(self, memory: int) -> int:
+        """Tokens of the longest sequence that ``memory`` bytes hold; 0 when not even an open page fits.
+
+        The last page of a running sequence is open and holds at most one token less than a page.
+        """
+        return max(0, self.full_pages(self.frames_in(memory)) * PAGE_TOKENS + PAGE_TOKENS - 1)
+
+    def effective_bits(self, tokens: int) -> float:
+        """Bits per element over all frames that a sequence of ``tokens`` tokens holds, open page included."""
+        elements = self.open.used_bytes / 2 / PAGE_TOKENS
+        return 8 * self.session_bytes(tokens) / (tokens * elements)
+
+    def pool_bytes(self, sequences: int, tokens: int) -> int:
+        """Bytes of a pool for ``sequences`` running sequences of ``tokens`` tokens, one frame in 50 to spare."""
+        frames = (sequences + 1) * self.open.frames + sequences * self.frames_of(tokens)
+        return (frames + frames // 50 + 1) * self.frame_bytes
 
 
 def _place(schemes: tuple[Scheme, ...], layers: tuple[LayerGeometry, ...], frame_bytes: int) -> PageFormat:

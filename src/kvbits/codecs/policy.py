@@ -71,7 +71,8 @@ SCHEMES: dict[str, Scheme] = {
 
 @dataclass(frozen=True)
 class Policy:
-    """A scheme for each layer; ``name`` is the canonical string that :func:`parse_policy` reads.
+    """A scheme for each layer; ``name`` is the canonical string that :func:`parse_policy` reads, ``label`` what the
+    user wrote (default: the name), which results are known by.
 
     ``sink`` are the schemes of every sequence's first page (``None``: those of all pages). ``rounding`` says, layer by
     layer, how sealed pages are rounded, where that was calibrated; ``name`` then identifies the calibration too, so
@@ -82,6 +83,10 @@ class Policy:
     layers: tuple[Scheme, ...]
     sink: tuple[Scheme, ...] | None = None
     rounding: tuple[LayerRounding, ...] | None = field(default=None, compare=False, repr=False)
+    label: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "label", self.label or self.name)
 
     def bits_per_element(self, geometry: ModelGeometry) -> float:
         """Stored bits per element of a sealed page, every parameter counted."""

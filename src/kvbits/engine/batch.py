@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvbits.kernels import BatchLayout, SequenceSlice
+from kvbits.kernels import BatchLayout
 from kvbits.pages import PageManager
 
 
@@ -54,7 +54,7 @@ def build(pieces: Sequence[Piece], pages: PageManager, draft: bool = False) -> S
         out += piece.outputs
         part = pages.slice(piece.seq_id)
         assert (part.start, part.count) == (piece.start, count), (part, piece.start, count)
-        slices.append(SequenceSlice(part.start, part.count, part.sealed, part.head, part.tail, part.sink))
+        slices.append(part)
     return StepBatch(
         torch.from_numpy(ids), torch.from_numpy(positions), BatchLayout.of(slices, draft), torch.from_numpy(wanted)
     )

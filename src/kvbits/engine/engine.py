@@ -26,7 +26,6 @@ from kvbits.engine.setup import check_invariance, context_of, limits_of, pages_o
 from kvbits.engine.speculation import SpeculativeConfig, Speculator
 from kvbits.engine.speculation.methods import proposer_of
 from kvbits.engine.stats import EngineStats, Load
-from kvbits.engine.teacher import teacher_forced
 from kvbits.engine.text import decoder, end_tokens
 from kvbits.errors import RequestError
 from kvbits.kernels import Backend, choose_backend
@@ -177,7 +176,7 @@ class Engine:
         if not 0 <= first < len(tokens):
             raise RequestError(f"first is {first}; it must be a position of the {len(tokens)} tokens")
         chunk = self.config.max_num_batched_tokens
-        return teacher_forced(self._runner, self.pages, self._new_seq_id(), tokens, first, chunk)
+        return self._runner.teacher_forced(self._new_seq_id(), tokens, first, chunk)
 
     # Internals
 

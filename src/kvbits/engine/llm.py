@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvbits.config import EngineConfig, parse_bytes
+from kvbits.codecs import Policy
+from kvbits.config import EngineConfig
 from kvbits.engine.engine import Engine
 from kvbits.engine.outputs import CompletionOutput, Delta, RequestOutput
 from kvbits.engine.params import SamplingParams
@@ -26,20 +27,20 @@ Message = Mapping[str, Any]
 class LLM:
     """A model with a quantized KV cache.
 
-    ``model`` is a name that :func:`kvbits.models.load_model` knows, or what it returned. ``kv_cache_memory`` is bytes
-    or text such as ``"256MiB"``. ``kv_offload_size`` bytes of host memory, or of ``kv_offload_path`` (a file or a
-    directory), keep the pages that the pool gives up. ``speculative_config`` (the options of
-    :class:`~kvbits.engine.speculation.SpeculativeConfig`) guesses tokens ahead; answers stay the
-    same. ``device`` (``"cpu"``, ``"cuda"``, ...) is where a model that is named runs; ``backend`` (``"auto"``,
-    ``"cpu"``, ``"triton"``) goes by it. ``progress`` shows a bar on stderr for work that takes more than two seconds.
-    Raises ``ConfigError`` or ``UnsupportedError`` at once for what cannot work.
+    ``model`` is a name that :func:`kvbits.models.load_model` knows, or what it returned. ``kv_cache_dtype`` is a dtype,
+    ``policy:DIR`` or a policy that was read already. ``kv_cache_memory`` is bytes or text such as ``"256MiB"``.
+    ``kv_offload_size`` bytes of host memory, or of ``kv_offload_path`` (a file or a directory), keep the pages that the
+    pool gives up. ``speculative_config`` (the options of :class:`~kvbits.engine.speculation.SpeculativeConfig`) guesses
+    tokens ahead; answers stay the same. ``device`` (``"cpu"``, ``"cuda"``, ...) is where a model that is named runs;
+    ``backend`` (``"auto"``, ``"cpu"``, ``"triton"``) goes by it. ``progress`` shows a bar on stderr for work that takes
+    more than two seconds. Raises ``ConfigError`` or ``UnsupportedError`` at once for what cannot work.
     """
 
     def __init__(
         self,
         model: str | LoadedModel,
         *,
-        kv_cache_dtype: str = "int8",
+        kv_cache_dtype: str | Policy = "int8",
         kv_cache_memory: str | int = "1GiB",
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
@@ -55,17 +56,7 @@ class LLM:
         backend: Backend | str | None = None,
         progress: bool = True,
     ) -> None:
-        config = EngineConfig(
-            kv_cache_dtype=kv_cache_dtype,
-            kv_cache_memory=parse_bytes(kv_cache_memory),
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            enable_prefix_caching=enable_prefix_caching,
-            batch_invariant=batch_invariant,
-            kv_offload_size=None if kv_offload_size is None else parse_bytes(kv_offload_size),
-            kv_offload_path=kv_offload_path,
-        )
+        config = EngineConfig.of(locals())
         speculative = SpeculativeConfig.of(speculative_config)
         self.loaded = (
             model if isinstance(model, LoadedModel) else load_model(model, dtype, weights=weights, device=device)

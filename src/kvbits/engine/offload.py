@@ -109,7 +109,7 @@ def tier_of(pool: PagedPool, config: EngineConfig) -> SecondTier | None:
     size = config.kv_offload_size
     if size is None:
         return None
-    slots = size // pool.layout.frame_bytes
+    slots = pool.layout.frames_in(size)
     if slots < pool.layout.first_frames:
         raise ConfigError(
             f"kv_offload_size is {size} bytes; one page needs {pool.layout.first_frames * pool.layout.frame_bytes}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
 from kvbits.attention import Forward
 from kvbits.codecs import Policy
-from kvbits.engine.batch import StepBatch
+from kvbits.engine.batch import Piece, StepBatch, build
 from kvbits.kernels import Backend
 from kvbits.models import LoadedModel
 from kvbits.pages import PageManager
@@ -35,3 +37,23 @@ class Runner:
                 self._pool.copy(source, target)
             step = Forward(self._pool, self._backend, batch.layout)
             return self._loaded.forward(batch.input_ids, batch.positions, step, batch.logits_rows)
+
+    def teacher_forced(
+        self, seq_id: int, tokens: Sequence[int], first: int, chunk: int
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Logits for tokens that are given; see :meth:`kvbits.engine.engine.Engine.teacher_forced`."""
+        pages = self._pages
+        # A salt that no request can have (it is not UTF-8) keeps these pages from being found.
+        pages.open(seq_id, [], b"\xff%d" % seq_id)
+        try:
+            for start in range(0, len(tokens), chunk):
+                part = tokens[start : start + chunk]
+                end = start + len(part)
+                pages.reserve(seq_id, len(part))
+                outputs = max(0, min(len(part), end - first))
+                logits = self.run(build([Piece(seq_id, start, part, outputs)], pages))
+                pages.commit(seq_id, part)
+                if outputs:
+                    yield end - outputs, logits
+        finally:
+            pages.free(seq_id)

@@ -16,19 +16,10 @@ from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from kvbits.config import MIN_PREFILL, OVERTAKEN, WATERMARK
 from kvbits.engine.drafts import DraftRoom
 from kvbits.engine.request import Request, RequestState
 from kvbits.pages import PageManager
-
-WATERMARK = 100
-"""One frame in so many stays free at admission, so that a newcomer does not push out running sequences at once."""
-
-MIN_PREFILL = 64
-"""Tokens of a step that go to prompts even where the running sequences use up the budget."""
-
-
-OVERTAKEN = 4
-"""A prompt goes before one that has at least so many times its tokens left."""
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from kvbits.codecs import Policy
-from kvbits.codecs.artifact import resolve_policy
-from kvbits.config import PAGE_TOKENS, EngineConfig
+from kvbits.config import EngineConfig
 from kvbits.engine.limits import Limits
 from kvbits.engine.offload import tier_of
 from kvbits.errors import ConfigError, UnsupportedError
@@ -25,7 +24,7 @@ def context_of(loaded: LoadedModel, config: EngineConfig) -> int:
 
 def policy_of(loaded: LoadedModel, config: EngineConfig, backend: Backend) -> Policy:
     """The cache policy; raises ``UnsupportedError`` where ``backend`` cannot run a layer as the policy stores it."""
-    policy = resolve_policy(config.kv_cache_dtype, loaded.geometry, loaded.fingerprint)
+    policy = loaded.policy(config.kv_cache_dtype)
     for schemes in (policy.layers, policy.sink or ()):
         for index, (scheme, layer) in enumerate(zip(schemes, loaded.geometry.layers, strict=bool(schemes))):
             reason = backend.supports(scheme, layer)
@@ -61,6 +60,5 @@ def pages_of(pool: PagedPool, loaded: LoadedModel, config: EngineConfig) -> Page
 
 def limits_of(pool: PagedPool, context: int, config: EngineConfig) -> Limits:
     """What one request may use when it has the pool to itself."""
-    layout = pool.layout
-    full = layout.full_pages(pool.num_frames)
-    return Limits(pool.geometry.vocab_size, context, full * PAGE_TOKENS + PAGE_TOKENS - 1, config.kv_cache_memory)
+    longest = pool.layout.longest_context(pool.buffer.nbytes)
+    return Limits(pool.geometry.vocab_size, context, longest, config.kv_cache_memory)

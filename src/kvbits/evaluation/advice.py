@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvbits.codecs import SCHEMES, PoolLayout
-from kvbits.codecs.artifact import resolve_policy
-from kvbits.evaluation.verdict import Level
-from kvbits.models import LoadedModel
+from kvbits.codecs import parse_policy
+from kvbits.config import POLICY_PREFIX, ModelGeometry
+from kvbits.evaluation.verdict import LIMITS, Level
 
 _RUNGS = (
     "bf16",
@@ -30,36 +29,22 @@ RULE = (
 )
 
 
-def ladder(loaded: LoadedModel) -> list[str]:
+def ladder(geometry: ModelGeometry) -> list[str]:
     """The dtypes to try, from most to fewest bits: those that every layer of the model can be stored in."""
-    found = []
-    for rung in _RUNGS:
-        policy = resolve_policy(rung, loaded.geometry, loaded.fingerprint)
-        pairs = [*zip(policy.layers, loaded.geometry.layers, strict=True)]
-        if all(scheme.supports(layer) is None for scheme, layer in pairs):
-            found.append(rung)
-    assert "bf16" in SCHEMES, "the 16-bit cache is always there"
-    return found
-
-
-def sessions_in(loaded: LoadedModel, dtype: str, memory: int, context: int) -> int:
-    """Sequences of ``context`` tokens that ``memory`` bytes of cache hold at once, open pages included."""
-    layout = PoolLayout.of(loaded.geometry, resolve_policy(dtype, loaded.geometry, loaded.fingerprint))
-    return memory // layout.frame_bytes // layout.frames_of(context)
-
-
-def bytes_for(loaded: LoadedModel, dtype: str, sessions: int, context: int) -> int:
-    """Bytes of cache that ``sessions`` sequences of ``context`` tokens need."""
-    layout = PoolLayout.of(loaded.geometry, resolve_policy(dtype, loaded.geometry, loaded.fingerprint))
-    return sessions * layout.frames_of(context) * layout.frame_bytes
+    rungs = ((rung, parse_policy(rung, geometry.num_layers).layers) for rung in _RUNGS)
+    return [
+        rung
+        for rung, schemes in rungs
+        if all(s.supports(layer) is None for s, layer in zip(schemes, geometry.layers, strict=True))
+    ]
 
 
 @dataclass(frozen=True)
 class Candidate:
     """One dtype: what it takes, what it costs.
 
-    ``task_loss`` is the log-probability of right answers lost in nats a token, ``right`` their share; ``decode`` is in
-    tokens a second of all sequences.
+    ``task_loss`` is the log-probability of right answers lost in nats a token, ``right`` their share, both means of the
+    tasks that were run; ``decode`` is in tokens a second of all sequences; ``session_bytes`` are those of one session.
     """
 
     dtype: str
@@ -71,6 +56,25 @@ class Candidate:
     sessions: int
     decode: float
     level: Level
+    session_bytes: int = 0
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any], sessions: int, decode: float, session_bytes: int = 0) -> Candidate:
+        """From one dtype's record in the results of ``kvbits evaluate``."""
+        tasks = list(row.get("tasks", {}).values())
+        bits = float(row["bits_per_element"])
+        return cls(
+            dtype=row["dtype"],
+            bits=bits,
+            effective_bits=float(row.get("effective_bits_per_element", bits)),
+            kl=float(row["kl_mean"]),
+            task_loss=sum(t["logprob_lost_per_token"]["mean"] for t in tasks) / max(1, len(tasks)),
+            right=sum(t["exact"] for t in tasks) / max(1, len(tasks)),
+            sessions=sessions,
+            decode=decode,
+            level=level_of(row),
+            session_bytes=session_bytes,
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Plain types."""
@@ -105,3 +109,71 @@ def recommend(candidates: Sequence[Candidate], sessions: int) -> Candidate | Non
     best = min(c.level for c in able)
     equals = [c for c in able if c.level is best]
     return min(equals, key=lambda c: c.bits if best is Level.NONE else c.kl)
+
+
+def level_of(row: Mapping[str, Any]) -> Level:
+    """The verdict in a record of results; by KL alone where it gave none."""
+    for level in Level:
+        if row.get("verdict") == level.words:
+            return level
+    limits = LIMITS["kl"]
+    if row["kl_mean"] <= limits.none:
+        return Level.NONE
+    return Level.BAD if row["kl_mean"] > limits.bad else Level.SMALL
+
+
+def advice(candidates: Sequence[Candidate], sessions: int, context: int, memory: int) -> str:
+    """What to use for ``sessions`` of ``context`` tokens in ``memory`` bytes, or what comes nearest, in a sentence."""
+    chosen = recommend(candidates, sessions)
+    if chosen is not None:
+        flag = f"--kv-cache-dtype {chosen.dtype}"
+        if chosen.dtype.startswith(POLICY_PREFIX):
+            flag = f"--kv-policy {chosen.dtype.removeprefix(POLICY_PREFIX)}"
+        return (
+            f"Use {flag}: {chosen.level.words} (KL {chosen.kl:.2g}), {chosen.sessions} sessions of {context} tokens "
+            f"where {sessions} were asked for, {chosen.bits:.2f} bits an element. {RULE}"
+        )
+    usable = [c for c in candidates if c.level is not Level.BAD]
+    if not usable:
+        return f"Nothing to recommend: every dtype tried has the verdict '{Level.BAD.words}'."
+    least = min(usable, key=lambda c: c.session_bytes)
+    need = sessions * least.session_bytes
+    return (
+        f"Nothing that is fit to use holds {sessions} sessions of {context} tokens in {memory} bytes. The nearest is "
+        f"{least.dtype}: {least.sessions} sessions, or {need} bytes ({need / 2**20:,.0f} MiB) for all {sessions}."
+    )
+
+
+def reasons(
+    best: Candidate, candidates: Sequence[Candidate], sessions: int, context: int | None, row: Mapping[str, Any]
+) -> list[str]:
+    """Why ``best`` (whose record is ``row``) was recommended; ``context`` of the sessions, where they were planned."""
+    change = 100 * (row["perplexity"] / row["perplexity_16bit"] - 1)
+    kl = f"KL {best.kl:.2g} nats a token"
+    found = [f"{best.level.words}: {kl}, perplexity {change:+.2f} %, {best.bits:.2f} bits per element"]
+    if context is not None:
+        verb = "was" if sessions == 1 else "were"
+        found.append(f"{best.sessions:,} sessions of {context:,} tokens fit; {sessions:,} {verb} asked for")
+        plain = next((c for c in candidates if c.dtype == "bf16"), None)
+        if plain is not None and plain.sessions and plain is not best:
+            found.append(f"that is {best.sessions / plain.sessions:.2g} times what 16 bit holds ({plain.sessions:,})")
+    for other in sorted(candidates, key=lambda c: c.bits):
+        if other.dtype != best.dtype and other.bits < best.bits and other.level is not best.level:
+            found.append(
+                f"{other.dtype} has fewer bits ({other.bits:.2f}), but: {other.level.words} (KL {other.kl:.2g})"
+            )
+    if best.decode:
+        found.append(f"decodes {best.decode:,.0f} tokens a second")
+    return [*found, f"Rule: {RULE}"]
+
+
+def shortfall(candidates: Sequence[Candidate], sessions: int, context: int | None) -> list[str]:
+    """Why none was recommended."""
+    where = "" if context is None else f" of {context:,} tokens"
+    return [
+        f"No usable dtype holds {sessions:,} sessions{where}.",
+        *(
+            f"{c.dtype}: {c.level.words}; holds {c.sessions:,} sessions"
+            for c in sorted(candidates, key=lambda c: -c.bits)
+        ),
+    ]

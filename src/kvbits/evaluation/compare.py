@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from kvbits.codecs import PoolLayout
-from kvbits.codecs.artifact import resolve_policy
+from kvbits.codecs import Policy, PoolLayout
 from kvbits.config import EngineConfig
 from kvbits.engine.engine import Engine
+from kvbits.engine.speculation import SpeculativeConfig
 from kvbits.errors import ConfigError
 from kvbits.evaluation.fidelity import Fidelity, FidelitySummary
 from kvbits.kernels import Backend, default_backend
@@ -51,46 +51,47 @@ class Comparison:
 
 def compare(
     loaded: LoadedModel,
-    dtypes: Sequence[str],
+    policies: Sequence[Policy],
     windows: Sequence[Sequence[int]],
     max_num_batched_tokens: int = 512,
     progress: Callable[[int], None] = lambda tokens: None,
     backend: Callable[[], Backend] = default_backend,
 ) -> list[Comparison]:
-    """Run every window (token ids, all of one length) through each dtype and through 16 bit; score the second half.
+    """Run every window (token ids, all of one length) through each policy and through 16 bit; score the second half.
 
     The row at position ``p`` predicts token ``p + 1``; rows ``context / 2`` to ``context - 2`` are scored, as
     llama.cpp's perplexity tool does. ``progress`` is told the tokens computed since its last call. Raises
-    ``ConfigError`` for a policy that cannot be read and ``UnsupportedError`` for one that does not fit the model.
+    ``UnsupportedError`` for a policy that does not fit the model.
     """
     context = len(windows[0])
-    side_by_side = SideBySide(loaded, dtypes, context, max_num_batched_tokens, backend)
-    records = {dtype: Fidelity() for dtype in dtypes}
+    side_by_side = SideBySide(loaded, policies, context, max_num_batched_tokens, backend)
+    records = {policy.label: Fidelity() for policy in policies}
     for window in windows:
         for dtype, record in side_by_side.run(window, context // 2, progress).items():
             records[dtype].extend(record)
-    return [side_by_side.result(dtype, records[dtype], len(windows)) for dtype in dtypes]
+    return [side_by_side.result(policy.label, records[policy.label], len(windows)) for policy in policies]
 
 
 class SideBySide:
-    """Engines of several dtypes and of 16 bit that read the same window together.
+    """Engines of several policies and of 16 bit that read the same window together.
 
-    The caches advance chunk by chunk, so that the logits of one chunk are all that is held.
+    The caches advance chunk by chunk, so that the logits of one chunk are all that is held. Results are by label.
     """
 
     def __init__(
         self,
         loaded: LoadedModel,
-        dtypes: Sequence[str],
+        policies: Sequence[Policy],
         context: int,
         max_num_batched_tokens: int = 512,
         backend: Callable[[], Backend] = default_backend,
     ) -> None:
         """Windows will have ``context`` tokens; ``backend`` makes each engine's kernels."""
         self.context = context
-        self._dtypes = tuple(dtypes)
+        self._dtypes = tuple(policy.label for policy in policies)
         self._engines = {
-            d: _engine(loaded, d, context, max_num_batched_tokens, backend()) for d in (REFERENCE, *dtypes)
+            policy.label: engine_for(loaded, policy, 1, context, max_num_batched_tokens, backend())
+            for policy in (loaded.policy(REFERENCE), *policies)
         }
 
     def run(
@@ -131,29 +132,41 @@ class SideBySide:
         )
 
 
-def check_dtypes(loaded: LoadedModel, dtypes: Sequence[str], context: int) -> None:
-    """Raise ``ConfigError`` or ``UnsupportedError`` now for what :func:`compare` would stumble over later."""
-    for dtype in dtypes:
-        PoolLayout.of(loaded.geometry, resolve_policy(dtype, loaded.geometry, loaded.fingerprint))
+def policies_of(loaded: LoadedModel, dtypes: Sequence[str], context: int) -> list[Policy]:
+    """Read ``dtypes``.
+
+    Raises ``ConfigError`` or ``UnsupportedError`` now for what :func:`compare` would stumble over later.
+    """
+    policies = [loaded.policy(dtype) for dtype in dtypes]
+    for policy in policies:
+        policy.check(loaded.geometry)
     if context > loaded.geometry.max_position:
         raise ConfigError(
             f"a context of {context} tokens is over the {loaded.geometry.max_position} tokens of {loaded.name}"
         )
+    return policies
 
 
-def policy_name(loaded: LoadedModel, dtype: str) -> str:
-    """A name that stands for the bytes of ``dtype``: that of a calibrated policy identifies its calibration."""
-    return resolve_policy(dtype, loaded.geometry, loaded.fingerprint).name
+def pool_bytes(loaded: LoadedModel, policy: Policy, sequences: int, tokens: int) -> int:
+    """Bytes of a pool for ``sequences`` of ``tokens`` tokens; see :meth:`kvbits.codecs.PoolLayout.pool_bytes`."""
+    return PoolLayout.of(loaded.geometry, policy).pool_bytes(sequences, tokens)
 
 
-def pool_bytes(loaded: LoadedModel, dtype: str, sequences: int, tokens: int) -> int:
-    """Bytes of a pool in which ``sequences`` running sequences of ``tokens`` tokens fit, one frame in 50 to spare."""
-    layout = PoolLayout.of(loaded.geometry, resolve_policy(dtype, loaded.geometry, loaded.fingerprint))
-    frames = (sequences + 1) * layout.open.frames + sequences * layout.frames_of(tokens)
-    return (frames + frames // 50 + 1) * layout.frame_bytes
-
-
-def _engine(loaded: LoadedModel, dtype: str, context: int, max_num_batched_tokens: int, backend: Backend) -> Engine:
-    memory = pool_bytes(loaded, dtype, 1, context)
-    config = EngineConfig(dtype, memory, max_num_batched_tokens=max_num_batched_tokens, enable_prefix_caching=False)
-    return Engine(loaded, config, backend)
+def engine_for(
+    loaded: LoadedModel,
+    policy: Policy,
+    sequences: int,
+    tokens: int,
+    max_num_batched_tokens: int = 512,
+    backend: Backend | None = None,
+    speculative: SpeculativeConfig | None = None,
+) -> Engine:
+    """An engine without prefix caching whose pool is made to measure for ``sequences`` of ``tokens`` tokens."""
+    config = EngineConfig(
+        policy,
+        pool_bytes(loaded, policy, sequences, tokens),
+        max_num_seqs=sequences,
+        max_num_batched_tokens=max_num_batched_tokens,
+        enable_prefix_caching=False,
+    )
+    return Engine(loaded, config, backend, speculative)

@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 
 import kvbits
+from kvbits.codecs import Policy
 from kvbits.config import EngineConfig
 from kvbits.engine.engine import Engine
 from kvbits.engine.params import SamplingParams
-from kvbits.evaluation.compare import REFERENCE, policy_name, pool_bytes
+from kvbits.evaluation.compare import REFERENCE, engine_for, pool_bytes
 from kvbits.evaluation.drive import drive
 from kvbits.evaluation.ledger import Ledger, key_of
 from kvbits.evaluation.repetition import distinct, divergence, loop_length, repeated
@@ -46,7 +47,7 @@ class Written:
 
 def write(
     loaded: LoadedModel,
-    dtype: str,
+    policy: Policy,
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
     ledger: Ledger,
@@ -59,11 +60,11 @@ def write(
     All run in one batch; the seeds do not depend on the dtype. ``progress`` is told the tokens done since its last
     call. Raises ``RequestError`` when prompt and text do not fit the model.
     """
-    where = [kvbits.__version__, loaded.fingerprint, policy_name(loaded, dtype), compute_dtype]
+    where = [kvbits.__version__, loaded.fingerprint, policy.name, compute_dtype]
     content = [list(map(list, prompts)), new_tokens, TEMPERATURE]
     key = key_of("generation", *where, content)
     if key not in ledger:
-        ledger.put(key, _continue(loaded, dtype, prompts, new_tokens, max_num_batched_tokens, progress))
+        ledger.put(key, _continue(loaded, policy, prompts, new_tokens, max_num_batched_tokens, progress))
     else:
         progress(2 * sum(len(prompt) + new_tokens for prompt in prompts))
     texts: dict[str, list[int]] = ledger[key]
@@ -75,7 +76,9 @@ def write(
             whole = [*prompt, *tokens]
             own = key_of("score", kvbits.__version__, loaded.fingerprint, compute_dtype, len(prompt), whole)
             if own not in ledger:
-                scorer = scorer or _scorer(loaded, len(prompt) + new_tokens, max_num_batched_tokens)
+                scorer = scorer or engine_for(
+                    loaded, loaded.policy(REFERENCE), 1, len(prompt) + new_tokens, max_num_batched_tokens
+                )
                 ledger.put(own, _nll(scorer, whole, len(prompt)))
             progress(len(whole))
             found.append(Written(index, mode, tuple(tokens), ledger[own]))
@@ -84,7 +87,7 @@ def write(
 
 def _continue(
     loaded: LoadedModel,
-    dtype: str,
+    policy: Policy,
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
     max_num_batched_tokens: int,
@@ -93,8 +96,8 @@ def _continue(
     count = len(_MODES) * len(prompts)
     longest = max(map(len, prompts)) + new_tokens
     config = EngineConfig(
-        dtype,
-        pool_bytes(loaded, dtype, count, longest),
+        policy,
+        pool_bytes(loaded, policy, count, longest),
         max_num_seqs=count,
         max_num_batched_tokens=max_num_batched_tokens,
     )
@@ -111,12 +114,6 @@ def _continue(
             texts[delta.request_id].extend(delta.token_ids)
         progress(step.prompt_tokens + step.decoded)
     return texts
-
-
-def _scorer(loaded: LoadedModel, longest: int, max_num_batched_tokens: int) -> Engine:
-    memory = pool_bytes(loaded, REFERENCE, 1, longest)
-    config = EngineConfig(REFERENCE, memory, max_num_batched_tokens=max_num_batched_tokens, enable_prefix_caching=False)
-    return Engine(loaded, config)
 
 
 def _nll(engine: Engine, tokens: Sequence[int], prompt: int) -> float:

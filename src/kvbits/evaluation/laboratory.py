@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import kvbits
+from kvbits.codecs import Policy
 from kvbits.config import PAGE_TOKENS
 from kvbits.evaluation import findings
 from kvbits.evaluation.bootstrap import Interval
-from kvbits.evaluation.compare import REFERENCE, Comparison, SideBySide, policy_name
+from kvbits.evaluation.compare import REFERENCE, Comparison, SideBySide
 from kvbits.evaluation.fault import FACTOR, Faulty
 from kvbits.evaluation.fidelity import Fidelity
 from kvbits.evaluation.findings import Finding
@@ -37,7 +38,7 @@ _STRETCHES = 8
 
 @dataclass
 class Laboratory:
-    """Runs experiments on ``dtypes`` and on 16 bit; :meth:`results` has what was found so far.
+    """Runs experiments on ``policies`` and on 16 bit; :meth:`results` has what was found so far, by their labels.
 
     ``fidelity`` holds each dtype's comparison on text, ``figures`` what each experiment reports and ``measures`` what
     the verdict is made from. Questions, free text and tool calls run on ``served``, the same model with another
@@ -46,7 +47,7 @@ class Laboratory:
     """
 
     loaded: LoadedModel
-    dtypes: Sequence[str]
+    policies: Sequence[Policy]
     ledger: Ledger
     bar: Bar
     compute_dtype: str = "float32"
@@ -63,13 +64,13 @@ class Laboratory:
         """Fidelity on windows of one length: of the second half; results by position also of all of it."""
         context = len(windows[0])
         first = 0 if all_positions else context // 2
-        side_by_side = SideBySide(self.loaded, self.dtypes, context, self.max_num_batched_tokens, self._backend)
+        side_by_side = SideBySide(self.loaded, self.policies, context, self.max_num_batched_tokens, self._backend)
         records = {dtype: Fidelity() for dtype in self.dtypes}
-        with self.bar(context * len(windows) * len({REFERENCE, *self.dtypes}), "fidelity") as advance:
+        with self.bar(context * len(windows) * len(self._all), "fidelity") as advance:
             for window in windows:
-                keys = {d: self._key("fidelity", d, first, list(window)) for d in self.dtypes}
+                keys = {p.label: self._key("fidelity", p, first, list(window)) for p in self.policies}
                 if all(key in self.ledger for key in keys.values()):
-                    advance(context * len({REFERENCE, *self.dtypes}))
+                    advance(context * len(self._all))
                 else:
                     for dtype, record in side_by_side.run(window, first, advance).items():
                         self.ledger.put(keys[dtype], record.as_json())
@@ -89,12 +90,12 @@ class Laboratory:
         parts: dict[str, list[list[list[float]]]] = {dtype: [] for dtype in self.dtypes}
         with self.bar(sum(map(len, windows)), "layers") as advance:
             for window in windows:
-                keys = {d: self._key("layers", d, list(window)) for d in self.dtypes}
+                keys = {p.label: self._key("layers", p, list(window)) for p in self.policies}
                 if all(key in self.ledger for key in keys.values()):
                     advance(len(window))
                 else:
                     step = self.max_num_batched_tokens
-                    found = measure_layers(self.loaded, self.dtypes, window, step, advance, self._backend)
+                    found = measure_layers(self.loaded, self.policies, window, step, advance, self._backend)
                     for dtype, sums in found.items():
                         self.ledger.put(keys[dtype], sums.as_json())
                 for dtype in self.dtypes:
@@ -106,10 +107,10 @@ class Laboratory:
     def long_context(self, task: str, probes: Sequence[Probe]) -> None:
         """Questions of one task."""
         total = sum(len(p.prompt) for p in probes)
-        with self.bar(total * len({REFERENCE, *self.dtypes}), task) as advance:
+        with self.bar(total * len(self._all), task) as advance:
             answers = {
-                d: ask(self._served, d, probes, self.ledger, self.served_dtype, self.max_num_batched_tokens, advance)
-                for d in dict.fromkeys((REFERENCE, *self.dtypes))
+                d: ask(self._served, p, probes, self.ledger, self.served_dtype, self.max_num_batched_tokens, advance)
+                for d, p in self._all.items()
             }
         for dtype in self.dtypes:
             figures, measures = findings.of_task(task, answers[dtype], answers[REFERENCE])
@@ -118,14 +119,14 @@ class Laboratory:
 
     def generation(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
         """Free texts after ``prompts``."""
-        total = 4 * sum(len(p) + new_tokens for p in prompts) * len({REFERENCE, *self.dtypes})
+        total = 4 * sum(len(p) + new_tokens for p in prompts) * len(self._all)
         with self.bar(total, "generation") as advance:
             texts = {
                 d: write(
-                    self._served, d, prompts, new_tokens, self.ledger, self.served_dtype, self.max_num_batched_tokens,
+                    self._served, p, prompts, new_tokens, self.ledger, self.served_dtype, self.max_num_batched_tokens,
                     advance,
                 )
-                for d in dict.fromkeys((REFERENCE, *self.dtypes))
+                for d, p in self._all.items()
             }  # fmt: skip
         for dtype in self.dtypes:
             self._add(dtype, "generation", findings.of_texts(texts[dtype], texts[REFERENCE]))
@@ -133,12 +134,12 @@ class Laboratory:
     def tools(self, cases: Sequence[Case]) -> None:
         """Tool calls."""
         total = sum(len(c.prompt) for c in cases)
-        with self.bar(total * len({REFERENCE, *self.dtypes}), "tools") as advance:
+        with self.bar(total * len(self._all), "tools") as advance:
             calls = {
                 d: call_tools(
-                    self._served, d, cases, self.ledger, self.served_dtype, self.max_num_batched_tokens, advance
+                    self._served, p, cases, self.ledger, self.served_dtype, self.max_num_batched_tokens, advance
                 )
-                for d in dict.fromkeys((REFERENCE, *self.dtypes))
+                for d, p in self._all.items()
             }
         for dtype in self.dtypes:
             self._add(dtype, "tools", findings.of_calls(calls[dtype], calls[REFERENCE]))
@@ -173,17 +174,33 @@ class Laboratory:
         ]
 
     @property
+    def dtypes(self) -> list[str]:
+        """The policies' labels."""
+        return [policy.label for policy in self.policies]
+
+    @property
+    def _all(self) -> dict[str, Policy]:
+        """16 bit and the policies, by label."""
+        return {policy.label: policy for policy in (self.loaded.policy(REFERENCE), *self.policies)}
+
+    @property
     def _served(self) -> LoadedModel:
         return self.served or self.loaded
 
     def _backend(self) -> Backend:
         return Faulty(default_backend()) if self.faulty else default_backend()
 
-    def _key(self, kind: str, dtype: str, *content: Any) -> str:
-        name = policy_name(self.loaded, dtype)
+    def _key(self, kind: str, policy: Policy, *content: Any) -> str:
         step = self.max_num_batched_tokens
         return key_of(
-            kind, kvbits.__version__, self.loaded.fingerprint, name, self.compute_dtype, step, self.faulty, *content
+            kind,
+            kvbits.__version__,
+            self.loaded.fingerprint,
+            policy.name,
+            self.compute_dtype,
+            step,
+            self.faulty,
+            *content,
         )
 
     def _add(self, dtype: str, name: str, finding: Finding) -> None:
@@ -198,10 +215,10 @@ def plant_fault(laboratory: Laboratory, windows: Sequence[Sequence[int]]) -> lis
     ``noticed``: the verdict, or what it says of scales, is worse than without the fault. The laboratory must have
     measured fidelity. 16 bit has no scales and is left out.
     """
-    dtypes = [d for d in laboratory.dtypes if d != REFERENCE]
+    policies = [policy for policy in laboratory.policies if policy.label != REFERENCE]
     # One page a step: every token then reads the fault in all earlier pages.
     faulty = replace(
-        laboratory, dtypes=dtypes, max_num_batched_tokens=PAGE_TOKENS, faulty=True,
+        laboratory, policies=policies, max_num_batched_tokens=PAGE_TOKENS, faulty=True,
         fidelity={}, kl={}, figures={}, measures={},
     )  # fmt: skip
     faulty.text(windows)
@@ -209,7 +226,7 @@ def plant_fault(laboratory: Laboratory, windows: Sequence[Sequence[int]]) -> lis
     before = laboratory.verdicts()
     verdicts = faulty.verdicts(laboratory.rivals())
     found = []
-    for dtype, row in zip(dtypes, faulty.results(laboratory.rivals()), strict=True):
+    for dtype, row in zip(faulty.dtypes, faulty.results(laboratory.rivals()), strict=True):
         worse = verdicts[dtype].level > before[dtype].level
         noticed = worse or _scales(verdicts[dtype]) > _scales(before[dtype])
         found.append({**row, "dtype": dtype + FAULT, "noticed": noticed})

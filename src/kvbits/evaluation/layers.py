@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from kvbits.attention import Forward
-from kvbits.codecs import Scheme
-from kvbits.config import PAGE_TOKENS, EngineConfig, LayerGeometry
+from kvbits.codecs import Policy, Scheme
+from kvbits.config import PAGE_TOKENS, LayerGeometry
 from kvbits.engine.batch import Piece, StepBatch, build
 from kvbits.engine.engine import Engine
-from kvbits.evaluation.compare import REFERENCE, pool_bytes
+from kvbits.evaluation.compare import REFERENCE, engine_for
 from kvbits.kernels import Backend, BatchLayout, default_backend
 from kvbits.kernels.reference import read_page
 from kvbits.models import LoadedModel
@@ -111,17 +111,15 @@ class _Listening(Backend):
 
 def measure_layers(
     loaded: LoadedModel,
-    dtypes: Sequence[str],
+    policies: Sequence[Policy],
     window: Sequence[int],
     max_num_batched_tokens: int = 512,
     progress: Callable[[int], None] = lambda tokens: None,
     backend: Callable[[], Backend] = default_backend,
 ) -> dict[str, Sums]:
-    """Run ``window`` (token ids) once; the sums of each dtype. Raises as :func:`kvbits.evaluation.compare.compare`."""
-    engines = {
-        d: Engine(loaded, EngineConfig(d, pool_bytes(loaded, d, 1, len(window)), enable_prefix_caching=False))
-        for d in dict.fromkeys((REFERENCE, *dtypes))
-    }
+    """Run ``window`` (token ids) once; the sums by label. Raises as :func:`kvbits.evaluation.compare.compare`."""
+    engines = {p.label: engine_for(loaded, p, 1, len(window)) for p in (loaded.policy(REFERENCE), *policies)}
+    dtypes = [policy.label for policy in policies]
     sums = {dtype: Sums(loaded.geometry.num_layers) for dtype in dtypes}
     listening = _Listening(backend(), sums)
     for engine in engines.values():

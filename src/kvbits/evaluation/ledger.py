@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +47,6 @@ class Ledger:
 
     def __contains__(self, key: str) -> bool:
         return key in self._found
-
-    def get(self, key: str, run: Callable[[], Any]) -> Any:
-        """The result under ``key``; ``run()`` (plain types) where there is none yet."""
-        if key not in self._found:
-            self.put(key, run())
-        return self._found[key]
 
     def put(self, key: str, result: Any) -> None:
         """Keep a result (plain types)."""

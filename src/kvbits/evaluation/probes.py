@@ -8,11 +8,12 @@ from itertools import groupby
 from typing import Any
 
 import kvbits
+from kvbits.codecs import Policy
 from kvbits.config import EngineConfig
 from kvbits.engine.engine import Engine
 from kvbits.engine.outputs import Delta
 from kvbits.errors import RequestError
-from kvbits.evaluation.compare import policy_name, pool_bytes
+from kvbits.evaluation.compare import REFERENCE, pool_bytes
 from kvbits.evaluation.forced import forced
 from kvbits.evaluation.ledger import Ledger, key_of
 from kvbits.models import LoadedModel
@@ -50,7 +51,7 @@ class Answered:
 
 def ask(
     loaded: LoadedModel,
-    dtype: str,
+    policy: Policy,
     probes: Sequence[Probe],
     ledger: Ledger,
     compute_dtype: str = "float32",
@@ -60,17 +61,16 @@ def ask(
     """Ask every probe, document after document, through the real engine with prefix caching.
 
     Documents that ``ledger`` knows are not run again. ``progress`` is told prompt tokens done since its last call.
-    Raises ``ConfigError`` for a policy that cannot be used, ``RequestError`` when a probe does not fit the model.
+    Raises ``RequestError`` when a probe does not fit the model.
     """
-    name = policy_name(loaded, dtype)
     engine: Engine | None = None
     found: list[Answered] = []
     for document, members in groupby(probes, key=lambda p: (p.task, p.document)):
         group = list(members)
         content = [[p.prompt, p.gold] for p in group]
-        key = key_of("probes", kvbits.__version__, loaded.fingerprint, name, compute_dtype, document, content)
+        key = key_of("probes", kvbits.__version__, loaded.fingerprint, policy.name, compute_dtype, document, content)
         if key not in ledger:
-            engine = engine or _engine(loaded, dtype, probes, max_num_batched_tokens)
+            engine = engine or _engine(loaded, policy, probes, max_num_batched_tokens)
             ledger.put(key, _ask_document(engine, group))
         progress(sum(len(p.prompt) for p in group))
         for probe, (logprob, exact) in zip(group, ledger[key], strict=True):
@@ -78,12 +78,12 @@ def ask(
     return found
 
 
-def _engine(loaded: LoadedModel, dtype: str, probes: Sequence[Probe], max_num_batched_tokens: int) -> Engine:
+def _engine(loaded: LoadedModel, policy: Policy, probes: Sequence[Probe], max_num_batched_tokens: int) -> Engine:
     longest = max(len(p.prompt) + len(p.gold) for p in probes)
     # Room for a second document's worth of pages: questions hold own pages beside the shared ones.
     config = EngineConfig(
-        dtype,
-        pool_bytes(loaded, dtype, 2, longest) + pool_bytes(loaded, "bf16", 1, 64 * _TOGETHER),
+        policy,
+        pool_bytes(loaded, policy, 2, longest) + pool_bytes(loaded, loaded.policy(REFERENCE), 1, 64 * _TOGETHER),
         max_num_seqs=_TOGETHER,
         max_num_batched_tokens=max_num_batched_tokens,
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from kvbits.codecs import Policy
 from kvbits.config import EngineConfig
 from kvbits.engine import text
 from kvbits.engine.engine import Engine
@@ -49,7 +50,7 @@ class Showing:
 
 def show(
     loaded: LoadedModel,
-    dtype: str,
+    policy: Policy,
     memory: int,
     documents: Sequence[Document],
     fidelity: FidelitySummary,
@@ -66,7 +67,7 @@ def show(
     """
     prompts = [text.encode_chat(loaded, messages(document)) for document in documents]
     config = EngineConfig(
-        kv_cache_dtype=dtype,
+        kv_cache_dtype=policy,
         kv_cache_memory=memory,
         max_num_batched_tokens=max_num_batched_tokens,
         enable_prefix_caching=False,
@@ -88,11 +89,10 @@ def show(
             replies.setdefault(delta.request_id, []).extend(delta.token_ids)
         progress(step.prompt_tokens + step.decoded)
     answers = [_answer(loaded, replies.get(str(i), [])) for i in range(len(documents))]
-    layout = engine.pool.layout
     return Showing(
-        dtype=dtype,
+        dtype=policy.label,
         sessions_admitted=most,
-        sessions_capacity=CAPACITY_BYTES // layout.frame_bytes // layout.frames_of(CAPACITY_TOKENS),
+        sessions_capacity=engine.pool.layout.sessions(CAPACITY_BYTES, CAPACITY_TOKENS),
         kv_bytes_per_token=engine.pool.bytes_per_token(),
         prefill_tokens_per_s=prompt_tokens / prefill_seconds,
         decode_tokens_per_s=decoded / decode_seconds if decode_seconds else 0.0,

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kvbits.config import EngineConfig
-from kvbits.engine.engine import Engine
+from kvbits.codecs import Policy
+from kvbits.config import MIN_PREFILL
 from kvbits.engine.params import SamplingParams
 from kvbits.engine.speculation import SpeculativeConfig
 from kvbits.errors import ConfigError
-from kvbits.evaluation.compare import pool_bytes
+from kvbits.evaluation.compare import engine_for
 from kvbits.evaluation.drive import drive
 from kvbits.evaluation.memory import peak_rss_bytes, reset_peak_rss
 from kvbits.models import LoadedModel
@@ -55,7 +55,7 @@ def longest_sequence(
     While the last prompts are computed the first sequences decode, one token a step. Raises ``ConfigError`` when the
     model's context is too short for it.
     """
-    along = -(-batch * context // max(max_num_batched_tokens - batch, 64)) + 1
+    along = -(-batch * context // max(max_num_batched_tokens - batch, MIN_PREFILL)) + 1
     longest = context + along + WARM_UP + new_tokens
     if longest > loaded.geometry.max_position:
         raise ConfigError(
@@ -67,7 +67,7 @@ def longest_sequence(
 
 def measure_speed(
     loaded: LoadedModel,
-    dtype: str,
+    policy: Policy,
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
     max_num_batched_tokens: int = 512,
@@ -87,15 +87,8 @@ def measure_speed(
     if speculative is not None:
         growth = (longest - context) * (1 + speculative.num_speculative_tokens)
         longest = min(context + growth, loaded.geometry.max_position)
-    config = EngineConfig(
-        kv_cache_dtype=dtype,
-        kv_cache_memory=pool_bytes(loaded, dtype, batch, longest),
-        max_num_seqs=batch,
-        max_num_batched_tokens=max_num_batched_tokens,
-        enable_prefix_caching=False,
-    )
     reset_peak_rss()
-    engine = Engine(loaded, config, speculative=speculative)
+    engine = engine_for(loaded, policy, batch, longest, max_num_batched_tokens, speculative=speculative)
     begun = prefilled = 0
     prefill_seconds = 0.0
     decode: list[float] = []
@@ -121,7 +114,7 @@ def measure_speed(
     timed = decode[WARM_UP:]
     median = statistics.median(timed)
     return Speed(
-        dtype=dtype,
+        dtype=policy.label,
         context=context,
         batch=batch,
         new_tokens=new_tokens,
@@ -129,7 +122,7 @@ def measure_speed(
         decode_tokens_per_s=batch / median if speculative is None else sum(tokens[WARM_UP:]) / sum(timed),
         decode_step_ms=1000 * median,
         kv_bytes_per_token=engine.pool.bytes_per_token(),
-        pool_bytes=config.kv_cache_memory,
+        pool_bytes=engine.config.kv_cache_memory,
         peak_rss_bytes=peak_rss_bytes(),
         speculation=None if speculative is None else engine.stats.speculation.as_json(),
     )

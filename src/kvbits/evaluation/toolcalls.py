@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import kvbits
+from kvbits.codecs import Policy
 from kvbits.config import EngineConfig
 from kvbits.engine.engine import Engine
 from kvbits.engine.params import SamplingParams
 from kvbits.engine.text import encode_chat
 from kvbits.errors import ConfigError
-from kvbits.evaluation.compare import policy_name, pool_bytes
+from kvbits.evaluation.compare import REFERENCE, pool_bytes
 from kvbits.evaluation.drive import drive
 from kvbits.evaluation.ledger import Ledger, key_of
 from kvbits.evaluation.tasks.files import jsonl
@@ -97,7 +98,7 @@ def _case(loaded: LoadedModel, path: Path, record: Mapping[str, Any], tools: str
 
 def call_tools(
     loaded: LoadedModel,
-    dtype: str,
+    policy: Policy,
     cases: Sequence[Case],
     ledger: Ledger,
     compute_dtype: str = "float32",
@@ -106,22 +107,21 @@ def call_tools(
 ) -> list[Called]:
     """Answer every question greedily. ``progress`` is told the prompt tokens done since its last call."""
     prompts = [list(case.prompt) for case in cases]
-    key = key_of(
-        "tools", kvbits.__version__, loaded.fingerprint, policy_name(loaded, dtype), compute_dtype, _MAX_TOKENS, prompts
-    )
+    key = key_of("tools", kvbits.__version__, loaded.fingerprint, policy.name, compute_dtype, _MAX_TOKENS, prompts)
     if key not in ledger:
-        ledger.put(key, _answers(loaded, dtype, prompts, max_num_batched_tokens))
+        ledger.put(key, _answers(loaded, policy, prompts, max_num_batched_tokens))
     progress(sum(map(len, prompts)))
     return [Called(case, read_call(_OPEN + text)) for case, text in zip(cases, ledger[key], strict=True)]
 
 
 def _answers(
-    loaded: LoadedModel, dtype: str, prompts: Sequence[Sequence[int]], max_num_batched_tokens: int
+    loaded: LoadedModel, policy: Policy, prompts: Sequence[Sequence[int]], max_num_batched_tokens: int
 ) -> list[str]:
     longest = max(map(len, prompts)) + _MAX_TOKENS
     # the functions are stored once; each question holds its own end
-    memory = pool_bytes(loaded, dtype, 2, longest) + pool_bytes(loaded, "bf16", _TOGETHER, 4 * _MAX_TOKENS)
-    config = EngineConfig(dtype, memory, max_num_seqs=_TOGETHER, max_num_batched_tokens=max_num_batched_tokens)
+    memory = pool_bytes(loaded, policy, 2, longest)
+    memory += pool_bytes(loaded, loaded.policy(REFERENCE), _TOGETHER, 4 * _MAX_TOKENS)
+    config = EngineConfig(policy, memory, max_num_seqs=_TOGETHER, max_num_batched_tokens=max_num_batched_tokens)
     params = SamplingParams(max_tokens=_MAX_TOKENS, temperature=0.0, stop=_END)
     texts = [""] * len(prompts)
     for step in drive(Engine(loaded, config), prompts, params):

@@ -9,14 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kvbits.attention import Forward
-from kvbits.calibration.dense import DenseBackend
-from kvbits.codecs import PoolLayout, parse_policy
-from kvbits.config import PAGE_TOKENS
+from kvbits.calibration.dense import run_dense
 from kvbits.errors import ConfigError
-from kvbits.kernels import BatchLayout, SequenceSlice
 from kvbits.models import LoadedModel
-from kvbits.pool import PagedPool
 
 FP8_MAX = 448.0
 """The largest number of float8 e4m3 (OCP 8-bit floating point specification, table 1)."""
@@ -59,8 +54,10 @@ def collect_scales(
     """
     seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in loaded.geometry.layers]
     for window in windows:
-        for index, rows in enumerate(_rows(loaded, window)):
-            seen[index].append(rows)
+        with torch.no_grad():
+            _, layers = run_dense(loaded, window, torch.tensor([len(window) - 1]))
+        for parts, layer in zip(seen, layers, strict=True):
+            parts.append((layer.key, layer.value))
         progress(len(window))
     return [_layer(index, parts, granularity) for index, parts in enumerate(seen)]
 
@@ -69,27 +66,6 @@ def fp8(rows: Tensor, scale: Tensor) -> Tensor:
     """``rows`` ``[tokens, kv_heads, dim]`` through float8 e4m3 and back; what is beyond its range saturates."""
     wide = scale.view(1, -1, 1)
     return (rows / wide).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float() * wide
-
-
-@torch.no_grad()
-def _rows(loaded: LoadedModel, window: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    policy = parse_policy("bf16", loaded.geometry.num_layers)
-    layout = PoolLayout.of(loaded.geometry, policy)
-    # Nothing is stored in it: the hook asks the pool for the layers' geometry only.
-    pool = PagedPool(loaded.geometry, policy, layout.frames_of(PAGE_TOKENS) * layout.frame_bytes)
-    backend = DenseBackend()
-    count = len(window)
-    frames = [0] * layout.open.frames
-    step = SequenceSlice(0, count, [0] * (count // PAGE_TOKENS), frames, frames)
-    loaded.model(
-        input_ids=torch.tensor([list(window)]),
-        position_ids=torch.arange(count).unsqueeze(0),
-        use_cache=False,
-        logits_to_keep=torch.tensor([count - 1]),
-        kvbits=Forward(pool, backend, BatchLayout.of([step])),
-    )
-    found = [backend.windows[i] for i in range(loaded.geometry.num_layers)]
-    return [(w.key, w.value) for w in found]
 
 
 def _layer(index: int, parts: Sequence[tuple[Tensor, Tensor]], granularity: Granularity) -> LayerScales:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from kvbits.codecs.artifact import PREFIX
+from kvbits.config import POLICY_PREFIX
 from kvbits.errors import CacheError, UnsupportedError
 from kvbits.hf.attention import IMPLEMENTATION, register
 from kvbits.hf.batch import Batch
@@ -185,4 +185,4 @@ class QuantizedCache(Cache):
 
 def _dtype(value: str | Path) -> str:
     """A policy's directory may be named without its prefix."""
-    return f"{PREFIX}{value}" if isinstance(value, Path) or Path(value).is_dir() else value
+    return f"{POLICY_PREFIX}{value}" if isinstance(value, Path) or Path(value).is_dir() else value

@@ -13,7 +13,7 @@ from kvbits.attention import Forward
 from kvbits.codecs import Policy, PoolLayout
 from kvbits.config import EngineConfig, ModelGeometry, parse_bytes
 from kvbits.engine.setup import pages_of, policy_of
-from kvbits.kernels import Backend, BatchLayout, SequenceSlice
+from kvbits.kernels import Backend, BatchLayout
 from kvbits.models import LoadedModel
 from kvbits.pages import PageManager, SequencePages
 from kvbits.pool import PagedPool
@@ -66,8 +66,7 @@ class Store:
 
     def part(self, slices: list[SequencePages], rows: Tensor | None) -> Part:
         """The kernel call for ``slices``."""
-        layout = BatchLayout.of([SequenceSlice(s.start, s.count, s.sealed, s.head, s.tail, s.sink) for s in slices])
-        return Part(Forward(self.pool, self.backend, layout), rows)
+        return Part(Forward(self.pool, self.backend, BatchLayout.of(slices)), rows)
 
     def copy_pages(self) -> None:
         """Copy the open pages that are about to be written and were shared."""

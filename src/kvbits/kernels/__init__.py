@@ -1,7 +1,8 @@
 """Attention on coded pages: the backend interface and its implementations."""
 
 from kvbits.errors import ConfigError, UnsupportedError
-from kvbits.kernels.base import SPLIT_PAGES, Backend, BatchLayout, SequenceSlice
+from kvbits.kernels.base import SPLIT_PAGES, Backend, BatchLayout
+from kvbits.pages import SequencePages
 
 __all__ = [
     "BACKENDS",
@@ -9,7 +10,7 @@ __all__ = [
     "SPLIT_PAGES",
     "Backend",
     "BatchLayout",
-    "SequenceSlice",
+    "SequencePages",
     "choose_backend",
     "default_backend",
 ]

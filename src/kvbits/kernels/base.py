@@ -12,31 +12,13 @@ from torch import Tensor
 
 from kvbits.codecs import Scheme
 from kvbits.config import PAGE_TOKENS, LayerGeometry
+from kvbits.pages import SequencePages
 from kvbits.pool import LayerView
 
 SPLIT_PAGES = 16
 """Pages whose partial result is kept apart and merged in order: part of the numerics, so never a tuning knob."""
 
 Ints = NDArray[np.int32]
-
-
-@dataclass(frozen=True)
-class SequenceSlice:
-    """One sequence's part of a step: ``count`` new tokens after ``start`` stored ones, and its frames.
-
-    ``sealed[p]`` is the frame of page ``p`` for every page that is full when the step ends. Where the first page has a
-    form of its own its frames are ``sink`` (empty until it is full), and ``sealed`` begins with page 1. ``head`` are
-    the frames of the open page that holds token ``start``; ``tail`` those of the page that holds token ``start +
-    count``. They are the same, except in a tentative (speculative) step that crosses a page boundary, where the head
-    must outlive the step.
-    """
-
-    start: int
-    count: int
-    sealed: Sequence[int]
-    head: Sequence[int]
-    tail: Sequence[int]
-    sink: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -61,7 +43,7 @@ class BatchLayout:
     draft: bool = False
 
     @classmethod
-    def of(cls, slices: Sequence[SequenceSlice], draft: bool = False) -> BatchLayout:
+    def of(cls, slices: Sequence[SequencePages], draft: bool = False) -> BatchLayout:
         """Pack ``slices``."""
         counts = np.array([s.count for s in slices], dtype=np.int32)
         pages = max((s.start + s.count) // PAGE_TOKENS for s in slices)

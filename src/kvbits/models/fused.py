@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from kvbits.attention import Forward
-from kvbits.codecs import PoolLayout, parse_policy
+from kvbits.codecs import parse_policy
 from kvbits.config import PAGE_TOKENS, ModelGeometry
-from kvbits.kernels import BatchLayout, SequenceSlice
+from kvbits.kernels import BatchLayout, SequencePages
 from kvbits.kernels.cpu import CpuBackend
 from kvbits.kernels.decoder import Decoder, DecoderLayer, DecoderShape, PackedWeight
 from kvbits.models.packed import PackedLinear
@@ -183,8 +183,6 @@ def _difference(model: Any, geometry: ModelGeometry, fused: FusedModel) -> float
 
 def _step(geometry: ModelGeometry) -> Forward:
     """A step that stores the tried tokens as the first of a sequence."""
-    policy = parse_policy("bf16", geometry.num_layers)
-    layout = PoolLayout.of(geometry, policy)
-    pool = PagedPool(geometry, policy, (layout.first_frames + layout.open.frames) * layout.frame_bytes)
-    own = list(range(layout.open.frames))
-    return Forward(pool, CpuBackend(), BatchLayout.of([SequenceSlice(0, _TRIED_TOKENS, (), own, own)]))
+    pool = PagedPool.smallest(geometry, parse_policy("bf16", geometry.num_layers))
+    own = list(range(pool.layout.open.frames))
+    return Forward(pool, CpuBackend(), BatchLayout.of([SequencePages(0, _TRIED_TOKENS, (), own, own)]))

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from kvbits.attention import IMPLEMENTATION, Forward, attend
+from kvbits.codecs import Policy, policy_of
 from kvbits.config import ModelGeometry
 from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.kernels.decoder import WEIGHT_FORMS
@@ -57,6 +58,10 @@ class LoadedModel:
         """Where the model's weights are, and its cache has to be."""
         device: torch.device = self.model.device
         return device
+
+    def policy(self, dtype: str | Policy) -> Policy:
+        """A KV cache dtype as a policy of this model. Raises as :func:`kvbits.codecs.policy_of`."""
+        return policy_of(dtype, self.geometry, self.fingerprint)
 
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, positions: Tensor, step: Forward, logits_rows: Tensor) -> Tensor:

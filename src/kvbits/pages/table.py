@@ -11,20 +11,21 @@ from kvbits.pages.allocator import Frames
 
 @dataclass(frozen=True)
 class SequencePages:
-    """One sequence's part of a step, in the terms of the kernels: ``count`` new tokens after ``start`` stored ones.
+    """One sequence's part of a step: ``count`` new tokens after ``start`` stored ones, and its frames.
 
-    ``sealed`` holds the frames of every page that is full when the step ends, but for a first page with a form of its
-    own, whose frames are ``sink``; ``head`` those of the open page with
-    token ``start``; ``tail`` those of the page with token ``start + count``. They are the same, except in a tentative
-    step that crosses a page boundary.
+    ``sealed[p]`` is the frame of page ``p`` for every page that is full when the step ends. Where the first page has a
+    form of its own its frames are ``sink`` (empty until it is full), and ``sealed`` begins with page 1. ``head`` are
+    the frames of the open page that holds token ``start``; ``tail`` those of the page that holds token ``start +
+    count``. They are the same, except in a tentative (speculative) step that crosses a page boundary, where the head
+    must outlive the step.
     """
 
     start: int
     count: int
     sealed: Sequence[int]
-    head: Frames
-    tail: Frames
-    sink: Frames = ()
+    head: Sequence[int]
+    tail: Sequence[int]
+    sink: Sequence[int] = ()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from kvbits.codecs import OPEN, Policy, PoolLayout
-from kvbits.config import PAGE_TOKENS, ModelGeometry
+from kvbits.config import ModelGeometry
 from kvbits.errors import ConfigError
 from kvbits.planning.window import has_windows, windowed_session_bytes
 
@@ -129,17 +129,14 @@ def _scheme(
     watermark: int | None,
 ) -> SchemePlan:
     layout = PoolLayout.of(geometry, policy)
-    num_frames = cache_bytes // layout.frame_bytes
-    full = layout.full_pages(num_frames)
-    # The last page of a running sequence is open and holds at most one token less than a page.
-    longest = max(0, full * PAGE_TOKENS + PAGE_TOKENS - 1)
+    longest = layout.longest_context(cache_bytes)
     return SchemePlan(
         dtype=policy.name,
         bits_per_element=policy.bits_per_element(geometry),
-        kv_bytes_per_token=layout.sealed.used_bytes / PAGE_TOKENS,
+        kv_bytes_per_token=layout.bytes_per_token,
         frame_bytes=layout.frame_bytes,
-        open_page_bytes=layout.open.frames * layout.frame_bytes,
-        num_frames=num_frames,
+        open_page_bytes=layout.session_bytes(0),
+        num_frames=layout.frames_in(cache_bytes),
         contexts=tuple(_context(geometry, policy, layout, cache_bytes, c, max_num_seqs, watermark) for c in contexts),
         longest_context=min(longest, geometry.max_position),
         limited_by="memory" if longest < geometry.max_position else "model",
@@ -155,11 +152,9 @@ def _context(
     max_num_seqs: int | None,
     watermark: int | None,
 ) -> ContextPlan:
-    num_frames = cache_bytes // layout.frame_bytes
-    each = layout.frames_of(context)
-    sessions = num_frames // each
-    held = each * layout.frame_bytes
-    spare = 0 if watermark is None else num_frames // watermark
+    sessions = layout.sessions(cache_bytes, context)
+    held = layout.session_bytes(context)
+    spare = 0 if watermark is None else layout.frames_in(cache_bytes) // watermark * layout.frame_bytes
     plain = PoolLayout.of(geometry, Policy("bf16", (OPEN,) * geometry.num_layers))
     running = sessions if max_num_seqs is None else min(sessions, max_num_seqs)
     windowed = windowed_session_bytes(geometry, policy, context) if has_windows(geometry) else None
@@ -167,11 +162,11 @@ def _context(
         context=context,
         sessions=sessions,
         running=running,
-        admitted=min(running, max(min(sessions, 1), (num_frames - spare) // each)),
+        admitted=min(running, max(min(sessions, 1), layout.sessions(cache_bytes - spare, context))),
         fills_first="memory" if running == sessions else "max_num_seqs",
         session_bytes=held,
-        open_bytes=layout.open.frames * layout.frame_bytes,
-        effective_bits_per_element=8 * held / (context * geometry.bytes_per_token_16bit() / 2),
-        gain_over_16bit=plain.frames_of(context) * plain.frame_bytes / held,
+        open_bytes=layout.session_bytes(0),
+        effective_bits_per_element=layout.effective_bits(context),
+        gain_over_16bit=plain.session_bytes(context) / held,
         windowed_sessions=None if windowed is None else cache_bytes // windowed,
     )

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kvbits.codecs import SCHEMES, Policy, parse_policy
-from kvbits.config import ModelGeometry, parse_bytes
+from kvbits.codecs import SCHEMES, Policy, policy_of
+from kvbits.config import POLICY_PREFIX, ModelGeometry, parse_bytes
 from kvbits.errors import ConfigError
 from kvbits.planning.core import Plan, plan
 from kvbits.planning.facts import ModelFacts
 from kvbits.planning.memory import weights_bytes, workspace_bytes
-from kvbits.planning.policy_file import read_dtypes
 from kvbits.planning.ranks import rank_geometry
 
 SHORTEST = 1024
@@ -57,8 +56,8 @@ def make_plan(facts: ModelFacts, options: Options) -> Planned:
             raise ConfigError(f"max_model_len is {options.max_model_len}; it must be positive")
         geometry = replace(geometry, max_position=options.max_model_len)
     dtypes = options.dtypes or (() if options.policies else tuple(SCHEMES))
-    policies = [parse_policy(name, geometry.num_layers) for name in dict.fromkeys(dtypes)]
-    policies += [read_dtypes(path, geometry) for path in options.policies]
+    names = [*dict.fromkeys(dtypes), *(f"{POLICY_PREFIX}{path}" for path in options.policies)]
+    policies = [policy_of(name, geometry, None) for name in names]
     weights = -(-weights_bytes(facts.parameters, options.weights) // options.ranks)
     if options.workspace is None:
         sequences = options.max_num_seqs or SEQUENCES

@@ -19,16 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvbits.codecs import PoolLayout
-from kvbits.config import PAGE_TOKENS
+from kvbits.config import MIN_PREFILL, OVERTAKEN, PAGE_TOKENS, WATERMARK
 from kvbits.planning.outcome import Outcome, Served
 from kvbits.planning.shared import SimulatedPool
 from kvbits.planning.timing import StepTime
 from kvbits.planning.trace import BLOCK_TOKENS, Arrival
 
 BLOCK_PAGES = BLOCK_TOKENS // PAGE_TOKENS
-
-OVERTAKEN = 4
-"""A prompt goes before one that has at least so many times its tokens left: the scheduler's rule."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Limits:
 
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
-    watermark: int = 100
+    watermark: int = WATERMARK
 
 
 @dataclass(eq=False)
@@ -169,7 +166,7 @@ class _Simulation:
     def _budget(self) -> int:
         """Prompt tokens of a step."""
         decodes = sum(1 for r in self.running if not r.prefill)
-        return max(self.limits.max_num_batched_tokens - decodes, PAGE_TOKENS)
+        return max(self.limits.max_num_batched_tokens - decodes, MIN_PREFILL)
 
     def _open(self, request: _Request) -> bool:
         pool = self.pool
@@ -219,9 +216,10 @@ class _Simulation:
             steps = max(1, min(steps, int(until / seconds) + 1))
         self.time += seconds * steps
         self.outcome.steps += steps
-        self.pool.take(int(self._frames(stored + steps).sum() - self._frames(stored).sum()))
+        frames_of = self.pool.layout.frames_of
+        self.pool.take(int(frames_of(stored + steps).sum() - frames_of(stored).sum()))
         for request in decodes:
-            request.private += self._more(request.stored, steps)
+            request.private += frames_of(request.stored + steps) - frames_of(request.stored)
             request.stored += steps
             self._seal(request, request.stored)
             self._sampled(request, steps)
@@ -231,26 +229,17 @@ class _Simulation:
 
     def _fitting(self, stored: NDArray[np.int64], steps: int) -> int:
         """The most steps, up to ``steps``, whose pages fit."""
-        have = self.pool.available + int(self._frames(stored).sum())
+        frames_of = self.pool.layout.frames_of
+        have = self.pool.available + int(frames_of(stored).sum())
 
         def fits(count: int) -> bool:
-            return int(self._frames(stored + count).sum()) <= have
+            return int(frames_of(stored + count).sum()) <= have
 
         low, high = 0, steps
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if fits(middle) else (low, middle - 1)
         return low
-
-    def _frames(self, stored: NDArray[np.int64]) -> NDArray[np.int64]:
-        layout = self.pool.layout
-        full = stored // PAGE_TOKENS
-        extra = layout.first_frames - layout.sealed.frames
-        return full * layout.sealed.frames + extra * (full > 0) + layout.open.frames
-
-    def _more(self, stored: int, steps: int) -> int:
-        frames_of = self.pool.layout.frames_of
-        return frames_of(stored + steps) - frames_of(stored)
 
     def _prefill(self, prefills: Iterable[_Request], tokens: int) -> int:
         """Compute ``tokens`` tokens of ``prefills``, in order; returns how many are left over."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbits.codecs import PoolLayout
-from kvbits.config import parse_bytes
+from kvbits.config import WATERMARK, parse_bytes
 from kvbits.errors import ConfigError
 from kvbits.planning.facts import ModelFacts
 from kvbits.planning.outcome import Outcome
@@ -73,7 +73,9 @@ class Traffic:
     ) -> Iterator[Run]:
         """Every dtype at every load. ``progress`` is told of requests that ended."""
         made, geometry = planned.plan, planned.geometry
-        limits = Limits(options.max_num_seqs or SEQUENCES, options.max_num_batched_tokens, options.watermark or 100)
+        limits = Limits(
+            options.max_num_seqs or SEQUENCES, options.max_num_batched_tokens, options.watermark or WATERMARK
+        )
         for policy, scheme in zip(planned.policies, made.schemes, strict=True):
             step = StepTime.of(
                 self.machine, facts, geometry, made.weights_bytes, scheme.kv_bytes_per_token, options.ranks

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvbits.config import POLICY_PREFIX
 from kvbits.errors import ConfigError
 
 Record = Mapping[str, Any]
@@ -63,7 +64,7 @@ def _short(name: str) -> str:
 def _policy(dtype: Any) -> Any:
     """A policy by its directory's name, as the planner has it: results say ``policy:PATH``."""
     text = str(dtype)
-    return text.rstrip("/").rsplit("/", 1)[-1] if text.startswith("policy:") and "/" in text else dtype
+    return text.rstrip("/").rsplit("/", 1)[-1] if text.startswith(POLICY_PREFIX) and "/" in text else dtype
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,45 +19,57 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from kvbits.codecs.base import LayerRounding, Rounding
+from kvbits.codecs.base import LayerRounding, Rounding, Scheme
 from kvbits.codecs.policy import Policy, parse_policy
-from kvbits.config import ModelGeometry
+from kvbits.config import POLICY_PREFIX, ModelGeometry
 from kvbits.errors import ConfigError
 
 FORMAT, VERSION = "kvbits-policy", 1
-PREFIX = "policy:"
-"""What a KV cache dtype begins with when it names a directory."""
-
 _JSON, _TENSORS = "policy.json", "rounding.safetensors"
 
 
-def resolve_policy(text: str, geometry: ModelGeometry, fingerprint: str) -> Policy:
-    """Read a KV cache dtype: ``policy:DIR`` is a calibrated policy, anything else what :func:`parse_policy` knows.
+def policy_of(dtype: str | Policy, geometry: ModelGeometry, fingerprint: str | None) -> Policy:
+    """The policy that a KV cache dtype names: ``policy:DIR`` is a calibrated one, anything else for
+    :func:`~kvbits.codecs.parse_policy`; a policy stays what it is.
 
-    Raises ``ConfigError`` for what cannot be read or belongs to another model.
+    Its ``label`` is what was written. Without a ``fingerprint`` (nothing but sizes is wanted) a calibrated policy is
+    read without its rounding. Raises ``ConfigError`` for what cannot be read or belongs to another model.
     """
-    if text.startswith(PREFIX):
-        return load_policy(Path(text.removeprefix(PREFIX)), geometry, fingerprint)
-    return parse_policy(text, geometry.num_layers)
+    if isinstance(dtype, Policy):
+        if len(dtype.layers) != geometry.num_layers:
+            own = geometry.num_layers
+            raise ConfigError(
+                f"the policy '{dtype.label}' is for {len(dtype.layers)} layers; {geometry.name} has {own}"
+            )
+        return dtype
+    if dtype.startswith(POLICY_PREFIX):
+        directory = Path(dtype.removeprefix(POLICY_PREFIX))
+        found = load_policy(directory, geometry, fingerprint) if fingerprint else read_dtypes(directory, geometry)
+    else:
+        found = parse_policy(dtype, geometry.num_layers)
+    return replace(found, label=dtype)
 
 
 def save_policy(
     directory: Path, policy: Policy, geometry: ModelGeometry, fingerprint: str, measured: Mapping[str, Any]
 ) -> Policy:
-    """Write ``policy`` (layers, sink, rounding) to ``directory``; returns it under the name that loading gives it.
+    """Write ``policy`` (layers, sink, rounding) to ``directory``; returns it as :func:`load_policy` would read it.
 
-    ``measured`` is kept as it is: what the policy was fitted to and what was measured.
+    ``measured`` is kept as it is: what the policy was fitted to and what was measured. Raises ``ConfigError`` where it
+    cannot be written.
     """
-    tensors = _tensors_of(policy)
-    data = save_tensors(tensors)
+    data = save_tensors(_tensors_of(policy))
+    layers = [scheme.name for scheme in policy.layers]
+    sink = None if policy.sink is None else [scheme.name for scheme in policy.sink]
+    checksum = hashlib.sha256(data).hexdigest()
     document = {
         "format": FORMAT,
         "version": VERSION,
         "model": {"name": geometry.name, "fingerprint": fingerprint},
-        "layers": [scheme.name for scheme in policy.layers],
-        "sink": None if policy.sink is None else [scheme.name for scheme in policy.sink],
+        "layers": layers,
+        "sink": sink,
         "bits_per_element": policy.bits_per_element(geometry),
-        "tensors": {"file": _TENSORS, "sha256": hashlib.sha256(data).hexdigest()},
+        "tensors": {"file": _TENSORS, "sha256": checksum},
         "measured": dict(measured),
     }
     try:
@@ -65,7 +78,7 @@ def save_policy(
         (directory / _JSON).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write the policy to '{directory}': {error.strerror or error}") from error
-    return load_policy(directory, geometry, fingerprint)
+    return replace(policy, name=_identity(layers, sink, checksum), label=f"{POLICY_PREFIX}{directory}")
 
 
 def load_policy(directory: Path, geometry: ModelGeometry, fingerprint: str) -> Policy:
@@ -80,8 +93,8 @@ def load_policy(directory: Path, geometry: ModelGeometry, fingerprint: str) -> P
     if found != {"format": FORMAT, "version": VERSION}:
         raise ConfigError(f"'{path}' is {found}; this version reads {FORMAT} version {VERSION}")
     try:
-        model, names, sink = document["model"], document["layers"], document["sink"]
-        owner, checksum = (model["name"], model["fingerprint"]), document["tensors"]["sha256"]
+        model, checksum = document["model"], document["tensors"]["sha256"]
+        owner = model["name"], model["fingerprint"]
     except (KeyError, TypeError) as error:
         raise ConfigError(f"'{path}' is damaged: it has no {error}") from error
     if owner[1] != fingerprint:
@@ -89,6 +102,7 @@ def load_policy(directory: Path, geometry: ModelGeometry, fingerprint: str) -> P
             f"the policy '{directory}' was calibrated for {owner[0]} ({owner[1]}); this model is {geometry.name} "
             f"({fingerprint})"
         )
+    layers, sink = _forms(path, document, geometry)
     data = _read(directory / _TENSORS)
     if hashlib.sha256(data).hexdigest() != checksum:
         raise ConfigError(f"'{directory / _TENSORS}' does not belong to '{path}': its SHA-256 is another one")
@@ -96,8 +110,6 @@ def load_policy(directory: Path, geometry: ModelGeometry, fingerprint: str) -> P
         tensors = load_tensors(data)
     except SafetensorError as error:
         raise ConfigError(f"'{directory / _TENSORS}' is no safetensors file: {error}") from error
-    layers = _schemes(path, "layers", names, geometry)
-    sinks = None if sink is None else _schemes(path, "sink", sink, geometry)
     rounding = tuple(
         LayerRounding(
             _rounding(tensors, f"{i}.key", g.num_kv_heads, g.key_dim),
@@ -105,8 +117,25 @@ def load_policy(directory: Path, geometry: ModelGeometry, fingerprint: str) -> P
         )
         for i, g in enumerate(geometry.layers)
     )
-    identity = hashlib.sha256(json.dumps([names, sink, checksum]).encode()).hexdigest()[:16]
-    return Policy(f"calibrated-{identity}", layers, sinks, rounding)
+    name = _identity(document["layers"], document["sink"], checksum)
+    return Policy(name, layers, sink, rounding)
+
+
+def read_dtypes(directory: Path, geometry: ModelGeometry) -> Policy:
+    """The dtypes of the policy in ``directory`` (or its ``policy.json``) without its rounding, named after the
+    directory: all that a plan needs of it.
+
+    Whether it was calibrated for this very model cannot be told without the weights; the number of layers must agree.
+    Raises ``ConfigError`` for what cannot be read or does not fit.
+    """
+    path = directory / _JSON if directory.is_dir() else directory
+    layers, sink = _forms(path, _document(path), geometry)
+    return Policy(path.resolve().parent.name, layers, sink)
+
+
+def _identity(layers: list[str], sink: list[str] | None, checksum: str) -> str:
+    """A name that follows whatever changes the bytes of a page."""
+    return f"calibrated-{hashlib.sha256(json.dumps([layers, sink, checksum]).encode()).hexdigest()[:16]}"
 
 
 def _document(path: Path) -> dict[str, Any]:
@@ -126,7 +155,18 @@ def _read(path: Path) -> bytes:
         raise ConfigError(f"cannot read the policy file '{path}': {error.strerror or error}") from error
 
 
-def _schemes(path: Path, what: str, names: Any, geometry: ModelGeometry) -> tuple[Any, ...]:
+def _forms(
+    path: Path, document: Mapping[str, Any], geometry: ModelGeometry
+) -> tuple[tuple[Scheme, ...], tuple[Scheme, ...] | None]:
+    """The schemes of the layers and of every first page."""
+    for what in ("layers", "sink"):
+        if what not in document:
+            raise ConfigError(f"'{path}' is damaged: it has no '{what}'")
+    sink = None if document["sink"] is None else _schemes(path, "sink", document["sink"], geometry)
+    return _schemes(path, "layers", document["layers"], geometry), sink
+
+
+def _schemes(path: Path, what: str, names: Any, geometry: ModelGeometry) -> tuple[Scheme, ...]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"'{path}' is damaged: '{what}' is no list of dtypes")
     if len(names) != geometry.num_layers:
