@@ -94,7 +94,7 @@ bench: $(INSTALLED) ## read bandwidth, attention alone, a step taken apart, and 
 
 bench-peers: $(INSTALLED) ## the same beside llama.cpp, OpenVINO GenAI and transformers (installs them in scratch/peers)
 	$(BIN)/python benchmarks/peers/install.py
-	$(BIN)/python benchmarks/peers.py --json out/peers.json
+	$(BIN)/python benchmarks/compare_engines.py --json out/peers.json
 
 # DATA: a directory with lm/, chat/, agentic/ and traces/; see docs/serving.md for what is read.
 bench-serving: $(INSTALLED) ## the server under load; needs DATA=DIRECTORY

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from loads import Row, Stored
+from loads import Stored
+from report import Row
 from servers import Serving, common_arguments, kvbits_command, serving
 from tqdm import tqdm
 
@@ -98,7 +99,8 @@ def run_agent(server: Serving, path: Path, new_tokens: int, most: int) -> list[R
 
 
 def run_chat(server: Serving, path: Path, new_tokens: int, turns: int) -> list[Row]:
-    session, messages = Session(server, new_tokens), []
+    session = Session(server, new_tokens)
+    messages: list[dict[str, Any]] = []
     questions = [r.messages[0]["content"] if r.messages else r.prompt for r in read_trace(path)[:turns]]
     for question in tqdm(questions, desc="chat", leave=False):
         messages = [*messages, {"role": "user", "content": question}]

@@ -18,7 +18,7 @@ from itertools import accumulate
 
 import torch
 from bandwidth import read_bandwidth
-from report import table, write_report
+from report import Row, bars, facts_of, plain_parser, publish, table
 
 from kvbits.codecs import PoolLayout, parse_policy
 from kvbits.config import PAGE_TOKENS, LayerGeometry, ModelGeometry
@@ -76,7 +76,7 @@ def make_case(
     ends = list(accumulate(context // PAGE_TOKENS for context in contexts))
     first_open, batch = ends[-1], len(contexts)
     layout = PoolLayout.of(model, policy)
-    pool = PagedPool(model, policy, (first_open + batch * layout.open.frames) * layout.frame_bytes)
+    pool = PagedPool(model, policy, first_open * layout.frame_bytes + batch * layout.session_bytes(0))
     backend = CpuBackend(isa, threads)
     generator = torch.Generator().manual_seed(0)
 
@@ -107,7 +107,7 @@ def make_case(
 
 def measure(
     args: argparse.Namespace, geometry: str, phase: str, batch: int, context: int, bandwidth: float
-) -> list[dict]:
+) -> list[Row]:
     cases = {
         (dtype, isa): make_case(geometry, dtype, isa, [context] * batch, phase, args.max_bytes)
         for dtype in args.dtype
@@ -119,7 +119,7 @@ def measure(
             seconds = case.step()
             if repeat:  # the first touches memory and pages for the first time
                 times[key].append(seconds)
-    rows = []
+    rows: list[Row] = []
     for (dtype, isa), case in cases.items():
         seconds = statistics.median(times[dtype, isa])
         base = statistics.median(times["bf16", isa]) if ("bf16", isa) in times else float("nan")
@@ -146,8 +146,7 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json")
+    parser = plain_parser(__doc__)
     parser.add_argument("--geometry", nargs="+", default=["smollm2"], choices=GEOMETRIES)
     parser.add_argument("--phase", nargs="+", default=["decode"], choices=["decode", "prefill"])
     parser.add_argument("--batch", nargs="+", type=int, default=[8])
@@ -168,9 +167,10 @@ def main() -> None:
                     measured = measure(args, geometry, phase, batch, context, bandwidth)
                     print(table(measured), flush=True)
                     rows += measured
-    facts = {"read_gb_per_s": bandwidth / 1e9}
+    facts = facts_of(args) | {"read_gb_per_s": bandwidth / 1e9}
     label = ("geometry", "phase", "batch", "context", "dtype", "isa")
-    write_report("Attention alone", rows, args.json, facts, label, "share_of_read_bandwidth")
+    figure = bars("Attention alone", rows, label, "share_of_read_bandwidth")
+    publish("Attention alone", {"rows": rows}, facts, args.json, figure, picture=args.picture)
 
 
 if __name__ == "__main__":

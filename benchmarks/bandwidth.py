@@ -9,20 +9,17 @@ written before (an untouched page would be read from one shared page of zeros, t
 
 from __future__ import annotations
 
-import argparse
 import ctypes
-import json
 import mmap
 import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy
 import torch
-from machine import describe, machine_facts
+from report import facts_of, plain_parser, publish
 
 _FILL = 1
 """What every byte of the buffer holds; ``memchr`` searches for another value and so reads to the end."""
@@ -71,7 +68,8 @@ def methods(buffer: mmap.mmap, threads: int, pool: ThreadPoolExecutor) -> dict[s
     word = int(array[0])
 
     def search(part: int) -> int | None:
-        return memchr(start + edges[part], _FILL + 1, edges[part + 1] - edges[part])
+        found: int | None = memchr(start + edges[part], _FILL + 1, edges[part + 1] - edges[part])
+        return found
 
     def by_memchr() -> None:
         assert not any(pool.map(search, range(threads)))
@@ -121,31 +119,17 @@ def read_bandwidth(threads: int | None = None, size: int = 1 << 30, repeats: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
+    parser = plain_parser(__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--mib", type=int, default=1024, help="size of the buffer, a multiple of 4")
     parser.add_argument("--repeats", type=int, default=9)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    facts = machine_facts()
-    readings = measure(arguments.threads, arguments.mib << 20, arguments.repeats)
-    print(f"{describe(facts)}\n")
-    print("| method | pages | GB/s (median) | min | max |\n|---|---|---|---|---|")
-    for row in map(Reading.row, readings):
-        figures = " | ".join(f"{row[key]:.1f}" for key in ("gb_per_s", "gb_per_s_min", "gb_per_s_max"))
-        print(f"| {row['method']} | {row['pages']} | {figures} |")
-    print(f"\nRead bandwidth with {arguments.threads} threads: {readings[0].bytes_per_s / 1e9:.1f} GB/s")
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {
-            "machine": facts,
-            "threads": arguments.threads,
-            "bytes": arguments.mib << 20,
-            "read_bandwidth_gb_per_s": readings[0].bytes_per_s / 1e9,
-            "rows": [reading.row() for reading in readings],
-        }
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    readings = measure(args.threads, args.mib << 20, args.repeats)
+    best = readings[0].bytes_per_s / 1e9
+    notes = f"Read bandwidth with {args.threads} threads: {best:.1f} GB/s"
+    facts = facts_of(args) | {"read_bandwidth_gb_per_s": best}
+    publish("Read bandwidth", {"rows": [reading.row() for reading in readings]}, facts, args.json, notes=notes)
 
 
 if __name__ == "__main__":

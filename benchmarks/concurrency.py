@@ -13,7 +13,8 @@ import argparse
 import statistics
 from pathlib import Path
 
-from loads import Row, Stored, run_load, sampled, source_of
+from loads import Stored, run_load, sampled, source_of
+from report import Row
 from servers import Serving, common_arguments, kvbits_command, serving
 
 from kvbits.replay.run import Load

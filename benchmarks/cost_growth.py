@@ -17,11 +17,10 @@ import statistics
 
 import numpy as np
 import psutil
-import torch
 from bandwidth import read_bandwidth
 from filled import FilledEngine, Sample, sample_pages
 from matplotlib.figure import Figure
-from report import COLOURS, Row, model_parser, note, publish
+from report import COLOURS, Row, facts_of, model_parser, note, publish
 
 from kvbits.evaluation.speed import WARM_UP
 from kvbits.kernels.decoder import WEIGHT_FORMS
@@ -45,8 +44,8 @@ def step_times(loaded: LoadedModel, samples: dict[str, Sample], args: argparse.N
                     times[dtype].append(seconds)
         # The middle of the timed steps.
         tokens = args.batch * (context + WARM_UP + args.steps // 2)
-        for dtype, seconds in times.items():
-            low, middle, high = (1e3 * float(q) for q in np.quantile(seconds, (0.25, 0.5, 0.75)))
+        for dtype, taken in times.items():
+            low, middle, high = (1e3 * float(q) for q in np.quantile(taken, (0.25, 0.5, 0.75)))
             rows.append({"dtype": dtype, "cached_tokens": tokens, "step_ms": middle, "q1_ms": low, "q3_ms": high})
         note(
             f"{args.batch} x {context}: "
@@ -168,17 +167,17 @@ def main() -> None:
     bandwidth = statistics.mean((before, read_bandwidth()))
     fits = lines(rows, loaded, bandwidth, samples)
     held = memory(loaded, samples, args)
-    facts = {
-        "model": args.model,
-        "weights": args.weights,
-        "batch": args.batch,
-        "steps": args.steps,
-        "threads": torch.get_num_threads(),
-        "read_gb_per_s": bandwidth / 1e9,
-    }
     notes = "Medians and quartiles of single steps; read bandwidth: mean of a measurement before and one after."
     tables = {"rows": rows, "straight_lines": fits, "memory": held}
-    publish("Cost as the work grows", tables, facts, args, picture(rows, fits, held, args), notes)
+    publish(
+        "Cost as the work grows",
+        tables,
+        facts_of(args) | {"read_gb_per_s": bandwidth / 1e9},
+        args.json,
+        picture(rows, fits, held, args),
+        notes,
+        args.picture,
+    )
 
 
 if __name__ == "__main__":

@@ -16,10 +16,9 @@ import argparse
 import gc
 import statistics
 
-import torch
 from filled import FilledEngine, Sample, sample_pages, text_tokens
 from matplotlib.figure import Figure
-from report import COLOURS, Row, model_parser, note, publish, spread
+from report import COLOURS, Row, facts_of, model_parser, note, publish, spread
 
 from kvbits.evaluation.speed import WARM_UP, distinct_prompts, measure_speed
 from kvbits.kernels.decoder import WEIGHT_FORMS
@@ -29,7 +28,7 @@ from kvbits.models import LoadedModel, load_model
 def prefill(loaded: LoadedModel, dtype: str, prompts: int, context: int, args: argparse.Namespace) -> float:
     """Tokens per second of computing ``prompts`` prompts."""
     chosen = distinct_prompts(text_tokens(loaded), context, prompts)
-    return measure_speed(loaded, dtype, chosen, 1, args.max_num_batched_tokens).prefill_tokens_per_s
+    return measure_speed(loaded, loaded.policy(dtype), chosen, 1, args.max_num_batched_tokens).prefill_tokens_per_s
 
 
 def decode(
@@ -125,16 +124,8 @@ def main() -> None:
     rows: list[Row] = []
     for weights in args.weights:
         rows += measure(load_model(args.model, weights=weights, progress=note), weights, args)
-    facts = {
-        "model": args.model,
-        "threads": torch.get_num_threads(),
-        "rounds": args.rounds,
-        "steps": args.steps,
-        "prefill_tokens": args.prefill_tokens,
-        "max_num_batched_tokens": args.max_num_batched_tokens,
-    }
     notes = "Tokens per second of all sequences together; medians, least and greatest."
-    publish("End to end", {"rows": rows}, facts, args, picture(rows, args), notes)
+    publish("End to end", {"rows": rows}, facts_of(args), args.json, picture(rows, args), notes, args.picture)
 
 
 if __name__ == "__main__":

@@ -13,18 +13,19 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from kvbits.config import PAGE_TOKENS, EngineConfig
+from kvbits.config import PAGE_TOKENS
 from kvbits.engine.batch import StepBatch
-from kvbits.engine.engine import Engine
 from kvbits.engine.outputs import Delta
 from kvbits.engine.params import SamplingParams
-from kvbits.evaluation.compare import pool_bytes
+from kvbits.engine.runner import Runner
+from kvbits.evaluation.compare import engine_for
 from kvbits.evaluation.documents import reference_text
 from kvbits.models import LoadedModel
-from kvbits.pool import PagedPool
 
 SAMPLE_PAGES = 8
 """Pages of real text that the contexts are made of."""
@@ -52,31 +53,23 @@ class Sample:
     first: Tensor
 
 
-class Watch:
-    """Stands for the engine's runner and keeps the last batch."""
+class FillingRunner(Runner):
+    """Keeps the last batch; while it has a ``sample``, a step stores its pages instead of computed ones."""
 
-    def __init__(self, runner: Any) -> None:
-        self._runner = runner
-        self.batch: StepBatch | None = None
+    batch: StepBatch | None = None
+    sample: Sample | None = None
 
     def run(self, batch: StepBatch) -> Tensor:
         self.batch = batch
-        return self._runner.run(batch)
+        return super().run(batch) if self.sample is None else self._fill(batch, self.sample)
 
-
-class _Fill:
-    """Stands for the engine's runner: pages of a sample instead of computed ones, logits that say token 0."""
-
-    def __init__(self, pool: PagedPool, sample: Sample) -> None:
-        self._pool = pool
-        self._sample = sample
-
-    def run(self, batch: StepBatch) -> Tensor:
-        buffer, layout, sample = self._pool.buffer, batch.layout, self._sample
+    def _fill(self, batch: StepBatch, sample: Sample) -> Tensor:
+        """Logits say token 0."""
+        buffer, layout = self._pool.buffer, batch.layout
         for s in range(len(layout.counts)):
             if layout.counts[s] == 1:
                 continue  # a sequence that decodes along; its pages are there
-            sealed = [frame for frame in layout.sealed[s].tolist() if frame >= 0]
+            sealed = _frames(layout.sealed[s])
             for first in range(0, len(sealed), len(sample.sealed)):
                 part = sealed[first : first + len(sample.sealed)]
                 buffer[part] = sample.sealed[: len(part)]
@@ -86,40 +79,44 @@ class _Fill:
         return torch.zeros(len(batch.logits_rows), self._pool.geometry.vocab_size)
 
 
+def _frames(row: NDArray[np.int32]) -> list[int]:
+    return [int(frame) for frame in row if frame >= 0]
+
+
 def sample_pages(loaded: LoadedModel, dtype: str) -> Sample:
     """Compute a few pages of real text and copy them."""
     length = SAMPLE_PAGES * PAGE_TOKENS + PAGE_TOKENS // 2
-    engine = Engine(loaded, _config(loaded, dtype, 1, length + 2, length))
-    watch = Watch(engine._runner)
-    engine._runner = watch
-    engine.add_request(text_tokens(loaded)[:length], SamplingParams(max_tokens=2, ignore_eos=True))
-    engine.step()
-    assert watch.batch is not None
-    layout, buffer = watch.batch.layout, engine.pool.buffer
-    sealed = [frame for frame in layout.sealed[0].tolist() if frame >= 0]
-    return Sample(buffer[sealed].clone(), buffer[layout.tail[0].tolist()].clone(), buffer[layout.sink[0].tolist()])
-
-
-def _config(loaded: LoadedModel, dtype: str, sequences: int, longest: int, budget: int) -> EngineConfig:
-    return EngineConfig(
-        kv_cache_dtype=dtype,
-        kv_cache_memory=pool_bytes(loaded, dtype, sequences, longest),
-        max_num_seqs=sequences,
-        max_num_batched_tokens=budget,
-        enable_prefix_caching=False,
-    )
+    filled = FilledEngine(loaded, dtype, 1, length + 2, budget=length)
+    filled.engine.add_request(text_tokens(loaded)[:length], SamplingParams(max_tokens=2, ignore_eos=True))
+    filled.engine.step()
+    assert filled.runner.batch is not None
+    layout, buffer = filled.runner.batch.layout, filled.engine.pool.buffer
+    parts = (_frames(layout.sealed[0]), layout.tail[0].tolist(), layout.sink[0].tolist())
+    return Sample(*(buffer[part].clone() for part in parts))
 
 
 class FilledEngine:
     """An engine with room for ``sequences`` sequences of ``longest`` tokens; :meth:`fill` gives it contexts."""
 
     def __init__(
-        self, loaded: LoadedModel, dtype: str, sequences: int, longest: int, sample: Sample, budget: int = 512
+        self,
+        loaded: LoadedModel,
+        dtype: str,
+        sequences: int,
+        longest: int,
+        sample: Sample | None = None,
+        budget: int = 512,
     ) -> None:
         self._tokens = text_tokens(loaded)
         self._sample = sample
-        self._names = 0
-        self.engine = Engine(loaded, _config(loaded, dtype, sequences, longest, budget))
+        self._names: list[str] = []
+        self.runner: FillingRunner
+
+        def made(*parts: Any) -> Runner:
+            self.runner = FillingRunner(*parts)
+            return self.runner
+
+        self.engine = engine_for(loaded, loaded.policy(dtype), sequences, longest, budget, runner=made)
 
     def fill(self, contexts: Sequence[int], extra: int = 0) -> list[str]:
         """Add sequences that hold ``contexts`` tokens; returns their names.
@@ -127,25 +124,21 @@ class FilledEngine:
         With ``extra`` (and one context) the sequence is a prompt of which ``extra`` more tokens are still to be
         computed. Sequences that are there already get a token, as in any step.
         """
-        engine, scheduler = self.engine, self.engine.scheduler
-        names = []
+        engine, scheduler, before = self.engine, self.engine.scheduler, len(self._names)
+        assert extra == 0 or len(contexts) == 1, "one unfinished prompt at a time"
         for context in contexts:
-            start = 97 * self._names % max(1, len(self._tokens) - context - extra)
+            start = 97 * len(self._names) % max(1, len(self._tokens) - context - extra)
             prompt = self._tokens[start : start + context + extra]
             assert len(prompt) == context + extra, "the text is too short"
-            room = engine.max_model_len - len(prompt)
-            params = SamplingParams(max_tokens=room, temperature=0.0, ignore_eos=True)
-            names.append(engine.add_request(prompt, params, request_id=f"filled-{self._names}"))
-            self._names += 1
-        assert extra == 0 or len(contexts) == 1, "one unfinished prompt at a time"
-        runner, budget = engine._runner, scheduler.max_num_batched_tokens
-        engine._runner = _Fill(engine.pool, self._sample)  # type: ignore[assignment]
+            params = SamplingParams(max_tokens=engine.max_model_len - len(prompt), temperature=0.0, ignore_eos=True)
+            self._names.append(engine.add_request(prompt, params, request_id=f"filled-{len(self._names)}"))
+        budget, self.runner.sample = scheduler.max_num_batched_tokens, self._sample
         scheduler.max_num_batched_tokens = sum(contexts) + len(scheduler.running)
         try:
             engine.step()
         finally:
-            engine._runner, scheduler.max_num_batched_tokens = runner, budget
-        return names
+            self.runner.sample, scheduler.max_num_batched_tokens = None, budget
+        return self._names[before:]
 
     def step(self) -> tuple[float, list[Delta]]:
         """A real step: its seconds, and what it brought."""
@@ -157,7 +150,7 @@ class FilledEngine:
 
     def clear(self) -> None:
         """End all sequences."""
-        for name in list(self.engine._groups):
+        for name in self._names:
             self.engine.abort(name)
         while self.engine.has_unfinished():
             self.engine.step()

@@ -11,7 +11,6 @@ Gemma-2), and whether drafts from the prompt, rejected ones cropped, leave the t
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import Row, write_report
+from report import Row, bars, facts_of, plain_parser, publish
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache
 from transformers import QuantizedCache as LibraryCache
@@ -115,14 +114,13 @@ def drafts(name: str, model: Any, prompt: Tensor, count: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--text", type=Path, required=True, help="plain text, long enough for the contexts")
     parser.add_argument("--context", type=int, nargs="+", default=[2048])
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--drafted", type=int, default=200, help="tokens generated with and without drafts; 0: neither")
     parser.add_argument("--cache", nargs="+", choices=[*CACHES, "all"], default=["all"])
-    parser.add_argument("--json")
     options = parser.parse_args()
     loaded = load_model(options.model)
     model = loaded.model
@@ -150,8 +148,9 @@ def main() -> None:
             rows.append(row | able[name])
             print(rows[-1], file=sys.stderr)
             del cache
-    facts = {"model": options.model, "steps": options.steps, "threads": torch.get_num_threads()}
-    write_report("Caches for transformers", rows, options.json, facts, ("cache", "context"), "step_ms")
+    figure = bars("Caches for transformers", rows, ("cache", "context"), "step_ms")
+    facts = facts_of(options)
+    publish("Caches for transformers", {"rows": rows}, facts, options.json, figure, picture=options.picture)
 
 
 if __name__ == "__main__":

@@ -10,46 +10,74 @@ longchat_lines_200.jsonl, qa1 and qa2 of bAbI, BFCL's simple questions) at any d
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
+import signal
 import sys
 from pathlib import Path
 
+from report import note, write
+
+from kvbits.cli.session import Bar, machine, tokens_of
+from kvbits.evaluation.compare import policies_of
+from kvbits.evaluation.laboratory import Laboratory
+from kvbits.evaluation.ledger import Ledger
+from kvbits.evaluation.menu import Sizes, choose, document, run_menu, self_check
 from kvbits.evaluation.pictures import draw_all
+from kvbits.evaluation.report import write_report
+from kvbits.evaluation.windows import read_text
+from kvbits.models import load_model
+
+
+class OutOfTime(KeyboardInterrupt):
+    """The limit has passed. No ``Exception``, which the engine would take for a fault of the request's."""
 
 
 def main() -> int:
     args = parse()
     args.out.mkdir(parents=True, exist_ok=True)
-    report = args.out / "laboratory.json"
-    command = [
-        str(Path(sys.executable).with_name("kvbits")), "evaluate", args.model, "--tasks", args.tasks,
-        "--all-positions", "--self-check",
-        "--text", find(args.data_dir, args.text), "--haystack", find(args.data_dir, args.book),
-        "--data-dir", str(args.data_dir), "--resume", str(args.out / "parts.jsonl"),
-        "--context", str(args.context), "--windows", str(args.windows), "--task-context", str(args.task_context),
-        "--samples", str(args.samples), "--depths", str(args.depths), "--texts", str(args.texts),
-        "--new-tokens", str(args.new_tokens), "--tool-questions", str(args.tool_questions),
-        "--json", str(report), "--html", str(args.out / "laboratory.html"),
-    ]  # fmt: skip
-    for dtype in args.dtypes:
-        command += ["--kv-policy", dtype[7:]] if dtype.startswith("policy:") else ["--kv-cache-dtype", dtype]
+    signal.signal(signal.SIGALRM, _stop)
+    signal.setitimer(signal.ITIMER_REAL, args.limit)
     try:
-        subprocess.run(command, timeout=args.limit, check=True)
-    except subprocess.TimeoutExpired:
+        run(args)
+    except OutOfTime:
         print("stopped before it was done; run the same again to go on")
         return 1
-    for name, figure in draw_all(json.loads(report.read_text())["results"]).items():
-        figure.savefig(args.out / f"{name}.png", dpi=110)
-        print(args.out / f"{name}.png")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
     return 0
 
 
-def find(folder: Path, name: str) -> str:
+def _stop(*_: object) -> None:
+    raise OutOfTime
+
+
+def run(args: argparse.Namespace) -> None:
+    text, book = find(args.data_dir, args.text), find(args.data_dir, args.book)
+    menu = choose(args.tasks, True, args.data_dir)
+    sizes = Sizes(
+        args.context, args.windows, args.task_context, args.depths, args.samples, args.texts, args.new_tokens,
+        args.tool_questions, all_positions=True,
+    )  # fmt: skip
+    ledger = Ledger(args.out / "parts.jsonl")
+    loaded = load_model(args.model, dtype="float32", progress=note)
+    served = load_model(args.model, progress=note)
+    policies = policies_of(loaded, args.dtypes, args.context)
+    laboratory = Laboratory(loaded, policies, ledger, Bar, served=served, served_dtype="bfloat16")
+    tokens = tokens_of(loaded, read_text(text))
+    run_menu(laboratory, menu, tokens, read_text(book), sizes)
+    rows = laboratory.results() + self_check(laboratory, menu, tokens, sizes)
+    found = document(laboratory, rows, sizes, text, machine())
+    write(args.out / "laboratory.json", found)
+    write_report(args.out / "laboratory.html", found)
+    for name, figure in draw_all(rows).items():
+        figure.savefig(args.out / f"{name}.png", dpi=110)
+        print(args.out / f"{name}.png")
+
+
+def find(folder: Path, name: str) -> Path:
     found = min(folder.rglob(name), default=None)
     if found is None:
         raise SystemExit(f"there is no {name} in {folder}")
-    return str(found)
+    return found
 
 
 def parse() -> argparse.Namespace:
@@ -69,7 +97,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--texts", type=int, default=4)
     parser.add_argument("--new-tokens", type=int, default=2048)
     parser.add_argument("--tool-questions", type=int, default=20)
-    parser.add_argument("--limit", type=float, default=1e9, help="seconds")
+    parser.add_argument("--limit", type=float, default=1e6, help="seconds")
     return parser.parse_args()
 
 

@@ -15,10 +15,11 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from loads import Row, Stored, run_load, source_of
+from loads import Stored, run_load, source_of
 from peers.install import DEFAULT_DIRECTORY, Installation
 from peers.llama_cpp import f16_weights
 from peers.model import packaged_gguf
+from report import Row
 from servers import common_arguments, kvbits_command, llama_command, serving
 
 from kvbits.replay.run import Load

@@ -10,11 +10,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import httpx
-from machine import describe, machine_facts
-from report import table
+from machine import machine_facts
+from report import Row, publish, write
 from tqdm import tqdm
 
 from kvbits.replay.prompts import BlockText
@@ -23,8 +22,6 @@ from kvbits.replay.run import Load, Outcome, Prompt, replay
 from kvbits.replay.send import Record
 from kvbits.replay.target import Target
 from kvbits.replay.trace import TraceRequest
-
-Row = dict[str, Any]
 
 
 def source_of(target: Target, text: Path) -> BlockText:
@@ -80,7 +77,6 @@ class Stored:
             before = json.loads(path.read_text("utf-8"))
             if before.get("settings") == self.settings:
                 self.cases = before["cases"]
-        self._machine = machine_facts()
 
     def has(self, name: str) -> bool:
         """Whether this case is done; says so on stderr."""
@@ -91,16 +87,8 @@ class Stored:
     def add(self, name: str, found: Row) -> None:
         """Keep a case, at once."""
         self.cases[name] = found
-        self._write(None)
+        write(self._path, {"machine": machine_facts(), "settings": self.settings, "cases": self.cases})
 
     def finish(self, title: str, rows: Sequence[Row], notes: Sequence[str] = ()) -> None:
         """Print and write the table."""
-        text = "\n".join([f"# {title}", "", describe(self._machine), "", table(rows), "", *notes, ""])
-        print(text)
-        self._write(rows)
-        self._path.with_suffix(".md").write_text(text)
-
-    def _write(self, rows: Sequence[Row] | None) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        whole = {"machine": self._machine, "settings": self.settings, "rows": rows, "cases": self.cases}
-        self._path.write_text(json.dumps(whole, indent=1) + "\n")
+        publish(title, {"rows": rows}, self.settings, self._path, notes="\n".join(notes), cases=self.cases)

@@ -18,10 +18,9 @@ import time
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from filled import FilledEngine, Sample, sample_pages, text_tokens
 from matplotlib.figure import Figure
-from report import COLOURS, Row, model_parser, note, publish
+from report import COLOURS, Row, facts_of, model_parser, note, publish
 
 from kvbits.engine.params import SamplingParams
 from kvbits.evaluation.speed import WARM_UP, distinct_prompts
@@ -172,16 +171,16 @@ def main() -> None:
     args = parser.parse_args()
     found = measure(load_model(args.model, weights=args.weights, progress=note), args)
     rows = rows_of(found)
-    facts = {
-        "model": args.model,
-        "weights": args.weights,
-        "threads": torch.get_num_threads(),
-        "decoding": f"{args.decoding} x {args.context}",
-        "prompts": f"{args.prefills} x {args.prompt_tokens}",
-        "rounds": args.rounds,
-    }
     notes = "Time between two tokens of the decoding sequences (itl), and what the prompts get meanwhile."
-    publish("Decoding while prompts come in", {"rows": rows}, facts, args, picture(rows, args), notes)
+    publish(
+        "Decoding while prompts come in",
+        {"rows": rows},
+        facts_of(args),
+        args.json,
+        picture(rows, args),
+        notes,
+        args.picture,
+    )
 
 
 if __name__ == "__main__":

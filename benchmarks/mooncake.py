@@ -14,7 +14,8 @@ import argparse
 from pathlib import Path
 
 import httpx
-from loads import Row, Stored, run_load, sampled, source_of
+from loads import Stored, run_load, sampled, source_of
+from report import Row
 from servers import Serving, common_arguments, kvbits_command, serving
 
 from kvbits.replay.ideal import allowed_hits

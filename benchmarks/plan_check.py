@@ -9,18 +9,11 @@ that already decode. Reported: sessions planned and admitted, and frames of a se
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
+from report import Row, facts_of, plain_parser, publish
 
-from machine import machine_facts
-from report import table
-
-from kvbits.codecs import parse_policy
-from kvbits.config import EngineConfig, parse_bytes
+from kvbits.config import WATERMARK, EngineConfig, parse_bytes
 from kvbits.engine.engine import Engine
 from kvbits.engine.params import SamplingParams
-from kvbits.engine.scheduler import WATERMARK
 from kvbits.models import load_model
 from kvbits.planning import plan
 
@@ -28,25 +21,24 @@ MORE = 3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("--context", type=int, nargs="+", default=[500, 1024])
     parser.add_argument("--memory", default="64MiB")
     parser.add_argument("--dtype", nargs="+", default=["bf16", "int8", "int4", "int4+sink:int8"])
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     loaded = load_model(args.model)
     memory = parse_bytes(args.memory)
-    rows = []
+    rows: list[Row] = []
     for dtype in args.dtype:
-        policy = parse_policy(dtype, loaded.geometry.num_layers)
+        policy = loaded.policy(dtype)
         (scheme,) = plan(loaded.geometry, [policy], memory, args.context, watermark=WATERMARK).schemes
         for at in scheme.contexts:
             count = at.sessions + MORE
             engine = Engine(
                 loaded,
                 EngineConfig(
-                    kv_cache_dtype=dtype,
+                    kv_cache_dtype=policy,
                     kv_cache_memory=memory,
                     max_num_seqs=count,
                     max_num_batched_tokens=count * at.context,
@@ -70,9 +62,7 @@ def main() -> None:
                 }
             )
             print(rows[-1], flush=True)
-    print(table(rows))
-    if args.json:
-        args.json.write_text(json.dumps({"model": args.model, "memory": memory, "results": rows, **machine_facts()}))
+    publish("Planned and admitted", {"rows": rows}, facts_of(args), args.json)
 
 
 if __name__ == "__main__":

@@ -11,19 +11,17 @@ while it runs.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shlex
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
-from machine import describe, machine_facts
 from peers.install import DEFAULT_DIRECTORY, Installation
 from peers.llama_cpp import f16_weights
 from peers.model import packaged_gguf
+from report import Row, facts_of, plain_parser, publish
 
 BITS = {"f16": 16.0, "q8_0": 8.5, "q5_1": 6.0, "q5_0": 5.5, "q4_1": 5.0, "q4_0": 4.5, "iq4_nl": 4.5}
 """Bits per element of llama.cpp's block formats: 32 elements and their 16-bit scale (and minimum, for the _1 kinds)."""
@@ -82,7 +80,7 @@ def run(line: list[str]) -> str:
     return done.stdout
 
 
-def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
+def evaluate(args: argparse.Namespace) -> list[Row]:
     """A row for each pair of caches."""
     rows = []
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
@@ -91,26 +89,25 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
         for caches in args.caches:
             key, value = caches.split("/")
             line = command(args, caches, base, compare=True)
-            row: dict[str, Any] = {"system": "llama.cpp", "key": key, "value": value}
+            row: Row = {"system": "llama.cpp", "key": key, "value": value}
             row["bits_per_element"] = (BITS[key] + BITS[value]) / 2
             rows.append(row | unquantized | parse(run(line), _FIGURES) | {"command": shlex.join(line)})
     return rows
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        f"llama.cpp with F16 weights against its own f16 cache, perplexity {rows[0]['perplexity_base']:.3f}",
-        "",
-        "| keys / values | bits per element | perplexity | mean KL | 99 % KL | same top token |",
-        "|---|---|---|---|---|---|",
+def shown(rows: list[Row]) -> list[Row]:
+    """The table's columns."""
+    return [
+        {
+            "keys / values": f"{row['key']} / {row['value']}",
+            "bits per element": row["bits_per_element"],
+            "perplexity": f"{100 * (row['perplexity'] / row['perplexity_base'] - 1):+.2f} %",
+            "mean KL": f"{row['kl_mean']:.5f}",
+            "99 % KL": f"{row['kl_p99']:.4f}",
+            "same top token": f"{row['same_top_percent']:.1f} %",
+        }
+        for row in rows
     ]
-    for row in rows:
-        change = 100 * (row["perplexity"] / row["perplexity_base"] - 1)
-        lines.append(
-            f"| {row['key']} / {row['value']} | {row['bits_per_element']} | {change:+.2f} % "
-            f"| {row['kl_mean']:.5f} | {row['kl_p99']:.4f} | {row['same_top_percent']:.1f} % |"
-        )
-    return "\n".join(lines) + "\n"
 
 
 def pair(text: str) -> str:
@@ -121,9 +118,8 @@ def pair(text: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("--text", type=Path, required=True, help="raw text file, for example WikiText-2's test set")
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--caches", nargs="+", type=pair, default=list(CACHES), metavar="KEYS/VALUES")
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=8)
@@ -138,14 +134,9 @@ def main() -> None:
     model = args.gguf.name
     args.gguf = f16_weights(Installation(args.directory.resolve()), args.gguf)
     rows = evaluate(args)
-    table = markdown(rows)
-    facts = machine_facts()
-    print(f"\n{describe(facts)}\n\n{table}")
-    if args.json:
-        settings = {"model": model, "text": args.text.name, "context": args.context, "windows": args.windows}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"machine": facts, "settings": settings, "rows": rows}, indent=2) + "\n")
-        args.json.with_suffix(".md").write_text(table)
+    facts = facts_of(args, "directory", "scratch", "caches") | {"gguf": model}
+    notes = f"llama.cpp with F16 weights against its own f16 cache, perplexity {rows[0]['perplexity_base']:.3f}"
+    publish("llama.cpp's caches", {"rows": rows}, facts, args.json, notes=notes, shown={"rows": shown(rows)})
 
 
 if __name__ == "__main__":

@@ -19,22 +19,20 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-from machine import describe, machine_facts
-from report import table
+from report import Row, facts_of, note, publish
 
-from kvbits.calibration.collect import collect
-from kvbits.calibration.fit import Choice, fit
-from kvbits.calibration.policy import Planner, candidates
+from kvbits.calibration.policy import Planner
+from kvbits.calibration.run import planner_of
 from kvbits.calibration.texts import split_windows
-from kvbits.codecs import SCHEMES, LayerRounding, Policy, PoolLayout, Scheme
-from kvbits.codecs.artifact import resolve_policy, save_policy
-from kvbits.evaluation.compare import SideBySide, policy_name
-from kvbits.evaluation.fidelity import Fidelity
+from kvbits.cli.session import Bar, tokens_of
+from kvbits.codecs import SCHEMES, LayerRounding, Policy, PoolLayout
+from kvbits.codecs.policy_file import save_policy
+from kvbits.config import POLICY_PREFIX
+from kvbits.evaluation.laboratory import Laboratory
+from kvbits.evaluation.ledger import Ledger
 from kvbits.evaluation.windows import cut_windows, read_text
 from kvbits.models import LoadedModel, load_model
 
@@ -46,105 +44,73 @@ UNIFORM = {4.5: "int4", 3.5: "int3", 5.5: "int5", 2.5: "int2"}
 def main() -> None:
     args = _arguments()
     out: Path = args.output
-    out.mkdir(parents=True, exist_ok=True)
-    loaded = load_model(args.model, dtype="float32", progress=_say)
+    loaded = load_model(args.model, dtype="float32", progress=note)
     policies = _policies(args, loaded, out / "policies")
-    rows: list[dict[str, Any]] = []
+    ledger = Ledger(out / "parts.jsonl")
+    rows: list[Row] = []
     for index, (name, path) in enumerate(args.text):
-        wanted = {k: v for k, v in policies.items() if index == 0 or "gain" in k}
-        rows += _evaluate(args, loaded, wanted, name, path, out / "windows")
-    settings = {k: getattr(args, k) for k in ("model", "windows", "fit_windows", "context", "bits", "gain")}
-    settings["text"] = {name: path.name for name, path in args.text}
-    settings["calibrate"] = [path.name for path in args.calibrate]
-    result = {
-        "machine": machine_facts(),
-        "settings": settings,
-        "rows": rows,
-        "gain": _gains(rows, args.gain),
-        "llama_cpp": [] if args.no_llama else _llama(args, out / "llama.json"),
+        laboratory = Laboratory(loaded, [p for p in policies if index == 0 or "gain" in p.label], ledger, Bar)
+        laboratory.text(cut_windows(tokens_of(loaded, read_text(path)), args.context, args.windows))
+        rows += [_row(loaded, name, policy, laboratory) for policy in laboratory.policies]
+    gains = _gains(rows, args.gain)
+    llama = [] if args.no_llama else _llama(args, out / "llama.json")
+    facts = facts_of(args, "output", "text", "calibrate") | {"text": {name: path.name for name, path in args.text}}
+    notes = (
+        f"Text {args.text[0][1].name}, {args.windows} windows of {args.context} tokens, second half scored; calibrated "
+        f"on {', '.join(path.name for path in args.calibrate)}, {args.fit_windows} windows. llama.cpp against its own "
+        "16-bit cache."
+    )
+    shown = {
+        "rows": _shown([r for r in rows if r["text"] == args.text[0][0]], llama),
+        "what the allocation brings": gains,
     }
-    (out / "quality.json").write_text(json.dumps(result, indent=1) + "\n")
-    text = _markdown(result)
-    (out / "quality.md").write_text(text)
-    print(text)
+    tables = {"rows": rows, "gain": gains, "llama_cpp": llama}
+    publish(f"Quality of {args.model}", tables, facts, out / "quality.json", notes=notes, shown=shown)
 
 
-def _policies(args: argparse.Namespace, loaded: LoadedModel, directory: Path) -> dict[str, str]:
-    """Dtype strings by label; calibrates what is not on disk yet."""
+def _policies(args: argparse.Namespace, loaded: LoadedModel, directory: Path) -> list[Policy]:
+    """The policies, labelled by what they are; calibrates what is not on disk yet."""
     names = [f"calibrated-{b:g}" for b in args.bits]
     for b in args.gain:
         names += [f"gain-{b:g}-allocated", f"gain-{b:g}-uniform"]
-    if not all((directory / name / "policy.json").exists() for name in names):
-        begin = time.perf_counter()
-        tokens = [list(loaded.tokenizer(read_text(p), add_special_tokens=False)["input_ids"]) for p in args.calibrate]
-        windows, _ = split_windows(tokens, args.context, args.fit_windows, 1)
-        _say(f"calibrating on {len(windows)} windows")
-        statistics = collect(loaded, windows, progress=lambda n: _say("  one window done"))
-        choices = fit(statistics, candidates(loaded.geometry))
-        planner = Planner(loaded.geometry, choices, "int8")
-        facts = {"texts": [p.name for p in args.calibrate], "seconds": time.perf_counter() - begin}
-        for name in names:
-            bits = float(name.split("-")[1])
-            budget = planner.of_bits(bits)
+    found = [loaded.policy(f"{UNIFORM[b]}+sink:int8") for b in args.gain]
+    found = [replace(p, label=f"gain-{b:g}-plain") for p, b in zip(found, args.gain, strict=True)]
+    planner: Planner | None = None
+    for name in names:
+        if not (directory / name / "policy.json").exists():
+            planner = planner or _planner(args, loaded)
+            budget = planner.of_bits(float(name.split("-")[1]))
             policy, predicted = planner.policy(budget), planner.predicted(budget)
             if name.endswith("uniform"):
-                policy, predicted = _uniform(choices, UNIFORM[bits], policy)
-            save_policy(
-                directory / name, policy, loaded.geometry, loaded.fingerprint, facts | {"predicted_kl": predicted}
-            )
-    found = {name: f"policy:{directory / name}" for name in names}
-    return found | {f"gain-{b:g}-plain": f"{UNIFORM[b]}+sink:int8" for b in args.gain}
+                policy, predicted = _uniform(planner, UNIFORM[float(name.split("-")[1])], policy)
+            facts = {"texts": [p.name for p in args.calibrate], "predicted_kl": predicted}
+            save_policy(directory / name, policy, loaded.geometry, loaded.fingerprint, facts)
+        found.append(replace(loaded.policy(f"{POLICY_PREFIX}{directory / name}"), label=name))
+    return found
 
 
-def _uniform(choices: list[list[Choice]], name: str, like: Policy) -> tuple[Policy, float]:
+def _planner(args: argparse.Namespace, loaded: LoadedModel) -> Planner:
+    texts = [tokens_of(loaded, read_text(path)) for path in args.calibrate]
+    windows, _ = split_windows(texts, args.context, args.fit_windows, 1)
+    return planner_of(loaded, windows, "int8", Bar)
+
+
+def _uniform(planner: Planner, name: str, like: Policy) -> tuple[Policy, float]:
     """``name`` everywhere with the calibrated rounding, and the KL that is predicted for it."""
-    picked = [next(c for c in row if c.name == name) for row in choices]
+    picked = [next(c for c in row if c.name == name) for row in planner.table]
     pairs = list(zip(picked[::2], picked[1::2], strict=True))
-    layers = tuple(Scheme(SCHEMES[name].key, SCHEMES[name].value) for _ in pairs)
     rounding = tuple(LayerRounding(k.rounding, v.rounding) for k, v in pairs)
-    return replace(like, layers=layers, rounding=rounding), sum(c.cost for c in picked)
+    return replace(like, layers=(SCHEMES[name],) * len(pairs), rounding=rounding), sum(c.cost for c in picked)
 
 
-def _evaluate(
-    args: argparse.Namespace, loaded: LoadedModel, policies: dict[str, str], name: str, path: Path, cache: Path
-) -> list[dict[str, Any]]:
-    tokens = list(loaded.tokenizer(read_text(path), add_special_tokens=False)["input_ids"])
-    windows = cut_windows(tokens, args.context, args.windows)
-    records = {label: Fidelity() for label in policies}
-    engines = None
-    for index, window in enumerate(windows):
-        file = cache / f"{name}-{args.context}-{index}.json"
-        known = json.loads(file.read_text()) if file.exists() else {}
-        names = {label: policy_name(loaded, dtype) for label, dtype in policies.items()}
-        if known.get("policies") != names:
-            engines = engines or SideBySide(loaded, list(policies.values()), args.context)
-            begin = time.perf_counter()
-            found = engines.run(window, args.context // 2)
-            known = {"policies": names, "records": {label: found[d].as_json() for label, d in policies.items()}}
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(known))
-            _say(f"{name}: window {index + 1} of {len(windows)}, {time.perf_counter() - begin:.0f} s")
-        for label, record in records.items():
-            record.extend(Fidelity.from_json(known["records"][label]))
-    return [
-        {"text": name, "policy": label, **_sizes(loaded, policies[label]), "windows": len(windows)}
-        | asdict(record.summary())
-        for label, record in records.items()
-    ]
+def _row(loaded: LoadedModel, text: str, policy: Policy, laboratory: Laboratory) -> Row:
+    found, layout = laboratory.fidelity[policy.label], PoolLayout.of(loaded.geometry, policy)
+    sizes = {f"effective_bits_{tokens}": layout.effective_bits(tokens) for tokens in (2048, 8192)}
+    row = {"text": text, "policy": policy.label, "bits": found.bits_per_element, **sizes, "windows": found.windows}
+    return row | asdict(found.summary)
 
 
-def _sizes(loaded: LoadedModel, dtype: str) -> dict[str, float]:
-    policy = resolve_policy(dtype, loaded.geometry, loaded.fingerprint)
-    layout = PoolLayout.of(loaded.geometry, policy)
-    elements = loaded.geometry.bytes_per_token_16bit() / 2
-    sizes = {"bits": policy.bits_per_element(loaded.geometry)}
-    for tokens in (2048, 8192):
-        held = layout.frames_of(tokens) * layout.frame_bytes
-        sizes[f"effective_bits_{tokens}"] = 8 * held / (tokens * elements)
-    return sizes
-
-
-def _gains(rows: list[dict[str, Any]], budgets: list[float]) -> list[dict[str, Any]]:
+def _gains(rows: list[Row], budgets: list[float]) -> list[Row]:
     """KL of the allocated policy against the uniform ones of the same bits, text by text."""
     kl = {(r["text"], r["policy"]): r["kl_mean"] for r in rows}
     found = []
@@ -165,61 +131,40 @@ def _gains(rows: list[dict[str, Any]], budgets: list[float]) -> list[dict[str, A
     return found
 
 
-def _llama(args: argparse.Namespace, path: Path) -> list[dict[str, Any]]:
+def _llama(args: argparse.Namespace, path: Path) -> list[Row]:
     if not path.exists():
         script = Path(__file__).with_name("quality_peers.py")
         line = [sys.executable, str(script), "--text", str(args.text[0][1]), "--json", str(path)]
         line += ["--context", str(args.context), "--windows", str(args.windows), "--caches", *CACHES]
         subprocess.run(line, check=True)
-    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"]
+    rows: list[Row] = json.loads(path.read_text())["rows"]
     return rows
 
 
-def _markdown(result: dict[str, Any]) -> str:
-    main_text = result["rows"][0]["text"]
-    rows = [
-        {
-            "cache": f"kvbits {r['policy']}",
-            "bits": f"{r['bits']:.2f}",
-            "all bits, 2K": f"{r['effective_bits_2048']:.2f}",
-            "8K": f"{r['effective_bits_8192']:.2f}",
-            "KL mean": f"{r['kl_mean']:.5f}",
-            "KL 99 %": f"{r['kl_p99']:.4f}",
-            "perplexity": f"{100 * (r['perplexity'] / r['perplexity_16bit'] - 1):+.2f} %",
-            "same top token": f"{100 * r['top1_agreement']:.1f} %",
-        }
-        for r in result["rows"]
-        if r["text"] == main_text
-    ]
-    rows += [
-        {
-            "cache": f"llama.cpp {r['key']}/{r['value']}",
-            "bits": f"{r['bits_per_element']:.2f}",
-            "all bits, 2K": f"{r['bits_per_element']:.2f}",
-            "8K": f"{r['bits_per_element']:.2f}",
-            "KL mean": f"{r['kl_mean']:.5f}",
-            "KL 99 %": f"{r['kl_p99']:.4f}",
-            "perplexity": f"{100 * (r['perplexity'] / r['perplexity_base'] - 1):+.2f} %",
-            "same top token": f"{r['same_top_percent']:.1f} %",
-        }
-        for r in result["llama_cpp"]
-    ]
-    settings = result["settings"]
-    lines = [
-        f"# Quality of {settings['model']}",
-        f"{describe(result['machine'])}",
-        f"Text {main_text} ({settings['text'][main_text]}), {settings['windows']} windows of {settings['context']} "
-        f"tokens, second half scored; calibrated on {', '.join(settings['calibrate'])}, {settings['fit_windows']} "
-        "windows. llama.cpp against its own 16-bit cache.",
-        table(rows),
-        "## What the allocation brings",
-        table(result["gain"]) if result["gain"] else "",
-    ]
-    return "\n\n".join(lines) + "\n"
+def _shown(rows: list[Row], llama: list[Row]) -> list[Row]:
+    """The table's columns."""
+    return [
+        _columns(f"kvbits {r['policy']}", r["bits"], r["effective_bits_2048"], r["effective_bits_8192"], r,
+                 r["perplexity_16bit"], 100 * r["top1_agreement"])
+        for r in rows
+    ] + [
+        _columns(f"llama.cpp {r['key']}/{r['value']}", *3 * (r["bits_per_element"],), r, r["perplexity_base"],
+                 r["same_top_percent"])
+        for r in llama
+    ]  # fmt: skip
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _columns(cache: str, bits: float, at_2k: float, at_8k: float, row: Row, base: float, same: float) -> Row:
+    return {
+        "cache": cache,
+        "bits": f"{bits:.2f}",
+        "all bits, 2K": f"{at_2k:.2f}",
+        "8K": f"{at_8k:.2f}",
+        "KL mean": f"{row['kl_mean']:.5f}",
+        "KL 99 %": f"{row['kl_p99']:.4f}",
+        "perplexity": f"{100 * (row['perplexity'] / base - 1):+.2f} %",
+        "same top token": f"{same:.1f} %",
+    }
 
 
 def _named(text: str) -> tuple[str, Path]:

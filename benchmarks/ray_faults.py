@@ -20,11 +20,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import ray
-from loads import Row, Stored
+from loads import Stored
 from openai import APIError, OpenAI
 from ray import serve
+from report import Row
 from servers import common_arguments
 
 from kvbits.config import EngineConfig, parse_bytes
@@ -46,7 +48,7 @@ def names() -> tuple[str, ...]:
 
 def ask(client: OpenAI, model: str, question: str, new_tokens: int, stream: bool) -> str:
     messages = [{"role": "user", "content": question}]
-    body = {"model": model, "messages": messages, "max_tokens": new_tokens, "temperature": 0}
+    body: dict[str, Any] = {"model": model, "messages": messages, "max_tokens": new_tokens, "temperature": 0}
     try:
         if stream:
             ends = [c.choices[0].finish_reason for c in client.chat.completions.create(**body, stream=True)]

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from loads import Row, Stored
+from loads import Stored
 from openai import OpenAI
+from report import Row
 from servers import Serving, common_arguments, kvbits_command, serving
 from tqdm import tqdm
 

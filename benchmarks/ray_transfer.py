@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from loads import Row, Stored
+from loads import Stored
 from ray import serve
+from report import Row
 from servers import common_arguments
 from tqdm import tqdm
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
+import torch
 from machine import describe, machine_facts
 from matplotlib.figure import Figure
 
@@ -27,69 +27,79 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def write_report(
-    title: str, rows: Sequence[Row], path: str | None, facts: Row, label: Sequence[str], figure: str
-) -> None:
-    """Print the table; with ``path`` write ``path`` (JSON), and beside it the same as ``.md`` and ``.png``.
+def write(path: Path, document: Mapping[str, Any], text: str | None = None) -> None:
+    """Write ``document`` as JSON, and ``text`` beside it as ``.md``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    if text is not None:
+        path.with_suffix(".md").write_text(text, encoding="utf-8")
 
-    ``label`` are the keys that name a bar of the picture, ``figure`` the key of its length.
+
+def publish(
+    title: str,
+    tables: Mapping[str, Sequence[Row]],
+    facts: Row,
+    path: Path | None,
+    figure: Figure | None = None,
+    notes: str = "",
+    picture: Path | None = None,
+    shown: Mapping[str, Sequence[Row]] | None = None,
+    **more: Any,
+) -> None:
+    """Print the tables (``tables["rows"]`` is the first one; ``shown``: print and write others than the JSON has).
+
+    With ``path`` (JSON: machine, ``facts`` as settings, tables, ``more``) the text goes beside it as ``.md`` and
+    ``figure`` as ``.png``, or to ``picture``.
     """
-    machine = machine_facts() | facts
-    text = f"# {title}\n\n{describe(machine)}\n\n{table(rows)}\n"
+    machine = machine_facts()
+    settings = ", ".join(f"{key.replace('_', ' ')} {_cell(value)}" for key, value in facts.items())
+    parts = [f"# {title}", describe(machine), *filter(None, (settings, notes))]
+    for name, rows in (shown or tables).items():
+        heading = [] if name == "rows" else [f"## {name.replace('_', ' ').capitalize()}"]
+        parts += [*heading, table(rows)] if rows else []
+    text = "\n\n".join(parts) + "\n"
     print(text)
-    if path is None:
-        return
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps({"machine": machine, "rows": list(rows)}, indent=1) + "\n")
-    target.with_suffix(".md").write_text(text)
-    fig, axes = plt.subplots(figsize=(8, 0.5 + 0.28 * len(rows)))
-    axes.barh(
-        [" ".join(str(row[key]) for key in label) for row in rows], [row[figure] for row in rows], color="#4477aa"
-    )
+    if path is not None:
+        write(path, {"machine": machine, "settings": facts, **tables, **more}, text)
+        picture = picture or path.with_suffix(".png")
+    if picture is not None and figure is not None:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(picture, dpi=130)
+
+
+def bars(title: str, rows: Sequence[Row], label: Sequence[str], length: str) -> Figure:
+    """A bar for each row: ``label`` are the keys that name it, ``length`` the key of its length."""
+    figure = Figure(figsize=(8, 0.5 + 0.28 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    names = [" ".join(str(row[key]) for key in label) for row in rows]
+    axes.barh(names, [row[length] for row in rows], color="#4477aa")
     axes.invert_yaxis()
-    axes.set_xlabel(figure.replace("_", " "))
+    axes.set_xlabel(length.replace("_", " "))
     axes.set_title(title)
-    fig.tight_layout()
-    fig.savefig(target.with_suffix(".png"), dpi=120)
-    plt.close(fig)
+    return figure
+
+
+def facts_of(args: argparse.Namespace, *left_out: str) -> Row:
+    """What a run was asked, but for where its results go; and the number of threads."""
+    asked = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    asked.setdefault("threads", torch.get_num_threads())
+    return {k: v for k, v in asked.items() if k not in ("json", "picture", *left_out)}
 
 
 def model_parser(doc: str | None) -> argparse.ArgumentParser:
     """What every script that runs a model takes: the model, KV cache dtypes, and where results go."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_output(parser)
+    parser = plain_parser(doc)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", nargs="+", default=["bf16", "int8", "int4"])
     return parser
 
 
-def add_output(parser: argparse.ArgumentParser) -> None:
-    """Where results go."""
+def plain_parser(doc: str | None) -> argparse.ArgumentParser:
+    """What every script takes: where results go."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="F", help="the table goes beside it as .md, the picture as .png")
     parser.add_argument("--picture", type=Path, metavar="F", help="instead of the picture beside the JSON")
-
-
-def publish(
-    title: str, tables: Mapping[str, Sequence[Row]], facts: Row, args: argparse.Namespace, figure: Figure, notes: str
-) -> None:
-    """Print the tables; write what :func:`add_output`'s options ask for. ``tables["rows"]`` is the first one."""
-    machine = machine_facts() | facts
-    settings = ", ".join(f"{key} {_cell(value)}" for key, value in facts.items())
-    parts = [f"# {title}", describe(machine), settings, notes]
-    for name, rows in tables.items():
-        parts += [table(rows)] if name == "rows" else [f"## {name.replace('_', ' ').capitalize()}", table(rows)]
-    text = "\n\n".join(parts) + "\n"
-    print(text)
-    picture = args.picture
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"machine": machine, **tables}, indent=1) + "\n")
-        args.json.with_suffix(".md").write_text(text)
-        picture = picture or args.json.with_suffix(".png")
-    if picture is not None:
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(picture, dpi=130)
+    return parser
 
 
 def spread(name: str, values: Sequence[float], scale: float = 1.0) -> Row:

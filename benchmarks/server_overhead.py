@@ -119,13 +119,13 @@ def main() -> None:
         def library(prompts: list[list[int]]) -> float:
             begin = time.perf_counter()
             server.run(lambda: llm.generate(prompts, params))
-            return tokens / (time.perf_counter() - begin)
+            return float(tokens / (time.perf_counter() - begin))
 
         def remote(prompts: list[list[int]]) -> float:
             seconds, errors = clients.submit(ask, server.target, requests, prompts).result()
             if errors:
                 raise SystemExit(f"requests failed: {errors}")
-            return tokens / seconds
+            return float(tokens / seconds)
 
         for number in range(args.rounds + 1):
             name = f"round {number}"

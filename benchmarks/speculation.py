@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from report import Row, write_report
+from report import Row, bars, facts_of, plain_parser, publish
 
 from kvbits.config import EngineConfig, parse_bytes
 from kvbits.engine.engine import Engine
@@ -139,7 +139,7 @@ def measure(loaded: LoadedModel, path: Path, arguments: argparse.Namespace, engi
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("model")
     parser.add_argument("data", nargs="+", type=Path)
     parser.add_argument("--kv-cache-dtype", default="int8")
@@ -150,7 +150,6 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--turns", type=int, default=4, help="prompts of a conversation")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--json")
     arguments = parser.parse_args()
     speculative = SpeculativeConfig.of(arguments.speculative_config)
     if speculative is None or arguments.new_tokens < RUN or arguments.context <= arguments.new_tokens + 128:
@@ -164,16 +163,11 @@ def main() -> None:
     for path in arguments.data:
         print(f"{path.name} ...", flush=True)
         rows.append(measure(loaded, path, arguments, engines))
-    facts = {
-        "model": loaded.name,
-        "kv_cache_dtype": arguments.kv_cache_dtype,
-        "speculative_config": arguments.speculative_config,
-        "context": arguments.context,
-        "new_tokens": arguments.new_tokens,
-        "speculation": engines["on"].stats.speculation.as_json(),
-    }
     title = f"Speculation ({speculative.method}), one sequence"
-    write_report(title, rows, arguments.json, facts, ["text"], "speed-up")
+    publish(
+        title, {"rows": rows}, facts_of(arguments, "data"), arguments.json, bars(title, rows, ["text"], "speed-up"),
+        picture=arguments.picture, speculation=engines["on"].stats.speculation.as_json(),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -24,13 +24,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from filled import FilledEngine, Watch, sample_pages
+from filled import FilledEngine, sample_pages
 from matplotlib.figure import Figure
-from report import COLOURS, Row, model_parser, note, publish, spread
+from report import COLOURS, Row, facts_of, model_parser, note, publish, spread
 from step_parts import Attention, Clock, Evict, Linears, Storing, median_of
 
 from kvbits.evaluation.speed import WARM_UP
@@ -68,12 +68,12 @@ def clocked(loaded: LoadedModel) -> tuple[LoadedModel, Clocks]:
     fused = loaded.fused
     if fused is None:
         raise SystemExit(f"{loaded.name} runs as transformers' own code, which has no single call to take apart")
-    clocks = Clocks(Clock(fused.decoder._native), Clock(fused.embedding), Clock(fused.rotary))
-    decoder: Any = fused.decoder
-    decoder._native = clocks.native
+    decoder: Any = copy(fused.decoder)
+    clocks = Clocks(Clock(decoder.native), Clock(fused.embedding), Clock(fused.rotary))
+    decoder.native = clocks.native
     embedding: Any = clocks.embedding
     rotary: Any = clocks.rotary
-    return replace(loaded, fused=replace(fused, embedding=embedding, rotary=rotary)), clocks
+    return replace(loaded, fused=replace(fused, decoder=decoder, embedding=embedding, rotary=rotary)), clocks
 
 
 class Subject:
@@ -85,12 +85,7 @@ class Subject:
         longest = args.context + 1 + WARM_UP + args.repeats * args.steps
         self._decoding = FilledEngine(loaded, dtype, args.batch, longest, sample)
         self._prefill = FilledEngine(loaded, dtype, 1, args.prompt + args.chunk + 3, sample, args.chunk)
-        self._watches = []
-        for filled in (self._decoding, self._prefill):
-            self._watches.append(Watch(filled.engine._runner))
         self._decoding.fill([args.context] * args.batch)
-        for filled, watch in zip((self._decoding, self._prefill), self._watches, strict=True):
-            filled.engine._runner = watch  # type: ignore[assignment]
         for _ in range(WARM_UP):
             self._decoding.step()
         self._alone = CpuBackend()
@@ -104,9 +99,9 @@ class Subject:
         phases = {name: stats[name] - before[name] for name in ("schedule", "sample")}
         return {"total": total, **phases, **self._clocks.take()}
 
-    def _attention(self, filled: FilledEngine, watch: Watch, evict: Evict) -> float:
-        assert watch.batch is not None
-        alone = Attention(self._alone, filled.engine.pool, watch.batch.layout)
+    def _attention(self, filled: FilledEngine, evict: Evict) -> float:
+        assert filled.runner.batch is not None
+        alone = Attention(self._alone, filled.engine.pool, filled.runner.batch.layout)
         times = []
         for _ in range(3):
             evict()
@@ -117,7 +112,7 @@ class Subject:
         """Seconds of each part of a decode step."""
         steps = [self._step(self._decoding) for _ in range(self._args.steps)]
         step = {name: median_of([s[name] for s in steps]) for name in steps[0]}
-        attention = self._attention(self._decoding, self._watches[0], evict)
+        attention = self._attention(self._decoding, evict)
         store, sealing = self._storing.decode(evict)
         return _parts(step, attention, store, sealing, linear, head)
 
@@ -125,7 +120,7 @@ class Subject:
         """Seconds of each part of a prompt's chunk."""
         self._prefill.fill([self._args.prompt], extra=self._args.chunk + 1)
         step = self._step(self._prefill)
-        attention = self._attention(self._prefill, self._watches[1], evict)
+        attention = self._attention(self._prefill, evict)
         self._prefill.clear()
         return _parts(step, attention, self._storing.chunk(evict), 0.0, linear, 0.0)
 
@@ -233,18 +228,10 @@ def main() -> None:
     rows: list[Row] = []
     for weights in args.weights:
         rows += rows_of(measure(args, weights), weights)
-    facts = {
-        "model": args.model,
-        "threads": torch.get_num_threads(),
-        "batch": args.batch,
-        "context": args.context,
-        "prompt": args.prompt,
-        "chunk": args.chunk,
-        "repeats": args.repeats,
-        "steps": args.steps,
-    }
     notes = "Medians of the repeats, least and greatest. How each part is obtained: benchmarks/step_breakdown.py."
-    publish("What a step is made of", {"rows": rows}, facts, args, picture(rows, args), notes)
+    publish(
+        "What a step is made of", {"rows": rows}, facts_of(args), args.json, picture(rows, args), notes, args.picture
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvbits.config import PAGE_TOKENS, ModelGeometry
+from kvbits.config import PAGE_TOKENS, ModelGeometry, pages_of
 from kvbits.kernels import BatchLayout, SequencePages
 from kvbits.kernels.cpu import CpuBackend
 from kvbits.kernels.decoder import Products
@@ -74,7 +74,7 @@ class Attention:
         query = self._rows.data_ptr()
         key, value = query + 2 * sizes[0], query + 2 * sum(sizes)
         strides = (width, layer.key_dim), (width, layer.key_dim), (width, layer.value_dim)
-        places = [part for at, stride in zip((query, key, value), strides, strict=True) for part in (at, *stride)]
+        places: list[Any] = [p for at, stride in zip((query, key, value), strides, strict=True) for p in (at, *stride)]
         tables = backend.tables(batch)
         self._pool, self._batch = pool, batch  # the native side has only addresses of their memory
         self._forward = backend.native.forward
@@ -134,9 +134,9 @@ def _first_tokens(pool: PagedPool, heads: int, sequences: int, start: int, count
     layers = tuple(replace(layer, num_heads=heads * layer.num_kv_heads) for layer in pool.geometry.layers)
     geometry: ModelGeometry = replace(pool.geometry, layers=layers)
     layout = pool.layout
-    pages = -(-(start + count) // PAGE_TOKENS)
-    own = layout.first_frames + (pages - 1) * layout.sealed.frames + layout.open.frames
-    made = PagedPool(geometry, pool.policy, sequences * own * layout.frame_bytes)
+    longest = pages_of(start + count) * PAGE_TOKENS
+    own = layout.frames_of(longest)
+    made = PagedPool(geometry, pool.policy, sequences * layout.session_bytes(longest))
     made.buffer.zero_()
     slices = []
     for s in range(sequences):

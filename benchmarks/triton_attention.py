@@ -10,11 +10,11 @@ on as many bytes as its sequences need.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch
+from report import write
 from triton.testing import do_bench
 
 from kvbits.codecs import PoolLayout, parse_policy
@@ -34,8 +34,8 @@ class Case:
         policy = parse_policy(dtype, 2)
         layout = PoolLayout.of(geometry, policy)
         start, full = context - new, context // PAGE_TOKENS
-        frames = batch * (full + layout.open.frames)
-        self.pool = PagedPool(geometry, policy, frames * layout.frame_bytes, device=device)
+        self.pool = PagedPool(geometry, policy, batch * layout.session_bytes(context), device=device)
+        frames = self.pool.num_frames
         self.pool.buffer.zero_()
         order = torch.randperm(frames, generator=torch.Generator().manual_seed(0)).tolist()
         slices = []
@@ -43,7 +43,7 @@ class Case:
             sealed, own = [order.pop() for _ in range(full)], [order.pop() for _ in range(layout.open.frames)]
             slices.append(SequencePages(start, new, sealed, own, own))
         self.batch, self.backend = BatchLayout.of(slices), backend
-        self.rows = tuple(
+        self.query, self.key, self.value = (
             torch.randn(batch * new, heads, 128, dtype=torch.bfloat16, device=device)
             for heads in (LAYER.num_heads, LAYER.num_kv_heads, LAYER.num_kv_heads)
         )
@@ -51,7 +51,7 @@ class Case:
 
     def step(self) -> torch.Tensor:
         """Seal, attend and append in one layer."""
-        return self.backend.forward(self.pool.layers[1], self.batch, *self.rows, None)
+        return self.backend.forward(self.pool.layers[1], self.batch, self.query, self.key, self.value, None)
 
 
 def main() -> None:
@@ -83,8 +83,7 @@ def main() -> None:
                          "bytes_per_second": rate * 1e9}
                     )  # fmt: skip
     if args.json:
-        device = torch.get_device_module(args.device).get_device_name()
-        args.json.write_text(json.dumps({"device": device, "results": results}, indent=1) + "\n")
+        write(args.json, {"device": torch.get_device_module(args.device).get_device_name(), "results": results})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ of ``cuobjdump`` for the finished code, AMD's those in the assembler text.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import subprocess
 import tempfile
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 import triton
+from report import write
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -84,16 +84,16 @@ def record(dtype: str, layer: LayerGeometry, queries: torch.dtype) -> list[Launc
         SequencePages(1030, 1, range(16), range(50, 50 + frames), range(50, 50 + frames)),
         SequencePages(64, 70, range(20, 22), range(60, 60 + frames), range(60, 60 + frames)),
     ]
-    rows = [
+    query, key, value = (
         torch.zeros(71, heads, dim, dtype=queries)
         for heads, dim in (
             (layer.num_heads, layer.key_dim),
             (layer.num_kv_heads, layer.key_dim),
             (layer.num_kv_heads, layer.value_dim),
         )
-    ]
+    )
     # named a GPU for the backend's own check; nothing runs there
-    TritonBackend("cuda", launch).forward(view, BatchLayout.of(slices), *rows, None)
+    TritonBackend("cuda", launch).forward(view, BatchLayout.of(slices), query, key, value, None)
     return found
 
 
@@ -137,17 +137,20 @@ def usage_of(compiled: Any, target: GPUTarget) -> tuple[int, int]:
     """Registers and spilled bytes of a thread."""
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
-        found = [
-            int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_count", "private_segment_fixed_size")
-        ]
-        return found[0], found[1]
+        return _number(r"\.vgpr_count:\s+", text), _number(r"\.private_segment_fixed_size:\s+", text)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
-    found = [int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK")]
-    return found[0], found[1]
+    return _number("REG:", text), _number("STACK:", text)
+
+
+def _number(before: str, text: str) -> int:
+    """The number behind ``before`` (a pattern)."""
+    match = re.search(rf"{before}(\d+)", text)
+    assert match is not None, (before, text)
+    return int(match[1])
 
 
 def measure(dtype: str, layer: LayerGeometry, queries: torch.dtype, target: str, kernels: str = "") -> list[Usage]:
@@ -173,7 +176,8 @@ def main() -> None:
     parser.add_argument("--queries", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--json", type=Path, help="write the results to this file")
     args = parser.parse_args()
-    layer = LayerGeometry(*args.heads, *args.head_dim, args.head_dim[0] ** -0.5)
+    (heads, kv_heads), (key_dim, value_dim) = args.heads, args.head_dim
+    layer = LayerGeometry(heads, kv_heads, key_dim, value_dim, key_dim**-0.5)
     results = []
     print(f"{'dtype':10} {'kernel':22} {'target':7} warps registers spilled shared", flush=True)
     for dtype in args.dtype:
@@ -183,7 +187,7 @@ def main() -> None:
                 row = f"{u.warps:5} {u.registers:9} {u.spilled:7} {u.shared:6}"
                 print(f"{u.dtype:10} {u.kernel:22} {u.target:7} {row}", flush=True)
     if args.json:
-        args.json.write_text(json.dumps([asdict(u) for u in results], indent=1) + "\n")
+        write(args.json, {"rows": [asdict(u) for u in results]})
 
 
 if __name__ == "__main__":

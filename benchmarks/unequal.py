@@ -17,7 +17,7 @@ import statistics
 import torch
 from attention import GEOMETRIES, LAYERS, make_case
 from matplotlib.figure import Figure
-from report import COLOURS, Row, add_output, note, publish, spread
+from report import COLOURS, Row, facts_of, note, plain_parser, publish, spread
 
 from kvbits.config import PAGE_TOKENS
 from kvbits.kernels.cpu import available_isas
@@ -98,8 +98,7 @@ def picture(rows: list[Row], args: argparse.Namespace) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_output(parser)
+    parser = plain_parser(__doc__)
     parser.add_argument("--geometry", default="smollm2", choices=GEOMETRIES)
     parser.add_argument("--long", type=int, default=8192, metavar="TOKENS")
     parser.add_argument("--short", type=int, default=7, metavar="N")
@@ -113,10 +112,17 @@ def main() -> None:
     if min(args.long, args.short_context) < 2 * PAGE_TOKENS:
         parser.error(f"contexts must have at least {2 * PAGE_TOKENS} tokens")
     rows = rows_of(measure(args), args)
-    facts = {"geometry": args.geometry, "isa": args.isa, "repeats": args.repeats}
     unequal = f"{args.long} + {args.short} x {args.short_context} tokens"
     notes = f"Unequal: {unequal}; equal: as many sessions of the mean length. Medians, least and greatest."
-    publish("Balance of decode attention", {"rows": rows}, facts, args, picture(rows, args), notes)
+    publish(
+        "Balance of decode attention",
+        {"rows": rows},
+        facts_of(args),
+        args.json,
+        picture(rows, args),
+        notes,
+        args.picture,
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import statistics
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import describe
+from report import spread, write
 
 from peers.case import Case, Measurement, Peer, label
 
@@ -42,8 +42,7 @@ class Results:
         for (peer, case), found in self.samples.items():
             row = _keys(peer, case)
             for name in FIGURES:
-                values = [getattr(measurement, name) for measurement in found]
-                row |= {name: statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
+                row |= spread(name, [getattr(measurement, name) for measurement in found])
             row |= {
                 "repeats": len(found),
                 "prefill_sequences": found[0].prefill_sequences,
@@ -57,16 +56,10 @@ class Results:
             rows.append(row)
         return rows
 
-    def write(self, path: Path) -> None:
-        """The whole run as JSON."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        result = {
-            "machine": self.machine,
-            "settings": self.settings,
-            "rows": self.rows(),
-            "failures": self.failures,
-        }
-        path.write_text(json.dumps(result, indent=2) + "\n")
+    def write(self, path: Path, text: str | None = None) -> None:
+        """The whole run as JSON, and ``text`` beside it."""
+        found = {"rows": self.rows(), "failures": self.failures}
+        write(path, {"machine": self.machine, "settings": self.settings, **found}, text)
 
 
 def _keys(peer: Peer, case: Case) -> dict[str, Any]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -12,14 +11,7 @@ from kvbits.cli import options
 from kvbits.cli.output import JsonFile, writable
 from kvbits.cli.session import Bar, load, machine, note, tokens_of
 
-if TYPE_CHECKING:
-    from kvbits.evaluation.laboratory import Laboratory
-    from kvbits.evaluation.menu import Menu, Sizes
-
 _PARTS = "fidelity, layers, passkey, needle, kv-retrieval, lines, multikey, variables, babi, generation, tools, or all"
-
-_CHECK_TOKENS = 1024
-"""Longest window of the self-check, which runs one page a step."""
 
 
 def evaluate(
@@ -90,7 +82,8 @@ def evaluate(
     from kvbits.evaluation.compare import policies_of
     from kvbits.evaluation.laboratory import Laboratory
     from kvbits.evaluation.ledger import Ledger
-    from kvbits.evaluation.menu import FIDELITY, LAYERS, Sizes, choose, run_menu
+    from kvbits.evaluation.menu import FIDELITY, LAYERS, Sizes, choose, document, run_menu
+    from kvbits.evaluation.menu import self_check as check
 
     menu = choose(tasks, text is not None, data_dir)
     sizes = Sizes(
@@ -109,33 +102,14 @@ def evaluate(
 
     print_results(rows)
     if self_check:
-        rows += _self_check(laboratory, menu, tokens, sizes)
-    flat = rows[0] if len(rows) == 1 else {}
-    facts: dict[str, Any] = {"model": loaded.name, "text": None if text is None else str(text), **machine()}
-    settings = {
-        "text": text.name if text else "none",
-        "arithmetic of the text": dtype,
-        "of tasks": task_dtype,
-        **dataclasses.asdict(sizes),
-    }
-    document = {**flat, "results": rows, "settings": settings, **facts}
-    results.write(document)
+        checked = check(laboratory, menu, tokens, sizes)
+        for row in checked:
+            note(f"{row['dtype']}: {row['verdict']}; {'noticed' if row['noticed'] else 'NOT noticed'}")
+        rows += checked
+    found = document(laboratory, rows, sizes, text, machine())
+    results.write(found)
     if html is not None:
         from kvbits.evaluation.report import write_report
 
-        write_report(html, document)
+        write_report(html, found)
         print(f"report: {html}")
-
-
-def _self_check(laboratory: Laboratory, menu: Menu, tokens: list[int], sizes: Sizes) -> list[dict[str, Any]]:
-    """Results of the same dtypes with a planted fault, on one window of the text."""
-    from kvbits.errors import ConfigError
-    from kvbits.evaluation.laboratory import plant_fault
-    from kvbits.evaluation.windows import cut_windows
-
-    if not laboratory.fidelity:
-        raise ConfigError("--self-check needs the task fidelity")
-    found = plant_fault(laboratory, cut_windows(tokens, min(sizes.context, _CHECK_TOKENS), 1))
-    for row in found:
-        note(f"{row['dtype']}: {row['verdict']}; {'noticed' if row['noticed'] else 'NOT noticed'}")
-    return found

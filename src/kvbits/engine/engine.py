@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
@@ -30,16 +30,20 @@ from kvbits.engine.text import decoder, end_tokens
 from kvbits.errors import RequestError
 from kvbits.kernels import Backend, choose_backend
 from kvbits.models import LoadedModel
+from kvbits.pages import PageManager
 from kvbits.pool import PagedPool
 
 log = logging.getLogger(__name__)
+
+MakeRunner = Callable[[LoadedModel, PagedPool, PageManager, Backend], Runner]
 
 
 class Engine:
     """Serves many requests at once from one quantized pool.
 
     ``backend``: kernels, by name (:data:`kvbits.kernels.BACKENDS`) or ready-made; ``None`` goes by the model's device.
-    ``speculative``: tokens are guessed ahead and checked several at a time. Raises ``ConfigError`` for options that
+    ``speculative``: tokens are guessed ahead and checked several at a time. ``runner`` makes what runs a step (another
+    one watches or fills pages, for measurements). Raises ``ConfigError`` for options that
     contradict the model or the pool, ``UnsupportedError`` where the kernels cannot store a layer as the policy asks.
     """
 
@@ -49,6 +53,7 @@ class Engine:
         config: EngineConfig | None = None,
         backend: Backend | str | None = None,
         speculative: SpeculativeConfig | None = None,
+        runner: MakeRunner = Runner,
     ) -> None:
         self.loaded = loaded
         self.config = config = config or EngineConfig()
@@ -61,7 +66,7 @@ class Engine:
         self.limits = limits_of(self.pool, self.max_model_len, config)
         self.scheduler = Scheduler(self.pages, self.limits.pool, config.max_num_seqs, config.max_num_batched_tokens)
         self.stats = EngineStats()
-        self._runner = Runner(loaded, self.pool, self.pages, self.backend)
+        self._runner = runner(loaded, self.pool, self.pages, self.backend)
         self.speculator: Speculator | None = None
         if speculative is not None:
             proposer = proposer_of(speculative, loaded, config, self._runner, self.pages)

@@ -10,7 +10,8 @@ import torch
 
 from kvbits.codecs import Policy, PoolLayout
 from kvbits.config import EngineConfig
-from kvbits.engine.engine import Engine
+from kvbits.engine.engine import Engine, MakeRunner
+from kvbits.engine.runner import Runner
 from kvbits.engine.speculation import SpeculativeConfig
 from kvbits.errors import ConfigError
 from kvbits.evaluation.fidelity import Fidelity, FidelitySummary
@@ -160,6 +161,7 @@ def engine_for(
     max_num_batched_tokens: int = 512,
     backend: Backend | None = None,
     speculative: SpeculativeConfig | None = None,
+    runner: MakeRunner = Runner,
 ) -> Engine:
     """An engine without prefix caching whose pool is made to measure for ``sequences`` of ``tokens`` tokens."""
     config = EngineConfig(
@@ -169,4 +171,4 @@ def engine_for(
         max_num_batched_tokens=max_num_batched_tokens,
         enable_prefix_caching=False,
     )
-    return Engine(loaded, config, backend, speculative)
+    return Engine(loaded, config, backend, speculative, runner)

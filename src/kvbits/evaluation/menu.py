@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from kvbits.engine.text import encode
 from kvbits.errors import ConfigError
 from kvbits.evaluation import toolcalls
 from kvbits.evaluation.documents import reference_text
-from kvbits.evaluation.laboratory import Laboratory
+from kvbits.evaluation.laboratory import Laboratory, plant_fault
 from kvbits.evaluation.speed import distinct_prompts
 from kvbits.evaluation.tasks import TASKS, Material
 from kvbits.evaluation.tasks.files import find
@@ -24,6 +25,9 @@ NAMES = (FIDELITY, LAYERS, *TASKS, GENERATION, TOOLS)
 _NEEDS_TEXT = (FIDELITY, LAYERS, GENERATION)
 _LAYER_WINDOWS = 2
 _PROMPT_TOKENS = 256
+_CHECK_TOKENS = 1024
+"""Longest window of the self-check, which runs one page a step."""
+
 _SHORTEST = 128
 """Tokens of the shortest prompt that a task can be asked in."""
 
@@ -140,3 +144,32 @@ def _material(loaded: LoadedModel, menu: Menu, book: str | None, sizes: Sizes, l
         samples=sizes.samples,
         files=menu.files,
     )
+
+
+def self_check(laboratory: Laboratory, menu: Menu, tokens: Sequence[int], sizes: Sizes) -> list[dict[str, Any]]:
+    """Results of the same policies with a planted fault, on one window of the text.
+
+    Raises ``ConfigError`` where fidelity is not among the parts.
+    """
+    if FIDELITY not in menu.parts:
+        raise ConfigError("--self-check needs the task fidelity")
+    return plant_fault(laboratory, cut_windows(tokens, min(sizes.context, _CHECK_TOKENS), 1))
+
+
+def document(
+    laboratory: Laboratory,
+    rows: Sequence[Mapping[str, Any]],
+    sizes: Sizes,
+    text: Path | None,
+    machine: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What ``kvbits evaluate --json`` writes, and what the report is made from."""
+    settings = {
+        "text": text.name if text else "none",
+        "arithmetic of the text": laboratory.compute_dtype,
+        "of tasks": laboratory.served_dtype,
+        **asdict(sizes),
+    }
+    flat = rows[0] if len(rows) == 1 else {}
+    facts = {"model": laboratory.loaded.name, "text": None if text is None else str(text), **machine}
+    return {**flat, "results": list(rows), "settings": settings, **facts}

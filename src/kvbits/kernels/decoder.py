@@ -109,7 +109,7 @@ class Decoder:
         assert shape.activation in ("silu", "gelu_tanh"), shape.activation
         self._vocabulary = head.out_features
         self._rotated = shape.rotated
-        self._native = _native.Decoder(
+        self.native = _native.Decoder(
             shape.hidden,
             shape.heads,
             shape.kv_heads,
@@ -145,7 +145,7 @@ class Decoder:
         assert cos.shape == sin.shape == (rows, self._rotated), (cos.shape, sin.shape, rows)
         assert cos.dtype == sin.dtype == torch.float32, cos.dtype
         logits = torch.empty(len(wanted), self._vocabulary)
-        self._native.forward(
+        self.native.forward(
             backend.native,
             [backend.layer(view) for view in views],
             backend.tables(batch),

@@ -1,7 +1,7 @@
 """kvbits beside the engines that people use on CPUs: same model, threads and prompt lengths, alternating in one run.
 
     python benchmarks/peers/install.py
-    python benchmarks/peers.py --json out/peers.json --grid full
+    python benchmarks/compare_engines.py --json out/peers.json --grid full
 
 Writes F.json, F.md and F.png. Every measurement is a process of its own with the machine to itself; within a repeat the
 engines take turns at each case, and every second repeat runs in the opposite order. ``--systems`` picks by name,
@@ -123,9 +123,8 @@ def main() -> None:
         }
         results = Results(machine_facts(), settings)
         run(results, peers, cases, args)
-        results.write(args.json)
         table = markdown(results, peers, cases)
-        args.json.with_suffix(".md").write_text(table)
+        results.write(args.json, table)
         draw(results, peers, cases, args.json.with_suffix(".png"))
     print(table)
 
