@@ -45,7 +45,9 @@ def main() -> None:
                 ),
             )
             for session in range(count):
-                prompt = [1000 + (session * 7919 + i * 31) % 20000 for i in range(at.context)]
+                # of the middle of the vocabulary, where no special tokens are
+                vocab = loaded.geometry.vocab_size
+                prompt = [vocab // 4 + (session * 7919 + i * 31) % (vocab // 2) for i in range(at.context)]
                 engine.add_request(prompt, SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True))
             engine.step()
             stats = engine.pages.stats()
