@@ -14,6 +14,7 @@ from kvbits.engine import answer as answer_module
 from kvbits.engine.engine import Engine
 from kvbits.engine.live import Live
 from kvbits.engine.params import SamplingParams
+from kvbits.engine.scheduler import Scheduler
 from kvbits.errors import OutOfPages
 from kvbits.models import LoadedModel
 
@@ -115,8 +116,8 @@ def guilty(engine: Engine, where: str, monkeypatch: pytest.MonkeyPatch) -> Sampl
 
 
 WHERE = (
-    "allowed", "accept", "open", "restore", "reserve", "late reserve", "commit", "late commit", "frames_needed", "model",
-    "text", "prompt report",
+    "allowed", "accept", "open", "restore", "reserve", "late reserve", "commit", "late commit", "frames_needed",
+    "model", "text", "prompt report",
 )  # fmt: skip
 
 
@@ -136,7 +137,8 @@ def run(engine: Engine, requests: list[tuple[list[int], SamplingParams]]) -> lis
         engine.pages.check()
     pages = engine.pages.stats()
     assert (pages.open, pages.sealed) == (0, 0)
-    assert not (engine._live or engine._groups or engine.scheduler.running or engine.scheduler.waiting)
+    for left in (engine._live, engine._groups, engine.scheduler.running, engine.scheduler.waiting):
+        assert not left
     return [
         (
             [t for d in deltas for t in d.token_ids],
@@ -214,19 +216,24 @@ def test_a_plan_that_breaks_off_in_the_middle_loses_nobody(loaded: LoadedModel) 
     for every in (3, 4, 7):
         engine = engine_of(loaded, kv_cache_memory=16 * size, max_num_batched_tokens=64)
         for name in ("_preempt", "_advance", "_open"):
-            plain = getattr(engine.scheduler, name)
-            calls = 0
-
-            def broken(*args: object, plain: Callable = plain, every: int = every, **options: object) -> object:
-                nonlocal calls
-                calls += 1
-                result = plain(*args, **options)
-                if calls % every == 0 and engine.scheduler.suspect() is None:
-                    raise OutOfPages("a bug")
-                return result
-
-            setattr(engine.scheduler, name, broken)
+            fail_after(engine.scheduler, name, every)
         assert run(engine, good) == expected
+
+
+def fail_after(scheduler: Scheduler, name: str, every: int) -> None:
+    """Let every so many calls of a method fail when they are done, unless one request is suspected already."""
+    plain = getattr(scheduler, name)
+    calls = 0
+
+    def broken(*args: object) -> object:
+        nonlocal calls
+        calls += 1
+        result = plain(*args)
+        if calls % every == 0 and scheduler.suspect() is None:
+            raise OutOfPages("a bug")
+        return result
+
+    setattr(scheduler, name, broken)
 
 
 def test_a_request_that_cannot_be_made_leaves_nothing(loaded: LoadedModel) -> None:

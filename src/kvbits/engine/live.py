@@ -10,7 +10,6 @@ from kvbits.engine.outputs import Delta, Logprobs
 from kvbits.engine.request import FinishReason, Request
 from kvbits.engine.sampling import SamplingState
 
-
 log = logging.getLogger(__name__)
 
 

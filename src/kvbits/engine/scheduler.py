@@ -35,8 +35,8 @@ OVERTAKEN = 4
 class Work:
     """``count`` tokens of ``request`` after its ``start`` stored ones, and then the guessed ``draft``.
 
-    The last ``outputs`` rows need logits: those of the draft, the one before it where ``samples`` (the next token can be
-    chosen after this work), and every row of a prompt whose log-probabilities are asked for.
+    The last ``outputs`` rows need logits: those of the draft, the one before it where ``samples`` (the next token can
+    be chosen after this work), and every row of a prompt whose log-probabilities are asked for.
     """
 
     request: Request

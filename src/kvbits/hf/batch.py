@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ def _locked(method: Callable[Concatenate[Batch, P], T]) -> Callable[Concatenate[
         with self._store.lock:
             return method(self, *args, **kwargs)
 
-    return run
+    return cast("Callable[Concatenate[Batch, P], T]", run)
 
 
 @dataclass
