@@ -60,8 +60,9 @@ test-browser: $(INSTALLED) ## the live page in a headless Chromium; writes out/s
 # -s: what was sent and how memory went is printed.
 SOAK_MINUTES ?= 20
 HOSTILE_REQUESTS ?= 10000
-soak: $(INSTALLED) ## hostile requests, then mixed load with cancels (HOSTILE_REQUESTS, SOAK_MINUTES)
+soak: $(INSTALLED) ## hostile requests, mixed load, the engine with faults put in (HOSTILE_REQUESTS, SOAK_MINUTES)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -s -m soak tests/test_server_hostile.py tests/test_server_soak.py \
+	  tests/test_engine_stress.py \
 	  --hostile-requests $(HOSTILE_REQUESTS) --soak-minutes $(SOAK_MINUTES) --soak-model $(MODEL)
 
 lint: $(INSTALLED) ## ruff, mypy, import contracts, clang-format

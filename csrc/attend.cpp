@@ -276,6 +276,7 @@ const char* Cpu::supports(const Layer& layer) const {
 }
 
 void Cpu::forward(const Layer& layer, const Batch& batch, const Rows& rows) {
+  const std::lock_guard<std::mutex> lock(mutex_);
   std::vector<int32_t> staging_first(batch.sequences);
   const Pages unstaged(layer, batch, nullptr, staging_first.data());
   size_t staged = 0;

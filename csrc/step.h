@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <memory>
+#include <mutex>
 
 #include "kernels.h"
 #include "workers.h"
@@ -80,6 +81,7 @@ class Cpu {
 
   // Returns null, or what is wrong with the layer's codecs.
   const char* supports(const Layer& layer) const;
+  // One call at a time; another thread's waits.
   void forward(const Layer& layer, const Batch& batch, const Rows& rows);
 
  private:
@@ -89,6 +91,7 @@ class Cpu {
 
   const Kernels& kernels_;
   Workers workers_;
+  std::mutex mutex_;
   Scratch staging_, partials_, thread_scratch_;
 };
 

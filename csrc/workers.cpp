@@ -40,6 +40,7 @@ void Workers::run(int tasks, const std::function<void(int, int)>& task) {
     for (int i = 0; i < tasks; ++i) task(i, 0);
     return;
   }
+  const std::lock_guard<std::mutex> turn(turn_);
   task_ = &task;
   tasks_ = tasks;
   next_.store(0, std::memory_order_relaxed);

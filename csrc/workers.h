@@ -26,7 +26,8 @@ class Workers {
 
   int threads() const { return threads_; }
 
-  // task(index, thread) for every index; returns when all are done.
+  // task(index, thread) for every index; returns when all are done. Calls from several threads take turns, and a task
+  // makes none. `thread` tells the threads of one call apart.
   void run(int tasks, const std::function<void(int, int)>& task);
 
  private:
@@ -36,7 +37,7 @@ class Workers {
   const int threads_;
   const GompParallel gomp_;
   std::vector<std::thread> own_;
-  std::mutex mutex_;
+  std::mutex turn_, mutex_;
   std::condition_variable wake_, done_;
   uint64_t round_ = 0;
   int active_ = 0;

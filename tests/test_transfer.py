@@ -221,3 +221,12 @@ def test_the_real_models_pages_move_to_another_engine(tmp_path: Path) -> None:
     assert moved.num_cached_tokens == bundle.num_tokens >= len(computed.prompt_token_ids) - 64
     assert moved.outputs[0].token_ids == computed.outputs[0].token_ids
     assert moved.outputs[0].logprobs == computed.outputs[0].logprobs
+
+
+def test_a_bundle_of_nothing_is_a_bundle_too() -> None:
+    engine = engine_of(byte_model())
+    empty = export_pages(engine, [5, 6, 7])
+    found = PageBundle.from_bytes(empty.to_bytes())
+    assert (found.num_tokens, found.num_bytes) == (0, 0)
+    assert import_pages(engine, found) == 0
+    engine.pages.check()

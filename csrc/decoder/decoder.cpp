@@ -151,6 +151,31 @@ void apply_linear(Cpu& cpu, const Linear& linear, const uint16_t* x, ptrdiff_t s
   });
 }
 
+// A room for one call.
+class Decoder::Lease {
+ public:
+  explicit Lease(Decoder& decoder) : decoder_(decoder) {
+    const std::lock_guard<std::mutex> lock(decoder_.mutex_);
+    if (decoder_.rooms_.empty()) {
+      room_ = std::make_unique<Room>();
+    } else {
+      room_ = std::move(decoder_.rooms_.back());
+      decoder_.rooms_.pop_back();
+    }
+  }
+  ~Lease() {
+    const std::lock_guard<std::mutex> lock(decoder_.mutex_);
+    decoder_.rooms_.push_back(std::move(room_));
+  }
+  Lease(const Lease&) = delete;
+  Lease& operator=(const Lease&) = delete;
+  Room& room() { return *room_; }
+
+ private:
+  Decoder& decoder_;
+  std::unique_ptr<Room> room_;
+};
+
 void Decoder::forward(Cpu& cpu, const std::vector<const Layer*>& caches, const Batch& batch, int rows,
                       const uint16_t* embedded, const float* cos, const float* sin, const int64_t* wanted, int count,
                       float* logits) {
@@ -160,22 +185,24 @@ void Decoder::forward(Cpu& cpu, const std::vector<const Layer*>& caches, const B
   const int key_at = shape_.heads * dim, value_at = key_at + shape_.kv_heads * dim;
   const int width = value_at + shape_.kv_heads * dim;
   const size_t all = rows;
-  auto* residual = reinterpret_cast<float*>(residual_.get(all * hidden * 4));
+  Lease lease(*this);
+  Room& room = lease.room();
+  auto* residual = reinterpret_cast<float*>(room.residual.get(all * hidden * 4));
   const bool coded = head_.coded();
-  uint16_t* normed = normed_.get(rows, hidden);
-  auto* projected = reinterpret_cast<float*>(projected_.get(all * width * 4));
-  auto* heads = reinterpret_cast<uint16_t*>(heads_.get(all * width * 2));
-  uint16_t* attended = attended_.get(rows, key_at);
-  uint16_t* gated = gated_.get(rows, inner);
+  uint16_t* normed = room.normed.get(rows, hidden);
+  auto* projected = reinterpret_cast<float*>(room.projected.get(all * width * 4));
+  auto* heads = reinterpret_cast<uint16_t*>(room.heads.get(all * width * 2));
+  uint16_t* attended = room.attended.get(rows, key_at);
+  uint16_t* gated = room.gated.get(rows, inner);
   if (coded) {
-    for (Input* input : {&normed_, &attended_, &gated_}) input->reserve_codes(rows);
+    for (Input* input : {&room.normed, &room.attended, &room.gated}) input->reserve_codes(rows);
   }
 
   const auto norm = [&](const std::vector<float>& weight) {
     each_row(workers, rows, [&](int r) {
       kernels.norm(residual + static_cast<size_t>(r) * hidden, weight.data(), shape_.eps, hidden,
                    normed + static_cast<size_t>(r) * hidden);
-      if (coded) normed_.quantize(kernels, r);
+      if (coded) room.normed.quantize(kernels, r);
     });
   };
   const auto add_to_residual = [&](const Linear& linear, Input& x) {
@@ -201,7 +228,7 @@ void Decoder::forward(Cpu& cpu, const std::vector<const Layer*>& caches, const B
     const int first[] = {0, parts[0]->panel_pairs(), parts[0]->panel_pairs() + parts[1]->panel_pairs()};
     workers.run(first[2] + parts[2]->panel_pairs(), [&](int task, int) {
       const int part = task >= first[2] ? 2 : task >= first[1] ? 1 : 0;
-      multiply_pair(kernels, *parts[part], task - first[part], normed_, rows,
+      multiply_pair(kernels, *parts[part], task - first[part], room.normed, rows,
                     [&](int row, int column, int n, const float* products) {
                       std::memcpy(projected + static_cast<size_t>(row) * width + starts[part] + column, products,
                                   n * sizeof(float));
@@ -222,10 +249,10 @@ void Decoder::forward(Cpu& cpu, const std::vector<const Layer*>& caches, const B
     cpu.forward(*caches[l], batch,
                 Rows{Float::kBf16, heads, heads + key_at, heads + value_at, width, dim, width, dim, width, dim, nullptr,
                      attended});
-    add_to_residual(*layer.output, attended_);
+    add_to_residual(*layer.output, room.attended);
     norm(layer.mlp_norm);
     workers.run(layer.gate->out() / kPanel + (layer.gate->out() % kPanel != 0), [&](int panel, int) {
-      Tile tile(kernels, normed_);
+      Tile tile(kernels, room.normed);
       const int column = panel * kPanel, columns = inner - column < kPanel ? inner - column : kPanel;
       for (int row = 0; row < rows; row += kRowTile) {
         const int n = rows - row < kRowTile ? rows - row : kRowTile;
@@ -239,16 +266,16 @@ void Decoder::forward(Cpu& cpu, const std::vector<const Layer*>& caches, const B
         }
       }
     });
-    add_to_residual(*layer.down, gated_);
+    add_to_residual(*layer.down, room.gated);
   }
   for (int i = 0; i < count; ++i) {
     kernels.norm(residual + wanted[i] * hidden, final_norm_.data(), shape_.eps, hidden,
                  normed + static_cast<size_t>(i) * hidden);
-    if (coded) normed_.quantize(kernels, i);
+    if (coded) room.normed.quantize(kernels, i);
   }
   const size_t vocabulary = head_.out();
   workers.run(head_.panel_pairs(), [&](int pair, int) {
-    multiply_pair(kernels, head_, pair, normed_, count, [&](int row, int column, int n, const float* products) {
+    multiply_pair(kernels, head_, pair, room.normed, count, [&](int row, int column, int n, const float* products) {
       std::memcpy(logits + row * vocabulary + column, products, n * sizeof(float));
     });
   });

@@ -3,6 +3,7 @@
 // cost. The residual stream is float32, products take bfloat16 and add in float32.
 #pragma once
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "../kernels.h"
@@ -98,7 +99,7 @@ class Decoder {
 
   int num_layers() const { return static_cast<int>(layers_.size()); }
   // `embedded` bfloat16 [rows, hidden]; `cos`, `sin` float [rows, rotated]; `layers` the caches, one a layer; logits of
-  // the rows in `wanted` go to `logits` [count, vocabulary].
+  // the rows in `wanted` go to `logits` [count, vocabulary]. Any number of threads at once, each with its own `cpu`.
   void forward(Cpu& cpu, const std::vector<const Layer*>& layers, const Batch& batch, int rows,
                const uint16_t* embedded, const float* cos, const float* sin, const int64_t* wanted, int count,
                float* logits);
@@ -108,8 +109,15 @@ class Decoder {
   std::vector<DecoderLayer> layers_;
   std::vector<float> final_norm_;
   const Linear& head_;
-  Scratch residual_, projected_, heads_;
-  Input normed_, attended_, gated_;
+
+  // A call's memory, kept for the next one: as many as there were ever calls at once.
+  struct Room {
+    Scratch residual, projected, heads;
+    Input normed, attended, gated;
+  };
+  class Lease;
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Room>> rooms_;
 };
 
 }  // namespace kvbits

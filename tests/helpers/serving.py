@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
 import uvicorn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -17,7 +19,9 @@ from kvbits import SamplingParams
 from kvbits.config import EngineConfig
 from kvbits.engine.engine import Engine
 from kvbits.models import LoadedModel
+from kvbits.models.fused import FusedModel, fuse
 from kvbits.models.load import wrap
+from kvbits.models.packed import pack_linears
 from kvbits.server.app import create_app
 from kvbits.server.options import ServerOptions
 from kvbits.server.run import http_config
@@ -46,6 +50,22 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def byte_model(**changes: object) -> LoadedModel:
     model = tiny_model("llama", vocab_size=259, max_position_embeddings=CONTEXT, **changes)
     return wrap(model, byte_tokenizer(), MODEL)
+
+
+def packed_byte_model(form: str = "bf16", fused: bool = True, **changes: object) -> LoadedModel:
+    """The byte model in bfloat16 with packed layers: a row's bits do not depend on the rows beside it.
+
+    ``fused``: as one native call a step, as real models run; else transformers' code around the packed layers.
+    """
+    model = tiny_model("llama", vocab_size=259, max_position_embeddings=CONTEXT, **changes).bfloat16()
+    loaded = wrap(model, byte_tokenizer(), MODEL)
+    if not pack_linears(loaded.model, form):
+        pytest.skip("this processor has only portable kernels: layers are torch's")
+    if not fused:
+        return loaded
+    found = fuse(loaded.model, loaded.geometry, form)
+    assert isinstance(found, FusedModel), found
+    return dataclasses.replace(loaded, fused=found)
 
 
 def engine_of(loaded: LoadedModel, **changes: object) -> Engine:

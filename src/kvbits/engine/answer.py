@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -11,6 +13,8 @@ from kvbits.engine.live import Live
 from kvbits.engine.outputs import Delta
 from kvbits.engine.sampler import Sampled, report, sample
 from kvbits.engine.scheduler import Work
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -30,57 +34,70 @@ class Answer:
 
 
 def answer(works: Sequence[Work], logits: Tensor, lives: Mapping[int, Live]) -> list[Answer]:
-    """Choose the tokens of each work and append them to its sequence; ``logits`` float32 ``[outputs, vocab]``."""
+    """Choose the tokens of each work and append them to its sequence; ``logits`` float32 ``[outputs, vocab]``.
+
+    What fails for one sequence is its own error.
+    """
+    answers = [Answer() for _ in works]
     parts = [logits[:0]] * len(works)
-    single: list[int] = []
+    single: dict[int, int] = {}
     row = 0
     for index, work in enumerate(works):
         parts[index] = logits[row : row + work.outputs]
         row += work.outputs
         live = lives[work.request.seq_id]
         if live.prompt_logprobs is not None and work.outputs:
-            _report_prompt(live, work, parts[index])
+            with _own_error(answers[index]):
+                _report_prompt(live, work, parts[index])
         if work.samples and not work.draft:
-            single.append(row - 1)
-    plain = [lives[w.request.seq_id].sampling for w in works if w.samples and not w.draft]
-    chosen: Iterator[Sampled] = iter(())
+            single[index] = row - 1
     if single:
-        chosen = iter(sample(logits if len(single) == row else logits[single], plain))
-    answers = []
-    for work, part in zip(works, parts, strict=True):
-        live = lives[work.request.seq_id]
-        if not work.samples:
-            answers.append(Answer())
-        elif work.draft:
-            answers.append(_verify(live, work.draft, part))
-        else:
-            answers.append(_extend(Answer(), live, next(chosen)))
+        rows = list(single.values())
+        plain = [lives[works[index].request.seq_id].sampling for index in single]
+        chosen = dict(zip(single, sample(logits if len(rows) == row else logits[rows], plain), strict=True))
+    for index, work in enumerate(works):
+        found, live = answers[index], lives[work.request.seq_id]
+        if not work.samples or found.error is not None:
+            continue
+        with _own_error(found):
+            if work.draft:
+                _verify(found, live, work.draft, parts[index])
+            else:
+                _extend(found, live, chosen[index])
     return answers
 
 
-def _verify(live: Live, draft: Sequence[int], logits: Tensor) -> Answer:
+@contextmanager
+def _own_error(found: Answer) -> Iterator[None]:
+    """Whatever is raised inside ends this sequence, and no other one."""
+    try:
+        yield
+    except Exception as error:
+        log.exception("a token could not be chosen")
+        found.error = f"{type(error).__name__}: {error}"
+
+
+def _verify(found: Answer, live: Live, draft: Sequence[int], logits: Tensor) -> None:
     """Choose token after token, each as it would be without a draft, as long as the draft has foreseen it.
 
     For a fixed guess this is rejection sampling: a token is kept with the probability that the model gives it, and what
     stands in its place otherwise follows the model's distribution. Since the choice is made with the request's next
-    random number, the answer is even the same as without speculation. ``logits`` ``[len(draft) + 1, vocab]``.
+    random number, the answer is even the same as without speculation. ``logits``: the last ``len(draft) + 1`` rows.
     """
-    found = Answer()
+    logits = logits[-len(draft) - 1 :]
     ahead = sample(logits, [live.sampling] * len(logits)) if live.request.params.plain_greedy else None
     for row in range(len(logits)):
         sampled = ahead[row] if ahead is not None else sample(logits[row : row + 1], [live.sampling])[0]
         _extend(found, live, sampled)
         if found.error is not None or live.request.finished or row == len(draft) or sampled.token != draft[row]:
             break
-    return found
 
 
-def _extend(found: Answer, live: Live, sampled: Sampled) -> Answer:
+def _extend(found: Answer, live: Live, sampled: Sampled) -> None:
     if sampled.error is not None:
         found.error = sampled.error
     else:
         found.deltas.append(live.accept(sampled.token, sampled.logprobs))
-    return found
 
 
 def _report_prompt(live: Live, work: Work, logits: Tensor) -> None:

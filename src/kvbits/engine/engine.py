@@ -1,8 +1,8 @@
 """The engine: requests in, tokens and text out, one step at a time.
 
 A step is: draft (where tokens are guessed), schedule, model, sample, commit. One thread drives it. A request that fails
-ends with an error of its own; when a whole step fails, its requests are tried again one by one, so that only the guilty
-one ends.
+ends with an error of its own, whichever part of a step it fails in; when a whole step fails, its requests are tried
+again one by one, so that only the guilty one ends.
 """
 
 from __future__ import annotations
@@ -117,8 +117,10 @@ class Engine:
                 deadline=deadline,
             )
             group.append(Live(request, self._decode, self._ends, self.max_model_len))
-            self._live[request.seq_id] = group[-1]
-            self.scheduler.add(request)
+        # All of them, or none.
+        for live in group:
+            self._live[live.request.seq_id] = live
+            self.scheduler.add(live.request)
         self._groups[request_id] = group
         return request_id
 
@@ -151,7 +153,7 @@ class Engine:
                 self.speculator.propose(self.scheduler.decoding(), self._live)
         begin = time.perf_counter()
         with self.stats.timed("schedule"):
-            plan = self.scheduler.schedule()
+            plan = self._schedule(deltas)
         deltas += self._settle(plan)
         if not plan.works:
             return deltas
@@ -161,7 +163,11 @@ class Engine:
         if logits is None:
             return deltas + self._recover(plan.works, error)
         with self.stats.timed("sample"):
-            answers = answer(plan.works, logits, self._live)
+            try:
+                answers = answer(plan.works, logits, self._live)
+            except Exception as caught:
+                log.exception("no token could be chosen in a step of %d requests", len(plan.works))
+                return deltas + self._recover(plan.works, f"{type(caught).__name__}: {caught}")
         with self.stats.timed("commit"):
             for work, found in zip(plan.works, answers, strict=True):
                 deltas += self._commit(work, found)
@@ -220,6 +226,22 @@ class Engine:
             if v.request.deadline is not None and v.request.deadline <= now
         ]
 
+    def _schedule(self, deltas: list[Delta]) -> Plan:
+        """The next step's plan, an empty one where planning fails. A request that cannot be planned alone ends."""
+        suspect = self.scheduler.suspect()
+        try:
+            return self.scheduler.schedule()
+        except Exception as error:
+            log.exception("a step could not be planned")
+            # Wherever the plan broke off, some may stand in no queue, and some may hold pages for rows that never come.
+            for live in list(self._live.values()):
+                self.scheduler.requeue(live.request)
+                live.request.suspect = live.request.suspect or suspect is None
+            if suspect is not None:
+                message = f"no step could be planned for this request: {type(error).__name__}: {error}"
+                deltas.append(self._end(self._live[suspect.seq_id], FinishReason.ERROR, message))
+            return Plan()
+
     def _settle(self, plan: Plan) -> list[Delta]:
         """Account for what the scheduler decided besides the work itself."""
         self.stats.preemptions += len(plan.preempted)
@@ -254,7 +276,11 @@ class Engine:
         request = work.request
         live = self._live[request.seq_id]
         end = work.start + work.count + found.accepted
-        self.pages.commit(request.seq_id, request.tokens[work.start : end])
+        try:
+            self.pages.commit(request.seq_id, request.tokens[work.start : end])
+        except Exception as error:
+            log.exception("what a step stored could not be recorded")
+            found.error = found.error or f"{type(error).__name__}: {error}"
         request.computed = end
         self.stats.computed_tokens += end - work.start
         if work.draft and self.speculator is not None:
@@ -263,8 +289,8 @@ class Engine:
             self.stats.prompt_tokens += len(request.prompt)
             self.stats.cached_tokens += request.cached or 0
         self.stats.generated_tokens += len(found.deltas)
-        if found.error is not None:
-            return [*found.deltas, self._end(live, FinishReason.ERROR, found.error)]
         if request.finished:
             self._forget(live)
+        elif found.error is not None:
+            return [*found.deltas, self._end(live, FinishReason.ERROR, found.error)]
         return found.deltas

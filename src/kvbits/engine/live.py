@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from kvbits.engine.detokenize import Detokenizer, StopStrings
 from kvbits.engine.outputs import Delta, Logprobs
 from kvbits.engine.request import FinishReason, Request
 from kvbits.engine.sampling import SamplingState
+
+log = logging.getLogger(__name__)
 
 
 class Live:
@@ -63,9 +66,15 @@ class Live:
         return self._delta(text, (token,), None if logprobs is None else (logprobs,))
 
     def finish(self, reason: FinishReason, error: str | None = None) -> Delta:
-        """End the request from outside; the delta carries the text that was still held back."""
+        """End the request from outside; the delta carries the text that was still held back, if it can be had."""
         self.request.finish(reason, error)
-        return self._delta(self._rest()[0])
+        try:
+            text = self._rest()[0]
+        # The request may end because its tokens have no text.
+        except Exception:
+            log.exception("the last text of a request was lost")
+            text = ""
+        return self._delta(text)
 
     def _rest(self) -> tuple[str, str | None]:
         text, found = self._stops.push(self._detokenizer.flush())

@@ -7,6 +7,7 @@ A draw inverts the cumulative distribution at the request's next random number.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from torch import Tensor
 from kvbits.engine.outputs import Logprob, Logprobs
 from kvbits.engine.sampling import SamplingState
 from kvbits.errors import RequestError
+
+log = logging.getLogger(__name__)
 
 _HEADS = (256, 4096)
 """How many of the likeliest tokens top-p looks at before it sorts them all."""
@@ -52,6 +55,10 @@ def _try_row(raw: Tensor, state: SamplingState) -> Sampled:
         return _sample_row(raw, state)
     except RequestError as error:
         return Sampled(-1, error=str(error))
+    # A grammar's matcher is foreign code; the rows beside this one must not suffer.
+    except Exception as error:
+        log.exception("a token could not be chosen")
+        return Sampled(-1, error=f"{type(error).__name__}: {error}")
 
 
 def _sample_row(raw: Tensor, state: SamplingState) -> Sampled:

@@ -26,7 +26,8 @@ from kvbits.pages import PageManager
 class Work:
     """``count`` tokens of ``request`` after its ``start`` stored ones, and then the guessed ``draft``.
 
-    The last ``outputs`` rows need logits. ``samples``: the next token can be chosen after this work.
+    The last ``outputs`` rows need logits: those of the draft, the one before it where ``samples`` (the next token can
+    be chosen after this work), and every row of a prompt whose log-probabilities are asked for.
     """
 
     request: Request
@@ -84,11 +85,15 @@ class Scheduler:
         """Running sequences that wait for their next token."""
         return [r for r in self.running if r.remaining == 1]
 
+    def suspect(self) -> Request | None:
+        """The request that has the next step to itself."""
+        return next((r for r in [*self.running, *self.waiting] if r.suspect), None)
+
     def schedule(self) -> Plan:
         """Reserve frames for the next step and say what it computes."""
         plan = Plan()
         scheduled: set[int] = set()
-        suspect = next((r for r in [*self.running, *self.waiting] if r.suspect), None)
+        suspect = self.suspect()
         if suspect is not None:
             self._alone(suspect, plan, scheduled)
             return plan
@@ -138,8 +143,17 @@ class Scheduler:
         self._advance(request, min(self.max_num_batched_tokens, request.remaining), plan, scheduled)
 
     def requeue(self, request: Request) -> None:
-        """Take a running request's pages and let it start again, since they may hold a failed step's rows."""
-        self._preempt(request, Plan())
+        """Let a request start again, wherever a failed step has left it; its pages may hold rows of that step."""
+        if request in self.running:
+            self.running.remove(request)
+        if request.seq_id in self.pages.sequences():
+            self.pages.free(request.seq_id)
+        if request.state is RequestState.RUNNING:
+            request.state = RequestState.PREEMPTED
+            request.preemptions += 1
+        request.computed = 0
+        if request not in self.waiting:
+            self.add(request)
 
     def _advance(
         self, request: Request, count: int, plan: Plan, scheduled: set[int], draft: tuple[int, ...] = ()
@@ -162,7 +176,7 @@ class Scheduler:
     def _work(request: Request, count: int, draft: tuple[int, ...]) -> Work:
         whole = request.params.prompt_logprobs is not None and request.num_output == 0
         samples = request.computed + count == len(request.tokens)
-        outputs = count if whole else int(samples) + len(draft)
+        outputs = (count if whole else int(samples)) + len(draft)
         return Work(request, request.computed, count, outputs, samples, draft)
 
     def _make_room(self, request: Request, count: int, plan: Plan, scheduled: Iterable[int]) -> bool:

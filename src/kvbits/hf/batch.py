@@ -10,7 +10,10 @@ are kept beside the codes: a crop goes back to the very rows that were there, an
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Concatenate, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +24,21 @@ from kvbits.hf.store import Part, Step, Store
 
 _TOKEN = 0
 """The page manager wants tokens for its prefix index; a transformers cache is not told them, and has no index."""
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _locked(method: Callable[Concatenate[Batch, P], T]) -> Callable[Concatenate[Batch, P], T]:
+    """One thread at a time among the caches of a store."""
+
+    @functools.wraps(method)
+    def run(self: Batch, *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._store.lock:
+            return method(self, *args, **kwargs)
+
+    return cast("Callable[Concatenate[Batch, P], T]", run)
 
 
 @dataclass
@@ -56,6 +74,7 @@ class Batch:
 
     # One forward pass
 
+    @_locked
     def begin(self, rows: int, columns: int, mask: Tensor | None, recording: bool) -> Step:
         """Take the pages for ``columns`` more columns, of which ``mask`` ``bool [rows, length + columns]`` are tokens.
 
@@ -81,6 +100,7 @@ class Batch:
         self._store.copy_pages()
         return Step(tuple(p for p in parts if p is not None))
 
+    @_locked
     def finish(self, recording: bool) -> None:
         """The step of :meth:`begin` has run."""
         assert self._coming is not None
@@ -95,6 +115,7 @@ class Batch:
 
     # The whole batch
 
+    @_locked
     def crop(self, columns: int) -> None:
         """Take back the last ``columns`` columns.
 
@@ -122,6 +143,7 @@ class Batch:
                 self._store.pages.truncate(sequence.id, length)
         self.real = self.real[:, :kept]
 
+    @_locked
     def select(self, rows: list[int]) -> None:
         """Make row ``i`` what row ``rows[i]`` is; rows that are wanted more than once share their pages."""
         self._check_whole()
@@ -135,6 +157,7 @@ class Batch:
             self._store.pages.free(sequence.id)
         self.real = self.real[rows]
 
+    @_locked
     def clear(self) -> None:
         """Forget everything, whatever state a failed pass has left."""
         for sequence in self._sequences:
@@ -143,6 +166,7 @@ class Batch:
         self._coming = None
         self.real = self.real[:0, :0]
 
+    @_locked
     def fork(self) -> Batch:
         """The same rows once more; all pages are shared."""
         self._check_whole()

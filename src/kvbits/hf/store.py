@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,10 @@ class Step:
 
 
 class Store:
-    """Pool, page manager and kernels behind the caches of one model. Sequences of all caches have distinct ids."""
+    """Pool, page manager and kernels behind the caches of one model. Sequences of all caches have distinct ids.
+
+    Caches that share a store may be used in several threads; whoever asks for pages holds ``lock``.
+    """
 
     def __init__(self, loaded: LoadedModel, dtype: str, memory: str | int | None, backend: Backend) -> None:
         config = EngineConfig(kv_cache_dtype=dtype, enable_prefix_caching=False)
@@ -50,6 +54,7 @@ class Store:
         self.backend = backend
         self.pool = PagedPool(loaded.geometry, policy, size, device=loaded.device)
         self.pages: PageManager = pages_of(self.pool, loaded, config)
+        self.lock = threading.RLock()  # again in one thread: a cache may be collected, and cleared, at any time
         self._next = 0
 
     def open(self) -> int:

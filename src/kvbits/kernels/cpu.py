@@ -19,8 +19,8 @@ from kvbits.pool import LayerView
 class CpuBackend(Backend):
     """Kernels for x86-64 (AVX-512 VNNI, AVX2) and portable C++, chosen at run time.
 
-    ``isa`` is ``"auto"`` or one of :func:`available_isas`; ``threads`` defaults to torch's number. One instance serves
-    one engine: it keeps the scratch memory of a step.
+    ``isa`` is ``"auto"`` or one of :func:`available_isas`; ``threads`` defaults to torch's number. One instance
+    serves one engine: it keeps the scratch memory of a step, so calls from several threads take turns.
     """
 
     name = "cpu"
@@ -112,7 +112,8 @@ class CpuBackend(Backend):
 
     def tables(self, batch: BatchLayout) -> _native.Batch:
         """What the kernels know of a step."""
-        if self._batch is None or self._batch[0] is not batch:
+        known = self._batch
+        if known is None or known[0] is not batch:
             native = _native.Batch(
                 batch.starts,
                 batch.counts,
@@ -123,8 +124,8 @@ class CpuBackend(Backend):
                 batch.sink,
                 batch.draft,
             )
-            self._batch = (batch, native)
-        return self._batch[1]
+            known = self._batch = (batch, native)
+        return known[1]
 
 
 def available_isas() -> list[str]:

@@ -76,9 +76,14 @@ class PrefixCache:
             return None
         self.make_free(count)
         frames = self._allocator.take(count)
-        if not source.fetch(key, frames):
-            self._allocator.release(frames)
-            self._allocator.put(frames)
+        good = False
+        try:
+            good = source.fetch(key, frames)
+        finally:
+            if not good:
+                self._allocator.release(frames)
+                self._allocator.put(frames)
+        if not good:
             return None
         page = CachedPage(key, parent, depth, frames)
         self.index.insert(page)

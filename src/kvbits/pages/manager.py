@@ -172,6 +172,10 @@ class PageManager:
         own = table.open or ()
         return self._pages(len(table.tokens), 0, list(table.sealed), own, own)
 
+    def reserved(self, seq_id: int) -> bool:
+        """Whether the sequence has a reservation."""
+        return self._table(seq_id).reservation is not None
+
     def sequences(self) -> list[int]:
         """The ids of all sequences, oldest first."""
         return list(self._tables)

@@ -97,7 +97,8 @@ class SecondTier:
         slots = tuple(self._free.pop() for _ in frames)
         try:
             checksums = tuple(self._mover.save(frame, slot) for frame, slot in zip(frames, slots, strict=True))
-        except OSError as error:
+        # A full disk, or a device that could not be read: the pool needs the frames all the same.
+        except Exception as error:
             self._free.extend(slots)
             self._failed += 1
             self.read_only = True
@@ -116,7 +117,7 @@ class SecondTier:
                 self._mover.load(slot, frame, checksum)
                 for slot, frame, checksum in zip(kept.slots, frames, kept.checksums, strict=True)
             )
-        except OSError as error:
+        except Exception as error:
             log.warning("an offloaded page could not be read: %s", error)
             good = False
         if good:

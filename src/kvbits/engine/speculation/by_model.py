@@ -64,7 +64,19 @@ class ModelProposer(Proposer):
     def begin(self, candidates: Sequence[Candidate]) -> list[_Guess]:
         """What to read first for each candidate; ``most`` is 0 where nothing can be guessed."""
 
+    @abstractmethod
+    def undo(self, request: Request) -> None:
+        """Leave nothing behind of a guess that failed midway."""
+
     def propose(self, candidates: Sequence[Candidate]) -> list[list[int]]:
+        try:
+            return self._propose(candidates)
+        except BaseException:
+            for candidate in candidates:
+                self.undo(candidate.request)
+            raise
+
+    def _propose(self, candidates: Sequence[Candidate]) -> list[list[int]]:
         guesses = self.begin(candidates)
         begin, rounds = time.perf_counter(), 1
         active = self._read([g for g in guesses if g.most > 0])
@@ -124,11 +136,20 @@ class DraftModelProposer(ModelProposer):
         if request.seq_id in self.pages.sequences():
             self.pages.free(request.seq_id)
 
+    def undo(self, request: Request) -> None:
+        self.forget(request)
+
     def _follow(self, candidate: Candidate) -> _Guess:
         request = candidate.request
+        size = len(request.tokens)
+        if request.seq_id in self.pages.sequences() and self.pages.length(request.seq_id) >= size:
+            # No step followed the last guess; what may come next is in the logits of the last token, read once more.
+            if size % PAGE_TOKENS:
+                self.pages.truncate(request.seq_id, size - 1)
+            else:
+                self.pages.free(request.seq_id)
         if request.seq_id not in self.pages.sequences():
             self.pages.open(request.seq_id, request.tokens, request.salt)
-        size = len(request.tokens)
         unread = request.tokens[self.pages.length(request.seq_id) :]
         # The last guessed token is not stored, so the page's last place stays empty.
         return _Guess(candidate, unread, min(candidate.count, PAGE_TOKENS - size % PAGE_TOKENS), size)
@@ -151,6 +172,11 @@ class SelfProposer(ModelProposer):
             room = PAGE_TOKENS - 1 - stored % PAGE_TOKENS
             guesses.append(_Guess(candidate, tokens[-1:], min(candidate.count, room), stored))
         return guesses
+
+    def undo(self, request: Request) -> None:
+        if self.pages.reserved(request.seq_id):
+            self.pages.rollback(request.seq_id)
+        self.pages.truncate(request.seq_id, len(request.tokens) - 1)
 
     def forget(self, request: Request) -> None:
         """Nothing is kept."""

@@ -19,6 +19,9 @@ log = logging.getLogger(__name__)
 PLAIN_EVERY = 32
 """After so many steps with guesses one goes without, so that the cost of such a step stays known."""
 
+MOST_FAILURES = 8
+"""After so many sequences in a row for which guessing failed nothing is guessed any more."""
+
 _BELIEF = 0.7
 
 
@@ -33,26 +36,27 @@ class Speculator:
         self._trust: dict[int, Trust] = {}
         self._since_plain = 0
         self._belief = Trust(_BELIEF)
+        self._without: set[int] = set()
+        self._failed = 0
 
     def propose(self, requests: Sequence[Request], lives: Mapping[int, Live]) -> None:
-        """Guess for those of ``requests`` (all wait for their next token) that it is worth for."""
+        """Guess for those of ``requests`` (all wait for their next token) that it is worth for.
+
+        Answers do not depend on guesses: whatever fails here, the requests go on without.
+        """
         for request in requests:
             request.draft = []
-        if self.stats.failures or not requests or self._measures():
-            return
-        candidates = [c for c in (self._candidate(lives[r.seq_id], len(requests)) for r in requests) if c is not None]
-        if not candidates:
+        if self._failed >= MOST_FAILURES or not requests:
             return
         try:
-            guesses = self._proposer.propose(candidates)
-        # Answers do not depend on guesses: whatever fails here, the requests go on without.
+            measures = self._measures()
+            able = [lives[r.seq_id] for r in requests if r.seq_id not in self._without and not measures]
+            candidates = [c for c in (self._candidate(live, len(requests)) for live in able) if c is not None]
         except Exception:
-            log.exception("guessing tokens failed; speculation is off from now on")
-            self.stats.failures += 1
+            self._fail("whether to guess could not be decided")
             return
-        for candidate, guess in zip(candidates, guesses, strict=True):
-            assert len(guess) <= candidate.count, (guess, candidate.count)
-            candidate.request.draft = guess
+        if candidates:
+            self._guess(candidates)
 
     def verified(self, work: Work, accepted: int) -> None:
         """Of the guess of ``work`` the first ``accepted`` tokens were kept."""
@@ -66,13 +70,47 @@ class Speculator:
         """A step of ``works`` took ``seconds``, guessing not included. Steps that read prompts teach nothing here."""
         if all(work.count == 1 and work.samples for work in works):
             guessed = sum(len(work.draft) for work in works)
-            self.cost.observe(len(works), guessed, seconds)
             self._since_plain = self._since_plain + 1 if guessed else 0
+            try:
+                self.cost.observe(len(works), guessed, seconds)
+            except Exception:
+                self._fail("the cost of a step could not be learned")
 
     def forget(self, request: Request) -> None:
         """The sequence has ended."""
         self._trust.pop(request.seq_id, None)
-        self._proposer.forget(request)
+        self._without.discard(request.seq_id)
+        try:
+            self._proposer.forget(request)
+        except Exception:
+            self._fail("a sequence could not be forgotten")
+
+    def _guess(self, candidates: Sequence[Candidate]) -> None:
+        """Guess for all ``candidates``; if that fails, for each alone, and never again for one that fails alone."""
+        try:
+            guesses = self._proposer.propose(candidates)
+            if [len(g) <= c.count for g, c in zip(guesses, candidates, strict=True)].count(False):
+                raise ValueError(f"guesses of {[len(g) for g in guesses]} tokens for {[c.count for c in candidates]}")
+        except Exception:
+            self._fail(f"guessing tokens for {len(candidates)} sequences failed", in_a_row=len(candidates) == 1)
+        else:
+            self._failed = 0
+            for candidate, guess in zip(candidates, guesses, strict=True):
+                candidate.request.draft = guess
+            return
+        if len(candidates) == 1:
+            self._without.add(candidates[0].request.seq_id)
+            return
+        for candidate in candidates:
+            if self._failed < MOST_FAILURES:
+                self._guess([candidate])
+
+    def _fail(self, what: str, in_a_row: bool = True) -> None:
+        """Account for the exception being handled."""
+        self.stats.failures += 1
+        self._failed += in_a_row
+        off = "; nothing is guessed from now on" if self._failed == MOST_FAILURES else ""
+        log.exception("%s%s", what, off)
 
     def _measures(self) -> bool:
         """Whether the step must go without guesses, to learn what such a step costs."""

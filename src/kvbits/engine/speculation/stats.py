@@ -13,8 +13,8 @@ class SpeculationStats:
     A *draft* is the guess for one sequence in one step. ``accepted_at[i]`` counts drafts whose token ``i`` was kept.
     ``withheld`` counts the steps of sequences in which nothing was guessed because that was measured to be faster;
     ``suspended`` how often a sequence was set aside for a while because its guesses failed; ``plain_steps`` the steps
-    without drafts that measure what a step costs. ``failures`` counts errors of the draft model: the first ends
-    speculation.
+    without drafts that measure what a step costs. ``failures`` counts errors while guessing, which cost a sequence its
+    guesses and never its answer.
     """
 
     drafts: int = 0

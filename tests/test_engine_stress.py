@@ -1,0 +1,69 @@
+"""Everything at once, at random, with faults put in: each answer is the isolated one, and no page is ever lost.
+
+See ``helpers/stress.py``. Each run is one number; a failure prints how to see it again.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+from helpers.stress import METHODS, Stress
+
+SEEDS = 8
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """The tiny model has nothing to share between more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_mixed_load_with_faults(method: str) -> None:
+    total: Counter[str] = Counter()
+    for seed in range(SEEDS):
+        total += Stress(seed, method).run()
+    # The load was one.
+    for kind in (
+        "equal answers",
+        "cached tokens",
+        "preemptions",
+        "cancels",
+        "errors",
+        "imported pages",
+        "faults: model",
+    ):
+        assert total[kind] > 0, (kind, total)
+    assert total["equal answers"] > 0.4 * total["requests"], total
+    assert method == "none" or total["tokens kept of guesses"] > 10, total
+
+
+@pytest.mark.soak
+def test_replay(request: pytest.FixtureRequest) -> None:
+    seed = request.config.getoption("--stress-seed")
+    if seed is None:
+        pytest.skip("--stress-seed says which run")
+    for kind, count in sorted(Stress(seed, request.config.getoption("--stress-method")).run().items()):
+        print(f"{count:9,} {kind}")
+
+
+@pytest.mark.soak
+def test_a_long_mixed_load_of_the_engine(request: pytest.FixtureRequest) -> None:
+    end = time.monotonic() + 60 * request.config.getoption("--soak-minutes")
+    first = seed = random.SystemRandom().randrange(10**9)
+    total: Counter[str] = Counter()
+    print(f"seeds from {first}")
+    while time.monotonic() < end:
+        total += Stress(seed, METHODS[seed % len(METHODS)], requests=40).run()
+        seed += 1
+    print(f"{seed - first:,} runs")
+    for kind, count in sorted(total.items()):
+        print(f"{count:9,} {kind}")
