@@ -7,13 +7,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.serving import wrap
+from helpers.tiny import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from kvbits.engine.detokenize import Detokenizer
+from kvbits.engine.outputs import Logprob
 from kvbits.engine.text import decoder
+from kvbits.server.logprobs import CompletionLogprobs
+from kvbits.server.prepare import Preparer
 
 HARD = "👩‍💻👩🏽‍🚀 🇩🇪 ग्रीष्म 𓀀𓀁 ﷽ naïve 世界 한 "
 """Characters of up to four bytes, joined by zero-width joiners, some of them in no vocabulary here."""
@@ -55,7 +60,9 @@ def metaspace() -> Tokenizer:
 
 
 def unigram() -> Tokenizer:
-    pieces = [(p, -1.0) for p in ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *("▁" + w for w in WORDS), *WORDS]]
+    pieces = [
+        (p, -1.0) for p in ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *("▁" + w for w in WORDS), *WORDS]
+    ]
     tokenizer = Tokenizer(models.Unigram(pieces, 0, byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace("▁", "first")])
     return tokenizer
@@ -209,3 +216,30 @@ def test_the_first_word_of_a_completion_keeps_its_space() -> None:
     assert vocabulary.text([world, hello], [hello, a]) == " world hello"
     # an answer behind a special token, as templates end, is a text of its own
     assert vocabulary.text([world, hello], [hello, vocabulary.special]) == "world hello"
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "llama", "gemma", "metaspace", "unigram", "wordpiece"])
+def test_bytes_of_tokens_join_to_the_text(kind: str) -> None:
+    vocabulary = Vocabulary(kind)
+    model = tiny_model("llama", vocab_size=vocabulary.size)
+    name = Preparer(wrap(model, vocabulary.wrapper, "tiny")).token_bytes
+    whole = [i for i in range(vocabulary.size - 5) if vocabulary.whole([i]) not in ("", "<unk>", "[UNK]")]
+    hard = vocabulary.bytes(HARD) or (vocabulary.rust.encode(HARD).ids if kind == "byte-level" else [])
+    ids = [whole[-1], *hard, *(i for i in whole if "\ufffd" not in vocabulary.whole([i])), *hard, whole[-1]]
+    assert b"".join(map(name, ids)).decode() == vocabulary.text(ids, [whole[-1]])
+
+
+def test_offsets_of_tokens() -> None:
+    vocabulary = Vocabulary("llama")
+    preparer = Preparer(wrap(tiny_model("llama", vocab_size=vocabulary.size), vocabulary.wrapper, "tiny"))
+    token = vocabulary.rust.token_to_id
+    prompt = [vocabulary.special, token("▁hello"), token("▁世"), *vocabulary.bytes("👩")]
+    answer = [*vocabulary.bytes("💻"), vocabulary.special, token("▁a"), token("b")]
+    grow = CompletionLogprobs(0, preparer.token_bytes, preparer.hidden)
+    at = [None, *({t: Logprob(-1.0, 1)} for t in prompt[1:])]
+    # the first token and the first word's space, which the tokenizer adds, are not in the prompt's text
+    assert grow.extend(prompt, at, "hello 世👩")["text_offset"] == [0, 0, 5, 7, 7, 7, 7]
+    # the computer of four bytes at 8, then nothing for the special token
+    found = grow.extend(answer, [{t: Logprob(-1.0, 1)} for t in answer])
+    assert found["text_offset"] == [8, 8, 8, 8, 9, 9, 11]
+    assert found["tokens"][:2] == ["bytes:\\xf0", "bytes:\\x9f"]

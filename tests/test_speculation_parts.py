@@ -9,8 +9,8 @@ from itertools import pairwise
 
 import pytest
 
-from kvbits.engine.drafts import DraftRoom
 from kvbits.engine.detokenize import TokenDecoder
+from kvbits.engine.drafts import DraftRoom
 from kvbits.engine.live import Live
 from kvbits.engine.params import SamplingParams
 from kvbits.engine.request import Request, RequestState

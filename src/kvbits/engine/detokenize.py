@@ -6,7 +6,6 @@ A token may end inside a UTF-8 character, and a stop string may span tokens; bot
 from __future__ import annotations
 
 import enum
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 
@@ -57,6 +56,19 @@ class TokenDecoder:
         if found is None:
             found = self._known[token] = self._look(token)
         return found
+
+    def bytes(self, token: int) -> bytes | None:
+        """What ``token`` adds to a text that it does not begin, as UTF-8; nothing for one that leaves no text.
+
+        ``None``: it is part of a character, and only the vocabulary's own bytes tell which.
+        """
+        kind, _ = self.look(token)
+        if kind is Kind.BYTE and self._name is not None:
+            return bytes([int((self._name(token) or "")[3:5], 16)])
+        if kind is Kind.WHOLE:
+            # Twice: the second stands behind a whole token, which is itself.
+            return self._decode([token, token]).removeprefix(self._decode([token])).encode()
+        return b"" if kind is Kind.SKIPPED else None
 
     def _look(self, token: int) -> tuple[Kind, int]:
         name = "" if self._name is None else self._name(token)
@@ -126,7 +138,8 @@ class Detokenizer:
     def _new(self, text: str) -> str:
         if self._prompt:
             # The first text of ours: a character that the prompt left broken may be whole by now, then it is ours too.
-            common = len(os.path.commonprefix([self._prompt, text]))
+            pairs = enumerate(zip(self._prompt, text, strict=False))
+            common = next((i for i, (a, b) in pairs if a != b), min(len(self._prompt), len(text)))
             if common == len(text):
                 return ""
             self._shown, self._prompt = common, ""
