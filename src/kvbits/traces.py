@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+import math
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ BLOCK_TOKENS = 512
 """Tokens that one entry of ``hash_ids`` of a Mooncake trace stands for."""
 
 _AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+_TIME = re.compile(r"(\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d)(\.\d+)? ?(Z|[+-]\d\d:\d\d)?")
+
+Numbered = Iterable[tuple[int, Any]]
 
 
 @dataclass(frozen=True)
@@ -36,21 +41,36 @@ def read_trace(path: Path) -> list[Arrival]:
     """Read a trace, in the order of arrival, beginning at time 0.
 
     Mooncake's JSON lines (arXiv:2407.00079; ``timestamp`` in milliseconds, ``input_length``, ``output_length``,
-    ``hash_ids``) or the CSV of Azure's LLM inference traces (arXiv:2311.18677; ``TIMESTAMP``, ``ContextTokens``,
-    ``GeneratedTokens``), told apart by their first line. Raises ``ConfigError`` naming the line that is wrong.
+    ``hash_ids``; without times all come at once) or the CSV of Azure's LLM inference traces (arXiv:2311.18677;
+    ``TIMESTAMP``, UTC where it names no zone, ``ContextTokens``, ``GeneratedTokens``). Raises ``ConfigError`` naming
+    the line that is wrong.
     """
+    found = parse_trace(read_lines(path), path)
+    if found is None:
+        raise ConfigError(
+            f"'{path}' is no trace: it begins with neither an object with 'input_length' nor {','.join(_AZURE)}"
+        )
+    return found
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file, without a byte-order mark. Raises ``ConfigError`` when it cannot be read."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: a JSON string may hold other characters that end lines, U+2028 for one.
+        return path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the trace '{path}': {error}") from error
+
+
+def parse_trace(lines: list[str], path: Path) -> list[Arrival] | None:
+    """What :func:`read_trace` finds in ``lines``; ``None`` where they are of neither format. Raises as it does."""
     first = next((line for line in lines if line.strip()), "")
-    if first.lstrip().startswith("{"):
-        found = list(_rows(path, ((i, json.loads, line) for i, line in enumerate(lines, 1) if line.strip()), _mooncake))
-    elif first.split(",")[: len(_AZURE)] == list(_AZURE):
-        rows = ((i, dict, row) for i, row in enumerate(csv.DictReader(lines), 2))
-        found = list(_rows(path, rows, _azure))
+    if set(_AZURE) <= {name.strip() for name in next(csv.reader([first]))}:
+        found = _arrivals(path, _csv(lines), _azure)
+    elif _is_mooncake(first):
+        found = _arrivals(path, ((i, line) for i, line in enumerate(lines, 1) if line.strip()), _mooncake)
     else:
-        raise ConfigError(f"'{path}' is no trace: it begins with neither a JSON object nor {','.join(_AZURE)}")
+        return None
     if not found:
         raise ConfigError(f"the trace '{path}' holds no requests")
     found.sort(key=lambda arrival: arrival.time)
@@ -58,30 +78,55 @@ def read_trace(path: Path) -> list[Arrival]:
     return [Arrival(a.time - begin, a.prompt, a.answer, a.blocks) for a in found]
 
 
-def _rows(
-    path: Path, rows: Iterator[tuple[int, Callable[[Any], Any], Any]], convert: Callable[[Any], Arrival]
-) -> Iterator[Arrival]:
-    for number, parse, row in rows:
-        try:
-            arrival = convert(parse(row))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(
-                f"line {number} of the trace '{path}' is wrong: {type(error).__name__}: {error}"
-            ) from error
-        if arrival.prompt < 1 or arrival.answer < 0:
-            raise ConfigError(
-                f"line {number} of the trace '{path}' has {arrival.prompt} prompt and {arrival.answer} answer tokens"
-            )
-        yield arrival
+def _is_mooncake(line: str) -> bool:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and "input_length" in row
 
 
-def _mooncake(row: dict[str, Any]) -> Arrival:
+def _csv(lines: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    reader = csv.reader(lines)
+    names = [name.strip() for name in next(row for row in reader if row)]
+    for row in reader:
+        if row:
+            yield reader.line_num, dict(zip(names, row, strict=False))
+
+
+def _arrivals(path: Path, rows: Numbered, convert: Any) -> list[Arrival]:
+    found: list[Arrival] = []
+    number = 0
+    try:
+        for number, row in rows:  # noqa: B007
+            found.append(convert(row))
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError, csv.Error) as error:
+        raise ConfigError(f"line {number} of the trace '{path}' is wrong: {type(error).__name__}: {error}") from error
+    return found
+
+
+def _mooncake(line: str) -> Arrival:
+    row = json.loads(line)
     blocks = tuple(int(block) for block in row.get("hash_ids", ()))
-    return Arrival(float(row["timestamp"]) / 1000, int(row["input_length"]), int(row["output_length"]), blocks)
+    found = _checked(float(row.get("timestamp", 0)) / 1000, int(row["input_length"]), int(row["output_length"]), blocks)
+    if blocks and not (len(blocks) - 1) * BLOCK_TOKENS < found.prompt <= len(blocks) * BLOCK_TOKENS:
+        raise ValueError(f"{len(blocks)} hash_ids cannot be {found.prompt} tokens in blocks of {BLOCK_TOKENS}")
+    return found
 
 
 def _azure(row: dict[str, str]) -> Arrival:
-    whole, _, fraction = row["TIMESTAMP"].partition(".")
-    moment = datetime.fromisoformat(whole).replace(tzinfo=timezone.utc)
-    seconds = moment.timestamp() + float(f"0.{fraction or 0}")
-    return Arrival(seconds, int(row["ContextTokens"]), int(row["GeneratedTokens"]))
+    parts = _TIME.fullmatch(row["TIMESTAMP"].strip())
+    if parts is None:
+        raise ValueError(f"'{row['TIMESTAMP']}' is no time such as 2023-11-16 18:15:46.6805900")
+    second, fraction, zone = parts.groups()
+    moment = datetime.fromisoformat(second + ("+00:00" if zone in (None, "Z") else zone))
+    time = moment.timestamp() + float(f"0{fraction or ''}")
+    return _checked(time, int(row["ContextTokens"]), int(row["GeneratedTokens"]))
+
+
+def _checked(time: float, prompt: int, answer: int, blocks: tuple[int, ...] = ()) -> Arrival:
+    if not math.isfinite(time):
+        raise ValueError(f"the time is {time}")
+    if prompt < 1 or answer < 0:
+        raise ValueError(f"a request of {prompt} prompt and {answer} answer tokens")
+    return Arrival(time, prompt, answer, blocks)

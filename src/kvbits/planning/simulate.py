@@ -23,7 +23,7 @@ from kvbits.config import PAGE_TOKENS
 from kvbits.planning.outcome import Outcome, Served
 from kvbits.planning.shared import SimulatedPool
 from kvbits.planning.timing import StepTime
-from kvbits.planning.trace import BLOCK_TOKENS, Arrival
+from kvbits.traces import BLOCK_TOKENS, Arrival
 
 BLOCK_PAGES = BLOCK_TOKENS // PAGE_TOKENS
 
