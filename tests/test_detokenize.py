@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from kvbits.engine.detokenize import Detokenizer, StopStrings
+from kvbits.engine.text import decoder
 from kvbits.models.locate import locate
 
 
@@ -20,7 +22,7 @@ def tokenizer() -> Any:
 
 
 def pieces(tokenizer: Any, ids: list[int]) -> tuple[list[str], str]:
-    detokenizer = Detokenizer(lambda window: tokenizer.decode(window, skip_special_tokens=True))
+    detokenizer = Detokenizer(decoder(SimpleNamespace(tokenizer=tokenizer)))
     shown = [detokenizer.push(token) for token in ids]
     return shown, detokenizer.flush()
 
@@ -50,13 +52,6 @@ def test_any_tokens(tokenizer: Any, ids: list[int]) -> None:
     # random tokens cut characters in half; special tokens leave no text
     shown, rest = pieces(tokenizer, ids)
     assert "".join(shown) + rest == tokenizer.decode(ids, skip_special_tokens=True)
-
-
-def test_bytes_that_take_back_a_character() -> None:
-    # A byte-fallback decoder shows a run of bytes as a whole: one broken byte turns all of it into replacements.
-    texts = {(1,): "€", (1, 2): "\ufffd\ufffd\ufffd\ufffd", (1, 2, 3): "€€"}
-    detokenizer = Detokenizer(lambda ids: texts[tuple(ids)])
-    assert [detokenizer.push(t) for t in (1, 2, 3)] == ["€", "", "€"]
 
 
 def naive_stop(text: str, stops: list[str]) -> tuple[str, str | None]:

@@ -156,3 +156,55 @@ def test_a_failed_pass_is_not_taken_for_a_whole_one() -> None:
     cache.reset()
     fresh = QuantizedCache(model, "int8", kv_cache_memory="4MiB")
     assert torch.equal(model(IDS, past_key_values=cache).logits, model(IDS, past_key_values=fresh).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_what_a_cache_cannot_do_is_refused_by_name(family: str) -> None:
+    model = tiny_model(family)
+    cache = QuantizedCache(model, "int8", kv_cache_memory="4MiB")
+    inputs = left_padded([20, 12])
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    for arguments in ({"use_cache": False}, {"output_attentions": True, "return_dict_in_generate": True}):
+        with pytest.raises(UnsupportedError, match=next(iter(arguments))):
+            model.generate(**inputs, past_key_values=cache, **options, **arguments)
+        with pytest.raises(UnsupportedError, match=next(iter(arguments))):
+            model.get_decoder()(**inputs, past_key_values=cache, **arguments)
+    assert cache.get_seq_length() == 0  # nothing was stored
+    # a second cache on the same model adds no second look
+    again = QuantizedCache(model, "int8", kv_cache_memory="4MiB")
+    assert len(model.get_decoder()._forward_pre_hooks) == 1
+    want = model.generate(**inputs, past_key_values=again, **options)
+    model.set_attn_implementation("eager")
+    # without a kvbits cache the model does all of it
+    got = model.generate(**inputs, use_cache=False, output_attentions=True, return_dict_in_generate=True, **options)
+    assert got.sequences.shape == want.shape
+    assert got.attentions[0][0].shape[-1] == 20
+    model.set_attn_implementation("kvbits-cache")
+    model.train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(UnsupportedError, match="gradient checkpointing"):
+        model(**inputs, past_key_values=cache)
+
+
+@torch.inference_mode()
+def test_hidden_states_are_the_models_own() -> None:
+    model = tiny_model("llama")
+    cache = QuantizedCache(model, "int8", kv_cache_memory="4MiB")
+    want = model(IDS, past_key_values=cache).logits
+    cache.reset()
+    got = model(IDS, past_key_values=cache, output_hidden_states=True)
+    assert len(got.hidden_states) == 4
+    assert torch.equal(got.hidden_states[0], model.get_input_embeddings()(IDS))
+    assert torch.equal(model.lm_head(got.hidden_states[-1]), want)
+    assert torch.equal(got.logits, want)
+
+
+def test_a_compiled_model_gives_what_it_gives_uncompiled() -> None:
+    model = tiny_model("llama")
+    cache = QuantizedCache(model, "int4", kv_cache_memory="4MiB")
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        want = [model(part, past_key_values=cache).logits for part in (IDS, IDS[:, :1])]
+        cache.reset()
+        got = [compiled(part, past_key_values=cache).logits for part in (IDS, IDS[:, :1])]
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, want, strict=True))

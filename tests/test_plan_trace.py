@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import pytest
 
@@ -12,12 +11,11 @@ from kvbits.config import LayerGeometry, ModelGeometry
 from kvbits.engine.params import SamplingParams
 from kvbits.engine.request import FinishReason, Request
 from kvbits.engine.scheduler import Scheduler
-from kvbits.errors import ConfigError
 from kvbits.pages import PageManager
 from kvbits.planning.outcome import Outcome
 from kvbits.planning.simulate import Limits, simulate
 from kvbits.planning.timing import Machine, StepTime
-from kvbits.planning.trace import Arrival, read_trace
+from kvbits.traces import Arrival
 
 LAYER = LayerGeometry(4, 2, 64, 64, 0.125)
 MODEL = ModelGeometry("a model", (LAYER,) * 6, 1 << 20, 1000)
@@ -205,44 +203,3 @@ def test_step_time_is_the_longer_of_bytes_and_arithmetic() -> None:
     assert step.seconds(1, 1e6, 0, 0) == pytest.approx(3.0)
     attention = 6 * 2 * 4 * 128 * 500
     assert step.seconds(0, 0, 5000, 500) == pytest.approx((2 * 1e9 + attention) * 5000 / 1e12)
-
-
-def test_both_kinds_of_trace_are_read(tmp_path: Path) -> None:
-    mooncake = tmp_path / "trace.jsonl"
-    mooncake.write_text(
-        '{"timestamp": 3000, "input_length": 513, "output_length": 7, "hash_ids": [4, 9]}\n\n'
-        '{"timestamp": 1500, "input_length": 5, "output_length": 1, "hash_ids": [1]}\n',
-        encoding="utf-8",
-    )
-    assert read_trace(mooncake) == [Arrival(0.0, 5, 1, (1,)), Arrival(1.5, 513, 7, (4, 9))]
-    azure = tmp_path / "trace.csv"
-    azure.write_text(
-        "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n"
-        "2023-11-16 18:15:50.9951690,396,109\n",
-        encoding="utf-8",
-    )
-    first, second = read_trace(azure)
-    assert (first.time, first.prompt, first.answer, first.blocks) == (0.0, 374, 44, ())
-    assert second.time == pytest.approx(4.314579, abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "is no trace"),
-        ("a,b\n1,2\n", "is no trace"),
-        ('{"timestamp": 1}\n', "line 1 of the trace .* KeyError: 'input_length'"),
-        ('{"timestamp": 1, "input_length": 5, "output_length": 1}\n{\n', "line 2 of the trace"),
-        ('{"timestamp": 1, "input_length": 0, "output_length": 1}\n', "line 1 .* has 0 prompt and 1 answer"),
-        ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "holds no requests"),
-        ("TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,1,1\n", "line 2 of the trace"),
-        ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,x,1\n", "line 2 of the trace"),
-    ],
-)
-def test_bad_traces_are_named(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "trace"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(ConfigError, match=message):
-        read_trace(path)
-    with pytest.raises(ConfigError, match="cannot read the trace"):
-        read_trace(tmp_path / "missing")

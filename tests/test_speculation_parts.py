@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import pytest
 
+from kvbits.engine.detokenize import TokenDecoder
 from kvbits.engine.drafts import DraftRoom
 from kvbits.engine.live import Live
 from kvbits.engine.params import SamplingParams
@@ -126,7 +127,7 @@ def simulate(accepted: float, margin: float, sequences: int = 1, steps: int = 60
     lives = {}
     for i in range(sequences):
         request = Request(i, [1, 2, 3], SamplingParams(max_tokens=10**9), state=RequestState.RUNNING)
-        lives[i] = Live(request, lambda ids: "", frozenset(), 10**9)
+        lives[i] = Live(request, TokenDecoder(lambda ids: ""), frozenset(), 10**9)
     seconds = tokens = 0.0
     for _ in range(steps):
         speculator.propose([v.request for v in lives.values()], lives)

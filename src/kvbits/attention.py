@@ -21,7 +21,9 @@ IMPLEMENTATION = "kvbits"
 """The name under which :func:`attend` is registered with transformers' ``AttentionInterface``."""
 
 _HANDLED = frozenset({"kvbits", "dropout", "scaling", "sliding_window", "softcap", "s_aux", "is_causal"})
-_HARMLESS = frozenset({"position_ids", "use_cache", "cache_position", "output_attentions", "position_embeddings"})
+_HARMLESS = frozenset(
+    {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "position_embeddings"}
+)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from kvbits.engine.detokenize import Detokenizer, StopStrings
+from kvbits.engine.detokenize import Detokenizer, StopStrings, TokenDecoder
 from kvbits.engine.outputs import Delta, Logprobs
 from kvbits.engine.request import FinishReason, Request
 from kvbits.engine.sampling import SamplingState
@@ -16,9 +16,7 @@ log = logging.getLogger(__name__)
 class Live:
     """Wraps one :class:`Request` with all that a sampled token touches."""
 
-    def __init__(
-        self, request: Request, decode: Callable[[list[int]], str], ends: frozenset[int], max_model_len: int
-    ) -> None:
+    def __init__(self, request: Request, decode: TokenDecoder, ends: frozenset[int], max_model_len: int) -> None:
         params = request.params
         self.request = request
         self.sampling = SamplingState(params, request.index, request.prompt)
@@ -28,7 +26,7 @@ class Live:
         if params.max_tokens is not None:
             self._limit = min(self._limit, len(request.prompt) + params.max_tokens)
         self._context = max_model_len
-        self._detokenizer = Detokenizer(decode)
+        self._detokenizer = Detokenizer(decode, request.prompt)
         self._stops = StopStrings(params.stop_strings)
 
     @property

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kvbits.engine.detokenize import TokenDecoder
 from kvbits.errors import RequestError
 from kvbits.models import LoadedModel
 
 
-def decoder(loaded: LoadedModel) -> Callable[[list[int]], str]:
-    """A function from token ids to text without special tokens."""
+def decoder(loaded: LoadedModel) -> TokenDecoder:
+    """The tokenizer's decoder: token ids to text without special tokens, spaces as the vocabulary has them."""
     tokenizer: Any = loaded.tokenizer
     if tokenizer is None:
-        return lambda ids: ""
+        return TokenDecoder(lambda ids: "")
     if tokenizer.is_fast:
         # The Rust tokenizer itself: the wrapper costs ten times as much, and this runs for every token.
         inner = tokenizer.backend_tokenizer
-        return lambda ids: str(inner.decode(ids, skip_special_tokens=True))
-    return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))
+        special = [token for token, added in inner.get_added_tokens_decoder().items() if added.special]
+        return TokenDecoder(lambda ids: str(inner.decode(ids, skip_special_tokens=True)), inner.id_to_token, special)
+    size = len(tokenizer)
+
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def name(token: int) -> str | None:
+        return str(tokenizer.convert_ids_to_tokens(token)) if token < size else None
+
+    return TokenDecoder(decode, name, tokenizer.all_special_ids)
 
 
 def end_tokens(loaded: LoadedModel) -> frozenset[int]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 IMPLEMENTATION = "kvbits-cache"
 """The name under which :func:`attend_cached` is registered; the engine's own attention has another one."""
 
+_BASE: Any = Tensor._base.__get__  # type: ignore[union-attr]
 _KERNEL_DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -44,6 +45,9 @@ class CachedKeys(Tensor):
     ) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
+        # The tensor of which one is a view is not computed from it; torch.compile asks for it again and again.
+        if func == _BASE:
+            return result
         marked = [a for arg in args for a in (arg if isinstance(arg, (list, tuple)) else (arg,)) if isinstance(a, cls)]
         if not marked:
             return result
@@ -69,6 +73,7 @@ def padding_mask(*, kv_length: int, attention_mask: Tensor | None = None, **_: A
     return attention_mask[:, :kv_length]
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend_cached(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
@@ -79,9 +84,10 @@ def attend_cached(
     value_dim]``, zeros for padding. Raises ``UnsupportedError`` for what the cache cannot express.
     """
     if not isinstance(key, CachedKeys):
+        why = "; transformers drops it in training mode with gradient checkpointing" if module.training else ""
         raise UnsupportedError(
-            "this model's attention was switched by kvbits.hf.QuantizedCache, and the call brought no such cache: pass "
-            "past_key_values=cache, or switch back with model.set_attn_implementation('sdpa')"
+            "this model's attention was switched by kvbits.hf.QuantizedCache, and the call brought no such cache"
+            f"{why}: pass past_key_values=cache, or switch back with model.set_attn_implementation('sdpa')"
         )
     index: Any = module.layer_idx
     cache = key.cache

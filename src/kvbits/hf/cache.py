@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from kvbits.config import POLICY_PREFIX
@@ -52,6 +52,9 @@ class QuantizedCache(Cache):
         store = Store(loaded, _dtype(kv_cache_dtype), kv_cache_memory, kernels)
         register()
         model.set_attn_implementation(IMPLEMENTATION)
+        decoder = model.get_decoder()
+        if refuse_call not in decoder._forward_pre_hooks.values():
+            decoder.register_forward_pre_hook(refuse_call, with_kwargs=True)
         config = model.config.get_text_config(decoder=True)
         self._start(config, store, Batch(store, any(g.window for g in loaded.geometry.layers)))
 
@@ -186,3 +189,22 @@ class QuantizedCache(Cache):
 def _dtype(value: str | Path) -> str:
     """A policy's directory may be named without its prefix."""
     return f"{POLICY_PREFIX}{value}" if isinstance(value, Path) or Path(value).is_dir() else value
+
+
+def refuse_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before a decoder's forward pass: raise ``UnsupportedError`` for what a kvbits cache cannot do, by its name.
+
+    Not every model tells its attention layers; without this they would drop what was asked for.
+    """
+    if not isinstance(kwargs.get("past_key_values"), QuantizedCache):
+        return
+    if kwargs.get("use_cache") is False:
+        raise UnsupportedError(
+            "use_cache=False was asked for together with a kvbits cache, which keeps every token that passes: leave "
+            "out one of them (without a cache: model.set_attn_implementation('sdpa'))"
+        )
+    if kwargs.get("output_attentions"):
+        raise UnsupportedError(
+            "output_attentions=True was asked for; the kernels that read a kvbits cache have no attention weights to "
+            "give: model.set_attn_implementation('eager') without the cache has"
+        )

@@ -23,7 +23,7 @@ from kvbits.config import MIN_PREFILL, OVERTAKEN, PAGE_TOKENS, WATERMARK
 from kvbits.planning.outcome import Outcome, Served
 from kvbits.planning.shared import SimulatedPool
 from kvbits.planning.timing import StepTime
-from kvbits.planning.trace import BLOCK_TOKENS, Arrival
+from kvbits.traces import BLOCK_TOKENS, Arrival
 
 BLOCK_PAGES = BLOCK_TOKENS // PAGE_TOKENS
 

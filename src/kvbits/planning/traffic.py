@@ -15,7 +15,7 @@ from kvbits.planning.outcome import Outcome
 from kvbits.planning.request import SEQUENCES, Options, Planned
 from kvbits.planning.simulate import Limits, simulate
 from kvbits.planning.timing import Machine, StepTime
-from kvbits.planning.trace import Arrival, read_trace
+from kvbits.traces import Arrival, read_trace
 
 
 @dataclass(frozen=True)

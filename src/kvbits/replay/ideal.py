@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
-from kvbits.replay.trace import BLOCK_TOKENS, TraceRequest
+from kvbits.replay.trace import TraceRequest
+from kvbits.traces import BLOCK_TOKENS
 
 Page = tuple[int, int]
 

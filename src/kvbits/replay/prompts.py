@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvbits.errors import ConfigError
-from kvbits.replay.trace import BLOCK_TOKENS, TraceRequest
+from kvbits.replay.trace import TraceRequest
+from kvbits.traces import BLOCK_TOKENS
 
 _GOLDEN = 0.6180339887498949
 

@@ -2,25 +2,21 @@
 
 Formats, told apart by what is in the file:
 
-- Mooncake (.jsonl): ``timestamp`` in ms, ``input_length``, ``output_length``, ``hash_ids`` of blocks of 512 tokens
-- Azure LLM inference (.csv): ``TIMESTAMP``, ``ContextTokens``, ``GeneratedTokens``
+- traces of Mooncake (.jsonl) and Azure (.csv), as :mod:`kvbits.traces` has them
 - prompts (.jsonl or .json): ``prompt`` or ``messages``; conversations of ShareGPT; ``turns`` of MT-Bench
 """
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from kvbits.errors import ConfigError
-
-BLOCK_TOKENS = 512
-"""Tokens that one of Mooncake's hashes stands for."""
+from kvbits.traces import parse_trace, read_lines
 
 _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
@@ -46,14 +42,17 @@ class TraceRequest:
 
 
 def read_trace(path: Path) -> list[TraceRequest]:
-    """The requests of a file, in order of arrival. Raises ``ConfigError`` for a file that is none of the formats."""
+    """The requests of a file, in order of arrival. Raises ``ConfigError`` for a file that is none of the formats.
+
+    Traces are read by :func:`kvbits.traces.read_trace`; here an answer has at least one token.
+    """
+    lines = read_lines(path)
+    arrivals = parse_trace(lines, path)
+    if arrivals is not None:
+        return [TraceRequest(a.time, a.prompt, max(1, a.answer), a.blocks) for a in arrivals]
     try:
-        text = path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the trace '{path}': {error}") from error
-    try:
-        found = list(_azure(text.splitlines()) if text.startswith("TIMESTAMP") else _rows(text))
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        found = [_prompt(row) for row in _rows(lines)]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise ConfigError(
             f"'{path}' is no trace: {type(error).__name__}: {error}; it must be Mooncake's .jsonl, Azure's .csv, or "
             "objects with 'prompt', 'messages', 'conversations' or 'turns'"
@@ -79,34 +78,21 @@ def capped(requests: Iterable[TraceRequest], output_tokens: int | None) -> list[
     return [replace(r, output_tokens=min(r.output_tokens or output_tokens, output_tokens)) for r in requests]
 
 
-def _azure(lines: Iterable[str]) -> Iterator[TraceRequest]:
-    for row in csv.DictReader(lines):
-        when = datetime.fromisoformat(row["TIMESTAMP"].strip()[:26]).timestamp()
-        yield _sized(when, int(row["ContextTokens"]), int(row["GeneratedTokens"]))
-
-
-def _rows(text: str) -> Iterator[TraceRequest]:
-    lines = [line for line in text.splitlines() if line.strip()]
+def _rows(lines: Sequence[str]) -> list[Any]:
+    filled = [line for line in lines if line.strip()]
     try:
-        rows = [json.loads(line) for line in lines]
+        rows = [json.loads(line) for line in filled]
     except ValueError:
         # One JSON value over several lines.
-        whole = json.loads(text)
+        whole = json.loads("\n".join(lines))
         rows = whole if isinstance(whole, list) else [whole]
-    if len(rows) == 1 and isinstance(rows[0], list):
-        rows = rows[0]
-    for row in rows:
-        yield _row(row)
+    return rows[0] if len(rows) == 1 and isinstance(rows[0], list) else rows
 
 
-def _row(row: dict[str, Any]) -> TraceRequest:
-    if "input_length" in row:
-        blocks = tuple(int(b) for b in row.get("hash_ids", ()))
-        length = int(row["input_length"])
-        if blocks and not (len(blocks) - 1) * BLOCK_TOKENS < length <= len(blocks) * BLOCK_TOKENS:
-            raise ValueError(f"{len(blocks)} hash_ids cannot be {length} tokens in blocks of {BLOCK_TOKENS}")
-        return _sized(float(row.get("timestamp", 0)) / 1000, length, int(row["output_length"]), blocks)
+def _prompt(row: dict[str, Any]) -> TraceRequest:
     arrival = float(row.get("timestamp", 0)) / 1000
+    if not math.isfinite(arrival):
+        raise ValueError(f"the time is {arrival}")
     output = int(row.get("max_tokens") or row.get("max_completion_tokens") or row.get("output_length") or 0)
     if "prompt" in row:
         return TraceRequest(arrival, 0, output, prompt=str(row["prompt"]))
@@ -119,9 +105,3 @@ def _row(row: dict[str, Any]) -> TraceRequest:
     else:
         messages = list(row["messages"])
     return TraceRequest(arrival, 0, output, messages=tuple(messages))
-
-
-def _sized(arrival: float, prompt: int, output: int, blocks: tuple[int, ...] = ()) -> TraceRequest:
-    if prompt < 1 or output < 0:
-        raise ValueError(f"a request of {prompt} prompt and {output} new tokens")
-    return TraceRequest(arrival, prompt, max(1, output), blocks)

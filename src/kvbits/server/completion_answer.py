@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +41,7 @@ class Choice:
         if not self.started and self.wanted.echo:
             text = self.prompt
             if delta.prompt_logprobs is not None:
-                _join(found, self.grow.extend(self.prompt_tokens, delta.prompt_logprobs))
+                _join(found, self.grow.extend(self.prompt_tokens, delta.prompt_logprobs, self.prompt))
         self.started = True
         if self.wanted.generated:
             text += delta.text
@@ -63,6 +64,7 @@ class CompletionAnswer:
         wanted: Wanted,
         name: TokenBytes,
         include_usage: bool,
+        hidden: Callable[[int], bool] = lambda token: False,
     ) -> None:
         self._head = {**head, "object": "text_completion"}
         self._n = n
@@ -70,7 +72,7 @@ class CompletionAnswer:
         self._include_usage = include_usage
         self.usage = Usage([len(tokens) for _, tokens in prompts])
         self._choices = [
-            Choice(p * n + i, text, tokens, wanted, CompletionLogprobs(wanted.logprobs or 0, name))
+            Choice(p * n + i, text, tokens, wanted, CompletionLogprobs(wanted.logprobs or 0, name, hidden))
             for p, (text, tokens) in enumerate(prompts)
             for i in range(n)
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,24 +28,45 @@ def _entry(raw: bytes, logprob: Logprob) -> dict[str, Any]:
 
 
 class CompletionLogprobs:
-    """Grows the ``logprobs`` object of a text completion; ``top`` alternatives at each place."""
+    """Grows the ``logprobs`` object of a text completion; ``top`` alternatives at each place.
 
-    def __init__(self, top: int, name: TokenBytes) -> None:
+    ``text_offset`` is where a token's text begins, in characters; a token inside a character has that character's
+    place. ``hidden`` tokens are named, but the text does not show them.
+    """
+
+    def __init__(self, top: int, name: TokenBytes, hidden: Callable[[int], bool] = lambda token: False) -> None:
         self._top = top
         self._name = name
+        self._hidden = hidden
         self._offset = 0
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def extend(self, tokens: Sequence[int], found: Sequence[Logprobs | None]) -> dict[str, Any]:
-        """The object for the next ``tokens``; a place without a prediction (the first one) has ``None``."""
+    def extend(
+        self, tokens: Sequence[int], found: Sequence[Logprobs | None], text: str | None = None
+    ) -> dict[str, Any]:
+        """The object for the next ``tokens``; a place without a prediction (the first one) has ``None``.
+
+        ``text``: an echoed prompt, which may lack what the tokenizer added (a first token, a first space).
+        """
         result: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token, at in zip(tokens, found, strict=True):
-            text = self._text(token)
-            result["tokens"].append(text)
+            result["tokens"].append(self._text(token))
             result["token_logprobs"].append(None if at is None else _finite(at[token].logprob))
             result["top_logprobs"].append(None if at is None else self._likeliest(token, at))
             result["text_offset"].append(self._offset)
-            self._offset += len(text)
+            self._offset += self._shown(token, text)
+        if text is not None:
+            self._offset = len(text)
         return result
+
+    def _shown(self, token: int, text: str | None) -> int:
+        """Characters that are complete with ``token``."""
+        if text is None:
+            return 0 if self._hidden(token) else len(self._characters.decode(self._name(token)))
+        characters = self._characters.decode(self._name(token))
+        # What the tokenizer added before the first word is in no echo.
+        fitting = [c for c in (characters, characters.lstrip(" ")) if text.startswith(c, self._offset)]
+        return len(fitting[0]) if fitting else 0
 
     def _likeliest(self, token: int, at: Logprobs) -> dict[str, float]:
         kept = [(t, p) for t, p in at.items() if p.rank <= self._top or t == token]

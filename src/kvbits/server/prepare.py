@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, TypeVar
 
+from kvbits.engine.detokenize import Kind
 from kvbits.engine.grammar import Grammar, GrammarCompiler, json_rule
 from kvbits.engine.text import decoder, encode, encode_chat
 from kvbits.errors import RequestError
@@ -84,12 +85,21 @@ class Preparer:
         """The bytes that a token stands for, also where they are part of a character."""
         found = self._names.get(token)
         if found is None:
-            try:
-                found = self._compiler.token_bytes(token)
-            except RequestError:
-                found = self.decode([token]).encode("utf-8", "replace")
-            self._names[token] = found
+            found = self._names[token] = self._token_bytes(token)
         return found
+
+    def hidden(self, token: int) -> bool:
+        """Whether a generated text does not show ``token``: it is special."""
+        return self._decode.look(token)[0] is Kind.SKIPPED
+
+    def _token_bytes(self, token: int) -> bytes:
+        found = None if self.hidden(token) else self._decode.bytes(token)
+        if found is not None:
+            return found
+        try:
+            return self._compiler.token_bytes(token)
+        except RequestError:
+            return self.decode([token]).encode("utf-8", "replace")
 
     def format_grammar(self, wanted: ResponseFormat | None) -> Grammar | None:
         """The grammar of a response format."""

@@ -41,7 +41,13 @@ async def completions(request: Request) -> Response:
         streams = await _submit(service, request_id, body, prompts, params)
     wanted = Wanted(bool(body.echo), body.logprobs, body.max_tokens != 0)
     answer = CompletionAnswer(
-        service.head(request_id), prompts, params.n, wanted, service.preparer.token_bytes, body.include_usage
+        service.head(request_id),
+        prompts,
+        params.n,
+        wanted,
+        service.preparer.token_bytes,
+        body.include_usage,
+        service.preparer.hidden,
     )
 
     def done() -> None:
