@@ -18,7 +18,8 @@ CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
 PATHS = (CHAT, TEXT, "/tokenize", "/detokenize")
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-ALLOWED = {200, 400, 401, 404, 405, 408, 413, 429, 431, 503}
+ALLOWED = {200, 400, 401, 404, 405, 408, 413, 415, 421, 429, 431, 503}
+TO = "Host: localhost\r\nContent-Type: application/json\r\n"
 LONGEST = 60.0
 """Seconds after which a request that has no answer counts as a hang."""
 
@@ -117,7 +118,7 @@ class Hostile:
             b"%x\r\n%s\r\n" % (len(c), c) for c in (body[i : i + 50_000] for i in range(0, len(body), 50_000))
         )
         return self._send(
-            f"POST {path} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode() + chunks + b"0\r\n\r\n"
+            f"POST {path} HTTP/1.1\r\n{TO}Transfer-Encoding: chunked\r\n\r\n".encode() + chunks + b"0\r\n\r\n"
         )
 
     def schemas(self) -> bytes | None:
@@ -178,7 +179,7 @@ class Hostile:
             ["Upgrade: websocket", "Connection: Upgrade", length], [" folded: x", ": empty"],
             ["X-Request-Id: a\nSet-Cookie: b", length],
         ))  # fmt: skip
-        text = "\r\n".join([f"POST {CHAT} HTTP/1.1", "Host: x", *heads, "", ""])
+        text = "\r\n".join([f"POST {CHAT} HTTP/1.1", TO.strip(), *heads, "", ""])
         return self._send(text.encode("latin-1") + body)
 
     def odd_targets(self) -> bytes | None:
@@ -189,7 +190,7 @@ class Hostile:
         ))  # fmt: skip
         method = self._random.choice(("GET", "POST", "DELETE", "PATCH", "OPTIONS", "HEAD", "TRACE", "BREW"))
         return self._send(
-            f"{method} {target} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode()
+            f"{method} {target} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode()
         )
 
     # How it is sent
@@ -337,8 +338,7 @@ def _bounded(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _head(path: str, length: int) -> bytes:
-    kind = "Content-Type: application/json"
-    return f"POST {path} HTTP/1.1\r\nHost: x\r\n{kind}\r\nContent-Length: {length}\r\n\r\n".encode()
+    return f"POST {path} HTTP/1.1\r\n{TO}Content-Length: {length}\r\n\r\n".encode()
 
 
 def _receive(link: socket.socket) -> bytes:

@@ -34,7 +34,7 @@ def create_app(engine: Engine, options: ServerOptions) -> FastAPI:
     """An ASGI application that serves ``engine``, which belongs to it from now on."""
     registry = CollectorRegistry()
     observer = Observer(registry, options.served_model_name)
-    service = Service(EngineWorker(engine, observer), Preparer(engine.loaded), observer, options)
+    service = Service(EngineWorker(engine, observer), Preparer(engine.loaded, engine.limits), observer, options)
     registry.register(EngineCollector(service.worker, options.served_model_name))
 
     @asynccontextmanager
