@@ -17,6 +17,7 @@ from kvbits.engine.engine import Engine
 from kvbits.errors import KVBitsError
 from kvbits.server.errors import ApiError
 from kvbits.server.gate import Gate
+from kvbits.server.hosts import Hosts
 from kvbits.server.http import Gone
 from kvbits.server.metrics import EngineCollector
 from kvbits.server.observe import Observer
@@ -59,6 +60,7 @@ def create_app(engine: Engine, options: ServerOptions) -> FastAPI:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(options.allowed_origins), allow_methods=["*"], allow_headers=["*"]
         )
+    app.add_middleware(Hosts, allowed=options.allowed_hosts)
     app.add_middleware(Gate, api_keys=options.api_keys)
     return app
 
