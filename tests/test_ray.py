@@ -234,10 +234,17 @@ def test_replies_are_those_of_a_single_server(cluster: Cluster, single: str) -> 
     for path in ("/v1/models", "/health", "/version"):
         ours, theirs = httpx.get(cluster.url + path), httpx.get(single + path)
         assert (ours.status_code, ours.headers["content-type"]) == (200, theirs.headers["content-type"])
-    bad = httpx.post(cluster.url + "/v1/chat/completions", content=b"{", timeout=20)
-    assert bad.status_code == 400
-    large = httpx.post(cluster.url + "/v1/completions", content=b" " * (9 << 20), timeout=20)
-    assert large.status_code == 413
+    kind, chats = {"Content-Type": "application/json"}, cluster.url + "/v1/chat/completions"
+    for content, headers, status in (
+        (b"{", kind, 400),
+        (b"[" * 100_000, kind, 400),
+        (b" " * (9 << 20), kind, 413),
+        (b"{}", {}, 415),
+        (b"{}", kind | {"Host": "evil.example"}, 421),
+    ):
+        refused = httpx.post(chats, content=content, headers=headers, timeout=20)
+        assert refused.status_code == status
+        assert set(refused.json()["error"]) == {"message", "type", "param", "code"}
 
 
 def test_streams_are_those_of_a_single_server_and_come_piece_by_piece(cluster: Cluster, single: str) -> None:

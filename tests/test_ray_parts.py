@@ -17,7 +17,7 @@ from kvbits.errors import ConfigError
 from kvbits.ray.balance import FULL, Load, choose
 from kvbits.ray.metrics import merge
 from kvbits.ray.options import ClusterOptions
-from kvbits.ray.prefix import BLOCK_CHARS, PrefixMap, block_hashes, prompt_text
+from kvbits.ray.prefix import BLOCK_CHARS, MAX_BLOCKS, PrefixMap, block_hashes, prompt_text
 from kvbits.ray.scaling import ScalingPolicy, replicas_wanted
 
 
@@ -60,13 +60,23 @@ def test_tokens_are_told_apart() -> None:
     assert text_of(b'{"prompt": [12, 3]}') != text_of(b'{"prompt": [1, 23]}')
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"1", b"{}", b'{"messages": 3}', b'{"prompt": {}}', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"{", b"[]", b"1", b"{}", b'{"messages": 3}', b'{"prompt": {}}', b"\xff\xfe", b"[" * 100_000,
+        b'{"prompt":' + b"[" * 100_000, b'{"prompt":' * 20_000, b'{"prompt": "' + b"\\ud800" * 200 + b'"}',
+        b'{"prompt": ' + b"1" * 5000 + b"}", b'{"prompt": [' + b"0," * 2_000_000 + b"0]}",
+    ],
+    ids=lambda body: repr(body[:20]),
+)  # fmt: skip
 def test_a_body_that_is_no_request_has_no_prompt(body: bytes) -> None:
     assert prompt_text(body) is None
 
 
-def test_lone_surrogates_are_hashed_too() -> None:
-    assert len(block_hashes(text_of(b'{"prompt": "' + b"\\ud800" * 200 + b'"}'))) >= 1
+def test_a_huge_prompt_is_known_by_its_beginning() -> None:
+    start = "the beginning " * 100_000
+    assert len(block_hashes(start)) == MAX_BLOCKS
+    assert block_hashes(start + "one") == block_hashes(start + "another")
 
 
 def test_equal_blocks_after_different_ones_differ() -> None:

@@ -21,6 +21,8 @@ from kvbits.errors import ConfigError
 from kvbits.models import LoadedModel
 from kvbits.server.options import ServerOptions
 
+JSON = {"Content-Type": "application/json"}
+TO = "Host: localhost\r\nContent-Type: application/json\r\n"
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
 ASK: Any = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
@@ -117,7 +119,7 @@ def test_a_wrong_field_is_refused_by_its_name(server: Running, path: str, change
 )  # fmt: skip
 @pytest.mark.parametrize("path", [CHAT, TEXT, "/tokenize", "/detokenize"])
 def test_what_is_no_request_is_refused(server: Running, path: str, body: bytes) -> None:
-    answer = httpx.post(server.url + path, content=body)
+    answer = httpx.post(server.url + path, content=body, headers=JSON)
     assert answer.status_code == 400
     error_of(answer)
 
@@ -127,8 +129,8 @@ def test_other_failures_have_the_same_shape(server: Running) -> None:
         (httpx.get(server.url + "/nowhere"), 404),
         (httpx.get(server.url + CHAT), 405),
         (httpx.post(server.url + CHAT, json=ASK | {"model": "other"}), 404),
-        (httpx.post(server.url + CHAT, content=b" " * 200_001), 413),
-        (httpx.post(server.url + CHAT, content=iter([b" " * 100_000] * 3)), 413),
+        (httpx.post(server.url + CHAT, content=b" " * 200_001, headers=JSON), 413),
+        (httpx.post(server.url + CHAT, content=iter([b" " * 100_000] * 3), headers=JSON), 413),
     ):
         assert answer.status_code == status
         error_of(answer)
@@ -170,7 +172,8 @@ def test_no_body_breaks_the_server(server: Running, path: str, change: dict[str,
         body = {k: v for k, v in body.items() if k != "max_completion_tokens"}
         if path in (CHAT, TEXT):
             body["max_tokens"] = 4
-    answer = httpx.post(server.url + path, content=json.dumps(body).encode("utf-8", "surrogatepass"), timeout=30)
+    text = json.dumps(body).encode("utf-8", "surrogatepass")
+    answer = httpx.post(server.url + path, content=text, headers=JSON, timeout=30)
     assert answer.status_code in (200, 400, 404), answer.text
     if answer.status_code != 200:
         error_of(answer)
@@ -206,7 +209,7 @@ def test_a_client_that_leaves_frees_its_pages_and_disturbs_nobody(server: Runnin
 def test_a_client_that_vanishes_while_it_sends_or_reads(server: Running) -> None:
     address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
     body = json.dumps(LONG | {"stream": True}).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    head = f"POST {CHAT} HTTP/1.1\r\n{TO}Content-Length: {len(body)}\r\n\r\n".encode()
     for sent in (b"POST", head, head + body[:10], head + body, b"\x00" * 100, b"GET / HTTP/9.9\r\n\r\n"):
         for wait in (0.0, 0.05):
             with socket.create_connection(address) as connection:
@@ -283,7 +286,7 @@ def test_a_body_that_never_ends(byte_loaded: LoadedModel) -> None:
     with running(engine_of(byte_loaded), body_timeout=0.2) as server:
         address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
         with socket.create_connection(address) as connection:
-            connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{{".encode())
+            connection.sendall(f"POST {CHAT} HTTP/1.1\r\n{TO}Content-Length: 1000\r\n\r\n{{".encode())
             connection.settimeout(10)
             assert b" 408 " in connection.recv(1000)
 
@@ -291,7 +294,7 @@ def test_a_body_that_never_ends(byte_loaded: LoadedModel) -> None:
 def test_headers_that_never_end(byte_loaded: LoadedModel) -> None:
     with running(engine_of(byte_loaded), header_timeout=0.3) as server:
         address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
-        for sent in (b"", b"GET / HT", f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nX-Slow: ".encode()):
+        for sent in (b"", b"GET / HT", f"POST {CHAT} HTTP/1.1\r\n{TO}X-Slow: ".encode()):
             with socket.create_connection(address) as connection:
                 connection.settimeout(10)
                 connection.sendall(sent)
@@ -338,15 +341,15 @@ def test_requests_in_one_packet_are_answered_in_order_and_nothing_is_written_int
     with running(engine_of(byte_loaded)) as server:
         address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
         body = json.dumps(LONG | {"max_tokens": 50}).encode()
-        long = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
-        short = b"GET /version HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        long = f"POST {CHAT} HTTP/1.1\r\n{TO}Content-Length: {len(body)}\r\n\r\n".encode() + body
+        short = b"GET /version HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
         with socket.create_connection(address, timeout=30) as connection:
             connection.sendall(long + short)
             answer = b"".join(iter(lambda: connection.recv(4096), b""))
             assert answer.count(b"HTTP/1.1 200 OK") == 2
             assert answer.index(b"chat.completion") < answer.index(b'"version"')
         body = json.dumps(LONG | {"max_tokens": 700, "stream": True}).encode()
-        stream = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+        stream = f"POST {CHAT} HTTP/1.1\r\n{TO}Content-Length: {len(body)}\r\n\r\n".encode() + body
         with socket.create_connection(address, timeout=30) as connection:
             connection.sendall(stream)
             answer = connection.recv(4096)
@@ -362,7 +365,7 @@ def test_requests_in_one_packet_are_answered_in_order_and_nothing_is_written_int
 def test_an_answer_that_nobody_reads(byte_loaded: LoadedModel) -> None:
     with running(engine_of(byte_loaded), send_timeout=0.3) as server:
         body = json.dumps({"prompt": ["x" * 900] * 60, "echo": True, "max_tokens": 0, "logprobs": 5}).encode()
-        request = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+        request = f"POST {TEXT} HTTP/1.1\r\n{TO}Content-Length: {len(body)}\r\n\r\n".encode() + body
         with socket.socket() as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))

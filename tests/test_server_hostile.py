@@ -12,33 +12,38 @@ import pytest
 import requests
 import schemathesis
 from helpers.hostile import CHAT, CONTINUE, Tally, judge, storm
-from helpers.process import saved_byte_model
-from helpers.serving import MODEL, Running, engine_of, running
+from helpers.large import SIZE
+from helpers.serving import CONTEXT, MODEL, Running, engine_of, running
+from helpers.tiny import save, tiny_model
+from helpers.vocabulary import SIZE as VOCAB
+from helpers.vocabulary import large_tokenizer
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.checks import load_all_checks
 from schemathesis.generation import GenerationMode
 
-from kvbits.models import LoadedModel, load_model
+from kvbits.models import load_model
 
-MAX_BODY = 200_000
+MAX_BODY = SIZE
 WITNESS: Any = {
     "model": MODEL, "messages": [{"role": "user", "content": "what did you see? " * 8}], "max_tokens": 60,
     "temperature": 0, "ignore_eos": True,
 }  # fmt: skip
 PATHS = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize", "/v1/models", "/v1/models/{name}")
-ALLOWED = {200, 400, 404, 405, 408, 413, 429, 503}
+ALLOWED = {200, 400, 404, 405, 408, 413, 415, 429, 503}
 
 
 @pytest.fixture(scope="module")
-def server(byte_loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     # Packed layers, so that an answer depends on nothing beside it; float32 where this processor has none.
-    loaded = load_model(saved_byte_model(tmp_path_factory.mktemp("model")), dtype="bfloat16")
+    model = tiny_model("llama", vocab_size=VOCAB, max_position_embeddings=CONTEXT)
+    directory = save(model, tmp_path_factory.mktemp("model"), large_tokenizer)
+    loaded = load_model(directory, dtype="bfloat16")
     exact = loaded.depends_on_rows() is None
+    if not exact:
+        loaded = load_model(directory, dtype="float32")
     # Requests without a limit of their own end by the deadline, and slow clients soon.
     limits = {"request_timeout": 5.0, "body_timeout": 3.0, "header_timeout": 3.0, "send_timeout": 3.0}
-    with running(
-        engine_of(loaded if exact else byte_loaded, batch_invariant=exact), max_body=MAX_BODY, **limits
-    ) as found:
+    with running(engine_of(loaded, batch_invariant=exact), max_body=MAX_BODY, **limits) as found:
         yield found
 
 
@@ -76,7 +81,7 @@ def check(tally: Tally, count: int) -> None:
     assert not tally.faults, tally.faults[:5]
     assert sum(tally.seen.values()) == count
     kinds = {name.partition(":")[0] for name in tally.seen}
-    assert len(kinds) == 14, kinds
+    assert len(kinds) == 16, kinds
 
 
 def test_hostile_clients(server: Running) -> None:

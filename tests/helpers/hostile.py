@@ -14,11 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from helpers.large import JUST, LARGE, large_body
+
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
 PATHS = (CHAT, TEXT, "/tokenize", "/detokenize")
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-ALLOWED = {200, 400, 401, 404, 405, 408, 413, 429, 431, 503}
+ALLOWED = {200, 400, 401, 404, 405, 408, 413, 415, 421, 429, 431, 503}
+TO = "Host: localhost\r\nContent-Type: application/json\r\n"
 LONGEST = 60.0
 """Seconds after which a request that has no answer counts as a hang."""
 
@@ -48,7 +51,7 @@ class Hostile:
         self._kinds: tuple[Callable[[], bytes | None], ...] = (
             self.wrong_fields, self.wrong_fields, self.wrong_fields, self.broken_json, self.deep, self.bad_text,
             self.huge, self.schemas, self.extremes, self.no_http, self.odd_heads, self.odd_targets, self.vanish,
-            self.half_open, self.unread, self.dribble,
+            self.half_open, self.unread, self.dribble, self.large, self.odd_hosts,
         )  # fmt: skip
 
     def attack(self, tally: Tally) -> None:
@@ -110,6 +113,9 @@ class Hostile:
         if self._random.random() < 0.3:
             return self._send(_head(path, 10 ** self._random.randint(9, 30)) + b"{")
         filler = self._random.choice((b" ", b"x", b"[", b"9"))
+        if path == "/tokenize":
+            # A text that a long answer is right for, which takes its seconds.
+            size = min(size, 200_000)
         body = b'{"prompt": "' + filler * (size + self._random.randint(-100, 5000)) + b'"}'
         if self._random.random() < 0.5:
             return self._post(path, body)
@@ -117,8 +123,25 @@ class Hostile:
             b"%x\r\n%s\r\n" % (len(c), c) for c in (body[i : i + 50_000] for i in range(0, len(body), 50_000))
         )
         return self._send(
-            f"POST {path} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode() + chunks + b"0\r\n\r\n"
+            f"POST {path} HTTP/1.1\r\n{TO}Transfer-Encoding: chunked\r\n\r\n".encode() + chunks + b"0\r\n\r\n"
         )
+
+    def large(self) -> bytes | None:
+        """Wrong, and as long as it may be, or as a parser may take it."""
+        path = self._random.choice(PATHS)
+        if self._random.random() < 0.5:
+            return self._post(path, self._random.choice(list(JUST.values())))
+        return self._post(path, large_body(self._random.choice(LARGE), self._max_body))
+
+    def odd_hosts(self) -> bytes | None:
+        pick = self._random.choice
+        host = pick(
+            ("evil.example", "127.0.0.1.evil.example", "[::1", "a" * 5000, "\xff", "", "localhost:x", "[]:1", "..", ":")
+        )
+        kind = pick(("application/json", "text/plain", "application/json;charset=\xff", "/", "", "a" * 5000))
+        body = json.dumps(self._valid(CHAT)).encode()
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: {host}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+        return self._send(head.encode("latin-1") + body)
 
     def schemas(self) -> bytes | None:
         pick = self._random.choice
@@ -148,7 +171,7 @@ class Hostile:
         body = self._valid(path := pick((CHAT, TEXT)))
         body |= pick((
             {"n": 10**9}, {"n": 128, "max_tokens": 1}, {"max_tokens": 2**63}, {"seed": 2**64}, {"temperature": 1e308},
-            {"logit_bias": {str(i): -100 for i in range(259)}}, {"logit_bias": {str(i): 1 for i in range(5000)}},
+            {"logit_bias": {str(i): -100 for i in range(259)}}, {"logit_bias": {str(i): 1 for i in range(49_152)}},
             {"stop": ["x" * 10_000]}, {"stop": [""]}, {"top_k": -(2**40)}, {"priority": 2**70}, {"user": "u" * 100_000},
             {"cache_salt": "\u0000" * 1000}, {"stream": True, "n": 20}, {"repetition_penalty": 1e-300},
             {"model": "../../etc/passwd"}, {"min_p": 1.0, "top_p": 1e-12}, {"stop_token_ids": list(range(259))},
@@ -178,7 +201,7 @@ class Hostile:
             ["Upgrade: websocket", "Connection: Upgrade", length], [" folded: x", ": empty"],
             ["X-Request-Id: a\nSet-Cookie: b", length],
         ))  # fmt: skip
-        text = "\r\n".join([f"POST {CHAT} HTTP/1.1", "Host: x", *heads, "", ""])
+        text = "\r\n".join([f"POST {CHAT} HTTP/1.1", TO.strip(), *heads, "", ""])
         return self._send(text.encode("latin-1") + body)
 
     def odd_targets(self) -> bytes | None:
@@ -189,7 +212,7 @@ class Hostile:
         ))  # fmt: skip
         method = self._random.choice(("GET", "POST", "DELETE", "PATCH", "OPTIONS", "HEAD", "TRACE", "BREW"))
         return self._send(
-            f"{method} {target} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode()
+            f"{method} {target} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode()
         )
 
     # How it is sent
@@ -337,8 +360,7 @@ def _bounded(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _head(path: str, length: int) -> bytes:
-    kind = "Content-Type: application/json"
-    return f"POST {path} HTTP/1.1\r\nHost: x\r\n{kind}\r\nContent-Length: {length}\r\n\r\n".encode()
+    return f"POST {path} HTTP/1.1\r\n{TO}Content-Length: {length}\r\n\r\n".encode()
 
 
 def _receive(link: socket.socket) -> bytes:

@@ -43,6 +43,12 @@ def serve(
     allowed_origins: Annotated[
         list[str] | None, typer.Option(metavar="ORIGIN", help="CORS: web pages from here may ask; '*' for all.")
     ] = None,
+    allowed_hosts: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Also answer to this name, '*.name' or '*'; localhost and addresses are fine."
+        ),
+    ] = None,
     max_queue: Annotated[
         int, typer.Option(metavar="N", help="Sequences that may wait beyond --max-num-seqs; more get 429.")
     ] = 256,
@@ -75,6 +81,7 @@ def serve(
 ) -> None:
     """Serve the model over HTTP as OpenAI does; a live page is at /, metrics are at /metrics."""
     from kvbits.config import EngineConfig, parse_bytes
+    from kvbits.server.hosts import names_of
     from kvbits.server.logs import set_up
     from kvbits.server.options import ServerOptions
 
@@ -84,6 +91,7 @@ def serve(
         served_model_name=model if served_model_name is None else served_model_name,
         api_keys=tuple(api_key or ()),
         allowed_origins=tuple(allowed_origins or ()),
+        allowed_hosts=(*names_of(host), *(allowed_hosts or ())),
         max_queue=max_queue,
         request_timeout=request_timeout,
         drain_timeout=drain_timeout,

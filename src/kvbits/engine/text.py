@@ -53,6 +53,15 @@ def encode(loaded: LoadedModel, text: str) -> list[int]:
 def encode_chat(loaded: LoadedModel, messages: Sequence[Mapping[str, Any]], **template: Any) -> list[int]:
     """Token ids of a chat in the model's own template, ready for the assistant's answer.
 
+    Raises ``RequestError`` as :func:`chat_text` does.
+    """
+    text = chat_text(loaded, messages, **template)
+    return list(_tokenizer(loaded)(text, add_special_tokens=False)["input_ids"])
+
+
+def chat_text(loaded: LoadedModel, messages: Sequence[Mapping[str, Any]], **template: Any) -> str:
+    """A chat in the model's own template, ready for the assistant's answer.
+
     Raises ``RequestError`` when the tokenizer has no template or the template refuses the messages.
     """
     tokenizer = _tokenizer(loaded)
@@ -60,11 +69,10 @@ def encode_chat(loaded: LoadedModel, messages: Sequence[Mapping[str, Any]], **te
         raise RequestError(f"the tokenizer of {loaded.name} has no chat template; use generate with a plain prompt")
     options = {"add_generation_prompt": True, **template}
     try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
     # A template is a program of the model's author: it raises what it likes, mostly Jinja errors.
     except Exception as error:
         raise RequestError(f"the chat template of {loaded.name} refuses the messages: {error}") from error
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _tokenizer(loaded: LoadedModel) -> Any:

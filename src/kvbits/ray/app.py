@@ -25,9 +25,7 @@ def build(replica: ReplicaOptions, cluster: ClusterOptions, application: str = A
     """Bind the two deployments; ``serve.run(build(...), name=application)`` starts them or, again, rolls them over."""
     engines = serve.deployment(Replica).options(**_replica_settings(replica, cluster))
 
-    application_of = front_of(
-        deployment=ENGINES, application=application, max_body=replica.server.max_body, retries=cluster.retries
-    )
+    application_of = front_of(ENGINES, application, replica.server, cluster.retries)
     front = serve.deployment(
         serve.ingress(application_of)(Front),
         name="front",

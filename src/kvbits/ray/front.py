@@ -6,20 +6,19 @@ import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
-from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from kvbits.ray.intake import guarded, take
 from kvbits.ray.messages import HttpRequest, Route
 from kvbits.ray.metrics import merge
-from kvbits.ray.prefix import block_hashes, prompt_text
 from kvbits.server.errors import ApiError
+from kvbits.server.options import ServerOptions
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +38,9 @@ class Front:
     begun ends with an error event.
     """
 
-    def __init__(self, deployment: str, application: str, max_body: int, retries: int) -> None:
+    def __init__(self, deployment: str, application: str, options: ServerOptions, retries: int) -> None:
         self._handle = serve.get_deployment_handle(deployment, application)
-        self._max_body = max_body
+        self._options = options
         self._retries = retries
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -50,14 +49,10 @@ class Front:
         if scope["type"] != "http":
             return
         try:
-            request = await self._read(scope, receive)
-        except ClientDisconnect:
-            return
+            request, blocks = await take(scope, receive, self._options)
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
-        text = prompt_text(request.body) if request.method == "POST" else None
-        blocks = block_hashes(text) if text else ()
         answer = _Answer(send)
         work = asyncio.ensure_future(self._answer(request, blocks, answer))
         watch = asyncio.ensure_future(_disconnected(receive))
@@ -127,23 +122,6 @@ class Front:
             pages[name] = b"".join(message.get("body", b"") for message in messages[1:]).decode()
         await answer.whole(Response(merge(pages), media_type=CONTENT_TYPE_LATEST))
 
-    async def _read(self, scope: Scope, receive: Receive) -> HttpRequest:
-        body = bytearray()
-        async for part in Request(scope, receive).stream():
-            body += part
-            # A little more than the replicas take, so that they refuse what is too large in their own words.
-            if len(body) > self._max_body + 1:
-                raise ApiError(413, f"the request's body is larger than {self._max_body} bytes")
-        client = scope.get("client")
-        return HttpRequest(
-            scope["method"],
-            scope["path"],
-            scope["query_string"],
-            tuple((bytes(name), bytes(value)) for name, value in scope["headers"]),
-            None if client is None else (client[0], client[1]),
-            bytes(body),
-        )
-
 
 class _Answer:
     """What was passed on so far. The head waits for the first byte, so that another replica can still take over."""
@@ -194,10 +172,10 @@ async def _lifespan(receive: Receive, send: Send) -> None:
             return
 
 
-def front_of(**options: Any) -> Callable[[], Front]:
+def front_of(deployment: str, application: str, options: ServerOptions, retries: int) -> Callable[[], ASGIApp]:
     """A builder that Ray Serve calls in the front's own process."""
 
-    def build() -> Front:
-        return Front(**options)
+    def build() -> ASGIApp:
+        return guarded(Front(deployment, application, options, retries), options)
 
     return build

@@ -13,15 +13,30 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic_core import from_json
+
+from kvbits.server.body import count_values
+from kvbits.server.errors import ApiError
+
 BLOCK_CHARS = 64
 """Characters of a block: about a quarter of a page of English text."""
 
+MAX_BLOCKS = 1 << 14
+"""Blocks by which a prompt is known: a MiB of text. A longer one would make a router forget all others."""
+
+MAX_VALUES = 1 << 20
+"""Values of a body that is looked at."""
+
 
 def prompt_text(body: bytes) -> str | None:
-    """The part of an OpenAI request that decides its tokens, or ``None`` where there is none."""
+    """The part of an OpenAI request that decides its tokens, or ``None`` where there is none.
+
+    A body of which a replica would not make objects is not looked at here either.
+    """
     try:
-        request = json.loads(body)
-    except ValueError:
+        count_values(body, MAX_VALUES)
+        request = from_json(body)
+    except (ValueError, ApiError):
         return None
     if not isinstance(request, Mapping):
         return None
@@ -38,9 +53,9 @@ def prompt_text(body: bytes) -> str | None:
 
 
 def block_hashes(text: str) -> tuple[bytes, ...]:
-    """A hash for each full block of ``text``, which covers all before it too."""
+    """A hash for each full block of ``text``, which covers all before it too; for ``MAX_BLOCKS`` at most."""
     found, parent = [], b""
-    for start in range(0, len(text) - BLOCK_CHARS + 1, BLOCK_CHARS):
+    for start in range(0, min(len(text), MAX_BLOCKS * BLOCK_CHARS) - BLOCK_CHARS + 1, BLOCK_CHARS):
         block = text[start : start + BLOCK_CHARS].encode("utf-8", "surrogatepass")
         parent = hashlib.blake2b(parent + block, digest_size=12).digest()
         found.append(parent)

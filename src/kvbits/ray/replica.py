@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -42,6 +43,9 @@ class Replica:
         self._engine = Engine(load_model(options.model, dtype=options.dtype, device=options.device), options.engine)
         self._app = create_app(self._engine, options.server)
         self._service: Service = self._app.state.service
+        # As in a server of its own: the collector need not look at what is there for good.
+        gc.collect()
+        gc.freeze()
         if fetch_pages:
             self._service.before_submit = self._fetch
         self._deployment = deployment

@@ -17,6 +17,7 @@ from kvbits.engine.engine import Engine
 from kvbits.errors import KVBitsError
 from kvbits.server.errors import ApiError
 from kvbits.server.gate import Gate
+from kvbits.server.hosts import Hosts
 from kvbits.server.http import Gone
 from kvbits.server.metrics import EngineCollector
 from kvbits.server.observe import Observer
@@ -34,7 +35,7 @@ def create_app(engine: Engine, options: ServerOptions) -> FastAPI:
     """An ASGI application that serves ``engine``, which belongs to it from now on."""
     registry = CollectorRegistry()
     observer = Observer(registry, options.served_model_name)
-    service = Service(EngineWorker(engine, observer), Preparer(engine.loaded), observer, options)
+    service = Service(EngineWorker(engine, observer), Preparer(engine.loaded, engine.limits), observer, options)
     registry.register(EngineCollector(service.worker, options.served_model_name))
 
     @asynccontextmanager
@@ -59,6 +60,7 @@ def create_app(engine: Engine, options: ServerOptions) -> FastAPI:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(options.allowed_origins), allow_methods=["*"], allow_headers=["*"]
         )
+    app.add_middleware(Hosts, allowed=options.allowed_hosts)
     app.add_middleware(Gate, api_keys=options.api_keys)
     return app
 

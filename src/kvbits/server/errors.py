@@ -14,10 +14,16 @@ _TYPES = {
     405: "invalid_request_error",
     408: "invalid_request_error",
     413: "invalid_request_error",
+    415: "invalid_request_error",
+    421: "invalid_request_error",
     429: "rate_limit_error",
     500: "server_error",
     503: "service_unavailable_error",
 }
+
+
+_LONGEST = 2000
+"""Characters of a message."""
 
 
 class ApiError(Exception):
@@ -34,7 +40,8 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
+        # Some quote what the client sent, which may be megabytes.
+        self.message = message if len(message) <= _LONGEST else f"{message[:_LONGEST]} ..."
         self.param = param
         self.code = code
         self.retry_after = retry_after
@@ -57,7 +64,8 @@ def invalid(error: ValidationError) -> ApiError:
     first = error.errors(include_url=False, include_input=False)[0]
     # Members of unions are classes of ours, not part of the path in the client's JSON.
     path = ".".join(str(part) for part in first["loc"] if part not in ("str", "int") and "[" not in str(part))
-    if first["type"] == "extra_forbidden":
+    if first["type"] == "unknown":
+        path = ".".join([*([path] if path else []), str(first["ctx"]["name"])[:200]])
         return ApiError(400, f"unknown field '{path}'", param=path, code="unknown_parameter")
     if first["type"] == "unsupported":
         return ApiError(400, first["msg"], param=first["ctx"]["name"], code="unsupported_parameter")

@@ -7,17 +7,15 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from kvbits.server.errors import ApiError, invalid
+from kvbits.server.errors import ApiError
 
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 """``json.dumps`` with separators makes such an encoder for every call."""
 
-M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
 
 
@@ -25,22 +23,18 @@ class Gone(Exception):
     """The client closed its connection before it had its answer."""
 
 
-async def read(request: Request, kind: type[M], limit: int, timeout: float) -> M:
-    """The request's JSON as a ``kind``.
+async def read(request: Request, limit: int, timeout: float) -> bytes:
+    """The request's body.
 
-    Raises ``ApiError`` for a body that is larger than ``limit`` bytes, comes slower than ``timeout`` seconds, or is not
-    such JSON.
+    Raises ``ApiError`` for one that is larger than ``limit`` bytes or comes slower than ``timeout`` seconds, and
+    ``Gone``.
     """
     try:
-        body = await asyncio.wait_for(_body(request, limit), timeout)
+        return await asyncio.wait_for(_body(request, limit), timeout)
     except asyncio.TimeoutError:
         raise ApiError(408, f"the request's body did not come within {timeout:g} seconds") from None
     except ClientDisconnect:
         raise Gone from None
-    try:
-        return kind.model_validate_json(body)
-    except ValidationError as error:
-        raise invalid(error) from None
 
 
 async def _body(request: Request, limit: int) -> bytes:

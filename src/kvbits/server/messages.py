@@ -10,10 +10,16 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from pydantic_core import from_json
+
 from kvbits.errors import RequestError
+from kvbits.server.body import count_values
 from kvbits.server.protocol.chat import AssistantMessage, Content, Message, RefusalPart, TextPart, Tool, ToolMessage
 
 Plain = dict[str, Any]
+
+MAX_ARGUMENTS = 1 << 17
+"""Values that the arguments of all calls of a conversation may hold."""
 
 _INSTRUCTIONS = (
     "You may call one or more functions to help the user. Their signatures are between <tools></tools>:\n"
@@ -31,6 +37,7 @@ def plain_tools(tools: Sequence[Tool]) -> list[Plain]:
 def plain_messages(messages: Sequence[Message], tools: Sequence[Plain], template: str) -> list[Plain]:
     """The messages as ``template`` takes them. Raises ``RequestError`` for arguments of a call that are not JSON."""
     knows_tools = "tools" in template
+    _check_calls(messages)
     plain: list[Plain] = []
     for message in messages:
         plain.append(_plain(message, as_text=not knows_tools))
@@ -72,8 +79,16 @@ def _text(content: Content | list[TextPart | RefusalPart] | None) -> str:
     return "".join(part.text if isinstance(part, TextPart) else part.refusal for part in content)
 
 
+def _check_calls(messages: Sequence[Message]) -> None:
+    """Raise ``ApiError`` where the arguments of all calls are more than may be made objects of."""
+    left = MAX_ARGUMENTS
+    for message in messages:
+        for call in (message.tool_calls or ()) if isinstance(message, AssistantMessage) else ():
+            left -= count_values(call.function.arguments.encode(), left)
+
+
 def _arguments(text: str) -> Any:
     try:
-        return json.loads(text) if text.strip() else {}
-    except (ValueError, RecursionError) as error:
+        return from_json(text, allow_inf_nan=False) if text.strip() else {}
+    except ValueError as error:
         raise RequestError(f"the arguments of a tool call are not JSON: {error}") from error

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from kvbits.errors import ConfigError
+
+_HOST = re.compile(r"(\*\.)?[^\s:/*@\[\]]+|[0-9A-Fa-f:.]*::?[0-9A-Fa-f:.%a-z]*")
 
 
 @dataclass(frozen=True)
@@ -14,12 +17,14 @@ class ServerOptions:
     ``max_queue`` counts sequences that wait beyond the engine's ``max_num_seqs``; ``request_timeout`` and
     ``drain_timeout`` are in seconds, ``max_body`` in bytes. ``header_timeout`` and ``body_timeout`` are the seconds
     that a client has to send either, ``send_timeout`` those for which it may leave an answer unread.
-    No ``api_keys``: everybody may ask. Raises ``ConfigError`` for a value that cannot work.
+    No ``api_keys``: everybody may ask. ``allowed_hosts``: names that the server answers to besides ``localhost`` and
+    addresses, as :class:`kvbits.server.hosts.Hosts` takes them. Raises ``ConfigError`` for a value that cannot work.
     """
 
     served_model_name: str
     api_keys: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     max_queue: int = 256
     request_timeout: float | None = None
     drain_timeout: float = 30.0
@@ -40,5 +45,10 @@ class ServerOptions:
             raise ConfigError(f"drain_timeout is {self.drain_timeout}; it must be a number of seconds, 0 or more")
         if any(not key or key != key.strip() for key in self.api_keys):
             raise ConfigError("an API key is empty or has blanks around it")
+        for name in self.allowed_hosts:
+            if name != "*" and not _HOST.fullmatch(name):
+                raise ConfigError(
+                    f"allowed_hosts holds '{name}'; it takes names without scheme and port, '*.example.org', or '*'"
+                )
         if not self.served_model_name:
             raise ConfigError("served_model_name is empty")

@@ -1,20 +1,23 @@
 """What a request needs before the engine sees it: tokens, grammar, parameters.
 
-Tokenizing and compiling take milliseconds to seconds, so they run in one thread beside the event loop; one, because
-tokenizers are not made for several.
+Tokenizing and compiling take milliseconds to seconds, so they run in threads beside the event loop. Small requests have
+threads of their own and do not wait behind large ones.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, TypeVar
 
 from kvbits.engine.detokenize import Kind
+from kvbits.engine.encode import Encoder
 from kvbits.engine.grammar import Grammar, GrammarCompiler, json_rule
-from kvbits.engine.text import decoder, encode, encode_chat
+from kvbits.engine.limits import Limits
+from kvbits.engine.text import chat_text
 from kvbits.errors import RequestError
 from kvbits.models import LoadedModel
 from kvbits.server.messages import plain_messages, plain_tools
@@ -31,6 +34,9 @@ from kvbits.server.tools import call_rules
 
 T = TypeVar("T")
 
+_THREADS = 4
+"""For small requests, and as many for large ones."""
+
 MAX_GRAMMAR = 1 << 16
 """Characters of a grammar. The time to compile grows with their square: 250 KB took 24 seconds, 57 KB under three."""
 
@@ -38,48 +44,54 @@ MAX_GRAMMAR = 1 << 16
 class Preparer:
     """Tokenizer, chat template and grammar compiler of one model."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, loaded: LoadedModel, limits: Limits) -> None:
         self.loaded = loaded
-        self._decode = decoder(loaded)
-        self._thread = ThreadPoolExecutor(1, "kvbits-prepare")
+        self.encoder = Encoder(loaded, limits)
+        self._small = ThreadPoolExecutor(_THREADS, "kvbits-prepare")
+        self._large = ThreadPoolExecutor(_THREADS, "kvbits-prepare-large")
+        self._building = threading.Lock()
         self._names: dict[int, bytes] = {}
 
-    async def run(self, function: Callable[[], T]) -> T:
-        """Run ``function`` in the preparing thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+    async def run(self, function: Callable[[], T], large: bool) -> T:
+        """Run ``function`` in one of the threads."""
+        threads = self._large if large else self._small
+        return await asyncio.get_running_loop().run_in_executor(threads, function)
 
     def close(self) -> None:
-        """End the thread."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
-
-    def text_tokens(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids of a plain prompt."""
-        if add_special_tokens:
-            return encode(self.loaded, text)
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        """End the threads."""
+        for threads in (self._small, self._large):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def chat_tokens(self, messages: Sequence[Message], tools: Sequence[Tool], template: Mapping[str, Any]) -> list[int]:
-        """Token ids of a chat. Raises ``RequestError`` when the template refuses it or its options."""
+        """Token ids of a chat.
+
+        Raises ``RequestError`` when the template refuses it or its options, or when it is too long.
+        """
         for name in template:
             if name in {"add_generation_prompt", "messages", "tools", "tokenize", "chat_template"}:
                 raise RequestError(f"chat_template_kwargs must not set '{name}'")
-        return self._chat_tokens(messages, tools, **template)
+        return self.encoder.prompt(self._chat_text(messages, tools, **template), add_special_tokens=False)
 
     def tokenize_chat(self, messages: Sequence[Message], tools: Sequence[Tool], generation: bool) -> list[int]:
         """Token ids of a chat, with or without the start of an answer."""
-        return self._chat_tokens(messages, tools, add_generation_prompt=generation)
+        text = self._chat_text(messages, tools, add_generation_prompt=generation)
+        return self.encoder.ids(text, add_special_tokens=False)
 
-    def _chat_tokens(self, messages: Sequence[Message], tools: Sequence[Tool], **options: Any) -> list[int]:
+    def _chat_text(self, messages: Sequence[Message], tools: Sequence[Tool], **options: Any) -> str:
         known = plain_tools(tools)
         text = str(self._tokenizer.chat_template or "")
         plain = plain_messages(messages, known, text)
         if known and "tools" in text:
             options["tools"] = known
-        return encode_chat(self.loaded, plain, **options)
+        return chat_text(self.loaded, plain, **options)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, special ones included."""
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False))
+        tokenizer = self._tokenizer
+        if tokenizer.is_fast and not tokenizer.clean_up_tokenization_spaces:
+            # The call for a batch lets other threads run, the one for a text does not.
+            return str(tokenizer.backend_tokenizer.decode_batch([list(tokens)], skip_special_tokens=False)[0])
+        return str(tokenizer.decode(list(tokens), skip_special_tokens=False))
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for, also where they are part of a character."""
@@ -127,8 +139,13 @@ class Preparer:
         grammar.start().allowed()
         return grammar
 
-    @cached_property
+    @property
     def _compiler(self) -> GrammarCompiler:
+        with self._building:
+            return self._only_compiler
+
+    @cached_property
+    def _only_compiler(self) -> GrammarCompiler:
         return GrammarCompiler(self.loaded)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from types import FrameType
 
@@ -85,6 +86,10 @@ def serve(engine: Engine, options: ServerOptions, host: str, port: int) -> None:
     """Serve until a signal ends it. Raises ``ConfigError`` when the port cannot be had."""
     server = Server(create_app(engine, options), host, port, options)
     log.info(start_line(engine, options, host, port))
+    # What is there now stays. Without this the collector looks at all of it, for a second, when a request makes many
+    # objects, and nobody is answered meanwhile.
+    gc.collect()
+    gc.freeze()
     try:
         server.run()
     except SystemExit as error:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
 from kvbits.engine.params import SamplingParams
+from kvbits.server.body import SMALL, M, check_type, parse
 from kvbits.server.errors import ApiError
-from kvbits.server.http import M, read
+from kvbits.server.http import read, unless_gone
 from kvbits.server.observe import Observer
 from kvbits.server.options import ServerOptions
 from kvbits.server.prepare import Preparer
 from kvbits.server.stream import Stream
 from kvbits.server.worker import EngineWorker
+
+T = TypeVar("T")
 
 RETRY_SECONDS = 5
 """What a client is told to wait when the queue is full."""
@@ -39,7 +42,18 @@ class Service:
 
     async def read(self, request: Request, kind: type[M]) -> M:
         """The request's body; raises ``ApiError``."""
-        return await read(request, kind, self.options.max_body, self.options.body_timeout)
+        check_type(request.headers)
+        body = await read(request, self.options.max_body, self.options.body_timeout)
+        request.state.size = len(body)
+        context = self.worker.engine.max_model_len
+        if len(body) <= SMALL:
+            return parse(body, kind, context)
+        return await self.prepare(request, lambda: parse(body, kind, context))
+
+    async def prepare(self, request: Request, function: Callable[[], T]) -> T:
+        """Run ``function`` beside the event loop, large requests apart from small ones. Raises ``Gone``."""
+        large = request.state.size > SMALL
+        return await unless_gone(request.receive, self.preparer.run(function, large))
 
     def check_model(self, name: str | None) -> None:
         """Raise ``ApiError`` unless ``name`` is what this server serves."""

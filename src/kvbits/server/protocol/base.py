@@ -2,20 +2,64 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from functools import cache
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
+T = TypeVar("T")
+
+
+def _numbers(data: Any) -> Any:
+    for key, value in data.items() if isinstance(data, dict) else ():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise PydanticCustomError("number", "the value of {key} must be a finite number", {"key": repr(key[:40])})
+    return data
+
+
+# Of a list or an object with a million mistakes only the first is looked at: making the errors is the slow part.
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-TokenIds = list[StrictInt]
+Items = Annotated[list[T], Field(fail_fast=True)]
+Numbers = Annotated[dict[StrictStr, Number], BeforeValidator(_numbers)]
+TokenIds = Items[StrictInt]
 
 
 class Strict(BaseModel):
-    """A JSON object without unknown fields."""
+    """A JSON object without unknown fields.
+
+    ``unsupported`` names the fields that OpenAI documents and this server cannot do, with the values that ask for
+    nothing and are therefore fine. ``most_values``: numbers, strings, lists and objects that such a body may hold.
+    """
 
     model_config = ConfigDict(extra="forbid")
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    most_values: ClassVar[int] = 1 << 17
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first_unknown(cls, data: Any) -> Any:
+        names = _names(cls)
+        if isinstance(data, dict) and not data.keys() <= names:
+            unknown = next(name for name in data if name not in names)
+            raise PydanticCustomError("unknown", "unknown field", {"name": unknown})
+        return data
+
+
+@cache
+def _names(kind: type[Strict]) -> frozenset[str]:
+    return frozenset(field.alias or name for name, field in kind.model_fields.items()) | kind.unsupported.keys()
 
 
 class StreamOptions(Strict):
@@ -27,19 +71,13 @@ class StreamOptions(Strict):
 
 
 class SamplingFields(Strict):
-    """Fields of ``/v1/chat/completions`` and ``/v1/completions`` alike.
-
-    ``unsupported`` names the fields that OpenAI documents and this server cannot do, with the values that ask for
-    nothing and are therefore fine.
-    """
-
-    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Fields of ``/v1/chat/completions`` and ``/v1/completions`` alike."""
 
     model: StrictStr | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     n: StrictInt | None = None
-    stop: StrictStr | list[StrictStr] | None = None
+    stop: StrictStr | Items[StrictStr] | None = None
     seed: StrictInt | None = None
     temperature: Number | None = None
     top_p: Number | None = None
@@ -49,7 +87,7 @@ class SamplingFields(Strict):
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
     repetition_penalty: Number | None = None
-    logit_bias: dict[StrictStr, Number] | None = None
+    logit_bias: Numbers | None = None
     stop_token_ids: TokenIds | None = None
     ignore_eos: StrictBool | None = None
     user: StrictStr | None = None

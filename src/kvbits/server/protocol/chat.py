@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StrictBool, StrictInt, StrictStr
 
-from kvbits.server.protocol.base import SamplingFields, Strict
+from kvbits.server.protocol.base import Items, SamplingFields, Strict
 
 
 class TextPart(Strict):
@@ -25,7 +25,7 @@ class RefusalPart(Strict):
     refusal: StrictStr
 
 
-Content = StrictStr | list[TextPart]
+Content = StrictStr | Items[TextPart]
 
 
 class FunctionCall(Strict):
@@ -64,12 +64,12 @@ class AssistantMessage(Strict):
     """``assistant``. ``reasoning_content`` is an extension of many servers; it goes to the template."""
 
     role: Literal["assistant"]
-    content: StrictStr | list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]] | None = None
+    content: StrictStr | Items[Annotated[TextPart | RefusalPart, Field(discriminator="type")]] | None = None
     refusal: StrictStr | None = None
     reasoning_content: StrictStr | None = None
     name: StrictStr | None = None
-    tool_calls: list[ToolCall] | None = None
-    annotations: list[Any] | None = None
+    tool_calls: Items[ToolCall] | None = None
+    annotations: Items[Any] | None = None
     audio: None = None
     function_call: None = None
 
@@ -166,12 +166,12 @@ class ChatRequest(SamplingFields):
         "web_search_options": (),
     }
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Items[Message], Field(min_length=1)]
     max_completion_tokens: StrictInt | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = None
+    tools: Items[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: StrictBool | None = None
     chat_template_kwargs: dict[StrictStr, Any] | None = None

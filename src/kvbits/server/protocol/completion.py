@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, cast
 
-from pydantic import Field, StrictBool, StrictInt, StrictStr
+from pydantic import BeforeValidator, Field, StrictBool, StrictInt, StrictStr
+from pydantic_core import PydanticCustomError
 
-from kvbits.server.protocol.base import SamplingFields, Strict, TokenIds
+from kvbits.server.protocol.base import Items, SamplingFields, Strict, TokenIds
 from kvbits.server.protocol.chat import Message, ResponseFormat, Tool
 
 MAX_PROMPTS = 256
 """Most prompts in one request."""
+
+_MOST_IDS = 1 << 19
+"""Values of a body whose prompts may be token ids."""
+
+
+def _few(data: Any) -> Any:
+    if isinstance(data, list) and len(data) > MAX_PROMPTS and not isinstance(data[0], int):
+        count = {"count": len(data), "most": MAX_PROMPTS}
+        raise PydanticCustomError("too_many", "prompt holds {count} prompts; 1 to {most} are possible", count)
+    return data
 
 
 class CompletionRequest(SamplingFields):
     """The body of ``/v1/completions``; a prompt is text or token ids, and there may be a list of them."""
 
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {"suffix": ("",)}
+    most_values: ClassVar[int] = _MOST_IDS
 
-    prompt: StrictStr | TokenIds | list[StrictStr] | list[TokenIds]
+    prompt: Annotated[StrictStr | TokenIds | Items[StrictStr] | Items[TokenIds], BeforeValidator(_few)]
     echo: StrictBool | None = None
     logprobs: Annotated[StrictInt, Field(ge=0, le=5)] | None = None
     best_of: StrictInt | None = None
@@ -30,9 +42,10 @@ class CompletionRequest(SamplingFields):
         """All prompts, one after another."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        if all(isinstance(part, int) for part in self.prompt):
-            return [[part for part in self.prompt if isinstance(part, int)]]
-        return [part for part in self.prompt if not isinstance(part, int)]
+        # All parts are of one kind, and there may be very many.
+        if not self.prompt or isinstance(self.prompt[0], int):
+            return [cast("list[int]", self.prompt)]
+        return cast("list[str | list[int]]", self.prompt)
 
 
 class TokenizeRequest(Strict):
@@ -40,8 +53,8 @@ class TokenizeRequest(Strict):
 
     model: StrictStr | None = None
     prompt: StrictStr | None = None
-    messages: list[Message] | None = None
-    tools: list[Tool] | None = None
+    messages: Items[Message] | None = None
+    tools: Items[Tool] | None = None
     add_special_tokens: StrictBool = True
     add_generation_prompt: StrictBool = True
     return_token_strs: StrictBool = False
@@ -49,6 +62,8 @@ class TokenizeRequest(Strict):
 
 class DetokenizeRequest(Strict):
     """The body of ``/detokenize``."""
+
+    most_values: ClassVar[int] = _MOST_IDS
 
     model: StrictStr | None = None
     tokens: TokenIds

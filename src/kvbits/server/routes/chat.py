@@ -33,7 +33,7 @@ async def chat_completions(request: Request) -> Response:
     service.check_model(body.model)
     request_id = f"chatcmpl-{uuid.uuid4().hex}"
     with service.room(max(body.n or 1, 1)):
-        prompt, params = await unless_gone(request.receive, service.preparer.run(lambda: _prepare(service, body)))
+        prompt, params = await service.prepare(request, lambda: _prepare(service, body))
         stream = await service.submit(request_id, prompt, params, body.priority, body.cache_salt)
     answer = _answer(service, request_id, body, prompt, params)
 

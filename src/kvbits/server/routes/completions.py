@@ -37,7 +37,7 @@ async def completions(request: Request) -> Response:
     service.check_model(body.model)
     request_id = f"cmpl-{uuid.uuid4().hex}"
     with service.room(max(body.n or 1, 1) * len(body.prompts())):
-        prompts, params = await unless_gone(request.receive, service.preparer.run(lambda: _prepare(service, body)))
+        prompts, params = await service.prepare(request, lambda: _prepare(service, body))
         streams = await _submit(service, request_id, body, prompts, params)
     wanted = Wanted(bool(body.echo), body.logprobs, body.max_tokens != 0)
     answer = CompletionAnswer(
@@ -74,7 +74,7 @@ def _prepare(service: Service, body: CompletionRequest) -> tuple[Prompts, Sampli
     prompts: Prompts = []
     for prompt in given:
         if isinstance(prompt, str):
-            prompts.append((prompt, preparer.text_tokens(prompt, body.add_special_tokens)))
+            prompts.append((prompt, preparer.encoder.prompt(prompt, body.add_special_tokens)))
         else:
             service.worker.engine.limits.check_prompt(prompt, room=1)
             prompts.append((preparer.decode(prompt) if body.echo else "", prompt))

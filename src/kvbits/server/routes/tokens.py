@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from collections.abc import Iterator, Sequence
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
@@ -14,6 +15,9 @@ from kvbits.server.service import Service, service_of
 
 router = APIRouter()
 
+_PIECE = 10_000
+"""Values that are written as JSON at once."""
+
 
 @router.post("/tokenize", openapi_extra=takes(TokenizeRequest))
 async def tokenize(request: Request) -> Response:
@@ -21,15 +25,7 @@ async def tokenize(request: Request) -> Response:
     service = service_of(request)
     body = await service.read(request, TokenizeRequest)
     service.check_model(body.model)
-    tokens = await service.preparer.run(lambda: _tokens(service, body))
-    found: dict[str, Any] = {
-        "count": len(tokens),
-        "max_model_len": service.worker.engine.max_model_len,
-        "tokens": tokens,
-    }
-    if body.return_token_strs:
-        found["token_strs"] = [service.preparer.token_bytes(t).decode("utf-8", "replace") for t in tokens]
-    return JSONResponse(found)
+    return Response(await service.prepare(request, lambda: _answer(service, body)), media_type="application/json")
 
 
 @router.post("/detokenize", openapi_extra=takes(DetokenizeRequest))
@@ -38,20 +34,38 @@ async def detokenize(request: Request) -> Response:
     service = service_of(request)
     body = await service.read(request, DetokenizeRequest)
     service.check_model(body.model)
-    if body.tokens:
-        vocab = service.worker.engine.limits.vocab
-        outside = [token for token in body.tokens if not 0 <= token < vocab]
-        if outside:
-            raise ApiError(400, f"tokens holds {outside[0]}; the vocabulary is 0 to {vocab - 1}", param="tokens")
-    text = await service.preparer.run(lambda: service.preparer.decode(body.tokens))
-    return JSONResponse({"prompt": text})
+    return JSONResponse({"prompt": await service.prepare(request, lambda: _text(service, body.tokens))})
+
+
+def _text(service: Service, tokens: list[int]) -> str:
+    vocab = service.worker.engine.limits.vocab
+    outside = next((token for token in tokens if not 0 <= token < vocab), None)
+    if outside is not None:
+        raise ApiError(400, f"tokens holds {outside}; the vocabulary is 0 to {vocab - 1}", param="tokens")
+    return service.preparer.decode(tokens)
+
+
+def _answer(service: Service, body: TokenizeRequest) -> bytes:
+    """The answer as JSON, made piece by piece: in one go it would hold Python's lock for as long as it takes."""
+    tokens = _tokens(service, body)
+    head = {"count": len(tokens), "max_model_len": service.worker.engine.max_model_len}
+    parts = [json.dumps(head)[:-1], ', "tokens": [', *_pieces(tokens), "]"]
+    if body.return_token_strs:
+        name = service.preparer.token_bytes
+        parts += [', "token_strs": [', *_pieces([name(token).decode("utf-8", "replace") for token in tokens]), "]"]
+    return "".join([*parts, "}"]).encode()
+
+
+def _pieces(values: Sequence[int | str]) -> Iterator[str]:
+    for start in range(0, len(values), _PIECE):
+        yield ("," if start else "") + json.dumps(values[start : start + _PIECE], separators=(",", ":"))[1:-1]
 
 
 def _tokens(service: Service, body: TokenizeRequest) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "give either prompt or messages", param="prompt")
     if body.prompt is not None:
-        return service.preparer.text_tokens(body.prompt, body.add_special_tokens)
+        return service.preparer.encoder.ids(body.prompt, body.add_special_tokens)
     if not body.messages:
         raise ApiError(400, "messages is empty", param="messages")
     return service.preparer.tokenize_chat(body.messages, body.tools or [], body.add_generation_prompt)
