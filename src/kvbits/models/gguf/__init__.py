@@ -1,0 +1,7 @@
+"""Models in GGUF files, read by kvbits itself: one parse, nothing of the model's size held twice, nothing left out."""
+
+from kvbits.models.gguf.config import configuration, family_of
+from kvbits.models.gguf.file import GgufFile
+from kvbits.models.gguf.weights import build
+
+__all__ = ["GgufFile", "build", "configuration", "family_of"]
