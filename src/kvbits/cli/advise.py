@@ -37,6 +37,7 @@ def advise(
     speed_batch: Annotated[int, typer.Option(metavar="N", help="Sequences that are timed, at most --sessions.")] = 4,
     new_tokens: Annotated[int, typer.Option(metavar="N", help="Decode steps that are timed.")] = 32,
     threads: options.Threads = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     resume: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Keep finished parts here (JSON lines); never run them again.")
     ] = None,
@@ -66,12 +67,12 @@ def advise(
 
     ledger = Ledger(resume)
     menu = choose(",".join(("fidelity", "layers", *_TASKS)), True, None)
-    loaded = load(model, "float32", threads)
+    loaded = load(model, "float32", threads, trust_remote_code=trust_remote_code)
     asked = [*(kv_cache_dtype or ()), *(f"policy:{path}" for path in kv_policy or ())]
     dtypes = list(dict.fromkeys([*(ladder(loaded) if not kv_cache_dtype else ("bf16",)), *asked]))
     check_dtypes(loaded, dtypes, max(context, window))
     sizes = Sizes(window, windows, task_context=context, samples=samples)
-    served = load(model, "bfloat16", threads)
+    served = load(model, "bfloat16", threads, trust_remote_code=trust_remote_code)
     laboratory = Laboratory(loaded, dtypes, ledger, Bar, served=served, served_dtype="bfloat16")
     tokens = tokens_of(loaded, content)
     run_menu(laboratory, menu, tokens, content, sizes)

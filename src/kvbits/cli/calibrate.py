@@ -47,6 +47,7 @@ def calibrate(
     windows: Annotated[int, typer.Option(metavar="N", help="Windows to calibrate on, spread over the text.")] = 8,
     check_windows: Annotated[int, typer.Option(metavar="N", help="Other windows, to measure the result on.")] = 2,
     threads: options.Threads = None,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Learn how to round, measure what each layer's keys and values can bear, and give them bits accordingly.
 
@@ -77,7 +78,7 @@ def calibrate(
     from kvbits.evaluation.compare import check_dtypes
 
     size = None if memory is None else parse_bytes(memory)
-    loaded = load(model, "float32", threads)
+    loaded = load(model, "float32", threads, trust_remote_code=trust_remote_code)
     first_page = None if sink == "none" else sink
     check_dtypes(loaded, [first_page or "int8"], context)
     # What no calibration could meet is refused before the work.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,7 @@ import numpy as np
 
 from kvbits.errors import ConfigError
 from kvbits.models.gguf.header import Part, Strings, TensorInfo, Value
-
-_SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
-
-
-def first_part(path: Path) -> Path:
-    """The first file of the split model that ``path`` belongs to, or ``path`` itself."""
-    match = _SPLIT.fullmatch(path.name)
-    return path.with_name(f"{match[1]}-00001-of-{match[3]}.gguf") if match else path
-
+from kvbits.models.gguf.parts import first_part, parts_of
 
 class GgufFile:
     """Metadata and tensors of a model in the GGUF format; see :mod:`kvbits.models.gguf.header` for the errors.
@@ -32,15 +23,14 @@ class GgufFile:
         self.metadata, self.digest = first.metadata, first.digest
         self.tensors: dict[str, TensorInfo] = dict(first.tensors)
         count = self.integer("split.count", 1)
-        match = _SPLIT.fullmatch(self.path.name)
-        if count > 1 and (match is None or int(match[3]) != count):
+        paths = parts_of(self.path)
+        if len(paths) != count:
             raise ConfigError(
                 f"the GGUF file '{self.path}' is one of {count}; its name must end in -00001-of-{count:05}.gguf, and "
                 "the others must lie beside it"
             )
-        for i in range(2, count + 1):
-            assert match is not None
-            part = Part(self._existing(self.path.with_name(f"{match[1]}-{i:05}-of-{count:05}.gguf")))
+        for path in paths[1:]:
+            part = Part(self._existing(path))
             for name, tensor in part.tensors.items():
                 if name in self.tensors:
                     raise ConfigError(f"tensor {name} is in '{part.path}' and in '{self.tensors[name].file.path}'")

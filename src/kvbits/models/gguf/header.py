@@ -24,6 +24,7 @@ _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<
 _STRING, _ARRAY = 8, 9
 _VERSIONS = (2, 3)
 _MOST_DIMENSIONS = 4
+_LONGEST_NAME = 1024
 _LENGTH = struct.Struct("<Q")
 _PAGE = mmap.PAGESIZE
 
@@ -72,12 +73,13 @@ class TensorInfo:
         flat = np.frombuffer(self.file.data, np.uint8, self.size, self.start)
         return flat.reshape(count, -1) if self.size else flat.reshape(count, 0)
 
-    def release(self) -> None:
-        """Tell the system that the tensor's pages need not stay in memory; they are read again when needed."""
-        first = -(-self.start // _PAGE) * _PAGE
-        last = (self.start + self.size) // _PAGE * _PAGE
-        if last > first and hasattr(mmap, "MADV_DONTNEED"):
-            self.file.data.madvise(mmap.MADV_DONTNEED, first, last - first)
+    def release(self, first: int, last: int) -> None:
+        """Tell the system that the pages of these rows need not stay in memory; they are read again when needed."""
+        row = self.size // max(1, int(np.prod(self.shape[:-1], dtype=np.int64)))
+        begin = -(-(self.start + first * row) // _PAGE) * _PAGE
+        end = (self.start + last * row) // _PAGE * _PAGE
+        if end > begin and hasattr(mmap, "MADV_DONTNEED"):
+            self.file.data.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
 class Part:
@@ -112,7 +114,7 @@ class Part:
             )
         at = 24
         for _ in range(pairs):
-            key, at = self._string(at)
+            key, at = self._name(at, "key")
             (kind,) = struct.unpack_from("<I", self.data, at)
             self.metadata[key], at = self._value(key, kind, at + 4)
         self.digest = hashlib.sha256(memoryview(self.data)[:at]).hexdigest()
@@ -133,6 +135,13 @@ class Part:
         if end > len(self.data):
             raise IndexError(end)
         return self.data[at + 8 : end].decode("utf-8", "replace"), end
+
+    def _name(self, at: int, what: str) -> tuple[str, int]:
+        (length,) = _LENGTH.unpack_from(self.data, at)
+        name, end = self._string(at) if length <= _LONGEST_NAME else ("", at)
+        if not name or not name.isprintable():
+            raise ConfigError(f"cannot read the GGUF file '{self.path}': at byte {at} there is no {what}")
+        return name, end
 
     def _value(self, key: str, kind: int, at: int) -> tuple[Value, int]:
         if kind in _SCALARS:
@@ -162,7 +171,7 @@ class Part:
         return at
 
     def _tensor(self, at: int) -> tuple[tuple[str, tuple[int, ...], int, int], int]:
-        name, at = self._string(at)
+        name, at = self._name(at, "tensor's name")
         (dimensions,) = struct.unpack_from("<I", self.data, at)
         if dimensions > _MOST_DIMENSIONS:
             raise ConfigError(f"cannot read the GGUF file '{self.path}': tensor {name} has {dimensions} dimensions")

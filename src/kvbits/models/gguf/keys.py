@@ -9,7 +9,7 @@ import numpy as np
 from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.models.gguf.file import GgufFile
 
-_SAYS_NOTHING = frozenset({"tensor_data_layout", "rope.scaling.finetuned"})
+SAYS_NOTHING = frozenset({"tensor_data_layout", "rope.scaling.finetuned"})
 """Facts about where a model comes from, which change nothing in how it runs."""
 
 
@@ -80,7 +80,7 @@ class Keys:
         """
         for full, value in self.file.metadata.items():
             key = full.removeprefix(self._prefix)
-            if key == full or key in self._read or key in _SAYS_NOTHING:
+            if key == full or key in self._read or key in SAYS_NOTHING:
                 continue
             if not np.any(value) if isinstance(value, np.ndarray) else not value:
                 continue

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
-from kvbits.errors import ConfigError, UnsupportedError
+from kvbits.errors import ConfigError, KVBitsError, UnsupportedError
 from kvbits.models.gguf import cache
 from kvbits.models.gguf.file import GgufFile
 from kvbits.models.gguf.header import Strings
@@ -29,6 +29,16 @@ class Converted:
     roles: dict[str, str]
 
 
+class _Given:
+    """Hands over the tokenizer itself where transformers would copy it, which takes as long as reading it again."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tokenizer:
+        return self._tokenizer
+
+
 def read_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
     """The tokenizer of ``file``, from the user's cache if it was converted before.
 
@@ -38,15 +48,26 @@ def read_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
     converted = _stored(file)
     if converted is None:
         converted = convert(file)
-        cache.store(file.digest, json.dumps(asdict(converted) | {"tokenizer": converted.tokenizer.to_str()}))
+        cache.store(file.digest, f"{json.dumps(converted.roles)}\n{converted.tokenizer.to_str()}")
     options: dict[str, Any] = {**converted.roles, "clean_up_tokenization_spaces": False}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=converted.tokenizer, **options)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=_Given(converted.tokenizer), **options)
     tokenizer.chat_template = _templates(file)
     return tokenizer
 
 
 def convert(file: GgufFile) -> Converted:
     """Build the tokenizer from the vocabulary in ``file``."""
+    try:
+        return _convert(file)
+    except KVBitsError:
+        raise
+    # the library raises plain exceptions for a vocabulary that contradicts itself
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"cannot build the tokenizer of the GGUF file '{file.path}': {reason}") from error
+
+
+def _convert(file: GgufFile) -> Converted:
     kind = file.string("tokenizer.ggml.model")
     if kind not in _MODELS:
         raise UnsupportedError(
@@ -72,8 +93,8 @@ def _stored(file: GgufFile) -> Converted | None:
     if text is None:
         return None
     try:
-        found = json.loads(text)
-        return Converted(Tokenizer.from_str(found["tokenizer"]), dict(found["roles"]))
+        roles, _, tokenizer = text.partition("\n")
+        return Converted(Tokenizer.from_str(tokenizer), dict(json.loads(roles)))
     # the library raises plain exceptions for what it cannot read; a damaged copy is made again
     except Exception:
         return None

@@ -29,6 +29,9 @@ _PIECE = (1 << 15) - 1
 
 _TASK = 1 << 21
 
+_UNMAPPED = {"lm_head": "output"}
+"""Names that the ``gguf`` package's table has not for families that usually share the embedding."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -41,17 +44,19 @@ class Source:
     add: float = 0.0
 
 
-def build(file: GgufFile, config: PreTrainedConfig, dtype: torch.dtype, attention: str) -> Any:
+def build(file: GgufFile, config: PreTrainedConfig, dtype: torch.dtype, attention: str | None = None) -> Any:
     """The causal language model of ``config`` with the weights of ``file`` as ``dtype``.
 
     Names, shapes and types are checked before the first tensor is read. Raises ``ConfigError`` naming a tensor that is
     missing or of another shape, ``UnsupportedError`` naming one that the model has no place for or whose type cannot be
     unpacked.
     """
+    options: dict[str, Any] = {"dtype": dtype} | ({"attn_implementation": attention} if attention else {})
     with quiet(), torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_config(config, **options)
     sources = list(plan(file, model, FAMILIES[file.architecture]))
     _check_types(sources)
+    _buffers(model)  # while the parameters have no memory: a new model's buffers and weights are set together
     parameters = dict(model.named_parameters())
     filled = {source.name: torch.empty(parameters[source.name].shape, dtype=dtype) for source in sources}
     fill(sources, filled)
@@ -59,7 +64,6 @@ def build(file: GgufFile, config: PreTrainedConfig, dtype: torch.dtype, attentio
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner).register_parameter(leaf, nn.Parameter(tensor))
     model.tie_weights()
-    _buffers(model)
     return model.eval()
 
 
@@ -73,7 +77,7 @@ def plan(file: GgufFile, model: nn.Module, family: Family) -> Iterator[Source]:
         if name == "lm_head.weight" and model.config.tie_word_embeddings:  # type: ignore[union-attr]
             continue
         stem, _, suffix = name.rpartition(".")
-        stored = f"{names.get_name(stem)}.{suffix}"
+        stored = f"{names.get_name(stem) or _UNMAPPED.get(stem, stem)}.{suffix}"
         tensor = file.tensors.get(stored)
         if tensor is None:
             raise ConfigError(f"the GGUF file '{file.path}' has no tensor {stored} (the model's {name})")
@@ -112,8 +116,6 @@ def fill(sources: Iterable[Source], targets: dict[str, Tensor]) -> None:
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
         for done in [threads.submit(_unpack, *task) for task in tasks]:
             done.result()
-    for source in sources:
-        source.tensor.release()
 
 
 def _unpack(source: Source, target: Tensor, first: int, count: int) -> None:
@@ -128,6 +130,8 @@ def _unpack(source: Source, target: Tensor, first: int, count: int) -> None:
         for at in range(0, len(values), _PIECE):
             piece = values[at : at + _PIECE]
             flat[begin * columns + at : begin * columns + at + len(piece)].copy_(piece)
+    if source.order is None:
+        source.tensor.release(first, last)
 
 
 def _values(part: np.ndarray, source: Source) -> np.ndarray:
