@@ -35,6 +35,7 @@ def advise(
     ] = 4,
     new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Decode steps that are timed.")] = 32,
     threads: options.Threads = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     resume: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Keep finished parts here (JSON lines); never run them again.")
     ] = None,
@@ -58,11 +59,11 @@ def advise(
     from kvbits.evaluation.survey import survey
 
     ledger = Ledger(resume)
-    loaded = load(model, "float32", threads)
+    loaded = load(model, "float32", threads, trust_remote_code=trust_remote_code)
     asked = options.named(kv_cache_dtype, kv_policy)
     rungs = ["bf16"] if kv_cache_dtype else ladder(loaded.geometry)
     policies = policies_of(loaded, list(dict.fromkeys([*rungs, *asked])), max(context, window))
-    served = load(model, "bfloat16", threads)
+    served = load(model, "bfloat16", threads, trust_remote_code=trust_remote_code)
     laboratory = Laboratory(loaded, policies, ledger, Bar, served=served, served_dtype="bfloat16")
     sizes = Sizes(window, windows, task_context=context, samples=samples)
     shape = (min(speed_context, context), min(speed_batch, sessions), new_tokens)

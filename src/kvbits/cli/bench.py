@@ -31,6 +31,7 @@ def bench(
     weights: options.Weights = "bf16",
     device: options.Device = "cpu",
     threads: options.Threads = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     json_file: options.JsonFile = None,
 ) -> None:
     """Time prefill, then decode steps with all sequences running (the median step). Prefix caching is off."""
@@ -45,7 +46,7 @@ def bench(
     from kvbits.evaluation.speed import distinct_prompts, longest_sequence, measure_speed
 
     speculative = SpeculativeConfig.of(speculative_config)
-    loaded = load(model, dtype, threads, weights, device)
+    loaded = load(model, dtype, threads, weights, device, trust_remote_code=trust_remote_code)
     policies = policies_of(loaded, dtypes, context)
     longest_sequence(loaded, context, batch, new_tokens, max_num_batched_tokens)
     prompts = distinct_prompts(tokens_of(loaded, content), context, batch)

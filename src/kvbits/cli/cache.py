@@ -35,13 +35,14 @@ def save(
     kv_cache_memory: options.KVCacheMemory = "1GiB",
     dtype: options.Dtype = "bfloat16",
     threads: options.Threads = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     json_file: options.JsonFile = None,
 ) -> None:
     """Compute a prompt and write its full pages, as they lie in the cache."""
     results = JsonFile(json_file)
     text = _only(prompt, prompt_file)
     writable(output)
-    llm = _llm(model, kv_cache_dtype, kv_policy, kv_cache_memory, dtype, threads)
+    llm = _llm(model, kv_cache_dtype, kv_policy, kv_cache_memory, dtype, threads, trust_remote_code)
     seconds = _compute(llm, text)
     bundle = llm.save_cache(output, text)
     facts = _facts(bundle, output) | {"prefill_seconds": seconds}
@@ -62,6 +63,7 @@ def load(
     kv_cache_memory: options.KVCacheMemory = "1GiB",
     dtype: options.Dtype = "bfloat16",
     threads: options.Threads = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     json_file: options.JsonFile = None,
 ) -> None:
     """Check a file of pages and load it; with a prompt that begins with its text, answer that."""
@@ -69,7 +71,7 @@ def load(
     text = None if prompt is None and prompt_file is None else _only(prompt, prompt_file)
     from kvbits.engine.transfer import PageBundle
 
-    llm = _llm(model, kv_cache_dtype, kv_policy, kv_cache_memory, dtype, threads)
+    llm = _llm(model, kv_cache_dtype, kv_policy, kv_cache_memory, dtype, threads, trust_remote_code)
     begin = time.perf_counter()
     llm.load_cache(file)
     seconds = time.perf_counter() - begin
@@ -92,11 +94,13 @@ def _only(prompt: str | None, file: Path | None) -> str:
     return texts[0]
 
 
-def _llm(model: str, kv_dtype: str, policy: Path | None, memory: str, dtype: str, threads: int | None) -> LLM:
+def _llm(
+    model: str, kv_dtype: str, policy: Path | None, memory: str, dtype: str, threads: int | None, trusted: bool
+) -> LLM:
     from kvbits.engine.llm import LLM
 
     return LLM(
-        load_model(model, dtype, threads),
+        load_model(model, dtype, threads, trust_remote_code=trusted),
         kv_cache_dtype=options.cache_dtype(kv_dtype, policy),
         kv_cache_memory=memory,
     )

@@ -47,6 +47,7 @@ def chat(
     weights: options.Weights = "bf16",
     device: options.Device = "cpu",
     threads: options.Threads = None,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Chat with a model; an empty line or the end of input ends it. Speed and the cache's bytes go to stderr."""
     if (model is None) == (url is None):
@@ -59,7 +60,7 @@ def chat(
         from kvbits.engine.llm import LLM
 
         dtype_name = options.cache_dtype(kv_cache_dtype, kv_policy)
-        loaded = load(model, dtype, threads, weights, device)
+        loaded = load(model, dtype, threads, weights, device, trust_remote_code)
         asker = _Local(LLM(loaded, kv_cache_dtype=dtype_name, kv_cache_memory=kv_cache_memory, progress=False))
     messages: Messages = [] if system is None else [{"role": "system", "content": system}]
     while True:

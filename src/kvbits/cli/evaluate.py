@@ -59,6 +59,7 @@ def evaluate(
         str, typer.Option(metavar="DTYPE", help="The same for tasks, generation and tools, which run as served.")
     ] = "bfloat16",
     threads: options.Threads = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     resume: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Keep finished parts here (JSON lines); never run them again.")
     ] = None,
@@ -90,11 +91,15 @@ def evaluate(
         context, windows, task_context, depths, samples, texts, new_tokens, tool_questions, all_positions
     )  # fmt: skip
     ledger = Ledger(resume)
-    loaded = load(model, dtype, threads)
+    loaded = load(model, dtype, threads, trust_remote_code=trust_remote_code)
     policies = policies_of(loaded, dtypes, context if content is not None else 0)
     tokens = [] if content is None else tokens_of(loaded, content)
     only_text = set(menu.parts) <= {FIDELITY, LAYERS}
-    served = loaded if only_text or task_dtype == dtype else load(model, task_dtype, threads)
+    served = (
+        loaded
+        if only_text or task_dtype == dtype
+        else load(model, task_dtype, threads, trust_remote_code=trust_remote_code)
+    )
     laboratory = Laboratory(loaded, policies, ledger, Bar, dtype, served, task_dtype, max_num_batched_tokens)
     run_menu(laboratory, menu, tokens, book, sizes)
     rows = laboratory.results()

@@ -51,6 +51,7 @@ def export(
         list[str] | None, typer.Option(metavar="NAME", help="With --to flags: only this engine; repeat.")
     ] = None,
     threads: options.Threads = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     json_file: options.JsonFile = None,
 ) -> None:
     """Write FP8 scales as other engines load them, or say a policy in their options.
@@ -61,7 +62,7 @@ def export(
         raise ConfigError(f"--to is '{to}'; choose from {', '.join(_TARGETS)}")
     results = JsonFile(json_file)
     if to == "flags":
-        results.write(_flags(model, kv_cache_dtype, kv_policy, engine))
+        results.write(_flags(model, kv_cache_dtype, kv_policy, engine, trust_remote_code))
         return
     if per not in ("tensor", "head"):
         raise ConfigError(f"--per is '{per}'; choose from tensor, head")
@@ -70,7 +71,9 @@ def export(
     if output is None or not text:
         raise ConfigError(f"--to {to} needs --text FILE to calibrate on and --output DIR")
     granularity: Granularity = "head" if per == "head" else "tensor"
-    report = _checkpoint(model, _LAYOUTS[to], granularity, folder(output), text, context, windows, threads)
+    report = _checkpoint(
+        model, _LAYOUTS[to], granularity, folder(output), text, context, windows, threads, trust_remote_code
+    )
     results.write(report)
 
 
@@ -83,6 +86,7 @@ def _checkpoint(
     context: int,
     windows: int,
     threads: int | None,
+    trusted: bool,
 ) -> dict[str, Any]:
     from kvbits.evaluation.windows import read_text
 
@@ -93,14 +97,14 @@ def _checkpoint(
     from kvbits.export.scales import collect_scales
     from kvbits.models.checkpoint import attention_modules, write_checkpoint
 
-    loaded = load(model, "float32", threads)
+    loaded = load(model, "float32", threads, trust_remote_code=trusted)
     modules = attention_modules(loaded)
     # no windows are kept for a check: the errors are those of the calibration text itself
     parts, _ = split_windows([tokens_of(loaded, c) for c in contents], context, windows, 1)
     with Bar(context * windows, "calibrating") as advance:
         layers = collect_scales(loaded, parts, granularity, advance)
     note(f"Writing {output} ...")
-    write_checkpoint(model, output)
+    write_checkpoint(model, output, trusted)
     report = {
         "model": loaded.name,
         "layout": layout,
@@ -146,7 +150,9 @@ def _print_use(layout: Layout, granularity: Granularity, output: Path) -> None:
         )
 
 
-def _flags(model: str, dtype: str | None, policy: Path | None, engines: list[str] | None) -> dict[str, Any]:
+def _flags(
+    model: str, dtype: str | None, policy: Path | None, engines: list[str] | None, trusted: bool
+) -> dict[str, Any]:
     if (dtype is None) == (policy is None):
         raise ConfigError("--to flags needs a policy to translate: --kv-cache-dtype DTYPE or --kv-policy DIR")
     from kvbits.codecs import policy_of
@@ -155,7 +161,7 @@ def _flags(model: str, dtype: str | None, policy: Path | None, engines: list[str
     from kvbits.export.flags import translate
     from kvbits.models.facts import facts_of_model
 
-    geometry = facts_of_model(model, "expanded").geometry
+    geometry = facts_of_model(model, "expanded", trusted).geometry
     chosen = policy_of(f"{POLICY_PREFIX}{policy}" if dtype is None else dtype, geometry, None)
     found = [translate(chosen, name, calibrated=policy is not None) for name in engines or ENGINES]
     for translation in found:

@@ -39,6 +39,7 @@ def generate(
     weights: options.Weights = "bf16",
     device: options.Device = "cpu",
     threads: options.Threads = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     json_file: options.JsonFile = None,
 ) -> None:
     """Generate text; it appears as it comes. Several prompts run together and are printed one after another."""
@@ -54,7 +55,7 @@ def generate(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop
     )
     llm = LLM(
-        load(model, dtype, threads, weights, device),
+        load(model, dtype, threads, weights, device, trust_remote_code),
         kv_cache_dtype=kv_cache_dtype,
         kv_cache_memory=kv_cache_memory,
         max_model_len=max_model_len,

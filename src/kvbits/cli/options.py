@@ -73,6 +73,9 @@ Speculative = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(metavar="DTYPE", help="Arithmetic of the model's layers: bfloat16 or float32.")]
 Threads = Annotated[int | None, typer.Option(metavar="N", help="CPU threads. Default: what torch chooses.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model. Read it first.")
+]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results here as JSON.")]
 
 

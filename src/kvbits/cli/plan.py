@@ -82,6 +82,7 @@ def plan(
         float, typer.Option(metavar="X", help="With --trace: 10^12 operations a second that a device reaches.")
     ] = 400.0,
     picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Sessions against context, PNG or SVG.")] = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     json_file: options.JsonFile = None,
 ) -> None:
     """Plan sessions and context for every cache dtype, from a model's configuration alone.
@@ -107,7 +108,7 @@ def plan(
     from kvbits.config import WATERMARK
     from kvbits.planning.request import Options, make_plan
 
-    facts = _facts(model, "latent" if mla == "latent" else "expanded")
+    facts = _facts(model, "latent" if mla == "latent" else "expanded", trust_remote_code)
     asked = Options(
         memory=memory,
         weights=weights or facts.weights,
@@ -149,7 +150,7 @@ def plan(
     results.write(document)
 
 
-def _facts(model: str, mla: MLA) -> ModelFacts:
+def _facts(model: str, mla: MLA, trusted: bool) -> ModelFacts:
     """From the tables without loading transformers, where they have the model."""
     from kvbits.planning.facts import known_facts
 
@@ -158,7 +159,7 @@ def _facts(model: str, mla: MLA) -> ModelFacts:
         return known
     from kvbits.models.facts import facts_of_model
 
-    return facts_of_model(model, mla)
+    return facts_of_model(model, mla, trusted)
 
 
 def _check_picture(path: Path) -> None:

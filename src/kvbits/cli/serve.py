@@ -66,6 +66,7 @@ def serve(
     weights: options.Weights = "bf16",
     device: options.Device = "cpu",
     threads: options.Threads = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     ray: Annotated[bool, typer.Option("--ray", help="Serve from replicas on Ray (pip install 'kvbits[ray]').")] = False,
     ray_replicas: Annotated[
         str, typer.Option(metavar="N|MIN-MAX", help="Replicas with --ray; a range scales by queue and cache usage.")
@@ -113,10 +114,10 @@ def serve(
         check_ray()
         from kvbits.ray.options import ReplicaOptions
 
-        replica = ReplicaOptions(model, config, served, dtype, threads, device)
+        replica = ReplicaOptions(model, config, served, dtype, threads, device, trust_remote_code)
         serve_cluster(replica, ray_replicas, ray_routing, host, port, ray_address)
         return
-    loaded = load(model, dtype, threads, weights, device)
+    loaded = load(model, dtype, threads, weights, device, trust_remote_code)
     from kvbits.engine.engine import Engine
     from kvbits.engine.transfer import load_pages
     from kvbits.server.run import serve as run

@@ -14,7 +14,14 @@ if TYPE_CHECKING:
     from kvbits.models import LoadedModel
 
 
-def load(model: str, dtype: str, threads: int | None, weights: str = "bf16", device: str = "cpu") -> LoadedModel:
+def load(
+    model: str,
+    dtype: str,
+    threads: int | None,
+    weights: str = "bf16",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> LoadedModel:
     """Set the number of threads and load the model, naming each long stage on stderr."""
     import torch
 
@@ -24,7 +31,9 @@ def load(model: str, dtype: str, threads: int | None, weights: str = "bf16", dev
         if threads < 1:
             raise ConfigError(f"threads is {threads}; it must be positive")
         torch.set_num_threads(threads)
-    return load_model(model, dtype=dtype, progress=note, weights=weights, device=device)
+    return load_model(
+        model, dtype=dtype, progress=note, weights=weights, device=device, trust_remote_code=trust_remote_code
+    )
 
 
 def note(line: str) -> None:

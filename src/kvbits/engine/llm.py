@@ -32,8 +32,8 @@ class LLM:
     ``kv_offload_size`` bytes of host memory, or of ``kv_offload_path`` (a file or a directory), keep the pages that the
     pool gives up. ``speculative_config`` (the options of :class:`~kvbits.engine.speculation.SpeculativeConfig`) guesses
     tokens ahead; answers stay the same. ``device`` (``"cpu"``, ``"cuda"``, ...) is where a model that is named runs;
-    ``backend`` (``"auto"``, ``"cpu"``, ``"triton"``) goes by it. ``progress`` shows a bar on stderr for work that takes
-    more than two seconds. Raises ``ConfigError`` or ``UnsupportedError`` at once for what cannot work.
+    ``backend`` (``"auto"``, ``"cpu"``, ``"triton"``) goes by it. ``trust_remote_code`` runs Python code that comes with
+    the model. ``progress`` shows a bar on stderr for work that takes more than two seconds. Raises ``ConfigError`` or ``UnsupportedError`` at once for what cannot work.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class LLM:
         dtype: str = "bfloat16",
         weights: str = "bf16",
         device: str = "cpu",
+        trust_remote_code: bool = False,
         enable_prefix_caching: bool = True,
         batch_invariant: bool = False,
         kv_offload_size: str | int | None = None,
@@ -58,9 +59,9 @@ class LLM:
     ) -> None:
         config = EngineConfig.of(locals())
         speculative = SpeculativeConfig.of(speculative_config)
-        self.loaded = (
-            model if isinstance(model, LoadedModel) else load_model(model, dtype, weights=weights, device=device)
-        )
+        if not isinstance(model, LoadedModel):
+            model = load_model(model, dtype, weights=weights, device=device, trust_remote_code=trust_remote_code)
+        self.loaded = model
         self.engine = Engine(self.loaded, config, backend, speculative)
         self._progress = progress
 

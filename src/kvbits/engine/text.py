@@ -7,7 +7,7 @@ from typing import Any
 
 from kvbits.engine.detokenize import TokenDecoder
 from kvbits.errors import RequestError
-from kvbits.models import LoadedModel
+from kvbits.models import LoadedModel, turn_ends
 
 
 def decoder(loaded: LoadedModel) -> TokenDecoder:
@@ -32,7 +32,7 @@ def decoder(loaded: LoadedModel) -> TokenDecoder:
 
 
 def end_tokens(loaded: LoadedModel) -> frozenset[int]:
-    """The tokens with which the model ends its answer, by its generation config and its tokenizer."""
+    """The tokens with which the model ends its answer: what its files name and the usual ends of a turn."""
     model: Any = loaded.model
     found: set[int] = set()
     sources = [model.generation_config.eos_token_id] if model.generation_config is not None else []
@@ -42,7 +42,7 @@ def end_tokens(loaded: LoadedModel) -> frozenset[int]:
     for ids in sources:
         if ids is not None:
             found.update([ids] if isinstance(ids, int) else ids)
-    return frozenset(found)
+    return frozenset(found | turn_ends(loaded.tokenizer))
 
 
 def encode(loaded: LoadedModel, text: str) -> list[int]:

@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.models.load import LoadedModel
-from kvbits.models.locate import Source, locate
+from kvbits.models.locate import locate
 from kvbits.models.quiet import quiet
+from kvbits.models.reader import Reader
 
 _SKIPPED = (".gguf", ".bin", ".pth", ".pt")
 
 
-def write_checkpoint(name: str, directory: Path) -> None:
+def write_checkpoint(name: str, directory: Path, trust_remote_code: bool = False) -> None:
     """Put the model ``name`` into ``directory``: weights in bfloat16 or as they are, configuration, tokenizer.
 
     A directory of safetensors is copied; anything else is loaded and written. Raises ``ConfigError`` when the model
@@ -29,7 +29,7 @@ def write_checkpoint(name: str, directory: Path) -> None:
         if source.gguf is None and Path(source.path).is_dir():
             _copy(Path(source.path), directory)
         else:
-            _convert(source, directory)
+            _convert(Reader(name, source, trust_remote_code), directory)
     except OSError as error:
         raise ConfigError(f"cannot write the model '{name}' to '{directory}': {error}") from error
 
@@ -61,15 +61,10 @@ def _copy(source: Path, directory: Path) -> None:
             shutil.copy2(file, directory / file.name)
 
 
-def _convert(source: Source, directory: Path) -> None:
-    options: dict[str, Any] = {"dtype": torch.bfloat16}
-    if source.gguf:
-        options |= {"gguf_file": source.gguf, "quantization_config": GgufConfig(dequantize=True)}
+def _convert(reader: Reader, directory: Path) -> None:
+    model, tokenizer = reader.model(torch.bfloat16), reader.tokenizer()
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
     with quiet():
-        model: Any = AutoModelForCausalLM.from_pretrained(source.path, local_files_only=source.offline, **options)
-        tokens = {"gguf_file": source.gguf} if source.gguf else {}
-        tokenizer: Any = AutoTokenizer.from_pretrained(source.path, local_files_only=source.offline, **tokens)
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)

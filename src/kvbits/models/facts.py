@@ -13,13 +13,15 @@ from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.models.geometry import geometry_of
 from kvbits.models.locate import locate
 from kvbits.models.quiet import quiet
+from kvbits.models.reader import Reader
+from kvbits.models.trust import trusted
 from kvbits.planning.facts import ModelFacts, Parameters, facts_of_config, known_facts
 from kvbits.planning.hf_config import MLA, text_config
 
 _ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 
 
-def facts_of_model(name: str, mla: MLA = "latent") -> ModelFacts:
+def facts_of_model(name: str, mla: MLA = "latent", trust_remote_code: bool = False) -> ModelFacts:
     """Facts of ``name``: one of the tables' models, a ``config.json`` or a directory with one, a model that loads.
 
     No weights are read. A configuration's geometry is measured on a copy without memory, as the engine does; only the
@@ -29,7 +31,7 @@ def facts_of_model(name: str, mla: MLA = "latent") -> ModelFacts:
     known = known_facts(name, mla)
     if known is not None:
         return known
-    config, source = _config(name)
+    config, source = _config(name, trust_remote_code)
     parameters = parameters_of(config)
     fields = config.to_dict()
     latent = mla == "latent" and "kv_lora_rank" in text_config(fields)
@@ -50,7 +52,7 @@ def parameters_of(config: PreTrainedConfig) -> Parameters:
     """Count the parameters of a model of this configuration, each shared one once; no memory is taken for them."""
     try:
         with quiet(), torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config)
+            model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted(config))
     except _ERRORS as error:
         raise UnsupportedError(
             f"no causal language model can be made of this {config.model_type} model: {error}"
@@ -62,22 +64,14 @@ def parameters_of(config: PreTrainedConfig) -> Parameters:
     return Parameters(sum(size for _, size in sizes.values()), sum(embeddings.values()), experts)
 
 
-def _config(name: str) -> tuple[PreTrainedConfig, str]:
+def _config(name: str, trust_remote_code: bool) -> tuple[PreTrainedConfig, str]:
     """The configuration that ``name`` stands for, and where it was read."""
     path = Path(name).expanduser()
     file = path / "config.json" if path.is_dir() else path
     if file.is_file() and file.suffix == ".json":
         return _of_file(file), str(file)
     source = locate(name)
-    options: dict[str, Any] = {"gguf_file": source.gguf} if source.gguf else {}
-    try:
-        with quiet():
-            config: PreTrainedConfig = AutoConfig.from_pretrained(
-                source.path, local_files_only=source.offline, **options
-            )
-    except _ERRORS as error:
-        raise ConfigError(f"cannot read the configuration of the model '{name}': {error}") from error
-    return config, source.path
+    return Reader(name, source, trust_remote_code).configuration(), source.path
 
 
 def _of_file(file: Path) -> PreTrainedConfig:

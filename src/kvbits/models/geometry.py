@@ -26,6 +26,7 @@ from kvbits.attention import refuse_keywords
 from kvbits.config import LayerGeometry, ModelGeometry
 from kvbits.errors import UnsupportedError
 from kvbits.models.quiet import quiet
+from kvbits.models.trust import trusted
 
 _TRIAL = "kvbits-trial"
 _FAR = 1 << 20
@@ -89,8 +90,13 @@ def _refuse_config(config: Any, text: Any) -> None:
 
 
 def _rope_types(parameters: Any) -> set[str]:
-    """Every ``rope_type``, also of configurations with one set of parameters per layer type."""
+    """Every ``rope_type``, also of configurations with one set of parameters per layer type.
+
+    LongRoPE whose long and short factors are the same does not change with the length and is left out.
+    """
     if not isinstance(parameters, dict):
+        return set()
+    if "long_factor" in parameters and parameters["long_factor"] == parameters.get("short_factor"):
         return set()
     found = {parameters["rope_type"]} if isinstance(parameters.get("rope_type"), str) else set()
     return found.union(*(_rope_types(p) for p in parameters.values()))
@@ -107,7 +113,9 @@ def _trial(config: Any, recorder: _Recorder) -> None:
     kind = config.model_type
     try:
         with quiet(), torch.device("meta"), torch.inference_mode():
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=_TRIAL, dtype=torch.float32).eval()
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation=_TRIAL, dtype=torch.float32, trust_remote_code=trusted(config)
+            ).eval()
             if not model._supports_attention_backend:
                 raise UnsupportedError(
                     f"the {kind} model's code does not let its attention be replaced (no attention backend)"

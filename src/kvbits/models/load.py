@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AttentionInterface
 
 from kvbits.attention import IMPLEMENTATION, Forward, attend
 from kvbits.codecs import Policy, policy_of
@@ -23,16 +21,11 @@ from kvbits.kernels.decoder import WEIGHT_FORMS
 from kvbits.models.fused import FusedModel, fuse
 from kvbits.models.geometry import geometry_of
 from kvbits.models.hugepages import collapse_to_huge_pages
-from kvbits.models.locate import Source, locate
+from kvbits.models.locate import locate
 from kvbits.models.packed import depends_on_rows, pack_linears
-from kvbits.models.quiet import quiet
+from kvbits.models.reader import Reader
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-_READ_ERRORS = (
-    OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError, ImportError, struct.error, SafetensorError
-)  # fmt: skip
-"""What transformers and its readers raise for files that are missing, cut off or not what they claim to be."""
-
 _VOLATILE = frozenset(
     {"_name_or_path", "_model_name_or_path", "dtype", "torch_dtype", "transformers_version", "quantization_config"}
 )
@@ -52,6 +45,8 @@ class LoadedModel:
     name: str
     fingerprint: str
     fused: FusedModel | None = None
+    trust_remote_code: bool = False
+    """Whether code that comes with a model was allowed to run; a draft model's is then too."""
 
     @property
     def device(self) -> torch.device:
@@ -95,12 +90,14 @@ def load_model(
     progress: Callable[[str], None] | None = None,
     weights: str = "bf16",
     device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Load ``name``: a packaged model, a ``.gguf`` file, a directory (safetensors or one GGUF) or a Hugging Face id.
 
     ``dtype`` is ``"bfloat16"`` or ``"float32"``; ``weights`` is ``"bf16"``, or ``"int8"``: the linear layers' weights
     in 8 bits with a scale for each output, for ``bfloat16`` on the CPU only; ``device`` is a torch device; ``progress``
-    gets a line of text before each long stage. Raises ``ConfigError`` when the model cannot be found or read or the
+    gets a line of text before each long stage; ``trust_remote_code`` runs Python code that comes with the model, which
+    is refused otherwise. Raises ``ConfigError`` when the model cannot be found or read or the
     device cannot be used, ``UnsupportedError`` when kvbits cannot run the model.
     """
     if dtype not in _DTYPES:
@@ -115,16 +112,12 @@ def load_model(
         raise UnsupportedError(f"weights '{weights}' are multiplied on the CPU; the device is '{device}'")
     source = locate(name)
     report(f"Loading {name} ({dtype}) ..." if source.offline else f"Downloading and loading {name} ({dtype}) ...")
-    # A GGUF file's configuration comes with its tensors; anything else is refused before a weight is read.
-    config = None if source.gguf else _read(name, "configuration", AutoConfig, source)
-    geometry = None if config is None else geometry_of(config, name)
-    tokenizer = _read(name, "tokenizer", AutoTokenizer, source)
+    reader = Reader(name, source, trust_remote_code)
+    geometry = geometry_of(reader.configuration(), name)  # refused before a weight is read
+    tokenizer = reader.tokenizer()
     register()
-    options: dict[str, Any] = {"dtype": _DTYPES[dtype], "attn_implementation": IMPLEMENTATION}
-    if source.gguf:
-        options["quantization_config"] = GgufConfig(dequantize=True)
-    model = _read(name, "weights", AutoModelForCausalLM, source, **options)
-    loaded = wrap(model, tokenizer, name, geometry)
+    model = reader.model(_DTYPES[dtype], IMPLEMENTATION)
+    loaded = replace(wrap(model, tokenizer, name, geometry), trust_remote_code=trust_remote_code)
     if place.type != "cpu":
         model.to(place)
         return loaded
@@ -174,20 +167,6 @@ def register() -> None:
     No mask function is registered with it: for such an implementation transformers builds no masks.
     """
     AttentionInterface.register(IMPLEMENTATION, attend)
-
-
-def _read(name: str, what: str, kind: Any, source: Source, **options: Any) -> Any:
-    if source.gguf:
-        options["gguf_file"] = source.gguf
-    try:
-        with quiet():
-            return kind.from_pretrained(source.path, local_files_only=source.offline, **options)
-    except _READ_ERRORS as error:
-        reason = " ".join(str(error).split())[:300]
-        where = f"{source.path}/{source.gguf}" if source.gguf else source.path
-        raise ConfigError(
-            f"cannot read the {what} of the model '{name}' ({where}): {type(error).__name__}: {reason}"
-        ) from error
 
 
 def _fingerprint(model: Any) -> str:

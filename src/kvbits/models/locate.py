@@ -11,6 +11,7 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
 from kvbits.errors import ConfigError
+from kvbits.models.gguf.parts import first_part
 
 try:  # the hub client's own HTTP library, renamed between its versions
     import httpx2 as httpx
@@ -46,7 +47,7 @@ def locate(name: str) -> Source:
     if path.is_file():
         if path.suffix != ".gguf":
             raise ConfigError(f"the model '{name}' is a file, but not a .gguf file; {_choices()}")
-        return _gguf(path)
+        return _gguf(first_part(path))
     if path.is_dir():
         return _directory(name, path)
     if path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")):
@@ -71,7 +72,7 @@ def _directory(name: str, path: Path) -> Source:
         if not any(path.glob("*.safetensors")):
             raise ConfigError(f"the model directory '{name}' has a config.json, but no *.safetensors")
         return Source(str(path))
-    files = sorted(path.glob("*.gguf"))
+    files = sorted({first_part(file) for file in path.glob("*.gguf")})  # a model in several parts counts once
     if len(files) == 1:
         return _gguf(files[0])
     if files:
@@ -82,6 +83,8 @@ def _directory(name: str, path: Path) -> Source:
 
 
 def _gguf(path: Path) -> Source:
+    if not path.is_file():
+        raise ConfigError(f"the GGUF file '{path}', the first part of its model, is missing")
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":

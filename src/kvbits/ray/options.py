@@ -25,6 +25,7 @@ class ReplicaOptions:
     dtype: str = "bfloat16"
     threads: int | None = None
     device: str = "cpu"
+    trust_remote_code: bool = False
 
     @property
     def most_requests(self) -> int:

@@ -40,7 +40,10 @@ class Replica:
     def __init__(self, options: ReplicaOptions, deployment: str, fetch_pages: bool = True) -> None:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        self._engine = Engine(load_model(options.model, dtype=options.dtype, device=options.device), options.engine)
+        loaded = load_model(
+            options.model, dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code
+        )
+        self._engine = Engine(loaded, options.engine)
         self._app = create_app(self._engine, options.server)
         self._service: Service = self._app.state.service
         # As in a server of its own: the collector need not look at what is there for good.

@@ -37,9 +37,10 @@ def proposer_of(
         return SelfProposer(runner, pages)
     assert speculative.model is not None
     dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
-    return draft_model(
-        load_model(speculative.model, dtype=dtype, device=str(loaded.device)), speculative, loaded, config
+    draft = load_model(
+        speculative.model, dtype=dtype, device=str(loaded.device), trust_remote_code=loaded.trust_remote_code
     )
+    return draft_model(draft, speculative, loaded, config)
 
 
 def draft_model(

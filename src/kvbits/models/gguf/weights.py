@@ -1,0 +1,163 @@
+"""A model built without memory, whose tensors are then taken from the map of a GGUF file into their places."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+from gguf.quants import dequantize
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from kvbits.errors import ConfigError, UnsupportedError
+from kvbits.models.gguf.families import FAMILIES, Family
+from kvbits.models.gguf.file import GgufFile
+from kvbits.models.gguf.header import TensorInfo
+from kvbits.models.gguf.rope import TENSORS as _ROPE_TENSORS
+from kvbits.models.quiet import quiet
+
+_BLOCK = 1 << 17
+"""Elements that are unpacked at a time, so that what numpy makes on the way stays in the processor's cache."""
+
+_PIECE = (1 << 15) - 1
+"""Elements that torch converts at a time: more would start its own threads in each of ours."""
+
+_TASK = 1 << 21
+
+_UNMAPPED = {"lm_head": "output"}
+"""Names that the ``gguf`` package's table has not for families that usually share the embedding."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a parameter comes from: its ``name``, the ``tensor``, the stored row of each row (``None``: in order) and
+    what to add."""
+
+    name: str
+    tensor: TensorInfo
+    order: np.ndarray | None = None
+    add: float = 0.0
+
+
+def build(file: GgufFile, config: PreTrainedConfig, dtype: torch.dtype, attention: str | None = None) -> Any:
+    """The causal language model of ``config`` with the weights of ``file`` as ``dtype``.
+
+    Names, shapes and types are checked before the first tensor is read. Raises ``ConfigError`` naming a tensor that is
+    missing or of another shape, ``UnsupportedError`` naming one that the model has no place for or whose type cannot be
+    unpacked.
+    """
+    options: dict[str, Any] = {"dtype": dtype} | ({"attn_implementation": attention} if attention else {})
+    with quiet(), torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, **options)
+    sources = list(plan(file, model, FAMILIES[file.architecture]))
+    _check_types(sources)
+    _buffers(model)  # while the parameters have no memory: a new model's buffers and weights are set together
+    parameters = dict(model.named_parameters())
+    filled = {source.name: torch.empty(parameters[source.name].shape, dtype=dtype) for source in sources}
+    fill(sources, filled)
+    for name, tensor in filled.items():
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner).register_parameter(leaf, nn.Parameter(tensor))
+    model.tie_weights()
+    return model.eval()
+
+
+def plan(file: GgufFile, model: nn.Module, family: Family) -> Iterator[Source]:
+    """The source of every parameter of ``model``, shared ones once."""
+    layers = model.config.num_hidden_layers  # type: ignore[union-attr]
+    arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == file.architecture)
+    names = get_tensor_name_map(arch, layers)
+    left = set(file.tensors) - _ROPE_TENSORS
+    for name, parameter in model.named_parameters():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:  # type: ignore[union-attr]
+            continue
+        stem, _, suffix = name.rpartition(".")
+        stored = f"{names.get_name(stem) or _UNMAPPED.get(stem, stem)}.{suffix}"
+        tensor = file.tensors.get(stored)
+        if tensor is None:
+            raise ConfigError(f"the GGUF file '{file.path}' has no tensor {stored} (the model's {name})")
+        if tensor.shape != tuple(parameter.shape):
+            raise ConfigError(
+                f"tensor {stored} of the GGUF file '{file.path}' has the shape {list(tensor.shape)}; the model's {name} "
+                f"has {list(parameter.shape)}"
+            )
+        left.discard(stored)
+        norm = family.one_more and stored.endswith("norm.weight")
+        yield Source(name, tensor, _order(stored, model, family), -1.0 if norm else 0.0)
+    if left:
+        raise UnsupportedError(
+            f"the GGUF file '{file.path}' has tensors that the {family.model_type} model has no place for: "
+            f"{', '.join(sorted(left)[:3])}"
+        )
+
+
+def _order(stored: str, model: Any, family: Family) -> np.ndarray | None:
+    """The stored row of each row of Q and K: llama.cpp's converter interleaves the two halves of every head."""
+    part = stored.split(".")[-2]
+    if not family.permuted or part not in ("attn_q", "attn_k") or not stored.endswith(".weight"):
+        return None
+    config = model.config
+    heads = config.num_attention_heads if part == "attn_q" else config.num_key_value_heads
+    return np.arange(heads * config.head_dim).reshape(heads, config.head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
+
+
+def fill(sources: Iterable[Source], targets: dict[str, Tensor]) -> None:
+    """Unpack every source into its target, in as many threads as torch computes with."""
+    tasks = []
+    for source in sources:
+        rows = source.tensor.rows()
+        step = max(1, _TASK // max(1, source.tensor.shape[-1]))
+        tasks += [(source, targets[source.name], first, step) for first in range(0, len(rows), step)]
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        for done in [threads.submit(_unpack, *task) for task in tasks]:
+            done.result()
+
+
+def _unpack(source: Source, target: Tensor, first: int, count: int) -> None:
+    rows, columns = source.tensor.rows(), source.tensor.shape[-1]
+    flat = target.view(-1)
+    step = max(1, _BLOCK // columns)
+    last = min(first + count, len(rows))
+    for begin in range(first, last, step):
+        end = min(begin + step, last)
+        part = rows[begin:end] if source.order is None else rows[source.order[begin:end]]
+        values = torch.from_numpy(_values(part, source)).view(-1)
+        for at in range(0, len(values), _PIECE):
+            piece = values[at : at + _PIECE]
+            flat[begin * columns + at : begin * columns + at + len(piece)].copy_(piece)
+    if source.order is None:
+        source.tensor.release(first, last)
+
+
+def _values(part: np.ndarray, source: Source) -> np.ndarray:
+    values: np.ndarray = dequantize(part, source.tensor.kind)
+    if source.add:
+        return values + np.float32(source.add)
+    return values if values.flags.writeable else values.copy()
+
+
+def _check_types(sources: Iterable[Source]) -> None:
+    for kind, source in {source.tensor.kind: source for source in sources}.items():
+        try:
+            dequantize(source.tensor.rows()[:1], kind)
+        except NotImplementedError as error:
+            raise UnsupportedError(
+                f"tensor {source.tensor.name} of the GGUF file '{source.tensor.file.path}' is of type {kind.name}, which "
+                "kvbits cannot unpack"
+            ) from error
+
+
+def _buffers(model: Any) -> None:
+    """Give memory to the buffers that no file holds, and let the model set them as it does for a new model."""
+    for module in model.modules():
+        found = {name: b for name, b in module.named_buffers(recurse=False) if b.is_meta}
+        for name, buffer in found.items():
+            setattr(module, name, torch.empty_like(buffer, device="cpu"))
+        if found:
+            with torch.no_grad():
+                model._init_weights(module)
