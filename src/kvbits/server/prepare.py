@@ -17,7 +17,7 @@ from kvbits.engine.detokenize import Kind
 from kvbits.engine.encode import Encoder
 from kvbits.engine.grammar import Grammar, GrammarCompiler, json_rule
 from kvbits.engine.limits import Limits
-from kvbits.engine.text import chat_text
+from kvbits.engine.text import chat_text, decoder
 from kvbits.errors import RequestError
 from kvbits.models import LoadedModel
 from kvbits.server.messages import plain_messages, plain_tools
@@ -47,6 +47,7 @@ class Preparer:
     def __init__(self, loaded: LoadedModel, limits: Limits) -> None:
         self.loaded = loaded
         self.encoder = Encoder(loaded, limits)
+        self._decode = decoder(loaded)
         self._small = ThreadPoolExecutor(_THREADS, "kvbits-prepare")
         self._large = ThreadPoolExecutor(_THREADS, "kvbits-prepare-large")
         self._building = threading.Lock()
