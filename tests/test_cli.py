@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.command import complaint, status
 from helpers.tiny import VOCAB, save, tiny_model, tiny_tokenizer
 
-from kvbits.cli.main import run
 from kvbits.evaluation.drive import Step
 
 CONTEXT = 512
@@ -27,25 +27,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("text") / "words.txt"
     path.write_text(" ".join(f"w{4 + (i * i + i // 7) % (VOCAB - 4)}" for i in range(1200)))
     return str(path)
-
-
-def status(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as caught:
-        run([str(a) for a in arguments])
-    assert isinstance(caught.value.code, int)
-    return caught.value.code
-
-
-def complaint(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line that a refused command prints."""
-    code = status(*arguments)
-    error = capsys.readouterr().err
-    lines = [line for line in error.splitlines() if not line.startswith("Loading ")]
-    assert code == 2, error
-    assert len(lines) == 1, error
-    assert lines[0].startswith("kvbits: error: ")
-    assert "Traceback" not in error
-    return lines[0]
 
 
 # What works

@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers.tiny import save, tiny_model, tiny_tokenizer
-from transformers import PreTrainedTokenizerFast
+from helpers.tiny import chat_tokenizer, save, tiny_model
 
 from kvbits.cli.main import run
 from kvbits.codecs import PoolLayout, parse_policy
@@ -21,12 +20,6 @@ KEYS = (
     "dtype sessions_admitted sessions_capacity kv_bytes_per_token prefill_tokens_per_s decode_tokens_per_s kl_mean "
     "top1_agreement answers_found answers_total"
 )
-
-
-def chat_tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-    return tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from compressed_tensors.quantization.utils import calculate_qparams
+from helpers.command import status
 from helpers.tiny import VOCAB, save, tiny_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from kvbits.cli.main import run
 from kvbits.errors import UnsupportedError
 from kvbits.export.checkpoint import hf_quant_config
 from kvbits.export.scales import collect_scales, fp8
@@ -42,10 +42,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def export(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as caught:
-        run(["export", *map(str, arguments)])
-    assert isinstance(caught.value.code, int)
-    return caught.value.code
+    return status("export", *arguments)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from test_scheduler import World
+from helpers.scheduling import World
 
 
 def steps_until(world: World, *requests: object) -> list[int]:

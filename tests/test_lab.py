@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny import VOCAB, save, tiny_model, tiny_tokenizer
-from transformers import PreTrainedTokenizerFast
+from helpers.command import status
+from helpers.tiny import VOCAB, chat_tokenizer, save, tiny_model
 
 from kvbits.attention import Forward
-from kvbits.cli.main import run
 from kvbits.codecs import Policy
 from kvbits.config import EngineConfig
 from kvbits.engine.engine import Engine
@@ -30,12 +29,6 @@ from kvbits.evaluation.toolcalls import Called, Case, read_call
 from kvbits.models import LoadedModel, load_model
 
 CONTEXT = 512
-
-
-def chat_tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-    return tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -288,13 +281,6 @@ def test_a_scale_that_is_off_by_5_percent_is_noticed(loaded: LoadedModel, tokens
 
 
 # Commands
-
-
-def status(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as caught:
-        run([str(a) for a in arguments])
-    assert isinstance(caught.value.code, int)
-    return caught.value.code
 
 
 SIZES = (

@@ -6,17 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-
-from kvbits.cli.main import run
+from helpers.command import status
 
 COMMON = ("plan", "llama-3.1-8b", "--memory", "80GiB", "--weights", "bf16")
-
-
-def status(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as caught:
-        run([str(a) for a in arguments])
-    assert isinstance(caught.value.code, int)
-    return caught.value.code
 
 
 def test_a_long_context_model_from_16_bit_to_8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

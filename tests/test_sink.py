@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.attention import PLAIN, assert_agrees, make_inputs, run
 from helpers.pages import store, text
-from test_kernels import PLAIN, assert_agrees, make_inputs, run
 
 from kvbits.codecs import SCHEMES, PoolLayout, parse_policy
 from kvbits.config import LayerGeometry, ModelGeometry

@@ -15,11 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.attention import PLAIN, SHAPES, Inputs, check_tentative_step, make_inputs, run
 from helpers.driver import Frames
+from helpers.rounding import pages, rounding_of
 from helpers.tiny import tiny_model
-from test_kernels import PLAIN, SHAPES, Inputs, make_inputs, run
-from test_kernels import test_a_tentative_step_leaves_the_head_page_as_it_was as check_tentative_step
-from test_rounding import pages, rounding_of
 from torch import Tensor
 
 from kvbits.codecs import SCHEMES, Codec, Scheme, Side

@@ -16,7 +16,6 @@ inline F f_mul(F a, F b) { return _mm512_mul_ps(a, b); }
 inline F f_div(F a, F b) { return _mm512_div_ps(a, b); }
 inline F f_fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 inline F f_max(F a, F b) { return _mm512_max_ps(a, b); }
-inline F f_min(F a, F b) { return _mm512_min_ps(a, b); }
 inline F f_abs(F a) { return _mm512_abs_ps(a); }
 inline F f_max_abs(F a, F b) { return _mm512_range_ps(a, b, 0xb); }  // the larger magnitude, without its sign
 inline F f_round(F a) { return _mm512_roundscale_ps(a, 0); }

@@ -17,7 +17,6 @@ inline F f_mul(F a, F b) { return a * b; }
 inline F f_div(F a, F b) { return a / b; }
 inline F f_fma(F a, F b, F c) { return a * b + c; }
 inline F f_max(F a, F b) { return a > b ? a : b; }
-inline F f_min(F a, F b) { return a < b ? a : b; }
 inline F f_abs(F a) { return a < 0 ? -a : a; }
 inline F f_max_abs(F a, F b) { return f_max(f_abs(a), f_abs(b)); }
 inline F f_round(F a) { return __builtin_nearbyintf(a); }

@@ -88,6 +88,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """The same with a chat template: the messages' contents."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    return tokenizer
+
+
 def save(
     model: torch.nn.Module, directory: object, tokenizer: Callable[[], PreTrainedTokenizerFast] | None = tiny_tokenizer
 ) -> str:

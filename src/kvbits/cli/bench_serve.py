@@ -38,7 +38,9 @@ def bench_serve(
         Path | None,
         typer.Option(metavar="FILE", help="Text that a trace's prompts are cut from. Default: Python's reference."),
     ] = None,
-    num_prompts: Annotated[int | None, typer.Option(metavar="N", help="Only the first N requests that fit.")] = None,
+    num_prompts: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Only the first N requests that fit.")
+    ] = None,
     speed: Annotated[
         float, typer.Option(metavar="X", help="Times as fast as the trace; 'inf' sends all at once.")
     ] = 1.0,
@@ -46,10 +48,10 @@ def bench_serve(
         float | None, typer.Option(metavar="R", help="Requests a second at random times, instead of the trace's.")
     ] = None,
     max_concurrency: Annotated[
-        int | None, typer.Option(metavar="N", help="Most requests that are open at once.")
+        int | None, typer.Option(min=1, metavar="N", help="Most requests that are open at once.")
     ] = None,
     max_output_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="Cut longer answers; the length of those that have none.")
+        int | None, typer.Option(min=1, metavar="N", help="Cut longer answers; the length of those that have none.")
     ] = None,
     context: Annotated[
         int | None, typer.Option(metavar="TOKENS", help="Leave out longer requests. Default: what the server names.")
@@ -71,9 +73,7 @@ def bench_serve(
     results = JsonFile(json_file)
     if picture is not None:
         writable(picture)
-    for name, value in (("num-prompts", num_prompts), ("max-concurrency", max_concurrency),
-                        ("max-output-tokens", max_output_tokens), ("speed", speed), ("request-rate", request_rate),
-                        ("timeout", timeout)):  # fmt: skip
+    for name, value in (("speed", speed), ("request-rate", request_rate), ("timeout", timeout)):
         if value is not None and not value > 0:
             raise ConfigError(f"--{name} is {value}; it must be positive")
     from kvbits.replay.report import parse_goals, summary

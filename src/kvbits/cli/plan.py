@@ -57,7 +57,9 @@ def plan(
     max_num_seqs: Annotated[
         int | None, typer.Option(metavar="N", help="Most sequences at once. Default: no limit; 256 with --trace.")
     ] = None,
-    max_num_batched_tokens: Annotated[int, typer.Option(metavar="TOKENS", help="Token budget of a step.")] = 2048,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(min=1, metavar="TOKENS", help="Token budget of a step.")
+    ] = 2048,
     mla: Annotated[
         str,
         typer.Option(
@@ -103,8 +105,6 @@ def plan(
         _check_picture(picture)
     if mla not in ("latent", "expanded"):
         raise ConfigError(f"--mla is '{mla}'; choose from latent, expanded")
-    if max_num_batched_tokens < 1:
-        raise ConfigError(f"--max-num-batched-tokens is {max_num_batched_tokens}; it must be positive")
     from kvbits.config import WATERMARK
     from kvbits.planning.request import Options, make_plan
 

@@ -19,14 +19,12 @@ def report(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The page.")] = Path("report.html"),
-    sessions: Annotated[int, typer.Option(metavar="N", help="Sessions that the recommendation must hold.")] = 1,
+    sessions: Annotated[int, typer.Option(min=1, metavar="N", help="Sessions that the recommendation must hold.")] = 1,
     context: Annotated[
         int | None, typer.Option(metavar="TOKENS", help="Of this context; one that was planned. Default: the first.")
     ] = None,
 ) -> None:
     """Write one self-contained HTML page: tables, interactive plots, and a recommendation with its reasons."""
-    if sessions < 1:
-        raise ConfigError(f"--sessions is {sessions}; it must be at least 1")
     from kvbits.report.gather import gather
 
     found = gather(results)
