@@ -12,9 +12,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers.stress import METHODS, Stress
+from helpers.asks import METHODS
+from helpers.stress import Stress
 
-SEEDS = 8
+SEEDS = 6
 
 
 @pytest.fixture(autouse=True, scope="module")

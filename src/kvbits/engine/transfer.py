@@ -194,5 +194,5 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
     for name in ("tokens", "frames"):
         tensor = tensors[name]
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).flatten().numpy())
+        digest.update(tensor.contiguous().view(torch.uint8).flatten().numpy().data)
     return digest.hexdigest()
