@@ -56,7 +56,7 @@ class Setup:
         return cls(
             method=method,
             dtype="int8h" if method == "self" else rng.choice(("int8", "int4", "int4+sink:int8", "nf4", "int8h")),
-            frames=rng.choice((14, 16, 20, 28, 60)),
+            frames=rng.choice((12, 14, 16, 20, 40)),
             budget=rng.choice((5, 48, 64, 100, 256)),
             seats=rng.choice((3, 6, 12)),
             offload=rng.choice((0, 0, 12, 60)),
@@ -66,7 +66,7 @@ class Setup:
             guesses=rng.choice((1, 3, 6, 20)),
             draft_seed=rng.choice((0, 0, 7)),
             draft_frames=rng.choice((8, 20, 100)),
-            arrivals=rng.choice((0.03, 0.1, 0.5)),
+            arrivals=rng.choice((0.05, 0.2, 0.8)),
         )
 
     def engine(self) -> Engine:
