@@ -17,9 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--soak-minutes", type=float, default=20.0, help="length of the mixed load (-m soak)")
     group.addoption("--soak-model", default="smollm2-135m", help="model of the mixed load (-m soak)")
     group.addoption("--hostile-requests", type=int, default=10_000, help="malformed and hostile requests (-m soak)")
-    group.addoption(
-        "--stress-seed", type=int, default=None, help="the run of the engine's stress to see again (-m soak)"
-    )
+    group.addoption("--stress-seed", type=int, default=None, help="which run of the engine's stress (-m soak)")
     group.addoption("--stress-method", default=None, help="its method of speculation")
     group.addoption("--page-screenshot", default=None, metavar="FILE", help="write the page's picture (-m browser)")
 

@@ -13,7 +13,7 @@ from kvbits.engine.batch import StepBatch
 from kvbits.engine.engine import Engine
 from kvbits.engine.speculation.by_model import ModelProposer
 
-_CHANCE = {"model": 0.02, "draft": 0.03, "schedule": 0.001, "commit": 0.001, "load": 0.05, "save": 0.003}
+_CHANCE = {"model": 0.01, "draft": 0.03, "schedule": 0.001, "commit": 0.001, "load": 0.05, "save": 0.003}
 
 
 class Trouble(Exception):

@@ -1,0 +1,141 @@
+"""The engines, requests and isolated answers of :mod:`helpers.stress`."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from dataclasses import dataclass, field
+from functools import cache
+
+from helpers.mischief import BadGrammar
+from helpers.serving import engine_of, packed_byte_model
+from kvbits.engine.engine import Engine
+from kvbits.engine.grammar import Grammar, GrammarCompiler
+from kvbits.engine.outputs import Delta
+from kvbits.engine.params import SamplingParams
+from kvbits.engine.speculation import SpeculativeConfig, Speculator
+from kvbits.engine.speculation.methods import draft_model
+from kvbits.models import LoadedModel
+
+METHODS = ("none", "ngram", "draft_model", "self")
+
+
+@cache
+def model(seed: int = 0) -> LoadedModel:
+    return packed_byte_model(seed=seed)
+
+
+@cache
+def grammars() -> list[Grammar]:
+    compiler = GrammarCompiler(model())
+    numbers = {"type": "array", "items": {"type": "integer"}, "maxItems": 4}
+    schema = {"type": "object", "properties": {"a": numbers}, "required": ["a"]}
+    return [compiler.json_object(), compiler.json_schema(schema), compiler.lark('start: /[a-f]{3,20}/ " " /x+/')]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The engine of one run."""
+
+    method: str
+    dtype: str
+    frames: int
+    budget: int
+    seats: int
+    offload: int
+    caching: bool
+    faults: bool
+    adaptive: bool
+    guesses: int
+    draft_seed: int
+    draft_frames: int
+    arrivals: float
+
+    @classmethod
+    def draw(cls, rng: random.Random, method: str) -> Setup:
+        return cls(
+            method=method,
+            dtype="int8h" if method == "self" else rng.choice(("int8", "int4", "int4+sink:int8", "nf4", "int8h")),
+            frames=rng.choice((12, 14, 16, 20, 40)),
+            budget=rng.choice((5, 48, 64, 100, 256)),
+            seats=rng.choice((3, 6, 12)),
+            offload=rng.choice((0, 0, 12, 60)),
+            caching=rng.random() < 0.85,
+            faults=rng.random() < 0.75,
+            adaptive=rng.random() < 0.4,
+            guesses=rng.choice((1, 3, 6, 20)),
+            draft_seed=rng.choice((0, 0, 7)),
+            draft_frames=rng.choice((8, 20, 100)),
+            arrivals=rng.choice((0.05, 0.2, 0.8)),
+        )
+
+    def engine(self) -> Engine:
+        size = engine_of(model(), kv_cache_dtype=self.dtype).pool.layout.frame_bytes
+        engine = engine_of(
+            model(),
+            kv_cache_dtype=self.dtype,
+            kv_cache_memory=self.frames * size,
+            max_num_batched_tokens=self.budget,
+            max_num_seqs=self.seats,
+            enable_prefix_caching=self.caching,
+            kv_offload_size=self.offload * size if self.offload and self.caching else None,
+            batch_invariant=True,
+        )
+        if self.method == "none":
+            return engine
+        options = {"num_speculative_tokens": self.guesses, "adaptive": self.adaptive, "prompt_lookup_min": 1}
+        if self.method != "draft_model":
+            return Engine(model(), engine.config, speculative=SpeculativeConfig(method=self.method, **options))
+        draft = engine_of(model(), kv_cache_dtype="int8").pool.layout.frame_bytes
+        config = SpeculativeConfig(
+            method="draft_model", model="x", kv_cache_memory=self.draft_frames * draft, **options
+        )
+        proposer = draft_model(model(self.draft_seed), config, model(), engine.config)
+        engine.speculator = Speculator(proposer, config, engine.stats.speculation)
+        return engine
+
+
+@dataclass
+class Ask:
+    """A request, what happened to it on purpose, and what it has got so far."""
+
+    id: str
+    prompt: list[int]
+    params: SamplingParams
+    salt: str
+    bad: BadGrammar | None = None
+    fate: str | None = None
+    seq_ids: list[int] = field(default_factory=list)
+    deltas: dict[int, list[Delta]] = field(default_factory=dict)
+
+    @property
+    def sent(self) -> SamplingParams:
+        """``bad``: a grammar that allows everything, and fails."""
+        return self.params if self.bad is None else dataclasses.replace(self.params, grammar=self.bad)
+
+    @property
+    def done(self) -> bool:
+        return sum(d[-1].finish_reason is not None for d in self.deltas.values()) == self.params.n
+
+
+def whole(deltas: list[Delta]) -> dict[str, object]:
+    last = deltas[-1]
+    return {
+        "tokens": [t for d in deltas for t in d.token_ids],
+        "text": "".join(d.text for d in deltas),
+        "logprobs": [entry for d in deltas for entry in d.logprobs or ()],
+        "prompt_logprobs": [d.prompt_logprobs for d in deltas if d.prompt_logprobs is not None],
+        "ended": (last.finish_reason, last.stop_reason, last.note),
+    }
+
+
+def alone(ask: Ask, dtype: str) -> dict[int, dict[str, object]]:
+    """The answers to ``ask`` without anything beside it."""
+    engine = engine_of(model(), kv_cache_dtype=dtype, kv_cache_memory=8 << 20, enable_prefix_caching=False)
+    engine.add_request(ask.prompt, ask.params, request_id=ask.id)
+    deltas: dict[int, list[Delta]] = {}
+    while engine.has_unfinished():
+        for delta in engine.step():
+            assert delta.error is None, delta
+            deltas.setdefault(delta.index, []).append(delta)
+    return {index: whole(found) for index, found in deltas.items()}
