@@ -356,7 +356,7 @@ def test_a_request_that_no_replica_survives_ends_with_one_clean_error() -> None:
             yield []
 
     front = Front.__new__(Front)
-    front._handle, front._max_body, front._retries = Dying(), 1000, 2
+    front._handle, front._options, front._retries = Dying(), ServerOptions(served_model_name=MODEL), 2
 
     async def main() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(front), base_url="http://front") as client:

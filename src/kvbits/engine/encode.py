@@ -45,7 +45,12 @@ class Encoder:
             self._inner.encode_special_tokens = tokenizer.split_special_tokens
 
     def prompt(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids of a prompt. Raises ``RequestError`` when it can be seen to be too long to be served."""
+        """Token ids of a prompt. Raises ``RequestError`` as :meth:`check` does."""
+        self.check(text, add_special_tokens)
+        return self.ids(text, add_special_tokens)
+
+    def check(self, text: str, add_special_tokens: bool) -> None:
+        """Raise ``RequestError`` when it can be seen without tokenizing all of it that ``text`` is too long."""
         most = min(self._limits.context, self._limits.pool)
         if self.longest is not None and len(text) > self.longest * most:
             self._limits.check_size(-(-len(text.encode()) // self.longest), at_least=True)
@@ -54,7 +59,6 @@ class Encoder:
             if len(self.ids(text[:cut], add_special_tokens)) > 2 * most + _SLACK:
                 self._limits.check_size(most + 1, at_least=True)
             cut *= 2
-        return self.ids(text, add_special_tokens)
 
     def ids(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of any text, however long."""
