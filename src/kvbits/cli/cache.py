@@ -96,7 +96,7 @@ def _llm(model: str, kv_dtype: str, policy: Path | None, memory: str, dtype: str
     from kvbits.engine.llm import LLM
 
     return LLM(
-        load_model(model, dtype, threads),
+        load_model(model, dtype, threads, kv_cache_memory=memory),
         kv_cache_dtype=options.cache_dtype(kv_dtype, policy),
         kv_cache_memory=memory,
     )

@@ -46,7 +46,9 @@ def demo(
     memory = parse_bytes(kv_cache_memory)
     dtypes = options.cache_dtypes(list(DTYPES), kv_policy)
     # Fidelity in float32, as evaluate does it: bfloat16 layers add noise of their own that INT8 would be blamed for.
-    fidelity = _fidelity(load(model, "float32", threads), dtypes, windows, max_num_batched_tokens)
+    exact = load(model, "float32", threads, kv_cache_memory=kv_cache_memory)
+    fidelity = _fidelity(exact, dtypes, windows, max_num_batched_tokens)
+    del exact
     loaded = load(model, dtype, threads)
     documents = hide_facts(sessions, document_tokens, lambda part: len(tokens_of(loaded, part)))
     note(f"{sessions} conversations over documents of {document_tokens}+ tokens; each cache has {kv_cache_memory}.")

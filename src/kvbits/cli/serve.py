@@ -117,6 +117,9 @@ def serve(
         replica = ReplicaOptions(model, config, served, dtype, threads, device)
         serve_cluster(replica, ray_replicas, ray_routing, host, port, ray_address)
         return
+    from kvbits.engine.setup import check_room
+
+    check_room(config, device)
     loaded = load(model, dtype, threads, weights, device)
     from kvbits.engine.engine import Engine
     from kvbits.engine.transfer import load_pages

@@ -11,6 +11,7 @@ from kvbits.engine.engine import Engine
 from kvbits.engine.outputs import CompletionOutput, Delta, RequestOutput
 from kvbits.engine.params import SamplingParams
 from kvbits.engine.progress import Progress
+from kvbits.engine.setup import check_room
 from kvbits.engine.speculation import SpeculationStats, SpeculativeConfig
 from kvbits.engine.text import encode, encode_chat
 from kvbits.engine.transfer import PageBundle, export_pages, load_pages
@@ -67,6 +68,8 @@ class LLM:
             kv_offload_path=kv_offload_path,
         )
         speculative = SpeculativeConfig.of(speculative_config)
+        if not isinstance(model, LoadedModel):
+            check_room(config, device)
         self.loaded = (
             model if isinstance(model, LoadedModel) else load_model(model, dtype, weights=weights, device=device)
         )
