@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvbits.cli import options
+from kvbits.cli.extras import require
 from kvbits.cli.output import JsonFile, folder
 from kvbits.cli.session import Bar, load, machine, note, tokens_of
 
@@ -40,6 +41,8 @@ def demo(
     results = JsonFile(folder(output) / "demo.json" if json_file is None else json_file)
     from kvbits.config import parse_bytes
     from kvbits.evaluation.documents import hide_facts
+
+    require("plot")
     from kvbits.evaluation.picture import draw
     from kvbits.evaluation.showcase import show
 

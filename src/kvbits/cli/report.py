@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from kvbits.cli.extras import require
 from kvbits.cli.output import writable
 from kvbits.errors import ConfigError
 
@@ -25,6 +26,7 @@ def report(
     ] = None,
 ) -> None:
     """Write one self-contained HTML page: tables, interactive plots, and a recommendation with its reasons."""
+    require("report")
     if sessions < 1:
         raise ConfigError(f"--sessions is {sessions}; it must be at least 1")
     from kvbits.report.gather import gather

@@ -9,6 +9,7 @@ import typer
 
 from kvbits.cli import options
 from kvbits.cli.cluster import check_ray, serve_cluster
+from kvbits.cli.extras import require
 from kvbits.cli.session import load, note
 from kvbits.errors import ConfigError
 
@@ -60,7 +61,9 @@ def serve(
     weights: options.Weights = "bf16",
     device: options.Device = "cpu",
     threads: options.Threads = None,
-    ray: Annotated[bool, typer.Option("--ray", help="Serve from replicas on Ray (pip install 'kvbits[ray]').")] = False,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Serve from replicas on Ray (pip install 'kvbits\\[ray]').")
+    ] = False,
     ray_replicas: Annotated[
         str, typer.Option(metavar="N|MIN-MAX", help="Replicas with --ray; a range scales by queue and cache usage.")
     ] = "1",
@@ -74,6 +77,7 @@ def serve(
     log_level: Annotated[str, typer.Option(metavar="LEVEL", help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Serve the model over HTTP as OpenAI does; a live page is at /, metrics are at /metrics."""
+    require("server")
     from kvbits.config import EngineConfig, parse_bytes
     from kvbits.server.logs import set_up
     from kvbits.server.options import ServerOptions
