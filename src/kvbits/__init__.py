@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from kvbits.engine.params import SamplingParams
     from kvbits.models import load_model
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "LLM": "kvbits.engine.llm",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from kvbits.errors import ConfigError
@@ -132,7 +133,7 @@ def parse_bytes(text: str | int) -> int:
     unit = _UNITS.get(match.group(2).lower()) if match else None
     if match is None or unit is None:
         raise ConfigError(f"'{text}' is not a size in bytes; write for example 256MiB, 1.5GB or 1073741824")
-    size = int(float(match.group(1)) * unit)
+    size = int(Decimal(match.group(1)) * unit)
     if size <= 0:
         raise ConfigError(f"the size '{text}' is {size} bytes; it must be positive")
     return size

@@ -11,6 +11,7 @@ from torch import Tensor
 from kvbits.codecs import LayerRounding, Place, Policy, PoolLayout
 from kvbits.config import PAGE_TOKENS, LayerGeometry, ModelGeometry
 from kvbits.errors import ConfigError
+from kvbits.memory import check_host, show
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,24 @@ def _reserve(size: int, device: torch.device) -> Tensor:
     reading.
     """
     if device.type != "cpu":
-        return torch.empty(size, dtype=torch.uint8, device=device)
-    # private: shared memory gets no huge pages
-    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return _reserve_on(size, device)
+    check_host({"kv_cache_memory": size})
+    try:
+        # private: shared memory gets no huge pages
+        block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"the system refuses a KV cache of {show(size)}: {error}; give less") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         block.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(block, dtype=torch.uint8)
+
+
+def _reserve_on(size: int, device: torch.device) -> Tensor:
+    try:
+        return torch.empty(size, dtype=torch.uint8, device=device)
+    except RuntimeError as error:
+        free, total = torch.get_device_module(device).mem_get_info(device)
+        raise ConfigError(
+            f"there is no memory on {device} for kv_cache_memory of {show(size)}: {show(free)} of {show(total)} are "
+            "free; give less"
+        ) from error

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvbits.cli import options
+from kvbits.cli.extras import require
 from kvbits.cli.output import JsonFile, writable
 from kvbits.cli.session import note
 from kvbits.errors import ConfigError
@@ -71,7 +72,9 @@ def bench_serve(
 ) -> None:
     """Send a trace's requests at its times, with real text in its lengths and with its shared prefixes."""
     results = JsonFile(json_file)
+    require("client")
     if picture is not None:
+        require("plot")
         writable(picture)
     for name, value in (("speed", speed), ("request-rate", request_rate), ("timeout", timeout)):
         if value is not None and not value > 0:

@@ -100,7 +100,7 @@ def _llm(
     from kvbits.engine.llm import LLM
 
     return LLM(
-        load_model(model, dtype, threads, trust_remote_code=trusted),
+        load_model(model, dtype, threads, trust_remote_code=trusted, kv_cache_memory=memory),
         kv_cache_dtype=options.cache_dtype(kv_dtype, policy),
         kv_cache_memory=memory,
     )

@@ -60,7 +60,7 @@ def chat(
         from kvbits.engine.llm import LLM
 
         dtype_name = options.cache_dtype(kv_cache_dtype, kv_policy)
-        loaded = load(model, dtype, threads, weights, device, trust_remote_code)
+        loaded = load(model, dtype, threads, weights, device, trust_remote_code, kv_cache_memory=kv_cache_memory)
         asker = _Local(LLM(loaded, kv_cache_dtype=dtype_name, kv_cache_memory=kv_cache_memory, progress=False))
     messages: Messages = [] if system is None else [{"role": "system", "content": system}]
     while True:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvbits.cli import options
+from kvbits.cli.extras import require
 from kvbits.cli.output import JsonFile, folder
 from kvbits.cli.session import Bar, load, machine, note, tokens_of
 
@@ -42,13 +43,15 @@ def demo(
     results = JsonFile(folder(output) / "demo.json" if json_file is None else json_file)
     from kvbits.config import parse_bytes
     from kvbits.evaluation.documents import hide_facts
+
+    require("plot")
     from kvbits.evaluation.picture import draw
     from kvbits.evaluation.showcase import show
 
     memory = parse_bytes(kv_cache_memory)
     dtypes = options.cache_dtypes(list(DTYPES), kv_policy)
     # Fidelity in float32, as evaluate does it: bfloat16 layers add noise of their own that INT8 would be blamed for.
-    exact = load(model, "float32", threads, trust_remote_code=trust_remote_code)
+    exact = load(model, "float32", threads, trust_remote_code=trust_remote_code, kv_cache_memory=kv_cache_memory)
     policies = [exact.policy(name) for name in dtypes]
     fidelity = _fidelity(exact, policies, windows, max_num_batched_tokens)
     del exact

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from kvbits.cli import options
+from kvbits.cli.extras import require
 from kvbits.cli.output import JsonFile, writable
 from kvbits.cli.session import Bar, load, machine, note, tokens_of
 
@@ -74,6 +75,7 @@ def evaluate(
     """
     results = JsonFile(json_file)
     if html is not None:
+        require("plot")
         writable(html)
     dtypes = options.cache_dtypes(kv_cache_dtype, kv_policy)
     from kvbits.evaluation.windows import read_text

@@ -55,7 +55,7 @@ def generate(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop
     )
     llm = LLM(
-        load(model, dtype, threads, weights, device, trust_remote_code),
+        load(model, dtype, threads, weights, device, trust_remote_code, kv_cache_memory=kv_cache_memory),
         kv_cache_dtype=kv_cache_dtype,
         kv_cache_memory=kv_cache_memory,
         max_model_len=max_model_len,

@@ -21,6 +21,7 @@ from kvbits.cli import (
     demo,
     evaluate,
     export,
+    extras,
     generate,
     plan,
     report,
@@ -36,7 +37,6 @@ app = typer.Typer(
     name="kvbits",
     help="Serve long-context language models from a quantized key/value cache.",
     no_args_is_help=True,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(generate.generate)
@@ -81,6 +81,11 @@ def _status(arguments: list[str] | None) -> int:
         result = INTERRUPTED
     except TyperException as error:
         return _fail(error.format_message())
+    except ModuleNotFoundError as error:
+        line = extras.missing(error)
+        if line is None:
+            raise
+        return _fail(line)
     except (KVBitsError, OSError) as error:
         return _fail(str(error))
     if result == INTERRUPTED:

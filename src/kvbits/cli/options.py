@@ -46,7 +46,7 @@ Weights = Annotated[
 Device = Annotated[
     str,
     typer.Option(
-        metavar="DEVICE", help="Where the model runs: cpu, or a GPU such as cuda (pip install 'kvbits[gpu]')."
+        metavar="DEVICE", help="Where the model runs: cpu, or a GPU such as cuda (pip install 'kvbits\\[gpu]')."
     ),
 ]
 KVCacheMemory = Annotated[str, typer.Option(metavar="SIZE", help="Bytes of the cache, for example 256MiB or 1.5GB.")]

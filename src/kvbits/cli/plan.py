@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvbits.cli import options
+from kvbits.cli.extras import require
 from kvbits.cli.output import JsonFile, writable
 from kvbits.cli.session import Bar
 from kvbits.errors import ConfigError
@@ -102,6 +103,7 @@ def plan(
         raise ConfigError("there is no memory to plan; give --memory SIZE")
     results = JsonFile(json_file)
     if picture is not None:
+        require("plot")
         _check_picture(picture)
     if mla not in ("latent", "expanded"):
         raise ConfigError(f"--mla is '{mla}'; choose from latent, expanded")

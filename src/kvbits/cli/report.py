@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from kvbits.cli.extras import require
 from kvbits.cli.output import writable
 from kvbits.errors import ConfigError
 
@@ -25,6 +26,7 @@ def report(
     ] = None,
 ) -> None:
     """Write one self-contained HTML page: tables, interactive plots, and a recommendation with its reasons."""
+    require("report")
     from kvbits.report.gather import gather
 
     found = gather(results)

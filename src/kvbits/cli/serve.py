@@ -9,6 +9,7 @@ import typer
 
 from kvbits.cli import options
 from kvbits.cli.cluster import check_ray, serve_cluster
+from kvbits.cli.extras import require
 from kvbits.cli.session import load, note
 from kvbits.errors import ConfigError
 
@@ -67,7 +68,9 @@ def serve(
     device: options.Device = "cpu",
     threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
-    ray: Annotated[bool, typer.Option("--ray", help="Serve from replicas on Ray (pip install 'kvbits[ray]').")] = False,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Serve from replicas on Ray (pip install 'kvbits\\[ray]').")
+    ] = False,
     ray_replicas: Annotated[
         str, typer.Option(metavar="N|MIN-MAX", help="Replicas with --ray; a range scales by queue and cache usage.")
     ] = "1",
@@ -81,6 +84,7 @@ def serve(
     log_level: Annotated[str, typer.Option(metavar="LEVEL", help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Serve the model over HTTP as OpenAI does; a live page is at /, metrics are at /metrics."""
+    require("server")
     from kvbits.config import EngineConfig, parse_bytes
     from kvbits.server.hosts import names_of
     from kvbits.server.logs import set_up
@@ -117,6 +121,9 @@ def serve(
         replica = ReplicaOptions(model, config, served, dtype, threads, device, trust_remote_code)
         serve_cluster(replica, ray_replicas, ray_routing, host, port, ray_address)
         return
+    from kvbits.engine.setup import check_room
+
+    check_room(config, device)
     loaded = load(model, dtype, threads, weights, device, trust_remote_code)
     from kvbits.engine.engine import Engine
     from kvbits.engine.transfer import load_pages

@@ -8,7 +8,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvbits.config import parse_bytes
 from kvbits.errors import ConfigError
+from kvbits.memory import check_host
 
 if TYPE_CHECKING:
     from kvbits.models import LoadedModel
@@ -21,8 +23,15 @@ def load(
     weights: str = "bf16",
     device: str = "cpu",
     trust_remote_code: bool = False,
+    *,
+    kv_cache_memory: str | None = None,
 ) -> LoadedModel:
-    """Set the number of threads and load the model, naming each long stage on stderr."""
+    """Set the number of threads and load the model, naming each long stage on stderr.
+
+    Raises ``ConfigError`` first when the machine has not enough memory for the cache that will follow.
+    """
+    if kv_cache_memory is not None and device == "cpu":
+        check_host({"--kv-cache-memory": parse_bytes(kv_cache_memory)})
     import torch
 
     from kvbits.models import load_model

@@ -12,6 +12,7 @@ from kvbits.engine.engine import Engine
 from kvbits.engine.outputs import CompletionOutput, Delta, RequestOutput
 from kvbits.engine.params import SamplingParams
 from kvbits.engine.progress import Progress
+from kvbits.engine.setup import check_room
 from kvbits.engine.speculation import SpeculationStats, SpeculativeConfig
 from kvbits.engine.text import encode, encode_chat
 from kvbits.engine.transfer import PageBundle, export_pages, load_pages
@@ -60,6 +61,7 @@ class LLM:
         config = EngineConfig.of(locals())
         speculative = SpeculativeConfig.of(speculative_config)
         if not isinstance(model, LoadedModel):
+            check_room(config, device)
             model = load_model(model, dtype, weights=weights, device=device, trust_remote_code=trust_remote_code)
         self.loaded = model
         self.engine = Engine(self.loaded, config, backend, speculative)

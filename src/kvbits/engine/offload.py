@@ -20,6 +20,7 @@ import torch
 
 from kvbits.config import EngineConfig
 from kvbits.errors import ConfigError
+from kvbits.memory import check_disk, check_host
 from kvbits.pages import SecondTier
 from kvbits.pool import PagedPool
 
@@ -115,7 +116,14 @@ def tier_of(pool: PagedPool, config: EngineConfig) -> SecondTier | None:
             f"kv_offload_size is {size} bytes; one page needs {pool.layout.first_frames * pool.layout.frame_bytes}"
         )
     path = config.kv_offload_path
-    store: Store = MemoryStore(slots * pool.layout.frame_bytes) if path is None else FileStore(Path(path))
+    taken = slots * pool.layout.frame_bytes
+    store: Store
+    if path is None:
+        check_host({"kv_offload_size": taken})
+        store = MemoryStore(taken)
+    else:
+        store = FileStore(Path(path))
+        check_disk("kv_offload_size", taken, Path(path))
     return SecondTier(slots, FrameMover(pool, store))
 
 
