@@ -97,11 +97,8 @@ def evaluate(
     policies = policies_of(loaded, dtypes, context if content is not None else 0)
     tokens = [] if content is None else tokens_of(loaded, content)
     only_text = set(menu.parts) <= {FIDELITY, LAYERS}
-    served = (
-        loaded
-        if only_text or task_dtype == dtype
-        else load(model, task_dtype, threads, trust_remote_code=trust_remote_code)
-    )
+    again = not only_text and task_dtype != dtype
+    served = load(model, task_dtype, threads, trust_remote_code=trust_remote_code) if again else loaded
     laboratory = Laboratory(loaded, policies, ledger, Bar, dtype, served, task_dtype, max_num_batched_tokens)
     run_menu(laboratory, menu, tokens, book, sizes)
     rows = laboratory.results()

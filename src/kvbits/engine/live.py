@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 from kvbits.engine.detokenize import Detokenizer, StopStrings, TokenDecoder
 from kvbits.engine.outputs import Delta, Logprobs

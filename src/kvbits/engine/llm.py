@@ -34,7 +34,8 @@ class LLM:
     pool gives up. ``speculative_config`` (the options of :class:`~kvbits.engine.speculation.SpeculativeConfig`) guesses
     tokens ahead; answers stay the same. ``device`` (``"cpu"``, ``"cuda"``, ...) is where a model that is named runs;
     ``backend`` (``"auto"``, ``"cpu"``, ``"triton"``) goes by it. ``trust_remote_code`` runs Python code that comes with
-    the model. ``progress`` shows a bar on stderr for work that takes more than two seconds. Raises ``ConfigError`` or ``UnsupportedError`` at once for what cannot work.
+    the model. ``progress`` shows a bar on stderr for work that takes more than two seconds. Raises
+    ``ConfigError`` or ``UnsupportedError`` at once for what cannot work.
     """
 
     def __init__(

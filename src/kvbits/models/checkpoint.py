@@ -62,7 +62,7 @@ def _copy(source: Path, directory: Path) -> None:
 
 
 def _convert(reader: Reader, directory: Path) -> None:
-    model, tokenizer = reader.model(torch.bfloat16), reader.tokenizer()
+    model, tokenizer = reader.weights(torch.bfloat16)(), reader.tokenizer()
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     with quiet():

@@ -7,7 +7,7 @@ from typing import Any
 TURN_ENDS = frozenset({
     "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<turn|>", "<|endoftext|>", "<|end_of_text|>",
     "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "</s>", "<eos>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]",
-    "<end_of_utterance>", "<｜end▁of▁sentence｜>", "<|tool_response>", "<|eos|>",
+    "<end_of_utterance>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|tool_response>", "<|eos|>",
 })  # fmt: skip
 """Names of tokens that end a turn in the chat formats in use (ChatML, Llama 3, Phi, Gemma, Granite, Harmony, DeepSeek,
 Kimi, SmolVLM)."""

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.models.geometry import geometry_of
-from kvbits.models.locate import locate
+from kvbits.models.locate import Source, locate
 from kvbits.models.quiet import quiet
 from kvbits.models.reader import Reader
 from kvbits.models.trust import trusted
@@ -54,8 +54,9 @@ def parameters_of(config: PreTrainedConfig) -> Parameters:
         with quiet(), torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted(config))
     except _ERRORS as error:
+        reason = " ".join(str(error).split())[:300]
         raise UnsupportedError(
-            f"no causal language model can be made of this {config.model_type} model: {error}"
+            f"no causal language model can be made of this {config.model_type} model: {reason}"
         ) from error
     sizes = {id(p): (name, p.numel()) for name, p in model.named_parameters()}
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
@@ -69,12 +70,12 @@ def _config(name: str, trust_remote_code: bool) -> tuple[PreTrainedConfig, str]:
     path = Path(name).expanduser()
     file = path / "config.json" if path.is_dir() else path
     if file.is_file() and file.suffix == ".json":
-        return _of_file(file), str(file)
+        return _of_file(file, trust_remote_code), str(file)
     source = locate(name)
     return Reader(name, source, trust_remote_code).configuration(), source.path
 
 
-def _of_file(file: Path) -> PreTrainedConfig:
+def _of_file(file: Path, trust_remote_code: bool) -> PreTrainedConfig:
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
         kind = fields.pop("model_type")
@@ -82,6 +83,8 @@ def _of_file(file: Path) -> PreTrainedConfig:
         raise ConfigError(f"cannot read the model configuration '{file}': {error}") from error
     except (KeyError, AttributeError, TypeError) as error:
         raise ConfigError(f"'{file}' is no Hugging Face config.json: it has no model_type") from error
+    if kind not in CONFIG_MAPPING and "auto_map" in fields:
+        return Reader(str(file.parent), Source(str(file.parent)), trust_remote_code).configuration()
     try:
         with quiet():
             config: PreTrainedConfig = AutoConfig.for_model(kind, **fields)

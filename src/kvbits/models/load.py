@@ -114,9 +114,10 @@ def load_model(
     report(f"Loading {name} ({dtype}) ..." if source.offline else f"Downloading and loading {name} ({dtype}) ...")
     reader = Reader(name, source, trust_remote_code)
     geometry = geometry_of(reader.configuration(), name)  # refused before a weight is read
-    tokenizer = reader.tokenizer()
     register()
-    model = reader.model(_DTYPES[dtype], IMPLEMENTATION)
+    weights_of = reader.weights(_DTYPES[dtype], IMPLEMENTATION)
+    tokenizer = reader.tokenizer()
+    model = weights_of()
     loaded = replace(wrap(model, tokenizer, name, geometry), trust_remote_code=trust_remote_code)
     if place.type != "cpu":
         model.to(place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,6 @@ class Reader:
         self._config: PreTrainedConfig | None = None
         if self._file is not None and not self._own:
             gguf.refuse_dropped(self._file)
-        if self._file is None and source.offline:
-            check_shards(Path(source.path))
 
     def configuration(self) -> PreTrainedConfig:
         """The model's configuration; no weights are read."""
@@ -58,24 +57,31 @@ class Reader:
             return gguf.read_tokenizer(self._file)
         return self._read("tokenizer", AutoTokenizer)
 
-    def model(self, dtype: torch.dtype, attention: str | None = None) -> Any:
-        """The model with its weights as ``dtype`` on the CPU, with the attention implementation ``attention``."""
+    def weights(self, dtype: torch.dtype, attention: str | None = None) -> Callable[[], Any]:
+        """Check the files of the weights by their headers; the result reads them, as ``dtype``, and gives the model.
+
+        It is on the CPU and has the attention implementation ``attention``.
+        """
         if self._own:
             assert self._file is not None
-            model = gguf.build(self._file, self.configuration(), dtype, attention)
-        else:
-            options: dict[str, Any] = {"dtype": dtype}
-            if attention is not None:
-                options["attn_implementation"] = attention
-            if self._file is not None:
-                options["quantization_config"] = GgufConfig(dequantize=True)
-            model = self._read("weights", AutoModelForCausalLM, **options)
+            read = gguf.Weights(self._file, self.configuration(), dtype, attention).read
+            return lambda: self._with_ends(read())
+        options: dict[str, Any] = {"dtype": dtype}
+        if attention is not None:
+            options["attn_implementation"] = attention
+        if self._file is not None:
+            options["quantization_config"] = GgufConfig(dequantize=True)
+        elif self._source.offline:
+            check_shards(Path(self._source.path))
+        return lambda: self._with_ends(self._read("weights", AutoModelForCausalLM, **options))
+
+    def _with_ends(self, model: Any) -> Any:
+        """Add the ends of a turn that a GGUF file names beside EOS."""
         if self._file is not None and model.generation_config is not None:
             model.generation_config.eos_token_id = self._ends(model.generation_config.eos_token_id)
         return model
 
     def _ends(self, known: int | list[int] | None) -> int | list[int] | None:
-        """``known`` and the other ends of a turn that the GGUF file names."""
         assert self._file is not None
         found = [known] if isinstance(known, int) else list(known or ())
         found += [id for key in ("eot", "eom") if (id := self._file.token_id(f"{key}_token_id")) is not None]
@@ -94,13 +100,11 @@ class Reader:
         except _READ_ERRORS as error:
             if "trust_remote_code" in str(error):
                 raise ConfigError(
-                    f"the {what} of the model '{self._name}' needs Python code that comes with it ({source.path}); read "
-                    "that code, and give --trust-remote-code (trust_remote_code=True) to run it"
+                    f"the {what} of the model '{self._name}' needs Python code that comes with it ({source.path}); "
+                    "read that code, and give --trust-remote-code (trust_remote_code=True) to run it"
                 ) from error
             reason = " ".join(str(error).split())[:300]
             where = f"{source.path}/{source.gguf}" if source.gguf else source.path
             raise ConfigError(
                 f"cannot read the {what} of the model '{self._name}' ({where}): {type(error).__name__}: {reason}"
             ) from error
-
-

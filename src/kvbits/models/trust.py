@@ -1,4 +1,4 @@
-"""Whether a configuration is of a class that came with a model, which transformers loads only where that was allowed."""
+"""Whether a configuration is of a class that came with a model, which is loaded only where that was allowed."""
 
 from __future__ import annotations
 

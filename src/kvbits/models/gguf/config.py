@@ -31,7 +31,8 @@ def configuration(file: GgufFile) -> PreTrainedConfig:
     """
     family = FAMILIES[file.architecture]
     if file.string("general.type", "model") != "model":
-        raise UnsupportedError(f"'{file.path.name}' is no language model: general.type is {file.string('general.type')!r}")
+        kind = file.string("general.type")
+        raise UnsupportedError(f"'{file.path.name}' is no language model: general.type is '{kind}'")
     keys = Keys(file)
     for key in ("expert_count", "nextn_predict_layers"):
         if keys.take(key):

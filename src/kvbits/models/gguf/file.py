@@ -11,6 +11,7 @@ from kvbits.errors import ConfigError
 from kvbits.models.gguf.header import Part, Strings, TensorInfo, Value
 from kvbits.models.gguf.parts import first_part, parts_of
 
+
 class GgufFile:
     """Metadata and tensors of a model in the GGUF format; see :mod:`kvbits.models.gguf.header` for the errors.
 

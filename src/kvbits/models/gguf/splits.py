@@ -18,9 +18,7 @@ _WORDS = rf"{_ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+"
 _OTHERS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
 _QWEN2 = rf"{_WORDS}|\p{{N}}|{_OTHERS}|{_BLANKS}"
 _LLAMA3 = rf"{_WORDS}|\p{{N}}{{1,3}}|{_OTHERS}|{_BLANKS}"
-_QWEN35 = (
-    rf"{_ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_BLANKS}"
-)
+_QWEN35 = rf"{_ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_BLANKS}"
 _UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
 _BEFORE = r"[^\r\n\p{L}\p{N}]?"
 _SLASHES = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
@@ -77,7 +75,7 @@ _O200K = Split((_GPT4O,))
 _DEEPSEEK = Split((r"\p{N}{1,3}", _CJK, _PUNCTUATION))
 _GLM = Split((_LLAMA3,), whole=True)
 _BAILING = Split((
-    rf"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{{L}}\p{{N}}]?+\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]++[\r\n]*"
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*"
     r"|\s*[\r\n]|\s+(?!\S)|\s+",
 ))  # fmt: skip
 

@@ -140,8 +140,9 @@ def _templates(file: GgufFile) -> str | dict[str, str] | None:
     """The chat template, or all by name where the file has several."""
     default = file.metadata.get(_TEMPLATE)
     names = file.metadata.get("tokenizer.chat_templates")
-    named = {name: file.metadata.get(f"{_TEMPLATE}.{name}") for name in names or ()} if isinstance(names, Strings) else {}
-    found = {name: str(text) for name, text in named.items() if text is not None}
+    listed = list(names) if isinstance(names, Strings) else []
+    texts = {name: file.metadata.get(f"{_TEMPLATE}.{name}") for name in listed}
+    found = {name: str(text) for name, text in texts.items() if text is not None}
     if found and default is not None:
         return {"default": str(default), **found}
     return None if default is None else str(default)

@@ -44,37 +44,46 @@ class Source:
     add: float = 0.0
 
 
-def build(file: GgufFile, config: PreTrainedConfig, dtype: torch.dtype, attention: str | None = None) -> Any:
-    """The causal language model of ``config`` with the weights of ``file`` as ``dtype``.
+class Weights:
+    """The causal language model of ``config`` without memory, and where each of its weights lies in ``file``.
 
-    Names, shapes and types are checked before the first tensor is read. Raises ``ConfigError`` naming a tensor that is
+    Names, shapes and types are checked here, before a tensor is read. Raises ``ConfigError`` naming a tensor that is
     missing or of another shape, ``UnsupportedError`` naming one that the model has no place for or whose type cannot be
     unpacked.
     """
-    options: dict[str, Any] = {"dtype": dtype} | ({"attn_implementation": attention} if attention else {})
-    with quiet(), torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, **options)
-    sources = list(plan(file, model, FAMILIES[file.architecture]))
-    _check_types(sources)
-    _buffers(model)  # while the parameters have no memory: a new model's buffers and weights are set together
-    parameters = dict(model.named_parameters())
-    filled = {source.name: torch.empty(parameters[source.name].shape, dtype=dtype) for source in sources}
-    fill(sources, filled)
-    for name, tensor in filled.items():
-        owner, _, leaf = name.rpartition(".")
-        model.get_submodule(owner).register_parameter(leaf, nn.Parameter(tensor))
-    model.tie_weights()
-    return model.eval()
+
+    def __init__(
+        self, file: GgufFile, config: PreTrainedConfig, dtype: torch.dtype, attention: str | None = None
+    ) -> None:
+        options: dict[str, Any] = {"dtype": dtype} | ({"attn_implementation": attention} if attention else {})
+        with quiet(), torch.device("meta"):
+            self._model: Any = AutoModelForCausalLM.from_config(config, **options)
+        self._dtype = dtype
+        self._sources = list(plan(file, self._model, FAMILIES[file.architecture]))
+        _check_types(self._sources)
+
+    def read(self) -> Any:
+        """Take the weights from the file into the model and return it; once."""
+        model = self._model
+        _buffers(model)  # while the parameters have no memory: a new model's buffers and weights are set together
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        filled = {source.name: torch.empty(shapes[source.name], dtype=self._dtype) for source in self._sources}
+        fill(self._sources, filled)
+        for name, tensor in filled.items():
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner).register_parameter(leaf, nn.Parameter(tensor))
+        model.tie_weights()
+        return model.eval()
 
 
-def plan(file: GgufFile, model: nn.Module, family: Family) -> Iterator[Source]:
+def plan(file: GgufFile, model: Any, family: Family) -> Iterator[Source]:
     """The source of every parameter of ``model``, shared ones once."""
-    layers = model.config.num_hidden_layers  # type: ignore[union-attr]
+    layers = model.config.num_hidden_layers
     arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == file.architecture)
     names = get_tensor_name_map(arch, layers)
     left = set(file.tensors) - _ROPE_TENSORS
     for name, parameter in model.named_parameters():
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:  # type: ignore[union-attr]
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
         stem, _, suffix = name.rpartition(".")
         stored = f"{names.get_name(stem) or _UNMAPPED.get(stem, stem)}.{suffix}"
@@ -83,8 +92,8 @@ def plan(file: GgufFile, model: nn.Module, family: Family) -> Iterator[Source]:
             raise ConfigError(f"the GGUF file '{file.path}' has no tensor {stored} (the model's {name})")
         if tensor.shape != tuple(parameter.shape):
             raise ConfigError(
-                f"tensor {stored} of the GGUF file '{file.path}' has the shape {list(tensor.shape)}; the model's {name} "
-                f"has {list(parameter.shape)}"
+                f"tensor {stored} of the GGUF file '{file.path}' has the shape {list(tensor.shape)}; the model's "
+                f"{name} has {list(parameter.shape)}"
             )
         left.discard(stored)
         norm = family.one_more and stored.endswith("norm.weight")
@@ -147,8 +156,8 @@ def _check_types(sources: Iterable[Source]) -> None:
             dequantize(source.tensor.rows()[:1], kind)
         except NotImplementedError as error:
             raise UnsupportedError(
-                f"tensor {source.tensor.name} of the GGUF file '{source.tensor.file.path}' is of type {kind.name}, which "
-                "kvbits cannot unpack"
+                f"tensor {source.tensor.name} of the GGUF file '{source.tensor.file.path}' is of type {kind.name}, "
+                "which kvbits cannot unpack"
             ) from error
 
 
