@@ -100,10 +100,11 @@ class Engine:
         self.limits.check_params(params)
         deadline = None if timeout is None else time.monotonic() + timeout
         group: list[Live] = []
+        shared = list(prompt)
         for index in range(params.n):
             request = Request(
                 self._new_seq_id(),
-                list(prompt),
+                shared,
                 params,
                 group=request_id,
                 index=index,

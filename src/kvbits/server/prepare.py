@@ -26,12 +26,10 @@ from kvbits.server.protocol.chat import (
     ResponseFormat,
     Tool,
 )
+from kvbits.server.protocol.limits import MAX_GRAMMAR
 from kvbits.server.tools import call_rules
 
 T = TypeVar("T")
-
-MAX_GRAMMAR = 1 << 16
-"""Characters of a grammar. The time to compile grows with their square: 250 KB took 24 seconds, 57 KB under three."""
 
 
 class Preparer:

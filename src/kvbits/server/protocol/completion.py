@@ -9,9 +9,7 @@ from pydantic import Field, StrictBool, StrictInt, StrictStr
 
 from kvbits.server.protocol.base import SamplingFields, Strict, TokenIds
 from kvbits.server.protocol.chat import Message, ResponseFormat, Tool
-
-MAX_PROMPTS = 256
-"""Most prompts in one request."""
+from kvbits.server.protocol.limits import MAX_LOGPROBS
 
 
 class CompletionRequest(SamplingFields):
@@ -21,7 +19,7 @@ class CompletionRequest(SamplingFields):
 
     prompt: StrictStr | TokenIds | list[StrictStr] | list[TokenIds]
     echo: StrictBool | None = None
-    logprobs: Annotated[StrictInt, Field(ge=0, le=5)] | None = None
+    logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     best_of: StrictInt | None = None
     response_format: ResponseFormat | None = None
     add_special_tokens: StrictBool = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any
@@ -16,7 +15,8 @@ from kvbits.server.errors import ApiError
 from kvbits.server.http import EventStream, unless_gone
 from kvbits.server.merge import merge
 from kvbits.server.openapi import takes
-from kvbits.server.protocol.completion import MAX_PROMPTS, CompletionRequest
+from kvbits.server.protocol.completion import CompletionRequest
+from kvbits.server.protocol.limits import MAX_PROMPTS
 from kvbits.server.sampling import sampling_params
 from kvbits.server.service import Service, note, service_of
 from kvbits.server.stream import Stream
@@ -91,7 +91,7 @@ async def _submit(
     try:
         for number, (_, tokens) in enumerate(prompts):
             # Each prompt draws its own random numbers, also where they share a seed.
-            own = params if params.seed is None else dataclasses.replace(params, seed=params.seed + number)
+            own = params if params.seed is None else params.with_seed(params.seed + number)
             streams.append(await service.submit(f"{request_id}-{number}", tokens, own, body.priority, body.cache_salt))
     except BaseException:
         for stream in streams:
