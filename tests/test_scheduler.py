@@ -52,6 +52,7 @@ class World:
                     self.finish(request, FinishReason.STOP)
         for request in plan.exhausted:
             self.exhausted.append(request)
+            assert request.seq_id not in self.pages.sequences()
             request.finish(FinishReason.LENGTH)
         self.pages.check()
         return plan
@@ -263,7 +264,7 @@ def test_any_workload_ends(frames: int, seats: int, budget: int, caching: bool, 
             assert len(request.tokens) == whole
 
 
-@pytest.mark.parametrize("module", ["scheduler", "request", "params", "outputs", "detokenize", "sampling", "stops"])
+@pytest.mark.parametrize("module", ["scheduler", "request", "params", "outputs", "detokenize", "sampling", "stops", "shares"])
 def test_no_torch(module: str) -> None:
     code = f"import sys, kvbits.engine.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

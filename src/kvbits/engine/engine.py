@@ -85,11 +85,12 @@ class Engine:
         request_id: str | None = None,
         priority: int = 0,
         salt: str = "",
+        client: str = "",
         timeout: float | None = None,
     ) -> str:
         """Queue a prompt of token ids; returns the request's id.
 
-        ``salt`` separates prefix caches of tenants; ``timeout`` is in seconds from now. Raises ``RequestError`` when
+        ``salt`` separates prefix caches; clients of different names get equal shares; ``timeout`` is in seconds from now. Raises ``RequestError`` when
         the request can never be served.
         """
         params = params or SamplingParams()
@@ -110,6 +111,7 @@ class Engine:
                 index=index,
                 priority=priority,
                 salt=salt.encode(),
+                client=client,
                 leader=group[0].request if group else None,
                 deadline=deadline,
             )
@@ -135,7 +137,13 @@ class Engine:
     def load(self) -> Load:
         """Sequences and frames at this moment."""
         scheduler = self.scheduler
-        return Load(len(scheduler.running), len(scheduler.waiting), self.pool.num_frames, self.pages.available())
+        return Load(
+            len(scheduler.running),
+            len(scheduler.waiting),
+            self.pool.num_frames,
+            self.pages.available(),
+            scheduler.shares.counts(),
+        )
 
     # Steps
 

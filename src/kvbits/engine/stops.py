@@ -1,4 +1,4 @@
-"""Stop strings in a text that grows: one automaton for all of a request, and each character is looked at once. No torch.
+"""Stop strings in a growing text: one automaton for all of a request, and each character is looked at once. No torch.
 
 Aho and Corasick, "Efficient string matching: an aid to bibliographic search", 1975.
 """
