@@ -1,4 +1,4 @@
-"""A short prompt behind a huge one gets its first token soon, the huge one is not starved, and clients get equal parts."""
+"""A short prompt behind a huge one has its first token soon, the huge one is not starved, clients get equal parts."""
 
 from __future__ import annotations
 

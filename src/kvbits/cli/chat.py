@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvbits.cli import options
+from kvbits.cli.keys import client_key
 from kvbits.cli.remote import Remote
 from kvbits.cli.session import load, note
 from kvbits.errors import ConfigError, KVBitsError
@@ -37,6 +38,7 @@ def chat(
     ] = None,
     url: Annotated[str | None, typer.Option(metavar="URL", help="A server, in the place of MODEL.")] = None,
     api_key: Annotated[str | None, typer.Option(metavar="KEY", help="The server's key.")] = None,
+    api_key_file: options.ApiKeyFile = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="Instructions for the model.")] = None,
     max_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens of an answer.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
@@ -53,7 +55,7 @@ def chat(
         raise ConfigError("give either a MODEL or --url")
     asker: _Local | _Remote
     if url is not None:
-        asker = _Remote(Remote(url, api_key))
+        asker = _Remote(Remote(url, client_key(api_key, api_key_file)))
     else:
         assert model is not None
         from kvbits.engine.llm import LLM

@@ -72,6 +72,10 @@ Speculative = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(metavar="DTYPE", help="Arithmetic of the model's layers: bfloat16 or float32.")]
 Threads = Annotated[int | None, typer.Option(metavar="N", help="CPU threads. Default: what torch chooses.")]
+ApiKeyFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Take the key from a file; without either option from KVBITS_API_KEY."),
+]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results here as JSON.")]
 
 

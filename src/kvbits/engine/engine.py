@@ -90,8 +90,8 @@ class Engine:
     ) -> str:
         """Queue a prompt of token ids; returns the request's id.
 
-        ``salt`` separates prefix caches; clients of different names get equal shares; ``timeout`` is in seconds from now. Raises ``RequestError`` when
-        the request can never be served.
+        ``salt`` separates prefix caches; clients of different names get equal shares; ``timeout`` is in seconds from
+        now. Raises ``RequestError`` when the request can never be served.
         """
         params = params or SamplingParams()
         request_id = f"request-{self._next}" if request_id is None else request_id

@@ -1,7 +1,7 @@
 """What each client has had, so that those who share an engine get equal parts of it. No torch.
 
-Virtual token counters: Sheng et al., "Fairness in Serving Large Language Models", 2024. Who comes back after a pause starts
-where the least served of the others stands, so that nobody saves up a claim.
+Virtual token counters: Sheng et al., "Fairness in Serving Large Language Models", 2024. Who comes back after a pause
+starts where the least served of the others stands, so that nobody saves up a claim.
 """
 
 from __future__ import annotations

@@ -26,7 +26,11 @@ def build(replica: ReplicaOptions, cluster: ClusterOptions, application: str = A
     engines = serve.deployment(Replica).options(**_replica_settings(replica, cluster))
 
     application_of = front_of(
-        deployment=ENGINES, application=application, max_body=replica.server.max_body, retries=cluster.retries
+        deployment=ENGINES,
+        application=application,
+        max_body=replica.server.max_body,
+        retries=cluster.retries,
+        by_key=replica.server.apart,
     )
     front = serve.deployment(
         serve.ingress(application_of)(Front),

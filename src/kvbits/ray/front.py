@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 from collections.abc import Awaitable, Callable
@@ -36,13 +37,14 @@ class Front:
     """An ASGI application over the deployment ``deployment``.
 
     A request whose replica dies before the answer began is sent to another one, ``retries`` times; an answer that has
-    begun ends with an error event.
+    begun ends with an error event. ``by_key``: prompts of different API keys have nothing in common.
     """
 
-    def __init__(self, deployment: str, application: str, max_body: int, retries: int) -> None:
+    def __init__(self, deployment: str, application: str, max_body: int, retries: int, by_key: bool = False) -> None:
         self._handle = serve.get_deployment_handle(deployment, application)
         self._max_body = max_body
         self._retries = retries
+        self._by_key = by_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -57,7 +59,7 @@ class Front:
             await error.response()(scope, receive, send)
             return
         text = prompt_text(request.body) if request.method == "POST" else None
-        blocks = block_hashes(text) if text else ()
+        blocks = block_hashes(text, _owner(request) if self._by_key else b"") if text else ()
         answer = _Answer(send)
         work = asyncio.ensure_future(self._answer(request, blocks, answer))
         watch = asyncio.ensure_future(_disconnected(receive))
@@ -184,6 +186,12 @@ class _Answer:
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def _owner(request: HttpRequest) -> bytes:
+    """What stands for the key of ``request`` where prompts are remembered."""
+    key = next((value for name, value in request.headers if name.lower() == b"authorization"), b"")
+    return hashlib.sha256(key).digest()
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:

@@ -37,9 +37,9 @@ def prompt_text(body: bytes) -> str | None:
     return None
 
 
-def block_hashes(text: str) -> tuple[bytes, ...]:
-    """A hash for each full block of ``text``, which covers all before it too."""
-    found, parent = [], b""
+def block_hashes(text: str, owner: bytes = b"") -> tuple[bytes, ...]:
+    """A hash for each full block of ``text``, which covers all before it too, and whose text it is."""
+    found, parent = [], owner
     for start in range(0, len(text) - BLOCK_CHARS + 1, BLOCK_CHARS):
         block = text[start : start + BLOCK_CHARS].encode("utf-8", "surrogatepass")
         parent = hashlib.blake2b(parent + block, digest_size=12).digest()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvbits.errors import ConfigError
+from kvbits.server.keys import ApiKey, Client, Keyring
 
 
 @dataclass(frozen=True)
@@ -14,11 +15,13 @@ class ServerOptions:
     ``max_queue`` counts sequences that wait beyond the engine's ``max_num_seqs``; ``request_timeout`` and
     ``drain_timeout`` are in seconds, ``max_body`` in bytes. ``header_timeout`` and ``body_timeout`` are the seconds
     that a client has to send either, ``send_timeout`` those for which it may leave an answer unread.
-    No ``api_keys``: everybody may ask. Raises ``ConfigError`` for a value that cannot work.
+    No ``api_keys`` (texts are keys without a name): everybody may ask. ``allow_priority``: requests may set it without
+    a key that permits it. ``share_prefix_cache``: clients of different keys find each other's pages, and so can tell
+    whether another one had a prompt. Raises ``ConfigError`` for a value that cannot work.
     """
 
     served_model_name: str
-    api_keys: tuple[str, ...] = ()
+    api_keys: tuple[ApiKey | str, ...] = field(default=(), repr=False)
     allowed_origins: tuple[str, ...] = ()
     max_queue: int = 256
     request_timeout: float | None = None
@@ -27,6 +30,9 @@ class ServerOptions:
     header_timeout: float = 15.0
     body_timeout: float = 30.0
     send_timeout: float = 60.0
+    allow_priority: bool = False
+    share_prefix_cache: bool = False
+    keyring: Keyring = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("max_queue", "max_body"):
@@ -38,7 +44,21 @@ class ServerOptions:
                 raise ConfigError(f"{name} is {value}; it must be a positive number of seconds")
         if not self.drain_timeout >= 0:
             raise ConfigError(f"drain_timeout is {self.drain_timeout}; it must be a number of seconds, 0 or more")
-        if any(not key or key != key.strip() for key in self.api_keys):
-            raise ConfigError("an API key is empty or has blanks around it")
         if not self.served_model_name:
             raise ConfigError("served_model_name is empty")
+        keys = tuple(ApiKey(key) if isinstance(key, str) else key for key in self.api_keys)
+        object.__setattr__(self, "keyring", Keyring(keys))
+
+    @property
+    def apart(self) -> bool:
+        """Whether each client has a prefix cache of its own."""
+        return len(self.keyring.client_ids) > 1 and not self.share_prefix_cache
+
+    def salt(self, client: Client, given: str = "") -> str:
+        """What separates the pages of ``client``, under its own ``cache_salt``, from everybody else's."""
+        return f"{client.id}{given}" if self.apart else given
+
+    @property
+    def salts(self) -> tuple[str, ...]:
+        """The salts of all clients: pages that everybody shall find belong under each."""
+        return self.keyring.client_ids if self.apart else ("",)

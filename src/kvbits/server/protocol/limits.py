@@ -20,6 +20,9 @@ MAX_LOGIT_BIAS = 1024
 MAX_CHOICES = 128
 """``n``."""
 
+MAX_PRIORITY = 1000
+"""``priority``, either way."""
+
 MAX_TOP_LOGPROBS = 20
 """Alternatives at each token of a chat."""
 

@@ -17,7 +17,7 @@ from kvbits.server.openapi import takes
 from kvbits.server.prepare import chosen_tools
 from kvbits.server.protocol.chat import ChatRequest
 from kvbits.server.sampling import sampling_params
-from kvbits.server.service import Service, note, service_of
+from kvbits.server.service import Service, client_of, note, service_of
 from kvbits.server.stream import Stream
 from kvbits.server.tools import CallParser
 from kvbits.server.usage import Usage
@@ -32,9 +32,11 @@ async def chat_completions(request: Request) -> Response:
     body = await service.read(request, ChatRequest)
     service.check_model(body.model)
     request_id = f"chatcmpl-{uuid.uuid4().hex}"
-    with service.room(max(body.n or 1, 1)):
+    client = client_of(request)
+    service.check_priority(body.priority, client)
+    with service.room(max(body.n or 1, 1), client):
         prompt, params = await unless_gone(request.receive, service.preparer.run(lambda: _prepare(service, body)))
-        stream = await service.submit(request_id, prompt, params, body.priority, body.cache_salt)
+        stream = await service.submit(request_id, prompt, params, body.priority, body.cache_salt, client)
     answer = _answer(service, request_id, body, prompt, params)
 
     def done() -> None:
