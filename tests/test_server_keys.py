@@ -40,7 +40,9 @@ def cached(answer: httpx.Response) -> int:
 
 def test_a_file_of_keys(tmp_path: Path) -> None:
     path = tmp_path / "keys"
-    path.write_text("\ufeff# ours\nsk-1\n\n  sk-2  name=anna  # she\nsk-3 name=bert priority operator\n", encoding="utf-8")
+    path.write_text(
+        "\ufeff# ours\nsk-1\n\n  sk-2  name=anna  # she\nsk-3 name=bert priority operator\n", encoding="utf-8"
+    )
     assert read_keys(path) == (
         ApiKey("sk-1"), ApiKey("sk-2", "anna"), ApiKey("sk-3", "bert", frozenset({"priority", "operator"})),
     )  # fmt: skip
@@ -207,9 +209,7 @@ def test_a_key_that_fills_the_queue_does_not_shut_out_another(byte_loaded: Loade
     long = {"max_tokens": 700, "ignore_eos": True, "prompt": "abc"}
     with running(engine, api_keys=KEYS, max_queue=16) as server:
         answers: list[httpx.Response] = []
-        threads = [
-            threading.Thread(target=lambda: answers.append(ask(server, "ka", n=10, **long))) for _ in range(2)
-        ]
+        threads = [threading.Thread(target=lambda: answers.append(ask(server, "ka", n=10, **long))) for _ in range(2)]
         for thread in threads:
             thread.start()
         while server.service.worker.snapshot.load.clients.get(KEYS[0].client.id) != 20:

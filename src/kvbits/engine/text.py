@@ -40,21 +40,33 @@ def encode(loaded: LoadedModel, text: str) -> list[int]:
     return list(_tokenizer(loaded)(text)["input_ids"])
 
 
-def encode_chat(loaded: LoadedModel, messages: Sequence[Mapping[str, Any]], **template: Any) -> list[int]:
+def encode_chat(
+    loaded: LoadedModel, messages: Sequence[Mapping[str, Any]], *, split_special_tokens: bool = True, **template: Any
+) -> list[int]:
     """Token ids of a chat in the model's own template, ready for the assistant's answer.
 
-    Raises ``RequestError`` when the tokenizer has no template or the template refuses the messages.
+    A control token that a message or a tool spells is text, unless ``split_special_tokens`` is off; the template's own
+    are tokens. Raises ``RequestError`` when the tokenizer has no template or the template refuses the messages.
     """
     tokenizer = _tokenizer(loaded)
     if tokenizer.chat_template is None:
         raise RequestError(f"the tokenizer of {loaded.name} has no chat template; use generate with a plain prompt")
-    options = {"add_generation_prompt": True, **template}
+    plain, options = list(messages), {"add_generation_prompt": True, **template}
+    if split_special_tokens:
+        hide = loaded.control_tokens.hide
+        plain = hide(plain)
+        options = {name: value if name == "chat_template" else hide(value) for name, value in options.items()}
     try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+        text = tokenizer.apply_chat_template(plain, tokenize=False, **options)
     # A template is a program of the model's author: it raises what it likes, mostly Jinja errors.
     except Exception as error:
         raise RequestError(f"the chat template of {loaded.name} refuses the messages: {error}") from error
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not split_special_tokens:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    try:
+        return loaded.control_tokens.encode(text)
+    except ValueError as error:
+        raise RequestError(f"{error} with the tokenizer of {loaded.name}; split_special_tokens turns it off") from error
 
 
 def _tokenizer(loaded: LoadedModel) -> Any:

@@ -8,6 +8,7 @@ import json
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from kvbits.attention import IMPLEMENTATION, Forward, attend
 from kvbits.config import ModelGeometry
 from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.kernels.decoder import WEIGHT_FORMS
+from kvbits.models.control import ControlTokens
 from kvbits.models.fused import FusedModel, fuse
 from kvbits.models.geometry import geometry_of
 from kvbits.models.hugepages import collapse_to_huge_pages
@@ -57,6 +59,11 @@ class LoadedModel:
         """Where the model's weights are, and its cache has to be."""
         device: torch.device = self.model.device
         return device
+
+    @cached_property
+    def control_tokens(self) -> ControlTokens:
+        """The tokenizer's control tokens, which there has to be."""
+        return ControlTokens(self.tokenizer)
 
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, positions: Tensor, step: Forward, logits_rows: Tensor) -> Tensor:

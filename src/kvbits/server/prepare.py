@@ -32,6 +32,10 @@ from kvbits.server.tools import call_rules
 T = TypeVar("T")
 
 
+_NO_OPTIONS = {"add_generation_prompt", "messages", "tools", "tokenize", "chat_template", "split_special_tokens"}
+"""What ``chat_template_kwargs`` must not set."""
+
+
 class Preparer:
     """Tokenizer, chat template and grammar compiler of one model."""
 
@@ -55,24 +59,33 @@ class Preparer:
             return encode(self.loaded, text)
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def chat_tokens(self, messages: Sequence[Message], tools: Sequence[Tool], template: Mapping[str, Any]) -> list[int]:
-        """Token ids of a chat. Raises ``RequestError`` when the template refuses it or its options."""
+    def chat_tokens(
+        self, messages: Sequence[Message], tools: Sequence[Tool], template: Mapping[str, Any], split: bool = True
+    ) -> list[int]:
+        """Token ids of a chat; ``split``: special tokens in its texts are text.
+
+        Raises ``RequestError`` when the template refuses it or its options.
+        """
         for name in template:
-            if name in {"add_generation_prompt", "messages", "tools", "tokenize", "chat_template"}:
+            if name in _NO_OPTIONS:
                 raise RequestError(f"chat_template_kwargs must not set '{name}'")
-        return self._chat_tokens(messages, tools, **template)
+        return self._chat_tokens(messages, tools, split, **template)
 
-    def tokenize_chat(self, messages: Sequence[Message], tools: Sequence[Tool], generation: bool) -> list[int]:
+    def tokenize_chat(
+        self, messages: Sequence[Message], tools: Sequence[Tool], generation: bool, split: bool = True
+    ) -> list[int]:
         """Token ids of a chat, with or without the start of an answer."""
-        return self._chat_tokens(messages, tools, add_generation_prompt=generation)
+        return self._chat_tokens(messages, tools, split, add_generation_prompt=generation)
 
-    def _chat_tokens(self, messages: Sequence[Message], tools: Sequence[Tool], **options: Any) -> list[int]:
+    def _chat_tokens(
+        self, messages: Sequence[Message], tools: Sequence[Tool], split: bool, **options: Any
+    ) -> list[int]:
         known = plain_tools(tools)
         text = str(self._tokenizer.chat_template or "")
         plain = plain_messages(messages, known, text)
         if known and "tools" in text:
             options["tools"] = known
-        return encode_chat(self.loaded, plain, **options)
+        return encode_chat(self.loaded, plain, split_special_tokens=split, **options)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, special ones included."""

@@ -176,3 +176,4 @@ class ChatRequest(SamplingFields):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: StrictBool | None = None
     chat_template_kwargs: dict[StrictStr, Any] | None = None
+    split_special_tokens: StrictBool = True

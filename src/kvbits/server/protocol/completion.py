@@ -42,6 +42,7 @@ class TokenizeRequest(Strict):
     tools: list[Tool] | None = None
     add_special_tokens: StrictBool = True
     add_generation_prompt: StrictBool = True
+    split_special_tokens: StrictBool = True
     return_token_strs: StrictBool = False
 
 

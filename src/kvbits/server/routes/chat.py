@@ -57,7 +57,9 @@ def _prepare(service: Service, body: ChatRequest) -> tuple[list[int], SamplingPa
         raise ApiError(400, "top_logprobs is only allowed when logprobs is true", param="top_logprobs")
     chosen_tools(body)
     offered = [] if body.tool_choice == "none" else body.tools or []
-    prompt = service.preparer.chat_tokens(body.messages, offered, body.chat_template_kwargs or {})
+    prompt = service.preparer.chat_tokens(
+        body.messages, offered, body.chat_template_kwargs or {}, body.split_special_tokens
+    )
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     return prompt, sampling_params(body, limit, logprobs, grammar=service.preparer.chat_grammar(body))
