@@ -70,6 +70,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"stop_token_ids": [5] * 129}, "at most 128"),
     (CHAT, {"logit_bias": {str(i): 1 for i in range(1025)}}, "at most 1024"),
     (CHAT, {"n": 129}, "at most 128"),
+    (CHAT, {"cache_salt": "s" * 257}, "at most 256"),
     (CHAT, {"stop": ""}, "stop"),
     (CHAT, {"seed": 10**30}, "seed"),
     (CHAT, {"stream_options": {"include_usage": True}}, "stream_options"),

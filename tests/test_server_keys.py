@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import threading
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from helpers.serving import MODEL, Running, engine_of, running
+from helpers.serving import MODEL, Running, engine_of, greedy, running
 from typer.testing import CliRunner
 
 from kvbits.cli.keys import VARIABLE, client_key, server_keys
 from kvbits.cli.main import app
+from kvbits.engine.transfer import export_pages, import_pages
 from kvbits.errors import ConfigError
 from kvbits.models import LoadedModel
 from kvbits.ray.prefix import block_hashes
@@ -160,6 +162,21 @@ def test_sharing_is_an_option(byte_loaded: LoadedModel) -> None:
         assert cached(ask(server, "one")) == 192
     help_text = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "250"}).output
     assert "guessing" in help_text[help_text.index("--share-prefix-cache") :]
+
+
+def test_pages_of_a_file_are_everybodys(byte_loaded: LoadedModel) -> None:
+    tokens = byte_loaded.tokenizer(SECRET)["input_ids"]
+    source = engine_of(byte_loaded)
+    greedy(source, tokens)
+    bundle = export_pages(source, tokens)
+    options = pickle.loads(pickle.dumps(ServerOptions(MODEL, api_keys=KEYS)))
+    assert len(set(options.salts)) == 3
+    engine = engine_of(byte_loaded)
+    for salt in options.salts:
+        assert import_pages(engine, bundle, salt) == 192
+    with running(engine, api_keys=options.api_keys) as server:
+        assert [cached(ask(server, key)) for key in ("ka", "kb")] == [192, 192]
+        assert ServerOptions(MODEL, api_keys=("one",)).salts == ServerOptions(MODEL).salts == ("",)
 
 
 def test_sessions_are_shown_to_their_key_only(byte_loaded: LoadedModel) -> None:

@@ -101,7 +101,7 @@ class Engine:
         self.limits.check_params(params)
         deadline = None if timeout is None else time.monotonic() + timeout
         group: list[Live] = []
-        shared = list(prompt)
+        shared, salted = list(prompt), salt.encode()
         for index in range(params.n):
             request = Request(
                 self._new_seq_id(),
@@ -110,7 +110,7 @@ class Engine:
                 group=request_id,
                 index=index,
                 priority=priority,
-                salt=salt.encode(),
+                salt=salted,
                 client=client,
                 leader=group[0].request if group else None,
                 deadline=deadline,

@@ -8,6 +8,8 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
 from pydantic_core import PydanticCustomError
 
+from kvbits.server.protocol.limits import MAX_SALT
+
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 TokenIds = list[StrictInt]
 
@@ -55,7 +57,7 @@ class SamplingFields(Strict):
     user: StrictStr | None = None
     safety_identifier: StrictStr | None = None
     prompt_cache_key: StrictStr | None = None
-    cache_salt: StrictStr | None = None
+    cache_salt: Annotated[StrictStr, Field(max_length=MAX_SALT)] | None = None
     priority: StrictInt | None = None
 
     @model_validator(mode="before")

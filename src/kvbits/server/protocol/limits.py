@@ -17,6 +17,9 @@ MAX_STOP_TOKENS = 128
 MAX_LOGIT_BIAS = 1024
 """Entries of ``logit_bias``."""
 
+MAX_SALT = 256
+"""Characters of ``cache_salt``, which every sequence keeps."""
+
 MAX_CHOICES = 128
 """``n``."""
 
