@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from kvbits.engine.detokenize import Detokenizer, StopStrings
+from kvbits.engine.detokenize import Detokenizer
 from kvbits.engine.text import decoder
 from kvbits.models.locate import locate
 
@@ -54,39 +54,3 @@ def test_any_tokens(tokenizer: Any, ids: list[int]) -> None:
     assert "".join(shown) + rest == tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def naive_stop(text: str, stops: list[str]) -> tuple[str, str | None]:
-    """Look at ever longer beginnings of ``text``; the first that ends with a stop string ends it."""
-    for end in range(len(text) + 1):
-        matches = [s for s in stops if text[:end].endswith(s)]
-        if matches:
-            stop = max(matches, key=len)
-            return text[: end - len(stop)], stop
-    return text, None
-
-
-@settings(max_examples=500, deadline=None)
-@given(
-    parts=st.lists(st.text("ab\nc", max_size=4), max_size=12),
-    stops=st.lists(st.text("ab\nc", min_size=1, max_size=4), max_size=3, unique=True),
-)
-def test_stop_strings(parts: list[str], stops: list[str]) -> None:
-    checker = StopStrings(stops)
-    shown, found = "", None
-    whole = ""
-    for part in parts:
-        text, found = checker.push(part)
-        shown += text
-        whole += part
-        if found is not None:
-            break
-        # held back: exactly the longest end that may still become a stop string
-        held = whole[len(shown) :]
-        assert held == max(
-            (whole[len(whole) - k :] for s in stops for k in range(len(s)) if whole.endswith(s[:k])),
-            key=len,
-            default="",
-        )
-    else:
-        shown += checker.flush()
-    expected, stop = naive_stop("".join(parts), stops)
-    assert (shown, found) == (expected, stop)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from kvbits.engine.params import SamplingParams
-from kvbits.engine.sampler import adjust, distribution, draw, report, sample
+from kvbits.engine.sampler import adjust, distribution, draw, falling, likeliest, report, sample
 from kvbits.engine.sampling import SamplingState
 from kvbits.errors import RequestError
 
@@ -82,6 +85,42 @@ def test_top_p_over_a_large_vocabulary_is_exact_without_a_full_sort(vocab: int) 
         assert abs(len(ids) - int((expected > 0).sum())) <= 1 + 1e-4 * vocab
         assert float(torch.softmax(logits, -1)[ids].sum()) >= top_p - 1e-5
         assert weights.min() >= expected[expected > 0].min() * 0.5 * float(weights.sum())
+
+
+@pytest.mark.parametrize("count", [1, 255, 256, 257, 999, 2999, 3000])
+def test_the_likeliest_tokens_of_equal_ones_the_first(count: int) -> None:
+    # multiples of 1/64: most values come many times
+    values = torch.round(64 * torch.softmax(logits_of(5, 3000, 0.5), -1) * 3000) / 64
+    probs, ids = likeliest(values, count)
+    expected = sorted(range(3000), key=lambda i: (-values[i], i))[:count]
+    assert torch.equal(values[ids], probs)
+    if count > 256:
+        assert ids.tolist() == sorted(expected)
+    else:
+        assert probs.tolist() == values[expected].tolist()
+    assert falling(values).tolist() == sorted(values.tolist(), reverse=True)
+
+
+def test_top_k_beyond_the_head_then_top_p() -> None:
+    logits = logits_of(9, 3000, 0.7)
+    weights, ids = distribution(logits, 1.3, 700, 0.8, 0.0)
+    full = torch.zeros(3000)
+    full[ids] = weights
+    torch.testing.assert_close(
+        full / full.sum(), torch.tensor(naive(logits.tolist(), 1.3, 700, 0.8, 0.0)), atol=1e-6, rtol=0
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(prompt=st.lists(st.integers(0, 300), max_size=200), output=st.lists(st.integers(0, 300), max_size=200))
+def test_tokens_are_counted_as_they_come(prompt: list[int], output: list[int]) -> None:
+    state = state_of(prompt, tuple(output[:50]), repetition_penalty=1.1)
+    assert sorted(state.seen().tolist()) == sorted({*prompt, *output[:50]})
+    for token in output[50:]:
+        state.observe(token)
+    assert sorted(state.seen().tolist()) == sorted({*prompt, *output})
+    tokens, counts = state.generated()
+    assert dict(zip(tokens.tolist(), counts.tolist(), strict=True)) == Counter(output)
 
 
 @pytest.mark.parametrize("filters", FILTERS[:8])

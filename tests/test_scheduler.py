@@ -188,7 +188,9 @@ def test_any_workload_ends(frames: int, seats: int, budget: int, caching: bool, 
             assert len(request.tokens) == whole
 
 
-@pytest.mark.parametrize("module", ["scheduler", "request", "params", "outputs", "detokenize", "sampling"])
+@pytest.mark.parametrize(
+    "module", ["scheduler", "request", "params", "outputs", "detokenize", "sampling", "stops", "shares"]
+)
 def test_no_torch(module: str) -> None:
     code = f"import sys, kvbits.engine.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -29,7 +29,7 @@ WITNESS: Any = {
     "temperature": 0, "ignore_eos": True,
 }  # fmt: skip
 PATHS = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize", "/v1/models", "/v1/models/{name}")
-ALLOWED = {200, 400, 404, 405, 408, 413, 415, 429, 503}
+ALLOWED = {200, 400, 403, 404, 405, 408, 413, 415, 429, 503}
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
 PATHS = (CHAT, TEXT, "/tokenize", "/detokenize")
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-ALLOWED = {200, 400, 401, 404, 405, 408, 413, 415, 421, 429, 431, 503}
+ALLOWED = {200, 400, 401, 403, 404, 405, 408, 413, 415, 421, 429, 431, 503}
 TO = "Host: localhost\r\nContent-Type: application/json\r\n"
 LONGEST = 60.0
 """Seconds after which a request that has no answer counts as a hang."""

@@ -46,6 +46,7 @@ class World:
                     self.finish(request, FinishReason.STOP)
         for request in plan.exhausted:
             self.exhausted.append(request)
+            assert request.seq_id not in self.pages.sequences()
             request.finish(FinishReason.LENGTH)
         self.pages.check()
         return plan

@@ -12,6 +12,7 @@ import typer
 
 from kvbits.cli import options
 from kvbits.cli.extras import require
+from kvbits.cli.keys import client_key
 from kvbits.cli.output import JsonFile, writable
 from kvbits.cli.session import note
 from kvbits.errors import ConfigError
@@ -35,6 +36,7 @@ def bench_serve(
     base_url: Annotated[str, typer.Option(metavar="URL", help="The server.")] = "http://127.0.0.1:8000",
     model: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the first that the server names.")] = None,
     api_key: Annotated[str | None, typer.Option(metavar="KEY", help="The server's key.")] = None,
+    api_key_file: options.ApiKeyFile = None,
     text: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Text that a trace's prompts are cut from. Default: Python's reference."),
@@ -86,7 +88,7 @@ def bench_serve(
 
     goals = parse_goals(goodput or [])
     every = capped(read_trace(dataset_path), max_output_tokens)
-    target = find_target(base_url, model, api_key)
+    target = find_target(base_url, model, client_key(api_key, api_key_file))
     requests = fitting(every, context or target.context)[:num_prompts]
     if not requests:
         raise ConfigError(f"none of the {len(every):,} requests fits a context of {context or target.context} tokens")

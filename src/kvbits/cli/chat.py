@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvbits.cli import options
+from kvbits.cli.keys import client_key
 from kvbits.cli.remote import Remote
 from kvbits.cli.session import load, note
 from kvbits.errors import ConfigError, KVBitsError
@@ -37,9 +38,13 @@ def chat(
     ] = None,
     url: Annotated[str | None, typer.Option(metavar="URL", help="A server, in the place of MODEL.")] = None,
     api_key: Annotated[str | None, typer.Option(metavar="KEY", help="The server's key.")] = None,
+    api_key_file: options.ApiKeyFile = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="Instructions for the model.")] = None,
     max_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens of an answer.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    split_special_tokens: Annotated[
+        bool, typer.Option(help="Special tokens that you type, such as <|im_end|>, are text.")
+    ] = True,
     kv_cache_dtype: options.KVCacheDtype = "int8",
     kv_policy: options.KVPolicy = None,
     kv_cache_memory: options.KVCacheMemory = "1GiB",
@@ -54,14 +59,17 @@ def chat(
         raise ConfigError("give either a MODEL or --url")
     asker: _Local | _Remote
     if url is not None:
-        asker = _Remote(Remote(url, api_key))
+        asker = _Remote(Remote(url, client_key(api_key, api_key_file)), split_special_tokens)
     else:
         assert model is not None
         from kvbits.engine.llm import LLM
 
         dtype_name = options.cache_dtype(kv_cache_dtype, kv_policy)
         loaded = load(model, dtype, threads, weights, device, trust_remote_code, kv_cache_memory=kv_cache_memory)
-        asker = _Local(LLM(loaded, kv_cache_dtype=dtype_name, kv_cache_memory=kv_cache_memory, progress=False))
+        asker = _Local(
+            LLM(loaded, kv_cache_dtype=dtype_name, kv_cache_memory=kv_cache_memory, progress=False),
+            split_special_tokens,
+        )
     messages: Messages = [] if system is None else [{"role": "system", "content": system}]
     while True:
         text = _line()
@@ -99,8 +107,9 @@ def _line() -> str:
 class _Local:
     """A model in this process."""
 
-    def __init__(self, llm: LLM) -> None:
+    def __init__(self, llm: LLM, split: bool) -> None:
         self._llm = llm
+        self._split = split
 
     def ask(self, messages: Messages, max_tokens: int, temperature: float, turn: Turn) -> Iterator[str]:
         from kvbits.engine.params import SamplingParams
@@ -108,7 +117,7 @@ class _Local:
         from kvbits.errors import RequestError
 
         engine = self._llm.engine
-        prompt = encode_chat(self._llm.loaded, messages)
+        prompt = encode_chat(self._llm.loaded, messages, split_special_tokens=self._split)
         request_id = engine.add_request(prompt, SamplingParams(max_tokens=max_tokens, temperature=temperature))
         try:
             while engine.has_unfinished():
@@ -126,8 +135,9 @@ class _Local:
 class _Remote:
     """A model behind a URL."""
 
-    def __init__(self, remote: Remote) -> None:
+    def __init__(self, remote: Remote, split: bool) -> None:
         self._remote = remote
+        self._split = split
         self._model: dict[str, Any] = remote.get("/v1/models")["data"][0]
 
     def ask(self, messages: Messages, max_tokens: int, temperature: float, turn: Turn) -> Iterator[str]:
@@ -139,6 +149,9 @@ class _Remote:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+        if not self._split:
+            # Other servers do not know the field, and most take special tokens in texts for tokens anyway.
+            body["split_special_tokens"] = False
         for event in self._remote.events("/v1/chat/completions", body):
             for choice in event["choices"]:
                 yield choice["delta"].get("content") or ""

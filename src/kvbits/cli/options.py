@@ -76,6 +76,10 @@ Threads = Annotated[int | None, typer.Option(metavar="N", help="CPU threads. Def
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model. Read it first.")
 ]
+ApiKeyFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Take the key from a file; without either option from KVBITS_API_KEY."),
+]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results here as JSON.")]
 
 

@@ -10,6 +10,7 @@ import typer
 from kvbits.cli import options
 from kvbits.cli.cluster import check_ray, serve_cluster
 from kvbits.cli.extras import require
+from kvbits.cli.keys import server_keys
 from kvbits.cli.session import load, note
 from kvbits.errors import ConfigError
 
@@ -39,8 +40,28 @@ def serve(
         str | None, typer.Option(metavar="NAME", help="The model's name in the API. Default: MODEL.")
     ] = None,
     api_key: Annotated[
-        list[str] | None, typer.Option(metavar="KEY", help="Clients must send one of these; repeat for several.")
+        list[str] | None,
+        typer.Option(metavar="KEY", help="Clients must send one of these; may repeat. Other users can see it in ps."),
     ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Keys, one a line, each with name=NAME and permissions if wanted (priority, operator). Without this "
+            "and --api-key, the key in KVBITS_API_KEY.",
+        ),
+    ] = None,
+    allow_priority: Annotated[
+        bool, typer.Option("--allow-priority", help="Every client may set 'priority', not only keys that permit it.")
+    ] = False,
+    share_prefix_cache: Annotated[
+        bool,
+        typer.Option(
+            "--share-prefix-cache",
+            help="Keys find each other's cached prompts: saves work, and lets each key find out, by guessing, what the "
+            "others' prompts begin with.",
+        ),
+    ] = False,
     allowed_origins: Annotated[
         list[str] | None, typer.Option(metavar="ORIGIN", help="CORS: web pages from here may ask; '*' for all.")
     ] = None,
@@ -94,7 +115,9 @@ def serve(
         raise ConfigError(f"port is {port}; it must be from 1 to 65535")
     served = ServerOptions(
         served_model_name=model if served_model_name is None else served_model_name,
-        api_keys=tuple(api_key or ()),
+        api_keys=server_keys(api_key, api_key_file),
+        allow_priority=allow_priority,
+        share_prefix_cache=share_prefix_cache,
         allowed_origins=tuple(allowed_origins or ()),
         allowed_hosts=(*names_of(host), *(allowed_hosts or ())),
         max_queue=max_queue,
@@ -132,6 +155,8 @@ def serve(
 
     engine = Engine(loaded, config, speculative=speculative)
     for path in cache_file or ():
-        note(f"Loaded {load_pages(engine, path)} tokens from '{path}'")
+        # Where clients are kept apart, each one needs them under its own salt.
+        tokens = [load_pages(engine, path, salt) for salt in served.salts]
+        note(f"Loaded {tokens[0]} tokens from '{path}'" + (f" for {len(tokens)} clients" if len(tokens) > 1 else ""))
     note(start_line(engine, served, host, port))
     run(engine, served, host, port)

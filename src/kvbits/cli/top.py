@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvbits.cli import options
+from kvbits.cli.keys import client_key
 from kvbits.cli.remote import Remote
 from kvbits.errors import ConfigError
 
@@ -20,6 +22,7 @@ _WIDTH = 60
 def top(
     url: Annotated[str, typer.Argument(metavar="[URL]", help="The server.")] = "http://127.0.0.1:8000",
     api_key: Annotated[str | None, typer.Option(metavar="KEY", help="The server's key.")] = None,
+    api_key_file: options.ApiKeyFile = None,
     interval: Annotated[float, typer.Option(metavar="SECONDS", help="Between two looks.")] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
 ) -> None:
@@ -29,7 +32,7 @@ def top(
     from rich.console import Console
     from rich.live import Live
 
-    remote = Remote(url, api_key)
+    remote = Remote(url, client_key(api_key, api_key_file))
     state = remote.get("/kvbits/state")
     if once:
         Console().print(_view(state, None, 0.0))

@@ -1,6 +1,6 @@
 """Text from tokens as they come. No torch.
 
-A token may end inside a UTF-8 character, and a stop string may span tokens; both hold text back until it is sure.
+A token may end inside a UTF-8 character; what is not sure yet is held back.
 """
 
 from __future__ import annotations
@@ -157,41 +157,3 @@ def _tail(decode: TokenDecoder, before: Sequence[int]) -> list[int]:
         if kind is Kind.WHOLE:
             break
     return list(before[start:])
-
-
-class StopStrings:
-    """Finds the first stop string in a growing text and holds back what may become one."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
-        self._held = ""
-
-    def push(self, text: str) -> tuple[str, str | None]:
-        """The text that is safe to show after ``text`` came, and the stop string that ended it, if one did."""
-        if not self._stops:
-            return text, None
-        self._held += text
-        places = [(self._held.find(s), s) for s in self._stops]
-        hits = [(place, stop) for place, stop in places if place >= 0]
-        if hits:
-            # The match that is complete first wins, as if the text had come one character at a time.
-            place, stop = min(hits, key=lambda hit: (hit[0] + len(hit[1]), hit[0]))
-            shown, self._held = self._held[:place], ""
-            return shown, stop
-        keep = max((overlap(self._held, s) for s in self._stops), default=0)
-        cut = len(self._held) - keep
-        shown, self._held = self._held[:cut], self._held[cut:]
-        return shown, None
-
-    def flush(self) -> str:
-        """What was still held back."""
-        text, self._held = self._held, ""
-        return text
-
-
-def overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that is a true beginning of ``stop``."""
-    for size in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:size]):
-            return size
-    return 0

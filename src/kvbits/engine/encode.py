@@ -15,6 +15,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from kvbits.engine.limits import Limits
+from kvbits.engine.text import encode_rendered
 from kvbits.errors import RequestError
 from kvbits.models import LoadedModel
 
@@ -48,6 +49,22 @@ class Encoder:
         """Token ids of a prompt. Raises ``RequestError`` as :meth:`check` does."""
         self.check(text, add_special_tokens)
         return self.ids(text, add_special_tokens)
+
+    def chat(self, rendered: str, split: bool) -> list[int]:
+        """Token ids of what a chat template gave; ``split``: of texts in which control tokens were hidden.
+
+        Raises ``RequestError`` as :meth:`check` does.
+        """
+        self.check(self._loaded.control_tokens.restore(rendered) if split else rendered, add_special_tokens=False)
+        return self.chat_ids(rendered, split)
+
+    def chat_ids(self, rendered: str, split: bool) -> list[int]:
+        """As :meth:`chat`, however long."""
+
+        def plain(text: str) -> list[int]:
+            return self.ids(text, add_special_tokens=False)
+
+        return encode_rendered(self._loaded, rendered, plain) if split else plain(rendered)
 
     def check(self, text: str, add_special_tokens: bool) -> None:
         """Raise ``RequestError`` when it can be seen without tokenizing all of it that ``text`` is too long."""

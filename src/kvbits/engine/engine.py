@@ -89,12 +89,13 @@ class Engine:
         request_id: str | None = None,
         priority: int = 0,
         salt: str = "",
+        client: str = "",
         timeout: float | None = None,
     ) -> str:
         """Queue a prompt of token ids; returns the request's id.
 
-        ``salt`` separates prefix caches of tenants; ``timeout`` is in seconds from now. Raises ``RequestError`` when
-        the request can never be served.
+        ``salt`` separates prefix caches; clients of different names get equal shares; ``timeout`` is in seconds from
+        now. Raises ``RequestError`` when the request can never be served.
         """
         params = params or SamplingParams()
         request_id = f"request-{self._next}" if request_id is None else request_id
@@ -104,15 +105,17 @@ class Engine:
         self.limits.check_params(params)
         deadline = None if timeout is None else time.monotonic() + timeout
         group: list[Live] = []
+        shared, salted = list(prompt), salt.encode()
         for index in range(params.n):
             request = Request(
                 self._new_seq_id(),
-                list(prompt),
+                shared,
                 params,
                 group=request_id,
                 index=index,
                 priority=priority,
-                salt=salt.encode(),
+                salt=salted,
+                client=client,
                 leader=group[0].request if group else None,
                 deadline=deadline,
             )
@@ -140,7 +143,13 @@ class Engine:
     def load(self) -> Load:
         """Sequences and frames at this moment."""
         scheduler = self.scheduler
-        return Load(len(scheduler.running), len(scheduler.waiting), self.pool.num_frames, self.pages.available())
+        return Load(
+            len(scheduler.running),
+            len(scheduler.waiting),
+            self.pool.num_frames,
+            self.pages.available(),
+            scheduler.shares.counts(),
+        )
 
     # Steps
 

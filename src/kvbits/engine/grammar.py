@@ -40,7 +40,7 @@ class Matcher:
         bits = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: self._vocab]
         if not bits.any():
             raise RequestError("the grammar allows no further token")
-        return torch.from_numpy(bits).bool()
+        return torch.from_numpy(bits.view(np.bool_))
 
     def accept(self, token: int) -> None:
         """Move on by a token that :meth:`allowed` allowed."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 
-from kvbits.engine.detokenize import Detokenizer, StopStrings, TokenDecoder
+from kvbits.engine.detokenize import Detokenizer, TokenDecoder
 from kvbits.engine.outputs import Delta, Logprobs
 from kvbits.engine.request import FinishReason, Request
 from kvbits.engine.sampling import SamplingState
+from kvbits.engine.stops import StopStrings
 
 log = logging.getLogger(__name__)
 
@@ -20,13 +21,13 @@ class Live:
         self.request = request
         self.sampling = SamplingState(params, request.index, request.prompt)
         self.prompt_logprobs: list[Logprobs | None] | None = None if params.prompt_logprobs is None else [None]
-        self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else ends)
+        self._ends = frozenset() if params.ignore_eos else ends
         self._limit = max_model_len
         if params.max_tokens is not None:
             self._limit = min(self._limit, len(request.prompt) + params.max_tokens)
         self._context = max_model_len
         self._detokenizer = Detokenizer(decode, request.prompt)
-        self._stops = StopStrings(params.stop_strings)
+        self._stops = StopStrings(params.stops)
 
     @property
     def room(self) -> int:
@@ -42,7 +43,7 @@ class Live:
         reason: FinishReason | None = None
         stop: int | str | None = None
         text = ""
-        if token in self._ends:
+        if token in self._ends or token in request.params.stop_tokens:
             reason, stop = FinishReason.STOP, token
         else:
             text, stop = self._stops.push(self._detokenizer.push(token))

@@ -117,16 +117,20 @@ class LLM:
         *,
         on_token: OnToken | None = None,
         use_tqdm: bool | None = None,
+        split_special_tokens: bool = True,
         **template: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation or many, in the model's chat template; ``template`` goes to it (``tools=`` ...).
 
-        A message is a mapping with ``role`` and ``content``. Raises ``RequestError`` when the template refuses them.
+        A message is a mapping with ``role`` and ``content``. Special tokens that it spells are text, unless
+        ``split_special_tokens`` is off. Raises ``RequestError`` when the template refuses them.
         """
         chats: list[Sequence[Message]] = (
             [messages] if messages and isinstance(messages[0], Mapping) else list(messages)  # type: ignore[list-item, arg-type]
         )
-        prompts = [encode_chat(self.loaded, chat, **template) for chat in chats]
+        prompts = [
+            encode_chat(self.loaded, chat, split_special_tokens=split_special_tokens, **template) for chat in chats
+        ]
         return self.generate(prompts, sampling_params, on_token=on_token, use_tqdm=use_tqdm)
 
     def save_cache(self, path: str | Path, prompt: Prompt, *, salt: str = "") -> PageBundle:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from kvbits.engine.stops import StopAutomaton
 from kvbits.errors import RequestError
 
 if TYPE_CHECKING:
@@ -65,6 +71,38 @@ class SamplingParams:
             if not _is_int(key) or key < 0:
                 raise RequestError(f"logit_bias names {key!r}; each key must be a token id")
             _number(f"logit_bias[{key}]", bias, -100.0, 100.0)
+
+    @cached_property
+    def stops(self) -> StopAutomaton:
+        """The automaton of the stop strings."""
+        return StopAutomaton(self.stop_strings)
+
+    @cached_property
+    def stop_tokens(self) -> frozenset[int]:
+        """``stop_token_ids`` as a set."""
+        return frozenset(self.stop_token_ids)
+
+    @cached_property
+    def bias(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """``logit_bias`` as token ids and what is added to each."""
+        count = len(self.logit_bias)
+        return (
+            np.fromiter(self.logit_bias, dtype=np.int64, count=count),
+            np.fromiter(self.logit_bias.values(), dtype=np.float32, count=count),
+        )
+
+    def prepare(self) -> SamplingParams:
+        """Build now what the engine would build when the request comes; returns itself."""
+        for name in ("stops", "stop_tokens", "bias"):
+            getattr(self, name)
+        return self
+
+    def with_seed(self, seed: int) -> SamplingParams:
+        """The same with another seed, and with all that is prepared."""
+        found = copy(self)
+        object.__setattr__(found, "seed", seed)
+        found._integers()
+        return found
 
     @property
     def greedy(self) -> bool:

@@ -36,7 +36,8 @@ class Request:
     ``computed`` counts the tokens whose keys and values are stored; the newest sampled token never is. A request with
     ``n > 1`` becomes ``n`` of these, equal in ``group`` and told apart by ``index``; all but the first wait until the
     prompt is in the cache (``leader``). ``seq_id`` is its name in the page manager and counts up with arrival.
-    ``deadline`` is in seconds of the engine's clock. A lower ``priority`` is served first. ``suspect``: it was in a
+    ``deadline`` is in seconds of the engine's clock. A lower ``priority`` is served first; within one,
+    ``client`` names who gets an equal share. ``suspect``: it was in a
     step that failed, and must prove itself in a step of its own. ``draft`` are tokens guessed to follow ``tokens``; the
     next step checks them.
     """
@@ -48,6 +49,7 @@ class Request:
     index: int = 0
     priority: int = 0
     salt: bytes = b""
+    client: str = ""
     leader: Request | None = None
     deadline: float | None = None
     state: RequestState = RequestState.WAITING

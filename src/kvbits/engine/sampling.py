@@ -10,6 +10,32 @@ from numpy.typing import NDArray
 from kvbits.engine.params import SamplingParams
 
 
+class TokenCounts:
+    """Distinct tokens, and how often each came, in arrays that grow: counting one more takes constant time."""
+
+    def __init__(self) -> None:
+        self._place: dict[int, int] = {}
+        self._tokens = np.empty(64, dtype=np.int64)
+        self._counts = np.zeros(64, dtype=np.float32)
+
+    def add(self, token: int) -> None:
+        """Count ``token`` once more."""
+        place = self._place.setdefault(token, len(self._place))
+        if place == len(self._tokens):
+            self._tokens = np.concatenate([self._tokens, np.empty_like(self._tokens)])
+            self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
+        self._tokens[place] = token
+        self._counts[place] += 1
+
+    def tokens(self) -> NDArray[np.int64]:
+        """The distinct tokens, in the order in which they came first."""
+        return self._tokens[: len(self._place)]
+
+    def counts(self) -> NDArray[np.float32]:
+        """How often each of them came."""
+        return self._counts[: len(self._place)]
+
+
 class SamplingState:
     """One request's random numbers and token counts; it lives as long as the request, through preemptions.
 
@@ -23,8 +49,8 @@ class SamplingState:
         self._random = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(index,))))
         self._ahead: deque[float] = deque()
         self._prompt = prompt
-        self._seen: set[int] | None = None
-        self._counts: dict[int, int] = {}
+        self._seen: TokenCounts | None = None
+        self._generated = TokenCounts()
         self.matcher = None if params.grammar is None else params.grammar.start()
 
     def uniform(self) -> float:
@@ -42,7 +68,7 @@ class SamplingState:
         if self.matcher is not None:
             self.matcher.accept(token)
         if self.params.penalised:
-            self._counts[token] = self._counts.get(token, 0) + 1
+            self._generated.add(token)
             if self._seen is not None:
                 self._seen.add(token)
 
@@ -54,10 +80,11 @@ class SamplingState:
     def seen(self) -> NDArray[np.int64]:
         """Distinct tokens of prompt and output."""
         if self._seen is None:
-            self._seen = {*self._prompt, *self._counts}
-        return np.fromiter(self._seen, dtype=np.int64, count=len(self._seen))
+            self._seen = TokenCounts()
+            for token in {*self._prompt, *self._generated.tokens().tolist()}:
+                self._seen.add(token)
+        return self._seen.tokens()
 
     def generated(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Distinct tokens of the output, and how often each came."""
-        tokens = np.fromiter(self._counts, dtype=np.int64, count=len(self._counts))
-        return tokens, np.fromiter(self._counts.values(), dtype=np.float32, count=len(self._counts))
+        return self._generated.tokens(), self._generated.counts()

@@ -13,12 +13,14 @@ What this module does not know: logits, text, wall-clock time.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from kvbits.config import MIN_PREFILL, OVERTAKEN, WATERMARK
 from kvbits.engine.drafts import DraftRoom
 from kvbits.engine.request import Request, RequestState
+from kvbits.engine.shares import Shares
 from kvbits.pages import PageManager
 
 
@@ -67,11 +69,13 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: list[Request] = []
         self.running: list[Request] = []
+        self.shares = Shares()
         self._blocked: tuple[int, int] | None = None
 
     def add(self, request: Request) -> None:
         """Queue a request."""
         insort(self.waiting, request, key=_rank)
+        self.shares.enter(request.client, request.seq_id)
 
     def remove(self, request: Request) -> None:
         """Forget a request that ended, wherever it stands, and free its pages."""
@@ -80,6 +84,7 @@ class Scheduler:
             self.pages.free(request.seq_id)
         elif request in self.waiting:
             self.waiting.remove(request)
+        self.shares.leave(request.client, request.seq_id)
 
     def decoding(self) -> list[Request]:
         """Running sequences that wait for their next token."""
@@ -97,7 +102,8 @@ class Scheduler:
         if suspect is not None:
             self._alone(suspect, plan, scheduled)
             return plan
-        decodes = self.decoding()
+        given_up, favoured = self._make_way()
+        decodes = self._by_seats(self.decoding())
         room = DraftRoom(self.pages, decodes, self.max_num_batched_tokens - len(decodes))
         rows = 0
         for request in decodes:
@@ -106,15 +112,96 @@ class Scheduler:
                 rows += self._advance(request, 1, plan, scheduled, draft) + len(draft)
         budget = max(self.max_num_batched_tokens - rows, min(MIN_PREFILL, self.max_num_batched_tokens))
         # Not before: a running answer may have taken a prompt's pages.
-        prefills = [r for r in self.running if r.remaining > 1]
-        if prefills:
+        prefills = self._by_service([r for r in self.running if r.remaining > 1])
+        if favoured is None:
+            favoured = self._less_served(prefills)
+        if favoured is not None and not plan.preempted:
+            budget -= self._admit([favoured], budget, plan, scheduled)
+        elif prefills:
             budget -= self._overtake(prefills[0], budget // 2, plan, scheduled)
         for request in prefills:
             if budget > 0 and request.state is RequestState.RUNNING and request.seq_id not in scheduled:
                 budget -= self._advance(request, min(budget, request.remaining), plan, scheduled)
         if not plan.preempted:
-            self._admit(self.waiting, budget, plan, scheduled)
+            self._admit([r for r in self.waiting if r not in given_up], budget, plan, scheduled)
+        plan.preempted += given_up
         return plan
+
+    def _seats(self) -> Counter[str]:
+        return Counter(request.client for request in self.running)
+
+    def _by_seats(self, requests: list[Request]) -> list[Request]:
+        """Those of clients with few seats first: who comes first may take frames from who comes later."""
+        if not self.shares.several:
+            return requests
+        seats = self._seats()
+        return sorted(requests, key=lambda r: (r.priority, seats[r.client], r.seq_id))
+
+    def _by_service(self, requests: list[Request]) -> list[Request]:
+        """Those of clients that were served the least first."""
+        if not self.shares.several:
+            return requests
+        return sorted(requests, key=lambda r: (r.priority, self.shares.served(r.client), r.seq_id))
+
+    def _next(self, requests: Sequence[Request]) -> Request:
+        """Which of some waiting ``requests`` is admitted first: the least served client's, or where there are more of
+        them than free seats, that of the client with the fewest."""
+        if not self.shares.several:
+            return requests[0]
+        scarce = len(requests) > self.max_num_seqs - len(self.running)
+        seats = self._seats() if scarce else Counter()
+        return min(requests, key=lambda r: (r.priority, seats[r.client], self.shares.served(r.client), r.seq_id))
+
+    def _less_served(self, prefills: Sequence[Request]) -> Request | None:
+        """A waiting request of a client that was served less than those of all prompts under way."""
+        waiting = [r for r in self.waiting if r.ready] if prefills and self.shares.several else []
+        if not waiting:
+            return None
+        head, first, served = self._next(waiting), prefills[0], self.shares.served
+        return head if (head.priority, served(head.client)) < (first.priority, served(first.client)) else None
+
+    def _make_way(self) -> tuple[list[Request], Request | None]:
+        """Preempt the newest sequence of the client with the most seats for one that waits and has too few.
+
+        The oldest sequence of a client is never given up, so that long ones end too. Returns what was preempted, and
+        for whom.
+        """
+        waiting = [r for r in self.waiting if r.ready] if self.shares.several else []
+        if not waiting:
+            return [], None
+        head, seats = self._next(waiting), self._seats()
+        theirs = [r for r in self.running if r.priority >= head.priority and r.client != head.client]
+        rival = max((r.client for r in theirs), key=lambda client: seats[client], default="")
+        if seats[rival] - seats[head.client] < 2:
+            return [], None
+        victims = [r for r in reversed(theirs) if r.client == rival][: seats[rival] - 1]
+        full = len(self.running) >= self.max_num_seqs
+        if not victims or not (full or self._frames_for(head, rival, victims)):
+            return [], None
+        plan = Plan()
+        self._preempt(victims[0], plan)
+        self._blocked = None
+        return plan.preempted, head
+
+    def _frames_for(self, head: Request, rival: str, victims: Sequence[Request]) -> bool:
+        """Whether ``head`` was refused for lack of frames, and some ``victims`` are enough for it and not too much."""
+        if self._blocked is None or self._blocked[0] != head.seq_id:
+            return False
+        held: Counter[str] = Counter()
+        for request in self.running:
+            held[request.client] += request.computed
+        pages = self.pages
+        need = len(head.tokens)
+        most = held[rival] - held[head.client] - need
+        missing = need - pages.available() // pages.sealed_frames * pages.page_tokens
+        freed = 0
+        for victim in victims:
+            freed += victim.computed
+            if freed > most:
+                return False
+            if freed >= missing:
+                return True
+        return False
 
     def _overtake(self, first: Request, budget: int, plan: Plan, scheduled: set[int]) -> int:
         """Let prompts much shorter than the rest of ``first``'s go before it; returns the tokens planned for them.
@@ -136,7 +223,7 @@ class Scheduler:
         """A step for one request, which must find out whether it was the one that failed."""
         while request not in self.running and not self._open(request, plan):
             if not self.running:
-                self.waiting.remove(request)
+                self.remove(request)
                 plan.exhausted.append(request)
                 return
             self._preempt(self.running[-1], plan)
@@ -169,7 +256,10 @@ class Scheduler:
             return 0
         self.pages.reserve(request.seq_id, count + len(draft), tentative=bool(draft))
         scheduled.add(request.seq_id)
-        plan.works.append(self._work(request, count, draft))
+        work = self._work(request, count, draft)
+        plan.works.append(work)
+        # A new token counts twice, as in the paper: its step costs more than a prompt token's part of one.
+        self.shares.charge(request.client, count + len(draft) + work.samples)
         return count
 
     @staticmethod
@@ -182,11 +272,24 @@ class Scheduler:
     def _make_room(self, request: Request, count: int, plan: Plan, scheduled: Iterable[int]) -> bool:
         """Preempt requests of lower rank that this step has not planned yet until ``count`` tokens fit."""
         while self.pages.frames_needed(request.seq_id, count) > self.pages.available():
-            victim = self.running[-1]
-            if victim is request or victim.seq_id in scheduled:
+            victim = self._victim(request, scheduled)
+            if victim is None:
                 return False
             self._preempt(victim, plan)
         return True
+
+    def _victim(self, request: Request, scheduled: Iterable[int]) -> Request | None:
+        """Whose frames ``request`` may take; ``None``: it comes last itself."""
+        if not self.shares.several:
+            last = self.running[-1]
+            return None if last is request or last.seq_id in scheduled else last
+        seats = self._seats()
+
+        def place(r: Request) -> tuple[int, int, int]:
+            return r.priority, seats[r.client], r.seq_id
+
+        others = (r for r in self.running if r.seq_id not in scheduled and place(r) > place(request))
+        return max(others, key=place, default=None)
 
     def _preempt(self, request: Request, plan: Plan) -> None:
         self.running.remove(request)
@@ -200,11 +303,12 @@ class Scheduler:
     def _admit(self, requests: Iterable[Request], budget: int, plan: Plan, scheduled: set[int]) -> int:
         """Start waiting ``requests``, in order, while budget, seats and frames last; returns the tokens planned."""
         used = 0
-        for request in [r for r in requests if r.ready]:
-            if used >= budget or len(self.running) >= self.max_num_seqs:
-                break
+        left = [r for r in requests if r.ready]
+        while left and used < budget and len(self.running) < self.max_num_seqs:
+            request = self._next(left)
+            left.remove(request)
             if len(request.tokens) > self.capacity_tokens:
-                self.waiting.remove(request)
+                self.remove(request)
                 plan.exhausted.append(request)
                 continue
             if not self._open(request, plan):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -41,12 +41,13 @@ class EngineStats:
 
 @dataclass(frozen=True)
 class Load:
-    """The engine at one moment: sequences by state, and frames of the pool."""
+    """The engine at one moment: sequences by state and by client, and frames of the pool."""
 
     running: int
     waiting: int
     frames: int
     frames_available: int
+    clients: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def usage(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kvbits.engine.detokenize import TokenDecoder
@@ -50,26 +50,52 @@ def encode(loaded: LoadedModel, text: str) -> list[int]:
     return list(_tokenizer(loaded)(text)["input_ids"])
 
 
-def encode_chat(loaded: LoadedModel, messages: Sequence[Mapping[str, Any]], **template: Any) -> list[int]:
+def encode_chat(
+    loaded: LoadedModel, messages: Sequence[Mapping[str, Any]], *, split_special_tokens: bool = True, **template: Any
+) -> list[int]:
     """Token ids of a chat in the model's own template, ready for the assistant's answer.
 
-    Raises ``RequestError`` as :func:`chat_text` does.
+    Raises ``RequestError`` as :func:`chat_text` and :func:`encode_rendered` do.
     """
-    text = chat_text(loaded, messages, **template)
-    return list(_tokenizer(loaded)(text, add_special_tokens=False)["input_ids"])
+    text = chat_text(loaded, messages, split_special_tokens=split_special_tokens, **template)
+    tokenizer = _tokenizer(loaded)
+
+    def plain(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    return encode_rendered(loaded, text, plain) if split_special_tokens else plain(text)
 
 
-def chat_text(loaded: LoadedModel, messages: Sequence[Mapping[str, Any]], **template: Any) -> str:
+def encode_rendered(loaded: LoadedModel, text: str, plain: Callable[[str], list[int]]) -> list[int]:
+    """Token ids of what :func:`chat_text` gave; ``plain`` encodes a text in which nothing is hidden.
+
+    Raises ``RequestError`` for a tokenizer that cannot tell a control token from its text.
+    """
+    try:
+        return loaded.control_tokens.encode(text, plain)
+    except ValueError as error:
+        raise RequestError(f"{error} with the tokenizer of {loaded.name}; split_special_tokens turns it off") from error
+
+
+def chat_text(
+    loaded: LoadedModel, messages: Sequence[Mapping[str, Any]], *, split_special_tokens: bool = True, **template: Any
+) -> str:
     """A chat in the model's own template, ready for the assistant's answer.
 
-    Raises ``RequestError`` when the tokenizer has no template or the template refuses the messages.
+    A control token that a message or a tool spells is text, unless ``split_special_tokens`` is off; the template's own
+    are tokens: :func:`encode_rendered` tells them apart. Raises ``RequestError`` when the tokenizer has no template or
+    the template refuses the messages.
     """
     tokenizer = _tokenizer(loaded)
     if tokenizer.chat_template is None:
         raise RequestError(f"the tokenizer of {loaded.name} has no chat template; use generate with a plain prompt")
-    options = {"add_generation_prompt": True, **template}
+    plain, options = list(messages), {"add_generation_prompt": True, **template}
+    if split_special_tokens:
+        hide = loaded.control_tokens.hide
+        plain = hide(plain)
+        options = {name: value if name == "chat_template" else hide(value) for name, value in options.items()}
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
+        return str(tokenizer.apply_chat_template(plain, tokenize=False, **options))
     # A template is a program of the model's author: it raises what it likes, mostly Jinja errors.
     except Exception as error:
         raise RequestError(f"the chat template of {loaded.name} refuses the messages: {error}") from error

@@ -7,6 +7,7 @@ import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from kvbits.codecs import Policy, policy_of
 from kvbits.config import ModelGeometry
 from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.kernels.decoder import WEIGHT_FORMS
+from kvbits.models.control import ControlTokens
 from kvbits.models.fused import FusedModel, fuse
 from kvbits.models.geometry import geometry_of
 from kvbits.models.hugepages import collapse_to_huge_pages
@@ -57,6 +59,11 @@ class LoadedModel:
     def policy(self, dtype: str | Policy) -> Policy:
         """A KV cache dtype as a policy of this model. Raises as :func:`kvbits.codecs.policy_of`."""
         return policy_of(dtype, self.geometry, self.fingerprint)
+
+    @cached_property
+    def control_tokens(self) -> ControlTokens:
+        """The tokenizer's control tokens, which there has to be."""
+        return ControlTokens(self.tokenizer)
 
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, positions: Tensor, step: Forward, logits_rows: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ _ID = b"x-request-id"
 
 def guarded(app: ASGIApp, options: ServerOptions) -> ASGIApp:
     """``app`` for those who have a key and use a name of ours. Nothing of a body is read before."""
-    return Gate(Hosts(app, options.allowed_hosts), options.api_keys)
+    return Gate(Hosts(app, options.allowed_hosts), options.keyring)
 
 
 async def take(scope: Scope, receive: Receive, options: ServerOptions) -> tuple[HttpRequest, tuple[bytes, ...]]:
@@ -38,13 +38,15 @@ async def take(scope: Scope, receive: Receive, options: ServerOptions) -> tuple[
     body = await read(request, options.max_body, options.body_timeout)
     blocks: tuple[bytes, ...] = ()
     if asks:
-        blocks = _blocks(body) if len(body) <= SMALL else await asyncio.to_thread(_blocks, body)
+        # Prompts of different keys have nothing in common, unless pages are shared.
+        owner = request.state.client.id.encode() if options.apart else b""
+        blocks = _blocks(body, owner) if len(body) <= SMALL else await asyncio.to_thread(_blocks, body, owner)
     return _whole(scope, body), blocks
 
 
-def _blocks(body: bytes) -> tuple[bytes, ...]:
+def _blocks(body: bytes, owner: bytes) -> tuple[bytes, ...]:
     text = prompt_text(body)
-    return block_hashes(text) if text else ()
+    return block_hashes(text, owner) if text else ()
 
 
 def _whole(scope: Scope, body: bytes) -> HttpRequest:

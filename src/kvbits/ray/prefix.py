@@ -52,9 +52,12 @@ def prompt_text(body: bytes) -> str | None:
     return None
 
 
-def block_hashes(text: str) -> tuple[bytes, ...]:
-    """A hash for each full block of ``text``, which covers all before it too; for ``MAX_BLOCKS`` at most."""
-    found, parent = [], b""
+def block_hashes(text: str, owner: bytes = b"") -> tuple[bytes, ...]:
+    """A hash for each full block of ``text``, which covers all before it too, and whose text it is.
+
+    For ``MAX_BLOCKS`` at most.
+    """
+    found, parent = [], owner
     for start in range(0, min(len(text), MAX_BLOCKS * BLOCK_CHARS) - BLOCK_CHARS + 1, BLOCK_CHARS):
         block = text[start : start + BLOCK_CHARS].encode("utf-8", "surrogatepass")
         parent = hashlib.blake2b(parent + block, digest_size=12).digest()

@@ -61,7 +61,7 @@ def create_app(engine: Engine, options: ServerOptions) -> FastAPI:
             CORSMiddleware, allow_origins=list(options.allowed_origins), allow_methods=["*"], allow_headers=["*"]
         )
     app.add_middleware(Hosts, allowed=options.allowed_hosts)
-    app.add_middleware(Gate, api_keys=options.api_keys)
+    app.add_middleware(Gate, keys=options.keyring)
     return app
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvbits.errors import ConfigError
+from kvbits.server.keys import ApiKey, Client, Keyring
 
 _HOST = re.compile(r"(\*\.)?[^\s:/*@\[\]]+|[0-9A-Fa-f:.]*::?[0-9A-Fa-f:.%a-z]*")
 
@@ -17,12 +18,14 @@ class ServerOptions:
     ``max_queue`` counts sequences that wait beyond the engine's ``max_num_seqs``; ``request_timeout`` and
     ``drain_timeout`` are in seconds, ``max_body`` in bytes. ``header_timeout`` and ``body_timeout`` are the seconds
     that a client has to send either, ``send_timeout`` those for which it may leave an answer unread.
-    No ``api_keys``: everybody may ask. ``allowed_hosts``: names that the server answers to besides ``localhost`` and
+    No ``api_keys`` (texts are keys without a name): everybody may ask. ``allow_priority``: requests may set it without
+    a key that permits it. ``share_prefix_cache``: clients of different keys find each other's pages, and so can tell
+    whether another one had a prompt. ``allowed_hosts``: names that the server answers to besides ``localhost`` and
     addresses, as :class:`kvbits.server.hosts.Hosts` takes them. Raises ``ConfigError`` for a value that cannot work.
     """
 
     served_model_name: str
-    api_keys: tuple[str, ...] = ()
+    api_keys: tuple[ApiKey | str, ...] = field(default=(), repr=False)
     allowed_origins: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
     max_queue: int = 256
@@ -32,6 +35,9 @@ class ServerOptions:
     header_timeout: float = 15.0
     body_timeout: float = 30.0
     send_timeout: float = 60.0
+    allow_priority: bool = False
+    share_prefix_cache: bool = False
+    keyring: Keyring = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("max_queue", "max_body"):
@@ -43,8 +49,6 @@ class ServerOptions:
                 raise ConfigError(f"{name} is {value}; it must be a positive number of seconds")
         if not self.drain_timeout >= 0:
             raise ConfigError(f"drain_timeout is {self.drain_timeout}; it must be a number of seconds, 0 or more")
-        if any(not key or key != key.strip() for key in self.api_keys):
-            raise ConfigError("an API key is empty or has blanks around it")
         for name in self.allowed_hosts:
             if name != "*" and not _HOST.fullmatch(name):
                 raise ConfigError(
@@ -52,3 +56,19 @@ class ServerOptions:
                 )
         if not self.served_model_name:
             raise ConfigError("served_model_name is empty")
+        keys = tuple(ApiKey(key) if isinstance(key, str) else key for key in self.api_keys)
+        object.__setattr__(self, "keyring", Keyring(keys))
+
+    @property
+    def apart(self) -> bool:
+        """Whether each client has a prefix cache of its own."""
+        return len(self.keyring.client_ids) > 1 and not self.share_prefix_cache
+
+    def salt(self, client: Client, given: str = "") -> str:
+        """What separates the pages of ``client``, under its own ``cache_salt``, from everybody else's."""
+        return f"{client.id}{given}" if self.apart else given
+
+    @property
+    def salts(self) -> tuple[str, ...]:
+        """The salts of all clients: pages that everybody shall find belong under each."""
+        return self.keyring.client_ids if self.apart else ("",)

@@ -30,6 +30,7 @@ from kvbits.server.protocol.chat import (
     ResponseFormat,
     Tool,
 )
+from kvbits.server.protocol.limits import MAX_GRAMMAR
 from kvbits.server.tools import call_rules
 
 T = TypeVar("T")
@@ -37,8 +38,8 @@ T = TypeVar("T")
 _THREADS = 4
 """For small requests, and as many for large ones."""
 
-MAX_GRAMMAR = 1 << 16
-"""Characters of a grammar. The time to compile grows with their square: 250 KB took 24 seconds, 57 KB under three."""
+_NO_OPTIONS = {"add_generation_prompt", "messages", "tools", "tokenize", "chat_template", "split_special_tokens"}
+"""What ``chat_template_kwargs`` must not set."""
 
 
 class Preparer:
@@ -63,28 +64,32 @@ class Preparer:
         for threads in (self._small, self._large):
             threads.shutdown(wait=False, cancel_futures=True)
 
-    def chat_tokens(self, messages: Sequence[Message], tools: Sequence[Tool], template: Mapping[str, Any]) -> list[int]:
-        """Token ids of a chat.
+    def chat_tokens(
+        self, messages: Sequence[Message], tools: Sequence[Tool], template: Mapping[str, Any], split: bool = True
+    ) -> list[int]:
+        """Token ids of a chat; ``split``: special tokens in its texts are text.
 
         Raises ``RequestError`` when the template refuses it or its options, or when it is too long.
         """
         for name in template:
-            if name in {"add_generation_prompt", "messages", "tools", "tokenize", "chat_template"}:
+            if name in _NO_OPTIONS:
                 raise RequestError(f"chat_template_kwargs must not set '{name}'")
-        return self.encoder.prompt(self._chat_text(messages, tools, **template), add_special_tokens=False)
+        return self.encoder.chat(self._chat_text(messages, tools, split, **template), split)
 
-    def tokenize_chat(self, messages: Sequence[Message], tools: Sequence[Tool], generation: bool) -> list[int]:
+    def tokenize_chat(
+        self, messages: Sequence[Message], tools: Sequence[Tool], generation: bool, split: bool = True
+    ) -> list[int]:
         """Token ids of a chat, with or without the start of an answer."""
-        text = self._chat_text(messages, tools, add_generation_prompt=generation)
-        return self.encoder.ids(text, add_special_tokens=False)
+        text = self._chat_text(messages, tools, split, add_generation_prompt=generation)
+        return self.encoder.chat_ids(text, split)
 
-    def _chat_text(self, messages: Sequence[Message], tools: Sequence[Tool], **options: Any) -> str:
+    def _chat_text(self, messages: Sequence[Message], tools: Sequence[Tool], split: bool, **options: Any) -> str:
         known = plain_tools(tools)
         text = str(self._tokenizer.chat_template or "")
         plain = plain_messages(messages, known, text)
         if known and "tools" in text:
             options["tools"] = known
-        return chat_text(self.loaded, plain, **options)
+        return chat_text(self.loaded, plain, split_special_tokens=split, **options)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, special ones included."""

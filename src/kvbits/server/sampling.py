@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from typing import Any
 
 from kvbits.engine.grammar import Grammar
 from kvbits.engine.params import SamplingParams
 from kvbits.errors import RequestError
 from kvbits.server.protocol.base import SamplingFields
+from kvbits.server.protocol.limits import MAX_CHOICES, MAX_LOGIT_BIAS, MAX_STOP_LENGTH, MAX_STOP_TOKENS, MAX_STOPS
 
 _SAME_NAME = (
     "n", "seed", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
     "repetition_penalty", "stop_token_ids", "ignore_eos",
 )  # fmt: skip
-MAX_STOPS = 16
-"""Most stop strings of a request; every token is searched for each."""
-
-MAX_STOP_LENGTH = 4096
-"""Longest stop string, in characters."""
 
 
 def sampling_params(
@@ -27,8 +24,15 @@ def sampling_params(
     prompt_logprobs: int | None = None,
     grammar: Grammar | None = None,
 ) -> SamplingParams:
-    """The engine's parameters. Raises ``RequestError`` for a value out of range, naming the field."""
+    """The engine's parameters, with what they need prepared.
+
+    Raises ``RequestError`` for a value out of range, naming the field and its limit.
+    """
     given: dict[str, Any] = {name: getattr(request, name) for name in _SAME_NAME}
+    if (request.n or 1) > MAX_CHOICES:
+        raise RequestError(f"n is {request.n}; at most {MAX_CHOICES} are possible")
+    _at_most("stop_token_ids", request.stop_token_ids, MAX_STOP_TOKENS, "tokens")
+    _at_most("logit_bias", request.logit_bias, MAX_LOGIT_BIAS, "tokens")
     return SamplingParams(
         max_tokens=max_tokens,
         stop=_stops(request.stop),
@@ -37,17 +41,21 @@ def sampling_params(
         logit_bias=_bias(request.logit_bias or {}),
         grammar=grammar,
         **{name: value for name, value in given.items() if value is not None},
-    )
+    ).prepare()
 
 
 def _stops(stop: str | list[str] | None) -> list[str]:
     stops = [stop] if isinstance(stop, str) else stop or []
-    if len(stops) > MAX_STOPS:
-        raise RequestError(f"stop holds {len(stops)} strings; at most {MAX_STOPS} are possible")
+    _at_most("stop", stops, MAX_STOPS, "strings")
     longest = max((len(text) for text in stops), default=0)
     if longest > MAX_STOP_LENGTH:
         raise RequestError(f"stop holds a string of {longest} characters; at most {MAX_STOP_LENGTH} are possible")
     return stops
+
+
+def _at_most(name: str, values: Sized | None, most: int, what: str) -> None:
+    if values is not None and len(values) > most:
+        raise RequestError(f"{name} holds {len(values)} {what}; at most {most} are possible")
 
 
 def _bias(bias: dict[str, float]) -> dict[int, float]:

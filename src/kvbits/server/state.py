@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 from kvbits.engine.engine import Engine
+from kvbits.server.keys import Client
 from kvbits.server.service import Service
 
 MAX_CELLS = 4096
@@ -16,9 +17,10 @@ MAX_SESSIONS = 100
 """Most sessions that are listed."""
 
 
-async def state(service: Service) -> dict[str, Any]:
-    """Everything at one moment between two steps."""
-    found = await service.worker.call(lambda: _engine_state(service.worker.engine))
+async def state(service: Service, client: Client) -> dict[str, Any]:
+    """Everything at one moment between two steps; where clients are kept apart, only the sessions of ``client``."""
+    everybody = not service.options.apart or "operator" in client.permissions
+    found = await service.worker.call(lambda: _engine_state(service.worker.engine, None if everybody else client.id))
     observer = service.observer
     return {
         "model": service.model,
@@ -32,10 +34,11 @@ async def state(service: Service) -> dict[str, Any]:
     }
 
 
-def _engine_state(engine: Engine) -> dict[str, Any]:
+def _engine_state(engine: Engine, client: str | None) -> dict[str, Any]:
     load, pool, stats = engine.load(), engine.pages.stats(), engine.stats
     frames = engine.pages.map().decode()
     every = -(-len(frames) // MAX_CELLS)
+    requests = [*engine.scheduler.running, *engine.scheduler.waiting]
     return {
         "kv_cache_dtype": engine.pool.policy.name,
         "bits_per_element": engine.pool.bits_per_element(),
@@ -70,7 +73,7 @@ def _engine_state(engine: Engine) -> dict[str, Any]:
                 "stored_tokens": request.computed,
                 "cached_tokens": request.cached or 0,
             }
-            for request in [*engine.scheduler.running, *engine.scheduler.waiting][:MAX_SESSIONS]
+            for request in [r for r in requests if client in (None, r.client)][:MAX_SESSIONS]
         ],
     }
 

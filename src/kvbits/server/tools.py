@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvbits.engine.detokenize import overlap
 from kvbits.engine.grammar import SAME_LINE, json_rule, literal
+from kvbits.engine.stops import overlap
 from kvbits.server.protocol.chat import Tool
 
 BEGIN, END = "<tool_call>", "</tool_call>"
@@ -39,6 +39,7 @@ class CallParser:
     def __init__(self) -> None:
         self._held = ""
         self._inside = False
+        self._searched = 0
         self._skip_blanks = True
 
     def push(self, text: str) -> tuple[str, list[Call]]:
@@ -56,11 +57,13 @@ class CallParser:
                     self._held = self._held[cut:]
                     return said, calls
                 said += self._say(before)
-                self._held, self._inside = after, True
-            body, tag, after = self._held.partition(END)
-            if not tag:
+                self._held, self._inside, self._searched = after, True, 0
+            place = self._held.find(END, self._searched)
+            if place < 0:
+                # A long call comes in many pieces: what was searched is not searched again.
+                self._searched = max(0, len(self._held) - len(END) + 1)
                 return said, calls
-            self._held, self._inside = after, False
+            body, self._held, self._inside = self._held[:place], self._held[place + len(END) :], False
             call = read_call(body)
             if call is None:
                 said += self._say(f"{BEGIN}{body}{END}")

@@ -85,6 +85,7 @@ class EngineWorker:
         *,
         priority: int = 0,
         salt: str = "",
+        client: str = "",
         timeout: float | None = None,
     ) -> Stream:
         """Start a request. Raises ``RequestError`` when it can never be served, ``ApiError`` when not now."""
@@ -94,7 +95,7 @@ class EngineWorker:
 
         def add() -> None:
             self.engine.add_request(
-                prompt, params, request_id=request_id, priority=priority, salt=salt, timeout=timeout
+                prompt, params, request_id=request_id, priority=priority, salt=salt, client=client, timeout=timeout
             )
             self._streams[request_id] = stream
             self.snapshot = self._look()

@@ -19,6 +19,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from kvbits.server.protocol.limits import MAX_SALT
+
 T = TypeVar("T")
 
 
@@ -93,7 +95,7 @@ class SamplingFields(Strict):
     user: StrictStr | None = None
     safety_identifier: StrictStr | None = None
     prompt_cache_key: StrictStr | None = None
-    cache_salt: StrictStr | None = None
+    cache_salt: Annotated[StrictStr, Field(max_length=MAX_SALT)] | None = None
     priority: StrictInt | None = None
 
     @model_validator(mode="before")

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, StrictBool, StrictInt, StrictStr
 
 from kvbits.server.protocol.base import Items, SamplingFields, Strict
+from kvbits.server.protocol.limits import MAX_TOP_LOGPROBS
 
 
 class TextPart(Strict):
@@ -169,9 +170,10 @@ class ChatRequest(SamplingFields):
     messages: Annotated[Items[Message], Field(min_length=1)]
     max_completion_tokens: StrictInt | None = None
     logprobs: StrictBool | None = None
-    top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
     tools: Items[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: StrictBool | None = None
     chat_template_kwargs: dict[StrictStr, Any] | None = None
+    split_special_tokens: StrictBool = True

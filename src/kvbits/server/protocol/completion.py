@@ -10,9 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from kvbits.server.protocol.base import Items, SamplingFields, Strict, TokenIds
 from kvbits.server.protocol.chat import Message, ResponseFormat, Tool
-
-MAX_PROMPTS = 256
-"""Most prompts in one request."""
+from kvbits.server.protocol.limits import MAX_LOGPROBS, MAX_PROMPTS
 
 _MOST_IDS = 1 << 19
 """Values of a body whose prompts may be token ids."""
@@ -33,7 +31,7 @@ class CompletionRequest(SamplingFields):
 
     prompt: Annotated[StrictStr | TokenIds | Items[StrictStr] | Items[TokenIds], BeforeValidator(_few)]
     echo: StrictBool | None = None
-    logprobs: Annotated[StrictInt, Field(ge=0, le=5)] | None = None
+    logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     best_of: StrictInt | None = None
     response_format: ResponseFormat | None = None
     add_special_tokens: StrictBool = True
@@ -57,6 +55,7 @@ class TokenizeRequest(Strict):
     tools: Items[Tool] | None = None
     add_special_tokens: StrictBool = True
     add_generation_prompt: StrictBool = True
+    split_special_tokens: StrictBool = True
     return_token_strs: StrictBool = False
 
 

@@ -17,7 +17,7 @@ from kvbits.server.openapi import takes
 from kvbits.server.prepare import chosen_tools
 from kvbits.server.protocol.chat import ChatRequest
 from kvbits.server.sampling import sampling_params
-from kvbits.server.service import Service, note, service_of
+from kvbits.server.service import Service, client_of, note, service_of
 from kvbits.server.stream import Stream
 from kvbits.server.tools import CallParser
 from kvbits.server.usage import Usage
@@ -32,9 +32,11 @@ async def chat_completions(request: Request) -> Response:
     body = await service.read(request, ChatRequest)
     service.check_model(body.model)
     request_id = f"chatcmpl-{uuid.uuid4().hex}"
-    with service.room(max(body.n or 1, 1)):
+    client = client_of(request)
+    service.check_priority(body.priority, client)
+    with service.room(max(body.n or 1, 1), client):
         prompt, params = await service.prepare(request, lambda: _prepare(service, body))
-        stream = await service.submit(request_id, prompt, params, body.priority, body.cache_salt)
+        stream = await service.submit(request_id, prompt, params, body.priority, body.cache_salt, client)
     answer = _answer(service, request_id, body, prompt, params)
 
     def done() -> None:
@@ -55,7 +57,9 @@ def _prepare(service: Service, body: ChatRequest) -> tuple[list[int], SamplingPa
         raise ApiError(400, "top_logprobs is only allowed when logprobs is true", param="top_logprobs")
     chosen_tools(body)
     offered = [] if body.tool_choice == "none" else body.tools or []
-    prompt = service.preparer.chat_tokens(body.messages, offered, body.chat_template_kwargs or {})
+    prompt = service.preparer.chat_tokens(
+        body.messages, offered, body.chat_template_kwargs or {}, body.split_special_tokens
+    )
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     return prompt, sampling_params(body, limit, logprobs, grammar=service.preparer.chat_grammar(body))

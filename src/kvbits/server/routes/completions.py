@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any
@@ -14,11 +13,13 @@ from kvbits.engine.params import SamplingParams
 from kvbits.server.completion_answer import CompletionAnswer, Wanted
 from kvbits.server.errors import ApiError
 from kvbits.server.http import EventStream, unless_gone
+from kvbits.server.keys import Client
 from kvbits.server.merge import merge
 from kvbits.server.openapi import takes
-from kvbits.server.protocol.completion import MAX_PROMPTS, CompletionRequest
+from kvbits.server.protocol.completion import CompletionRequest
+from kvbits.server.protocol.limits import MAX_PROMPTS
 from kvbits.server.sampling import sampling_params
-from kvbits.server.service import Service, note, service_of
+from kvbits.server.service import Service, client_of, note, service_of
 from kvbits.server.stream import Stream
 
 router = APIRouter()
@@ -36,9 +37,11 @@ async def completions(request: Request) -> Response:
     body = await service.read(request, CompletionRequest)
     service.check_model(body.model)
     request_id = f"cmpl-{uuid.uuid4().hex}"
-    with service.room(max(body.n or 1, 1) * len(body.prompts())):
+    client = client_of(request)
+    service.check_priority(body.priority, client)
+    with service.room(max(body.n or 1, 1) * len(body.prompts()), client):
         prompts, params = await service.prepare(request, lambda: _prepare(service, body))
-        streams = await _submit(service, request_id, body, prompts, params)
+        streams = await _submit(service, request_id, body, prompts, params, client)
     wanted = Wanted(bool(body.echo), body.logprobs, body.max_tokens != 0)
     answer = CompletionAnswer(
         service.head(request_id),
@@ -91,14 +94,20 @@ def _prepare(service: Service, body: CompletionRequest) -> tuple[Prompts, Sampli
 
 
 async def _submit(
-    service: Service, request_id: str, body: CompletionRequest, prompts: Prompts, params: SamplingParams
+    service: Service,
+    request_id: str,
+    body: CompletionRequest,
+    prompts: Prompts,
+    params: SamplingParams,
+    client: Client,
 ) -> list[Stream]:
     streams: list[Stream] = []
     try:
         for number, (_, tokens) in enumerate(prompts):
             # Each prompt draws its own random numbers, also where they share a seed.
-            own = params if params.seed is None else dataclasses.replace(params, seed=params.seed + number)
-            streams.append(await service.submit(f"{request_id}-{number}", tokens, own, body.priority, body.cache_salt))
+            own = params if params.seed is None else params.with_seed(params.seed + number)
+            name = f"{request_id}-{number}"
+            streams.append(await service.submit(name, tokens, own, body.priority, body.cache_salt, client))
     except BaseException:
         for stream in streams:
             stream.close()

@@ -11,7 +11,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 import kvbits
 from kvbits.server.errors import ApiError
-from kvbits.server.service import Service, service_of
+from kvbits.server.service import Service, client_of, service_of
 from kvbits.server.state import state
 
 router = APIRouter()
@@ -58,7 +58,7 @@ async def live_state(request: Request) -> Response:
     service = service_of(request)
     if service.worker.broken:
         raise ApiError(503, "the engine has stopped")
-    return JSONResponse(await state(service))
+    return JSONResponse(await state(service, client_of(request)))
 
 
 @router.get("/", include_in_schema=False)

@@ -68,4 +68,5 @@ def _tokens(service: Service, body: TokenizeRequest) -> list[int]:
         return service.preparer.encoder.ids(body.prompt, body.add_special_tokens)
     if not body.messages:
         raise ApiError(400, "messages is empty", param="messages")
-    return service.preparer.tokenize_chat(body.messages, body.tools or [], body.add_generation_prompt)
+    generation, split = body.add_generation_prompt, body.split_special_tokens
+    return service.preparer.tokenize_chat(body.messages, body.tools or [], generation, split)
