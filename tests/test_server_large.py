@@ -75,7 +75,7 @@ def blocked_seconds(mistakes: int) -> float:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, str]]:
     model = tiny_model("llama", vocab_size=VOCAB, max_position_embeddings=CONTEXT)
     directory = save(model, tmp_path_factory.mktemp("model"), large_tokenizer)
-    with serving(directory, *SMALL, "--served-model-name", MODEL) as found:
+    with serving(directory, *SMALL, "--served-model-name", MODEL, "--allowed-hosts", "gpu.lan") as found:
         yield found
 
 
@@ -130,6 +130,11 @@ def test_right_prompts_that_are_too_long_are_refused_for_their_length(server: tu
             assert "values" in words or f"the context is {CONTEXT}" in message
     assert watch.memory - before < 500 << 20
     assert max(watch.seconds) < blocked_seconds(SIZE // 2) / 8
+
+
+def test_names_from_the_command_line(server: tuple[Any, str]) -> None:
+    for host, status in (("gpu.lan", 200), ("localhost", 200), ("127.0.0.1", 200), ("evil.example", 421)):
+        assert httpx.get(server[1] + "/health", headers={"Host": host}).status_code == status
 
 
 def test_long_texts_are_tokenized_and_written_all_the_same(server: tuple[Any, str]) -> None:

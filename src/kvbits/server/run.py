@@ -94,3 +94,5 @@ def serve(engine: Engine, options: ServerOptions, host: str, port: int) -> None:
         server.run()
     except SystemExit as error:
         raise ConfigError(f"cannot listen on {host}:{port}; the log says why") from error
+    finally:
+        gc.unfreeze()
