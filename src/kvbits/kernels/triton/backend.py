@@ -36,9 +36,7 @@ class TritonBackend(Backend):
                 "device such as 'cuda'"
             )
         self._layers: dict[tuple[int, bool], LayerKernels] = {}
-        self._batch: BatchLayout | None = None
-        self._tables: dict[bool, StepTables] = {}
-        self._tiles: dict[int, tuple[Tiles, Tiles]] = {}
+        self._known: tuple[BatchLayout, dict[bool, StepTables], dict[int, tuple[Tiles, Tiles]]] | None = None
 
     def supports(self, scheme: Scheme, layer: LayerGeometry) -> str | None:
         return refusal(scheme, layer)
@@ -77,16 +75,16 @@ class TritonBackend(Backend):
 
     def _step(self, view: LayerView, batch: BatchLayout) -> tuple[StepTables, tuple[Tiles, Tiles]]:
         """The step's tables, made once for all layers that can share them."""
-        if self._batch is not batch:
-            self._batch = batch
-            self._tables.clear()
-            self._tiles.clear()
+        known = self._known
+        if known is None or known[0] is not batch:
+            known = self._known = (batch, {}, {})
+        _, tables, tiles = known
         device, apart, group = view.buffer.device, view.sink is not None, view.geometry.group_size
-        if apart not in self._tables:
-            self._tables[apart] = step_tables(batch, apart, device)
-        if group not in self._tiles:
-            self._tiles[group] = step_tiles(batch, group, device)
-        return self._tables[apart], self._tiles[group]
+        if apart not in tables:
+            tables[apart] = step_tables(batch, apart, device)
+        if group not in tiles:
+            tiles[group] = step_tiles(batch, group, device)
+        return tables[apart], tiles[group]
 
 
 def _rows(x: Tensor) -> Tensor:
