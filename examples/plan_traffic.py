@@ -35,9 +35,9 @@ def main() -> None:
         trace = morning(300, shared)
         for dtype in ("bf16", "int8", "int4"):
             layout = PoolLayout.of(geometry, parse_policy(dtype, geometry.num_layers))
-            frames = memory // layout.frame_bytes
+            frames = layout.frames_in(memory)
             machine = Machine(bandwidth=2.7e12, flops=400e12)
-            step = StepTime.of(machine, facts, geometry, weights, layout.sealed.used_bytes / 64, 1)
+            step = StepTime.of(machine, facts, geometry, weights, layout.bytes_per_token, 1)
             found = simulate(trace, layout, frames, geometry.max_position, step, Limits(256, 2048)).as_json()
             print(
                 f"{'shared prefix' if shared else 'all different':>14}, {dtype:>4}: waited {found['waited']:3} of 300, "

@@ -334,7 +334,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 def test_concurrency(run: Run, here: Callable[[str], None], text: Path, tmp_path: Path) -> None:
     here("concurrency")
-    small = ("--kv-cache-dtype", "bf16", "int4", "--sessions", 3, "--prompt-tokens", 200, "--new-tokens", 40)
+    small = ("--kv-cache-dtype", "bf16", "int4", "--sessions", 3, "--prompt-tokens", 200, "--new-tokens", 400)
     run("concurrency", "--text", text, *small, "--json", tmp_path / "r.json")
     assert [row["dtype"] for row in results(tmp_path / "r.json")["rows"]] == ["bf16", "int4"]
 

@@ -195,7 +195,7 @@ def test_texts_that_cannot_be_read(model: str, tmp_path: Path, capsys: pytest.Ca
         (("--temperature", "-1"), "temperature is -1"),
         (("--max-tokens", "0"), "max_tokens is 0"),
         (("--dtype", "float7"), "unknown model dtype 'float7'"),
-        (("--threads", "0"), "threads is 0"),
+        (("--threads", "0"), "'--threads'"),
         (("--device", "nowhere"), "the device 'nowhere' cannot be used here"),
         (("--max-tokens", "many"), "'--max-tokens'"),
         (("--no-such-option",), "no-such-option"),
@@ -224,7 +224,7 @@ def test_missing_and_out_of_range_arguments(model: str, text: str, capsys: pytes
     common = ("evaluate", model, "--text", text, "--kv-cache-dtype", "int8")
     assert "at least 4" in complaint(capsys, *common, "--context", 2)
     assert "at least 1" in complaint(capsys, *common, "--windows", 0, "--context", 64)
-    assert "--batch is 0" in complaint(capsys, "bench", model, "--kv-cache-dtype", "int8", "--batch", 0)
+    assert "'--batch'" in complaint(capsys, "bench", model, "--kv-cache-dtype", "int8", "--batch", 0)
 
 
 def test_results_that_cannot_be_written_stop_the_work_before_it_starts(

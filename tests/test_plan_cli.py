@@ -79,7 +79,7 @@ def test_list_names_the_tables_models(capsys: pytest.CaptureFixture[str]) -> Non
         ((*COMMON, "--picture", "plan.txt"), "plan.txt"),
         ((*COMMON, "--trace", "nowhere.csv"), "nowhere.csv"),
         ((*COMMON, "--max-model-len", "0"), "max_model_len is 0"),
-        ((*COMMON, "--max-num-batched-tokens", "0"), "--max-num-batched-tokens is 0"),
+        ((*COMMON, "--max-num-batched-tokens", "0"), "'--max-num-batched-tokens'"),
         (("plan", "llama-3.1-8b", "--memory", "80GiB", "--weights", "bf17"), "bf17"),
         (("plan", "llama-3.1-8b", "--memory", "8 parsecs"), "8 parsecs"),
         (("plan", "llama-3.1-8b", "--memory", "8GiB"), "leave nothing"),

@@ -199,7 +199,7 @@ def test_a_later_result_replaces_an_earlier_one(files: dict[str, Path], tmp_path
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--sessions", "0"), "--sessions is 0"),
+        (("--sessions", "0"), "'--sessions'"),
         (("--context", "77"), "planned: 4096"),
         (("-o", "/no/where.html"), "/no/"),
     ],

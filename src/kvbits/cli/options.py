@@ -72,7 +72,7 @@ Speculative = Annotated[
     ),
 ]
 Dtype = Annotated[str, typer.Option(metavar="DTYPE", help="Arithmetic of the model's layers: bfloat16 or float32.")]
-Threads = Annotated[int | None, typer.Option(metavar="N", help="CPU threads. Default: what torch chooses.")]
+Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads. Default: what torch chooses.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model. Read it first.")
 ]

@@ -37,8 +37,6 @@ def load(
     from kvbits.models import load_model
 
     if threads is not None:
-        if threads < 1:
-            raise ConfigError(f"threads is {threads}; it must be positive")
         torch.set_num_threads(threads)
     return load_model(
         model, dtype=dtype, progress=note, weights=weights, device=device, trust_remote_code=trust_remote_code
