@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 NATIVE := $(wildcard CMakeLists.txt) $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-ray test-gpu bench-gpu lint docs format bench bench-peers clean
+.PHONY: help install demo test test-install test-ray test-gpu bench-gpu lint docs format bench bench-peers clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -41,6 +41,18 @@ test: $(INSTALLED) ## the whole test suite
 test-ray: $(INSTALLED) ## two replicas on a local Ray against one server (installs ray)
 	$(PIP) 'ray[serve]'
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m ray tests/test_ray.py
+
+# As a user installs: a copy of the sources, a fresh environment, an isolated build; nothing of .venv is seen.
+test-install: ## "pip install" in a fresh environment, then the library, the program and a missing extra (minutes)
+	rm -rf out/install && mkdir -p out/install/src
+	git ls-files -co --exclude-standard -z | xargs -0 cp --parents -t out/install/src
+	$(PYTHON) -m venv out/install/venv
+	out/install/venv/bin/python -m pip install --quiet -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	cd out/install/src && ../venv/bin/python -m pip install --quiet -c constraints.txt .
+	cd out/install && venv/bin/python src/tests/installed.py
+	cd out/install && { venv/bin/kvbits serve $(MODEL) 2>&1 || true; } | grep -F "pip install 'kvbits[server]'"
+	cd out/install/src && ../venv/bin/python -m pip install --quiet -c constraints.txt '.[all]'
+	cd out/install && venv/bin/kvbits serve --help > /dev/null && venv/bin/python src/tests/installed.py
 
 # The same tests run in Triton's interpreter as part of "make test".
 test-gpu: $(INSTALLED) ## the Triton kernels against the reference, on this machine's GPU (a torch build for it in .venv)

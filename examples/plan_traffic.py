@@ -10,7 +10,7 @@ from kvbits.planning.facts import known_facts
 from kvbits.planning.memory import weights_bytes
 from kvbits.planning.simulate import Limits, simulate
 from kvbits.planning.timing import Machine, StepTime
-from kvbits.planning.trace import Arrival
+from kvbits.traces import Arrival
 
 
 def morning(requests: int, shared: bool) -> list[Arrival]:
