@@ -267,6 +267,15 @@ def test_a_family_left_to_transformers_is_refused_where_its_reader_leaves_someth
     write(other, "starcoder2", metadata | word_vocabulary() | {"starcoder2.rope.scaling.factor": 4.0}, {})
     with pytest.raises(UnsupportedError, match=r"starcoder2\.(rope|attention)\."):
         load_model(str(other))
+    part = tmp_path / "s-00001-of-00001.gguf"
+    write(part, "starcoder2", word_vocabulary() | {"split.count": 2}, {})
+    with pytest.raises(ConfigError, match="one of 2"):
+        load_model(str(part))
+    for i in (1, 2):
+        vocabulary = word_vocabulary() if i == 1 else {}
+        write(tmp_path / f"s-0000{i}-of-00002.gguf", "starcoder2", vocabulary | {"split.count": 2}, {})
+    with pytest.raises(UnsupportedError, match="one of 2 files"):
+        load_model(str(tmp_path / "s-00001-of-00002.gguf"))
 
 
 class TestDamage:
