@@ -15,7 +15,8 @@ from kvbits.models.gguf.parts import first_part, parts_of
 class GgufFile:
     """Metadata and tensors of a model in the GGUF format; see :mod:`kvbits.models.gguf.header` for the errors.
 
-    ``metadata`` is that of the first file, ``parts`` how many there are. A part that is missing is named in a ``ConfigError``.
+    ``metadata`` is that of the first file, ``parts`` how many there are. A part that is missing is
+    named in a ``ConfigError``.
     """
 
     def __init__(self, path: Path) -> None:
