@@ -19,7 +19,7 @@ from kvbits.models.gguf import GgufFile, Weights, configuration
 from kvbits.models.locate import locate
 from kvbits.models.reader import Reader
 
-FAMILIES = ("llama", "qwen2", "qwen3", "phi3", "olmo2", "gemma", "gemma2", "gemma3_text")
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "phi3", "olmo2", "gemma", "gemma2", "gemma3_text")
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def model_of(family: str, **changes: Any) -> Any:
     """A tiny model whose files can say all of it: no window that GGUF has no key for."""
-    if family == "gemma":
+    if family in ("gemma", "qwen2_moe", "qwen3_moe"):
         options = {"head_dim": 32, "num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 96}
         options |= {
             "vocab_size": 97,
@@ -37,7 +37,12 @@ def model_of(family: str, **changes: Any) -> Any:
             "num_key_value_heads": 2,
             "max_position_embeddings": 512,
         }
-        config = AutoConfig.for_model("gemma", **options, **changes)
+        if family != "gemma":
+            options |= {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+            options |= {"norm_topk_prob": family == "qwen3_moe", "shared_expert_intermediate_size": 48}
+        if family == "qwen2_moe":
+            del options["head_dim"]
+        config = AutoConfig.for_model(family, **options, **changes)
         return randomized(AutoModelForCausalLM.from_config(config))
     if family == "gemma2":
         caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
@@ -262,6 +267,15 @@ def test_a_family_left_to_transformers_is_refused_where_its_reader_leaves_someth
     write(other, "starcoder2", metadata | word_vocabulary() | {"starcoder2.rope.scaling.factor": 4.0}, {})
     with pytest.raises(UnsupportedError, match=r"starcoder2\.(rope|attention)\."):
         load_model(str(other))
+    part = tmp_path / "s-00001-of-00001.gguf"
+    write(part, "starcoder2", word_vocabulary() | {"split.count": 2}, {})
+    with pytest.raises(ConfigError, match="one of 2"):
+        load_model(str(part))
+    for i in (1, 2):
+        vocabulary = word_vocabulary() if i == 1 else {}
+        write(tmp_path / f"s-0000{i}-of-00002.gguf", "starcoder2", vocabulary | {"split.count": 2}, {})
+    with pytest.raises(UnsupportedError, match="one of 2 files"):
+        load_model(str(tmp_path / "s-00001-of-00002.gguf"))
 
 
 class TestDamage:

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from gguf import GGUFReader, GGUFValueType, GGUFWriter
+from gguf import GGUFReader, GGUFValueType, GGUFWriter, RopeScalingType
 
 from kvbits.evaluation.documents import reference_text
 from kvbits.models.locate import locate
 from kvbits.models.reader import Reader
 
 TOKENS = 512
+FACTOR = 4.0
 
 
 def rescaled(source: Path, target: Path, factor: float) -> None:
@@ -27,7 +28,7 @@ def rescaled(source: Path, target: Path, factor: float) -> None:
         kind = field.types[0]
         inner = field.types[-1] if kind == GGUFValueType.ARRAY else None
         writer.add_key_value(name, field.contents(), kind, inner)
-    writer.add_rope_scaling_type(gguf_linear())
+    writer.add_rope_scaling_type(RopeScalingType.LINEAR)
     writer.add_rope_scaling_factor(factor)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
@@ -37,12 +38,6 @@ def rescaled(source: Path, target: Path, factor: float) -> None:
     writer.close()
 
 
-def gguf_linear() -> Any:
-    from gguf import RopeScalingType
-
-    return RopeScalingType.LINEAR
-
-
 def perplexity(model: Any, ids: torch.Tensor) -> float:
     with torch.inference_mode():
         logits = model(input_ids=ids.unsqueeze(0)).logits[0].float()
@@ -50,17 +45,19 @@ def perplexity(model: Any, ids: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("factor", [4.0])
-def test_a_linear_factor_in_the_header_is_obeyed(factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_linear_factor_in_the_header_is_obeyed(
+    factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     source = locate("smollm2-135m")
     assert source.gguf
     file = tmp_path / "scaled.gguf"
-    rescaled(Path(source.path) / source.gguf, file, factor)
+    rescaled(Path(source.path) / source.gguf, file, FACTOR)
     plain = Reader("smollm2-135m", source)
     model = plain.weights(torch.bfloat16)()
     ids = torch.tensor(plain.tokenizer()(reference_text()[:8000])["input_ids"][:TOKENS])
     without = perplexity(model, ids)
-    model.model.rotary_emb.inv_freq /= factor  # by hand: positions are divided by the factor
+    model.model.rotary_emb.inv_freq /= FACTOR  # by hand: positions are divided by the factor
     by_hand = perplexity(model, ids)
     del model
     found = perplexity(Reader("scaled", locate(str(file))).weights(torch.bfloat16)(), ids)

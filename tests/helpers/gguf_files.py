@@ -11,7 +11,7 @@ from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, get_tensor_
 
 from helpers.tiny import VOCAB
 
-NAMES = {"gemma3_text": "gemma3"}
+NAMES = {"gemma3_text": "gemma3", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
 """transformers' model types whose architecture has another name in GGUF."""
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(4, VOCAB - 2)), "w", "4"]
@@ -27,6 +27,16 @@ def tensors_of(model: Any) -> dict[str, np.ndarray]:
     for name, parameter in model.named_parameters():
         stem, _, suffix = name.rpartition(".")
         values = parameter.detach().float().numpy().copy()
+        if ".experts." in name:
+            layer = name.split(".")[2]
+            if stem.endswith("experts") and suffix == "gate_up_proj":
+                for part, half in zip(("gate", "up"), np.split(values, 2, axis=1), strict=True):
+                    found[f"blk.{layer}.ffn_{part}_exps.weight"] = half
+            else:
+                found[f"blk.{layer}.ffn_down_exps.weight"] = values
+            continue
+        if name.endswith("shared_expert_gate.weight"):
+            values = values[0]
         stored = names.get_name(stem) or {"lm_head": "output"}[stem]
         if arch == "llama" and stored.endswith(("attn_q", "attn_k")):
             heads = config.num_attention_heads if stored.endswith("q") else config.num_key_value_heads
@@ -58,6 +68,11 @@ def metadata_of(model: Any) -> dict[str, Any]:
         found |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
     if arch in ("gemma2", "gemma3", "phi3") and config.sliding_window:
         found["attention.sliding_window"] = config.sliding_window
+    if arch.endswith("moe"):
+        found["expert_count"], found["expert_used_count"] = config.num_experts, config.num_experts_per_tok
+        found["expert_feed_forward_length"] = config.moe_intermediate_size
+    if arch == "qwen2moe":
+        found["expert_shared_feed_forward_length"] = config.shared_expert_intermediate_size
     return {f"{arch}.{name}": value for name, value in found.items()}
 
 

@@ -34,7 +34,7 @@ def configuration(file: GgufFile) -> PreTrainedConfig:
         kind = file.string("general.type")
         raise UnsupportedError(f"'{file.path.name}' is no language model: general.type is '{kind}'")
     keys = Keys(file)
-    for key in ("expert_count", "nextn_predict_layers"):
+    for key in ("nextn_predict_layers", *(() if family.experts else ("expert_count",))):
         if keys.take(key):
             raise keys.refuse(key, f"kvbits reads {family.model_type} models without it")
     if keys.take("attention.causal") is False:

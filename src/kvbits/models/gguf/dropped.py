@@ -17,6 +17,10 @@ _MISREAD = ("gpt-oss.rope.scaling.type",)
 def refuse_dropped(file: GgufFile) -> None:
     """Raises ``UnsupportedError`` naming a key or a tensor of ``file`` that transformers' reader does not take."""
     name = file.architecture
+    if file.parts > 1:
+        raise UnsupportedError(
+            f"'{file.path.name}' is one of {file.parts} files, and transformers reads one {name} file"
+        )
     known = getattr(integrations, "GGUF_CONFIG_MAPPING", {})
     taken = known.get(name) or known.get(name.replace("-", "_")) or known.get(name.replace("moe", "_moe"))
     if taken is None:  # transformers' newer readers, or a family that it refuses itself

@@ -11,16 +11,19 @@ from kvbits.models.gguf.keys import Keys
 from kvbits.models.gguf.rope import rope_parameters
 
 Fields = dict[str, Any]
+_SOFTMAX = 1
 
 
 @dataclass(frozen=True)
 class Family:
     """``model_type`` is transformers'; ``permuted``: Q and K have the rows of each head's halves interleaved;
-    ``one_more``: the norms' weights have 1 added; ``finish`` turns the common fields into the family's own."""
+    ``experts``: a mixture of them; ``one_more``: the norms' weights have 1 added; ``finish`` turns the common fields
+    into the family's own."""
 
     model_type: str
     finish: Callable[[Keys, Fields], None]
     permuted: bool = False
+    experts: bool = False
     one_more: bool = False
 
 
@@ -75,6 +78,30 @@ def _qwen2(keys: Keys, fields: Fields) -> None:
 def _qwen3(keys: Keys, fields: Fields) -> None:
     fields["head_dim"] = _plain(keys, fields)
     _biases(keys, fields)
+
+
+def _qwen3moe(keys: Keys, fields: Fields) -> None:
+    _qwen3(keys, fields)
+    _experts(keys, fields, normalized=True)
+
+
+def _qwen2moe(keys: Keys, fields: Fields) -> None:
+    _qwen2(keys, fields)
+    _experts(keys, fields, normalized=False)
+    fields["shared_expert_intermediate_size"] = keys.integer("expert_shared_feed_forward_length")
+
+
+def _experts(keys: Keys, fields: Fields, normalized: bool) -> None:
+    """Every layer is a mixture whose router is a softmax; what llama.cpp does where the file does not say."""
+    fields["num_experts"] = keys.integer("expert_count")
+    fields["num_experts_per_tok"] = keys.integer("expert_used_count")
+    fields["moe_intermediate_size"] = keys.integer("expert_feed_forward_length")
+    asked = keys.take("expert_weights_norm")
+    fields["norm_topk_prob"] = normalized if asked is None else bool(asked)
+    if keys.take("expert_gating_func") not in (None, 0, _SOFTMAX):
+        raise keys.refuse("expert_gating_func", f"kvbits does {_SOFTMAX}, a softmax")
+    if (keys.number("expert_weights_scale") or 1.0) != 1:
+        raise keys.refuse("expert_weights_scale", "kvbits does 1")
 
 
 def _phi3(keys: Keys, fields: Fields) -> None:
@@ -183,6 +210,8 @@ FAMILIES = {
     "llama": Family("llama", _llama, permuted=True),
     "qwen2": Family("qwen2", _qwen2),
     "qwen3": Family("qwen3", _qwen3),
+    "qwen2moe": Family("qwen2_moe", _qwen2moe, experts=True),
+    "qwen3moe": Family("qwen3_moe", _qwen3moe, experts=True),
     "phi3": Family("phi3", _phi3),
     "olmo2": Family("olmo2", _olmo2),
     "gemma": Family("gemma", _gemma, one_more=True),

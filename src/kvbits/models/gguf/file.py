@@ -15,7 +15,8 @@ from kvbits.models.gguf.parts import first_part, parts_of
 class GgufFile:
     """Metadata and tensors of a model in the GGUF format; see :mod:`kvbits.models.gguf.header` for the errors.
 
-    ``metadata`` is that of the first file. A part that is missing is named in a ``ConfigError``.
+    ``metadata`` is that of the first file, ``parts`` how many there are. A part that is missing is
+    named in a ``ConfigError``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -25,6 +26,7 @@ class GgufFile:
         self.tensors: dict[str, TensorInfo] = dict(first.tensors)
         count = self.integer("split.count", 1)
         paths = parts_of(self.path)
+        self.parts = count
         if len(paths) != count:
             raise ConfigError(
                 f"the GGUF file '{self.path}' is one of {count}; its name must end in -00001-of-{count:05}.gguf, and "

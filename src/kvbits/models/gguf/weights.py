@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ _PIECE = (1 << 15) - 1
 
 _TASK = 1 << 21
 
+_GATE_UP = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.gate_up_proj")
+_DOWN = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.down_proj")
+
 _UNMAPPED = {"lm_head": "output"}
 """Names that the ``gguf`` package's table has not for families that usually share the embedding."""
 
@@ -36,12 +40,22 @@ _UNMAPPED = {"lm_head": "output"}
 @dataclass(frozen=True)
 class Source:
     """Where a parameter comes from: its ``name``, the ``tensor``, the stored row of each row (``None``: in order) and
-    what to add."""
+    what to add. With a ``group``, as many rows of the tensor and of another one take turns, ``shift`` rows on."""
 
     name: str
     tensor: TensorInfo
     order: np.ndarray | None = None
     add: float = 0.0
+    group: int = 0
+    shift: int = 0
+
+    def place(self, row: int) -> int:
+        """The parameter's row (all dimensions but the last counted together) of the stored one."""
+        return row + self.shift + (row // self.group * self.group if self.group else 0)
+
+    def run(self, row: int) -> int:
+        """How many rows from ``row`` on stay neighbours."""
+        return self.group - row % self.group if self.group else len(self.tensor.rows()) - row
 
 
 class Weights:
@@ -86,15 +100,13 @@ def plan(file: GgufFile, model: Any, family: Family) -> Iterator[Source]:
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
         stem, _, suffix = name.rpartition(".")
+        if (layer := _GATE_UP.fullmatch(name)) is not None:
+            yield from _gate_up(file, name, tuple(parameter.shape), layer[1], left)
+            continue
+        if (layer := _DOWN.fullmatch(name)) is not None:
+            stem, suffix = f"blk.{layer[1]}.ffn_down_exps", "weight"
         stored = f"{names.get_name(stem) or _UNMAPPED.get(stem, stem)}.{suffix}"
-        tensor = file.tensors.get(stored)
-        if tensor is None:
-            raise ConfigError(f"the GGUF file '{file.path}' has no tensor {stored} (the model's {name})")
-        if tensor.shape != tuple(parameter.shape):
-            raise ConfigError(
-                f"tensor {stored} of the GGUF file '{file.path}' has the shape {list(tensor.shape)}; the model's "
-                f"{name} has {list(parameter.shape)}"
-            )
+        tensor = _of_shape(file, stored, name, tuple(parameter.shape))
         left.discard(stored)
         norm = family.one_more and stored.endswith("norm.weight")
         yield Source(name, tensor, _order(stored, model, family), -1.0 if norm else 0.0)
@@ -103,6 +115,28 @@ def plan(file: GgufFile, model: Any, family: Family) -> Iterator[Source]:
             f"the GGUF file '{file.path}' has tensors that the {family.model_type} model has no place for: "
             f"{', '.join(sorted(left)[:3])}"
         )
+
+
+def _of_shape(file: GgufFile, stored: str, name: str, shape: tuple[int, ...]) -> TensorInfo:
+    tensor = file.tensors.get(stored)
+    if tensor is None:
+        raise ConfigError(f"the GGUF file '{file.path}' has no tensor {stored} (the model's {name})")
+    if shape not in (tensor.shape, (1, *tensor.shape)):
+        raise ConfigError(
+            f"tensor {stored} of the GGUF file '{file.path}' has the shape {list(tensor.shape)}; the model's {name} "
+            f"has {list(shape)}"
+        )
+    return tensor
+
+
+def _gate_up(file: GgufFile, name: str, shape: tuple[int, ...], layer: str, left: set[str]) -> Iterator[Source]:
+    """Gate and up of all experts, which transformers keeps as one parameter ``[experts, 2 x rows, columns]``."""
+    rows = shape[1] // 2
+    for i, part in enumerate(("gate", "up")):
+        stored = f"blk.{layer}.ffn_{part}_exps.weight"
+        tensor = _of_shape(file, stored, name, (shape[0], rows, shape[2]))
+        left.discard(stored)
+        yield Source(name, tensor, group=rows, shift=i * rows)
 
 
 def _order(stored: str, model: Any, family: Family) -> np.ndarray | None:
@@ -132,13 +166,16 @@ def _unpack(source: Source, target: Tensor, first: int, count: int) -> None:
     flat = target.view(-1)
     step = max(1, _BLOCK // columns)
     last = min(first + count, len(rows))
-    for begin in range(first, last, step):
-        end = min(begin + step, last)
+    begin = first
+    while begin < last:
+        end = min(begin + step, last, begin + source.run(begin))
         part = rows[begin:end] if source.order is None else rows[source.order[begin:end]]
         values = torch.from_numpy(_values(part, source)).view(-1)
+        to = source.place(begin) * columns
         for at in range(0, len(values), _PIECE):
             piece = values[at : at + _PIECE]
-            flat[begin * columns + at : begin * columns + at + len(piece)].copy_(piece)
+            flat[to + at : to + at + len(piece)].copy_(piece)
+        begin = end
     if source.order is None:
         source.tensor.release(first, last)
 
