@@ -22,7 +22,7 @@ from report import Row
 from servers import Serving, common_arguments, kvbits_command, serving
 from tqdm import tqdm
 
-from kvbits.replay.run import Load, body_of
+from kvbits.replay.run import LoadShape, body_of
 from kvbits.replay.send import Record, send
 from kvbits.replay.target import Target
 from kvbits.replay.trace import TraceRequest, read_trace
@@ -84,7 +84,7 @@ class Session:
         record = Record(len(self.rows), 0.0)
         request = TraceRequest(0.0, 0, self._new_tokens)
         extra = (("temperature", 0.0),)
-        path, body = body_of(self._target, request, messages, Load(extra=extra))
+        path, body = body_of(self._target, request, messages, LoadShape(extra=extra))
         async with self._target.client(3600) as http:
             await send(http, self._target.url + path, body, record)
         return record

@@ -17,7 +17,7 @@ from loads import Stored, run_load, sampled, source_of
 from report import Row
 from servers import Serving, common_arguments, kvbits_command, serving
 
-from kvbits.replay.run import Load
+from kvbits.replay.run import LoadShape
 from kvbits.replay.trace import TraceRequest
 
 RUNNING, WAITING = "vllm:num_requests_running", "vllm:num_requests_waiting"
@@ -32,7 +32,7 @@ def run(server: Serving, args: argparse.Namespace, sessions: int, label: str) ->
         found = server.metrics()
         return {"running": found[RUNNING], "waiting": found[WAITING]}
 
-    load = Load(extra=(("temperature", 0.0), ("ignore_eos", True)))
+    load = LoadShape(extra=(("temperature", 0.0), ("ignore_eos", True)))
     with sampled(look, 0.5) as samples:
         _, figures = run_load(server.target, requests, prompts, load, label)
     most = max(s["running"] for s in samples)

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from kvbits.config import PAGE_TOKENS
 from kvbits.engine.batch import StepBatch
+from kvbits.engine.model_runner import ModelRunner
 from kvbits.engine.outputs import Delta
 from kvbits.engine.params import SamplingParams
-from kvbits.engine.runner import Runner
 from kvbits.evaluation.compare import engine_for
 from kvbits.evaluation.documents import reference_text
 from kvbits.models import LoadedModel
@@ -53,7 +53,7 @@ class Sample:
     first: Tensor
 
 
-class FillingRunner(Runner):
+class FillingRunner(ModelRunner):
     """Keeps the last batch; while it has a ``sample``, a step stores its pages instead of computed ones."""
 
     batch: StepBatch | None = None
@@ -112,7 +112,7 @@ class FilledEngine:
         self._names: list[str] = []
         self.runner: FillingRunner
 
-        def made(*parts: Any) -> Runner:
+        def made(*parts: Any) -> ModelRunner:
             self.runner = FillingRunner(*parts)
             return self.runner
 

@@ -19,10 +19,10 @@ from report import note, write
 from kvbits.cli.session import Bar, machine, tokens_of
 from kvbits.evaluation.compare import policies_of
 from kvbits.evaluation.laboratory import Laboratory
-from kvbits.evaluation.ledger import Ledger
-from kvbits.evaluation.menu import Sizes, choose, document, run_menu, self_check
 from kvbits.evaluation.pictures import draw_all
 from kvbits.evaluation.report import write_report
+from kvbits.evaluation.resume import ResumeCache
+from kvbits.evaluation.selection import Sizes, choose, document, run_tasks, self_check
 from kvbits.evaluation.windows import read_text
 from kvbits.models import load_model
 
@@ -52,19 +52,19 @@ def _stop(*_: object) -> None:
 
 def run(args: argparse.Namespace) -> None:
     text, book = find(args.data_dir, args.text), find(args.data_dir, args.book)
-    menu = choose(args.tasks, True, args.data_dir)
+    selection = choose(args.tasks, True, args.data_dir)
     sizes = Sizes(
         args.context, args.windows, args.task_context, args.depths, args.samples, args.texts, args.new_tokens,
         args.tool_questions, all_positions=True,
     )  # fmt: skip
-    ledger = Ledger(args.out / "parts.jsonl")
+    resume_cache = ResumeCache(args.out / "parts.jsonl")
     loaded = load_model(args.model, dtype="float32", progress=note)
     served = load_model(args.model, progress=note)
     policies = policies_of(loaded, args.dtypes, args.context)
-    laboratory = Laboratory(loaded, policies, ledger, Bar, served=served, served_dtype="bfloat16")
+    laboratory = Laboratory(loaded, policies, resume_cache, Bar, served=served, served_dtype="bfloat16")
     tokens = tokens_of(loaded, read_text(text))
-    run_menu(laboratory, menu, tokens, read_text(book), sizes)
-    rows = laboratory.results() + self_check(laboratory, menu, tokens, sizes)
+    run_tasks(laboratory, selection, tokens, read_text(book), sizes)
+    rows = laboratory.results() + self_check(laboratory, selection, tokens, sizes)
     found = document(laboratory, rows, sizes, text, machine())
     write(args.out / "laboratory.json", found)
     write_report(args.out / "laboratory.html", found)

@@ -22,7 +22,7 @@ from peers.model import packaged_gguf
 from report import Row
 from servers import common_arguments, kvbits_command, llama_command, serving
 
-from kvbits.replay.run import Load
+from kvbits.replay.run import LoadShape
 from kvbits.replay.trace import TraceRequest
 
 
@@ -63,7 +63,7 @@ def main() -> None:
     args = parser.parse_args()
     left_out = ("json", "rounds", "directory", "gguf", "kv_cache_dtype", "llama_weights")
     stored = Stored(args.json, {k: str(v) for k, v in vars(args).items() if k not in left_out})
-    load = Load(concurrency=args.clients, extra=(("temperature", 0.0), ("ignore_eos", True)))
+    load = LoadShape(concurrency=args.clients, extra=(("temperature", 0.0), ("ignore_eos", True)))
     requests = [TraceRequest(0.0, args.prompt_tokens, args.new_tokens) for _ in range(args.requests)]
     servers = commands(args)
     for number in range(args.rounds):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from kvbits.replay.prompts import BlockText
 from kvbits.replay.report import summary
-from kvbits.replay.run import Load, Outcome, Prompt, replay
+from kvbits.replay.run import LoadShape, Outcome, Prompt, replay
 from kvbits.replay.send import Record
 from kvbits.replay.target import Target
 from kvbits.replay.trace import TraceRequest
@@ -33,7 +33,7 @@ def source_of(target: Target, text: Path) -> BlockText:
 
 
 def run_load(
-    target: Target, requests: Sequence[TraceRequest], prompts: Sequence[Prompt], load: Load, label: str
+    target: Target, requests: Sequence[TraceRequest], prompts: Sequence[Prompt], load: LoadShape, label: str
 ) -> tuple[Outcome, Row]:
     """Send everything with a bar; the records and their summary."""
     with tqdm(total=len(requests), desc=label, unit="req", file=sys.stderr, leave=False) as bar:

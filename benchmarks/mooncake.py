@@ -19,7 +19,7 @@ from report import Row
 from servers import Serving, common_arguments, kvbits_command, serving
 
 from kvbits.replay.ideal import allowed_hits
-from kvbits.replay.run import Load
+from kvbits.replay.run import LoadShape
 from kvbits.replay.trace import TraceRequest, capped, fitting, read_trace
 
 PAGE = 64
@@ -43,7 +43,7 @@ def run(server: Serving, args: argparse.Namespace, label: str) -> Row:
 
     with sampled(look, 2.0) as samples:
         outcome, figures = run_load(
-            server.target, requests, prompts, Load(concurrency=args.concurrency, extra=extra), label
+            server.target, requests, prompts, LoadShape(concurrency=args.concurrency, extra=extra), label
         )
     metrics = server.metrics()
     return figures | {

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from report import Row, facts_of, plain_parser, publish
 
-from kvbits.config import WATERMARK, EngineConfig, parse_bytes
+from kvbits.config import WATERMARK, parse_bytes
+from kvbits.engine.config import EngineConfig
 from kvbits.engine.engine import Engine
 from kvbits.engine.params import SamplingParams
 from kvbits.models import load_model

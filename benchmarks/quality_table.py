@@ -32,7 +32,7 @@ from kvbits.codecs import SCHEMES, LayerRounding, Policy, PoolLayout
 from kvbits.codecs.policy_file import save_policy
 from kvbits.config import POLICY_PREFIX
 from kvbits.evaluation.laboratory import Laboratory
-from kvbits.evaluation.ledger import Ledger
+from kvbits.evaluation.resume import ResumeCache
 from kvbits.evaluation.windows import cut_windows, read_text
 from kvbits.models import LoadedModel, load_model
 
@@ -46,10 +46,10 @@ def main() -> None:
     out: Path = args.output
     loaded = load_model(args.model, dtype="float32", progress=note)
     policies = _policies(args, loaded, out / "policies")
-    ledger = Ledger(out / "parts.jsonl")
+    resume_cache = ResumeCache(out / "parts.jsonl")
     rows: list[Row] = []
     for index, (name, path) in enumerate(args.text):
-        laboratory = Laboratory(loaded, [p for p in policies if index == 0 or "gain" in p.label], ledger, Bar)
+        laboratory = Laboratory(loaded, [p for p in policies if index == 0 or "gain" in p.label], resume_cache, Bar)
         laboratory.text(cut_windows(tokens_of(loaded, read_text(path)), args.context, args.windows))
         rows += [_row(loaded, name, policy, laboratory) for policy in laboratory.policies]
     gains = _gains(rows, args.gain)

@@ -29,7 +29,8 @@ from ray import serve
 from report import Row
 from servers import common_arguments
 
-from kvbits.config import EngineConfig, parse_bytes
+from kvbits.config import parse_bytes
+from kvbits.engine.config import EngineConfig
 from kvbits.ray.app import APPLICATION, ENGINES
 from kvbits.ray.messages import Route
 from kvbits.ray.options import ClusterOptions, ReplicaOptions

@@ -24,7 +24,8 @@ from report import Row
 from servers import common_arguments
 from tqdm import tqdm
 
-from kvbits.config import EngineConfig, parse_bytes
+from kvbits.config import parse_bytes
+from kvbits.engine.config import EngineConfig
 from kvbits.ray.app import APPLICATION, ENGINES
 from kvbits.ray.messages import HttpRequest, ReplicaStats, Route
 from kvbits.ray.options import ClusterOptions, ReplicaOptions

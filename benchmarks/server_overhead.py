@@ -25,11 +25,11 @@ from typing import Any
 from loads import Stored, run_load, source_of
 from servers import common_arguments
 
-from kvbits.replay.run import Load
+from kvbits.replay.run import LoadShape
 from kvbits.replay.target import Target, find_target
 from kvbits.replay.trace import TraceRequest
 
-LOAD = Load(extra=(("temperature", 0.0), ("ignore_eos", True)))
+LOAD = LoadShape(extra=(("temperature", 0.0), ("ignore_eos", True)))
 
 
 class InProcess:

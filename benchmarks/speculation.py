@@ -23,7 +23,8 @@ from typing import Any
 
 from report import Row, bars, facts_of, plain_parser, publish
 
-from kvbits.config import EngineConfig, parse_bytes
+from kvbits.config import parse_bytes
+from kvbits.engine.config import EngineConfig
 from kvbits.engine.engine import Engine
 from kvbits.engine.params import SamplingParams
 from kvbits.engine.speculation import SpeculativeConfig

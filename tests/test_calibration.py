@@ -18,7 +18,7 @@ from kvbits.attention import Forward
 from kvbits.calibration.allocate import allocate, cheapest_within, total_cost
 from kvbits.calibration.collect import Statistics, TensorSample, collect
 from kvbits.calibration.dense import DenseBackend, _attention
-from kvbits.calibration.fit import Choice, fit, ordered_feedback
+from kvbits.calibration.fit import FittedCodec, fit, ordered_feedback
 from kvbits.calibration.policy import NAMES, Planner
 from kvbits.calibration.selftext import write_windows
 from kvbits.calibration.texts import split_windows
@@ -53,7 +53,7 @@ def statistics(loaded: LoadedModel, windows: list[list[int]]) -> Statistics:
 
 
 @pytest.fixture(scope="module")
-def table(statistics: Statistics) -> list[list[Choice]]:
+def table(statistics: Statistics) -> list[list[FittedCodec]]:
     return fit(statistics, NAMES)
 
 
@@ -138,7 +138,9 @@ def test_samples_leave_out_the_first_page_and_hold_bfloat16(statistics: Statisti
         assert (torch.linalg.eigvalsh(moment) > -1e-3).all()
 
 
-def test_more_bits_cost_less_and_fitted_rounding_no_more(statistics: Statistics, table: list[list[Choice]]) -> None:
+def test_more_bits_cost_less_and_fitted_rounding_no_more(
+    statistics: Statistics, table: list[list[FittedCodec]]
+) -> None:
     for sample, row in zip(statistics.samples, table, strict=True):
         costs = {choice.name: choice.cost for choice in row}
         assert costs["int8"] < costs["int5"] < costs["int3"] < costs["int2"]
@@ -232,7 +234,7 @@ def test_allocation_is_the_best_of_all(seed: int) -> None:
         assert total_cost(rows, chosen) == pytest.approx(min(fitting))
 
 
-def test_cheapest_within_is_tight(table: list[list[Choice]]) -> None:
+def test_cheapest_within_is_tight(table: list[list[FittedCodec]]) -> None:
     most = total_cost(table, allocate(table, sum(row[3].bytes for row in table)))
     budget = cheapest_within(table, most)
     assert total_cost(table, allocate(table, budget)) <= most
@@ -241,7 +243,7 @@ def test_cheapest_within_is_tight(table: list[list[Choice]]) -> None:
         cheapest_within(table, 0.0)
 
 
-def test_planner_budgets(loaded: LoadedModel, table: list[list[Choice]]) -> None:
+def test_planner_budgets(loaded: LoadedModel, table: list[list[FittedCodec]]) -> None:
     planner = Planner(loaded.geometry, table, "int8")
     for bits in (planner.bits(planner.least), 5.5, 7.0):
         policy = planner.policy(planner.of_bits(bits))
@@ -275,7 +277,7 @@ def test_windows_are_disjoint_and_from_every_text() -> None:
 
 @pytest.fixture
 def saved(
-    loaded: LoadedModel, statistics: Statistics, table: list[list[Choice]], tmp_path: Path
+    loaded: LoadedModel, statistics: Statistics, table: list[list[FittedCodec]], tmp_path: Path
 ) -> tuple[Path, Policy]:
     planner = Planner(loaded.geometry, table, "int8")
     policy = planner.policy(planner.of_bits(6.5))

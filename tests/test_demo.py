@@ -10,7 +10,8 @@ from helpers.tiny import chat_tokenizer, save, tiny_model
 
 from kvbits.cli.main import run
 from kvbits.codecs import PoolLayout, parse_policy
-from kvbits.config import EngineConfig, LayerGeometry, ModelGeometry
+from kvbits.config import LayerGeometry, ModelGeometry
+from kvbits.engine.config import EngineConfig
 from kvbits.engine.engine import Engine
 from kvbits.engine.params import SamplingParams
 from kvbits.evaluation.drive import drive

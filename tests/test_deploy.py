@@ -13,7 +13,7 @@ from helpers.serving import MODEL, byte_model, running
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvbits.cli.main import app
-from kvbits.config import EngineConfig
+from kvbits.engine.config import EngineConfig
 from kvbits.engine.engine import Engine
 from kvbits.engine.speculation import SpeculativeConfig
 

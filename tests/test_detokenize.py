@@ -52,5 +52,3 @@ def test_any_tokens(tokenizer: Any, ids: list[int]) -> None:
     # random tokens cut characters in half; special tokens leave no text
     shown, rest = pieces(tokenizer, ids)
     assert "".join(shown) + rest == tokenizer.decode(ids, skip_special_tokens=True)
-
-

@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import PreTrainedTokenizerFast
 
 from kvbits.engine.encode import Encoder
-from kvbits.engine.limits import Limits
+from kvbits.engine.limits import RequestLimits
 from kvbits.errors import RequestError
 
 CONTEXT = 500
@@ -28,7 +28,7 @@ CONTEXT = 500
 
 def encoder_of(tokenizer: Any, context: int = CONTEXT) -> Encoder:
     loaded: Any = SimpleNamespace(tokenizer=tokenizer, name="m")
-    return Encoder(loaded, Limits(vocab=1 << 20, context=context, pool=1 << 20, memory=1))
+    return Encoder(loaded, RequestLimits(vocab=1 << 20, context=context, pool=1 << 20, memory=1))
 
 
 def wrapped(inner: Tokenizer) -> PreTrainedTokenizerFast:

@@ -14,7 +14,7 @@ from helpers.tiny import VOCAB, chat_tokenizer, save, tiny_model
 
 from kvbits.attention import Forward
 from kvbits.codecs import Policy
-from kvbits.config import EngineConfig
+from kvbits.engine.config import EngineConfig
 from kvbits.engine.engine import Engine
 from kvbits.engine.params import SamplingParams
 from kvbits.evaluation.compare import REFERENCE
@@ -23,8 +23,8 @@ from kvbits.evaluation.fidelity import Fidelity
 from kvbits.evaluation.generation import write
 from kvbits.evaluation.laboratory import FAULT, Laboratory, plant_fault
 from kvbits.evaluation.layers import layer_errors, measure_layers
-from kvbits.evaluation.ledger import Ledger
 from kvbits.evaluation.probes import Probe, ask
+from kvbits.evaluation.resume import ResumeCache
 from kvbits.evaluation.toolcalls import Called, Case, read_call
 from kvbits.models import LoadedModel, load_model
 
@@ -108,7 +108,7 @@ def test_forced_answers_are_scored_as_given_tokens_are(model: str, tokens: list[
     prompt = tokens[:300]
     golds = [tokens[400:405], tokens[500:503]]
     probes = [Probe("x", "one", (*prompt, t), tuple(g), {}) for t, g in zip((9, 8), golds, strict=True)]
-    found = ask(loaded, loaded.policy(dtype), probes, Ledger())
+    found = ask(loaded, loaded.policy(dtype), probes, ResumeCache())
     for probe, answer in zip(probes, found, strict=True):
         whole = [*probe.prompt, *probe.gold]
         rows = torch.cat([logits for _, logits in engine_of(loaded, dtype).teacher_forced(whole, 300)])
@@ -126,7 +126,7 @@ def test_an_answer_is_exact_where_greedy_decoding_gives_it(loaded: LoadedModel, 
         greedy += [t for delta in step.deltas for t in delta.token_ids]
     wrong = [*greedy[:5], (greedy[5] + 1) % VOCAB]
     probes = [Probe("x", "one", tuple(prompt), tuple(gold), {}) for gold in (greedy, wrong)]
-    assert [a.exact for a in ask(loaded, loaded.policy("int8"), probes, Ledger())] == [True, False]
+    assert [a.exact for a in ask(loaded, loaded.policy("int8"), probes, ResumeCache())] == [True, False]
 
 
 def test_documents_that_are_done_are_not_asked_again(
@@ -134,15 +134,15 @@ def test_documents_that_are_done_are_not_asked_again(
 ) -> None:
     path = tmp_path / "parts.jsonl"
     probes = [Probe("x", str(i), tuple(tokens[i : i + 150]), (5, 6), {"length": 150}) for i in range(3)]
-    first = ask(loaded, loaded.policy("int4"), probes[:2], Ledger(path))
+    first = ask(loaded, loaded.policy("int4"), probes[:2], ResumeCache(path))
     steps = []
     step = Engine.step
     monkeypatch.setattr(Engine, "step", lambda self: steps.append(1) or step(self))
-    assert ask(loaded, loaded.policy("int4"), probes[:2], Ledger(path)) == first
+    assert ask(loaded, loaded.policy("int4"), probes[:2], ResumeCache(path)) == first
     assert not steps
-    assert ask(loaded, loaded.policy("int4"), probes, Ledger(path))[:2] == first
+    assert ask(loaded, loaded.policy("int4"), probes, ResumeCache(path))[:2] == first
     assert steps
-    assert ask(loaded, loaded.policy("int2"), probes[:2], Ledger(path)) != first
+    assert ask(loaded, loaded.policy("int2"), probes[:2], ResumeCache(path)) != first
 
 
 # Layers
@@ -206,8 +206,8 @@ def test_positions_split_the_records_of_all_windows() -> None:
 
 def test_free_text_is_scored_by_the_16_bit_cache(loaded: LoadedModel, tokens: list[int]) -> None:
     prompts = [tokens[:100], tokens[300:400]]
-    reference = write(loaded, loaded.policy(REFERENCE), prompts, 40, Ledger())
-    other = write(loaded, loaded.policy("int2"), prompts, 40, Ledger())
+    reference = write(loaded, loaded.policy(REFERENCE), prompts, 40, ResumeCache())
+    other = write(loaded, loaded.policy("int2"), prompts, 40, ResumeCache())
     assert [(t.prompt, t.mode) for t in other] == [(0, "greedy"), (0, "drawn"), (1, "greedy"), (1, "drawn")]
     assert {len(t.tokens) for t in other} == {40}
     for text in (reference[0], other[1]):
@@ -261,7 +261,7 @@ def test_calls_are_right_by_the_published_answers(call: Any, right: bool) -> Non
 
 
 def test_a_scale_that_is_off_by_5_percent_is_noticed(loaded: LoadedModel, tokens: list[int]) -> None:
-    laboratory = Laboratory(loaded, policies(loaded, "bf16", "int8", "int4"), Ledger(), Bars())
+    laboratory = Laboratory(loaded, policies(loaded, "bf16", "int8", "int4"), ResumeCache(), Bars())
     windows = [tokens[:448], tokens[448:896]]
     laboratory.text(windows)
     laboratory.layers(windows)

@@ -1,4 +1,4 @@
-"""Intervals against textbook formulas, the verdict's rule at its edges, repetition by hand, and the ledger."""
+"""Intervals against textbook formulas, the verdict's rule at its edges, repetition by hand, and the resume_cache."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 
 from kvbits.errors import ConfigError
 from kvbits.evaluation.bootstrap import Interval, interval
-from kvbits.evaluation.ledger import Ledger, key_of
 from kvbits.evaluation.repetition import distinct, divergence, loop_length, repeated
+from kvbits.evaluation.resume import ResumeCache, key_of
 from kvbits.evaluation.verdict import LIMITS, Level, Measure, dominated, judge
 
 
@@ -122,8 +122,8 @@ def test_loops(tokens: list[int], period: int) -> None:
 def test_a_ledger_keeps_each_part(tmp_path: Path) -> None:
     path = tmp_path / "parts.jsonl"
     key = key_of("part", [1, 2], 0.5)
-    Ledger(path).put(key, [0.1, 1e-17])
-    again = Ledger(path)
+    ResumeCache(path).put(key, [0.1, 1e-17])
+    again = ResumeCache(path)
     assert key in again
     assert again[key] == [0.1, 1e-17]
     assert key_of("part", [1, 2], 0.25) not in again
@@ -131,21 +131,21 @@ def test_a_ledger_keeps_each_part(tmp_path: Path) -> None:
 
 def test_a_ledger_whose_last_line_was_cut_off_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "parts.jsonl"
-    ledger = Ledger(path)
-    ledger.put("a", 1)
-    ledger.put("b", 2)
+    resume_cache = ResumeCache(path)
+    resume_cache.put("a", 1)
+    resume_cache.put("b", 2)
     path.write_text(path.read_text()[:-9])
-    cut = Ledger(path)
+    cut = ResumeCache(path)
     assert "a" in cut
     assert "b" not in cut
     cut.put("b", 3)
-    assert Ledger(path)["b"] == 3
+    assert ResumeCache(path)["b"] == 3
 
 
 def test_a_file_that_is_no_ledger_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     path.write_text("Call me Ishmael.\nSome years ago\nnever mind how long\n")
     with pytest.raises(ConfigError, match=r"line 1 of .*book.txt"):
-        Ledger(path)
+        ResumeCache(path)
     with pytest.raises(ConfigError, match="cannot use the file"):
-        Ledger(tmp_path / "none" / "x.jsonl")
+        ResumeCache(tmp_path / "none" / "x.jsonl")

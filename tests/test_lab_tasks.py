@@ -12,7 +12,7 @@ import pytest
 
 from kvbits.errors import ConfigError
 from kvbits.evaluation.documents import reference_text
-from kvbits.evaluation.menu import NAMES, choose
+from kvbits.evaluation.selection import NAMES, choose
 from kvbits.evaluation.tasks import TASKS, Material
 from kvbits.evaluation.tasks.babi import read_stories
 from kvbits.evaluation.tasks.base import paragraphs, spread
@@ -181,6 +181,6 @@ def test_the_menu_knows_what_each_part_needs(tmp_path: Path) -> None:
     for kind in ("qa1", "qa2"):
         (inner / f"{kind}_x_test.txt").write_text(STORY)
     (inner / "BFCL_v4_simple_python.json").write_text("{}")
-    menu = choose("all", True, tmp_path)
-    assert menu.parts == NAMES
-    assert menu.files["qa1_*_test.txt"] == inner / "qa1_x_test.txt"
+    selection = choose("all", True, tmp_path)
+    assert selection.parts == NAMES
+    assert selection.files["qa1_*_test.txt"] == inner / "qa1_x_test.txt"

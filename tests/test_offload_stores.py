@@ -17,7 +17,7 @@ from helpers.serving import byte_model, engine_of, greedy
 from prometheus_client import CollectorRegistry, generate_latest
 
 from kvbits import LLM, SamplingParams
-from kvbits.config import EngineConfig
+from kvbits.engine.config import EngineConfig
 from kvbits.engine.engine import Engine
 from kvbits.engine.offload import MAGIC, FileStore
 from kvbits.errors import ConfigError

@@ -6,7 +6,8 @@ import pytest
 from helpers.tiny import tiny_model, tiny_tokenizer
 
 from kvbits.codecs import parse_policy
-from kvbits.config import WATERMARK, EngineConfig
+from kvbits.config import WATERMARK
+from kvbits.engine.config import EngineConfig
 from kvbits.engine.engine import Engine
 from kvbits.engine.params import SamplingParams
 from kvbits.models.load import wrap

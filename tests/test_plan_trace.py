@@ -12,8 +12,8 @@ from kvbits.engine.params import SamplingParams
 from kvbits.engine.request import FinishReason, Request
 from kvbits.engine.scheduler import Scheduler
 from kvbits.pages import PageManager
-from kvbits.planning.outcome import Outcome
-from kvbits.planning.simulate import Limits, simulate
+from kvbits.planning.outcome import SimulationResult
+from kvbits.planning.simulate import EngineLimits, simulate
 from kvbits.planning.timing import Machine, StepTime
 from kvbits.traces import Arrival
 
@@ -57,7 +57,7 @@ def tokens_of(arrival: Arrival, index: int) -> list[int]:
     return [(arrival.blocks[i // 512] << 10) + i % 512 for i in range(arrival.prompt)]
 
 
-def really(trace: list[Arrival], form: PoolLayout, num_frames: int, limits: Limits) -> dict[str, float]:
+def really(trace: list[Arrival], form: PoolLayout, num_frames: int, limits: EngineLimits) -> dict[str, float]:
     """The engine's scheduler and page manager, one step a second, with made-up tokens."""
     pages = PageManager(num_frames, form.open.frames, form.sealed.frames)
     capacity = form.full_pages(num_frames) * 64 + 63
@@ -104,7 +104,7 @@ def really(trace: list[Arrival], form: PoolLayout, num_frames: int, limits: Limi
     }
 
 
-def simulated(trace: list[Arrival], form: PoolLayout, num_frames: int, limits: Limits) -> Outcome:
+def simulated(trace: list[Arrival], form: PoolLayout, num_frames: int, limits: EngineLimits) -> SimulationResult:
     return simulate(trace, form, num_frames, form.full_pages(num_frames) * 64 + 63, SECOND, limits)
 
 
@@ -112,7 +112,7 @@ def simulated(trace: list[Arrival], form: PoolLayout, num_frames: int, limits: L
 @pytest.mark.parametrize("seed", [1, 2])
 def test_without_pressure_it_is_the_scheduler_step_for_step(dtype: str, seed: int) -> None:
     trace = random_trace(seed, 25, 30.0, 700, 150, shared=False)
-    limits = Limits(max_num_seqs=64, max_num_batched_tokens=256)
+    limits = EngineLimits(max_num_seqs=64, max_num_batched_tokens=256)
     real, found = really(trace, layout(dtype), 4000, limits), simulated(trace, layout(dtype), 4000, limits)
     assert found.seconds == pytest.approx(real["seconds"], abs=2)
     assert found.peak_running == real["peak"]
@@ -123,7 +123,7 @@ def test_without_pressure_it_is_the_scheduler_step_for_step(dtype: str, seed: in
 @pytest.mark.parametrize(("dtype", "frames"), [("bf16", 70), ("int8", 80), ("int4", 90)])
 def test_under_pressure_it_waits_and_preempts_as_the_scheduler_does(dtype: str, frames: int) -> None:
     """Answers are long against prompts, so that sequences outgrow the pool after they were admitted."""
-    limits = Limits(max_num_seqs=64, max_num_batched_tokens=256)
+    limits = EngineLimits(max_num_seqs=64, max_num_batched_tokens=256)
     real_waits, waits, real_preemptions, preemptions, seconds = 0.0, 0.0, 0.0, 0, []
     for seed in range(3):
         trace = random_trace(seed, 40, 25.0, 600, 700, shared=False)
@@ -144,7 +144,7 @@ def test_under_pressure_it_waits_and_preempts_as_the_scheduler_does(dtype: str, 
 @pytest.mark.parametrize("frames", [4000, 100, 80])
 def test_shared_prefixes_are_found_as_the_prefix_cache_finds_them(frames: int) -> None:
     trace = random_trace(7, 40, 40.0, 2000, 60, shared=True)
-    limits = Limits(max_num_seqs=64, max_num_batched_tokens=512)
+    limits = EngineLimits(max_num_seqs=64, max_num_batched_tokens=512)
     real, found = really(trace, layout("int4"), frames, limits), simulated(trace, layout("int4"), frames, limits)
     assert real["cached"] > 10_000
     assert found.cached_tokens == real["cached"]
@@ -156,7 +156,7 @@ def test_short_prompts_overtake_huge_ones_as_in_the_scheduler() -> None:
     for _ in range(40):
         time += rng.expovariate(1 / 15)
         trace.append(Arrival(time, rng.choice([100, 150, 300, 6000]), rng.randint(1, 60), ()))
-    limits = Limits(max_num_seqs=64, max_num_batched_tokens=256)
+    limits = EngineLimits(max_num_seqs=64, max_num_batched_tokens=256)
     real, found = really(trace, layout("int4"), 4000, limits), simulated(trace, layout("int4"), 4000, limits)
     assert found.seconds == pytest.approx(real["seconds"], abs=1)
     assert found.as_json()["wait_mean_s"] == pytest.approx(real["wait"], abs=1.0)
@@ -168,7 +168,7 @@ def test_everything_ends_and_every_frame_comes_back(frames: int) -> None:
     form = layout("int4+sink:int8")
     longest = form.full_pages(frames) * 64 + 63
     told: list[int] = []
-    found = simulate(trace, form, frames, longest, SECOND, Limits(32, 256), progress=told.append)
+    found = simulate(trace, form, frames, longest, SECOND, EngineLimits(32, 256), progress=told.append)
     fits = [a for a in trace if a.prompt <= longest]
     report = found.as_json()
     assert sum(told) == len(trace)
@@ -190,7 +190,9 @@ def test_more_load_and_fewer_bits_do_what_they_should() -> None:
         form = layout(dtype)
         frames = memory // form.frame_bytes
         for load in (1.0, 4.0):
-            found = simulate(trace, form, frames, form.full_pages(frames) * 64 + 63, SECOND, Limits(256, 512), load)
+            found = simulate(
+                trace, form, frames, form.full_pages(frames) * 64 + 63, SECOND, EngineLimits(256, 512), load
+            )
             waits[dtype, load] = found.as_json()["wait_mean_s"]
     for dtype in ("bf16", "int8", "int4"):
         assert waits[dtype, 4.0] > waits[dtype, 1.0]

@@ -20,7 +20,7 @@ import pytest
 from helpers.serving import CONTEXT, byte_tokenizer, engine_of, running
 from helpers.tiny import save, tiny_model
 
-from kvbits.config import EngineConfig
+from kvbits.engine.config import EngineConfig
 from kvbits.models import load_model
 from kvbits.ray.messages import ReplicaStats, Route
 from kvbits.ray.options import ClusterOptions, ReplicaOptions

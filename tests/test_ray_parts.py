@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from kvbits.cli import cluster
 from kvbits.cli.cluster import replicas_of
 from kvbits.errors import ConfigError
-from kvbits.ray.balance import FULL, Load, choose
+from kvbits.ray.balance import FULL, ReplicaLoad, choose
 from kvbits.ray.metrics import merge
 from kvbits.ray.options import ClusterOptions
 from kvbits.ray.prefix import BLOCK_CHARS, MAX_BLOCKS, PrefixMap, block_hashes, prompt_text
@@ -150,27 +150,27 @@ def test_a_refusal_leaves_what_the_replica_held_before() -> None:
 @pytest.mark.parametrize(
     ("preferred", "loads", "imbalance", "order"),
     [
-        ("b", {"a": Load(0), "b": Load(3)}, 3, ["b", "a"]),
-        ("b", {"a": Load(0), "b": Load(4)}, 3, ["a", "b"]),
-        (None, {"a": Load(2), "b": Load(1, held=9)}, 3, ["b", "a"]),
-        (None, {"a": Load(1, 0.6), "b": Load(1, 0.2, held=9)}, 3, ["b", "a"]),
-        (None, {"a": Load(1, 0.5, held=9), "b": Load(1, 0.51, held=2)}, 3, ["b", "a"]),
-        (None, {"a": Load(1, FULL), "b": Load(7)}, 3, ["b", "a"]),
-        ("a", {"a": Load(1, FULL), "b": Load(7)}, 30, ["b", "a"]),
-        ("b", {"a": Load(1, FULL), "b": Load(7, FULL)}, 30, ["b", "a"]),
-        ("gone", {"a": Load(0), "b": Load(0, held=1)}, 3, ["a", "b"]),
-        (None, {"a": Load(5)}, 3, ["a"]),
+        ("b", {"a": ReplicaLoad(0), "b": ReplicaLoad(3)}, 3, ["b", "a"]),
+        ("b", {"a": ReplicaLoad(0), "b": ReplicaLoad(4)}, 3, ["a", "b"]),
+        (None, {"a": ReplicaLoad(2), "b": ReplicaLoad(1, held=9)}, 3, ["b", "a"]),
+        (None, {"a": ReplicaLoad(1, 0.6), "b": ReplicaLoad(1, 0.2, held=9)}, 3, ["b", "a"]),
+        (None, {"a": ReplicaLoad(1, 0.5, held=9), "b": ReplicaLoad(1, 0.51, held=2)}, 3, ["b", "a"]),
+        (None, {"a": ReplicaLoad(1, FULL), "b": ReplicaLoad(7)}, 3, ["b", "a"]),
+        ("a", {"a": ReplicaLoad(1, FULL), "b": ReplicaLoad(7)}, 30, ["b", "a"]),
+        ("b", {"a": ReplicaLoad(1, FULL), "b": ReplicaLoad(7, FULL)}, 30, ["b", "a"]),
+        ("gone", {"a": ReplicaLoad(0), "b": ReplicaLoad(0, held=1)}, 3, ["a", "b"]),
+        (None, {"a": ReplicaLoad(5)}, 3, ["a"]),
         ("a", {}, 3, []),
     ],
 )
 def test_the_holder_is_first_unless_it_is_overloaded(
-    preferred: str | None, loads: dict[str, Load], imbalance: int, order: list[str]
+    preferred: str | None, loads: dict[str, ReplicaLoad], imbalance: int, order: list[str]
 ) -> None:
     assert choose(preferred, loads, imbalance, random.Random(0)) == order
 
 
 def test_of_many_the_better_of_two_is_first() -> None:
-    loads = {name: Load(number) for number, name in enumerate("abcdef")}
+    loads = {name: ReplicaLoad(number) for number, name in enumerate("abcdef")}
     rng = random.Random(1)
     firsts = {choose(None, loads, 3, rng)[0] for _ in range(300)}
     assert firsts == set("abcde"), "the most loaded of six is never the better of two"
@@ -194,7 +194,7 @@ def test_new_conversations_spread_and_old_ones_return() -> None:
         known.forget(known.record(blocks(1000 + step, 80), "a"))
         number = step % 60
         holder, continues = known.holder(block_hashes(texts[number]), under_way)
-        loads = {name: Load(len(ends), 0.0, known.held[name]) for name, ends in under_way.items()}
+        loads = {name: ReplicaLoad(len(ends), 0.0, known.held[name]) for name, ends in under_way.items()}
         best = choose(holder if continues else None, loads, 8, rng)[0]
         moved += homes.setdefault(number, best) != best
         taken[best] += 1

@@ -20,7 +20,7 @@ from kvbits.models import LoadedModel
 from kvbits.replay.ideal import allowed_hits
 from kvbits.replay.prompts import BlockText
 from kvbits.replay.report import parse_goals, summary
-from kvbits.replay.run import Load, Outcome, arrivals, replay
+from kvbits.replay.run import LoadShape, Outcome, arrivals, replay
 from kvbits.replay.send import Record
 from kvbits.replay.target import find_target
 from kvbits.replay.trace import TraceRequest, capped, fitting, read_trace
@@ -119,9 +119,9 @@ def test_allowed_hits_are_those_of_a_plain_cache(rows: list[tuple[list[int], int
 
 def test_arrivals() -> None:
     requests = [TraceRequest(float(i), 1, 1) for i in range(400)]
-    assert arrivals(requests, Load(speed=2.0))[:3] == [0.0, 0.5, 1.0]
-    assert set(arrivals(requests, Load())) == {0.0}
-    random = arrivals(requests, Load(rate=10.0, seed=1))
+    assert arrivals(requests, LoadShape(speed=2.0))[:3] == [0.0, 0.5, 1.0]
+    assert set(arrivals(requests, LoadShape())) == {0.0}
+    random = arrivals(requests, LoadShape(rate=10.0, seed=1))
     assert random == sorted(random)
     assert 30 < random[-1] < 50
 
@@ -226,5 +226,5 @@ def test_a_mistake_is_one_line(server: Running, tmp_path: Path, capsys: pytest.C
 def test_a_server_that_goes_away_is_a_failure_not_an_exception(byte_loaded: LoadedModel) -> None:
     with running(engine_of(byte_loaded)) as server:
         target = find_target(server.url, None, None)
-    outcome = asyncio.run(replay(target, [TraceRequest(0, 3, 3)], ["abc"], Load()))
+    outcome = asyncio.run(replay(target, [TraceRequest(0, 3, 3)], ["abc"], LoadShape()))
     assert outcome.records[0].error is not None

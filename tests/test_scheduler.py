@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvbits.engine.request import FinishReason
-from kvbits.engine.scheduler import Plan
+from kvbits.engine.scheduler import SchedulerOutput
 
 
-def counts(plan: Plan) -> dict[int, int]:
+def counts(plan: SchedulerOutput) -> dict[int, int]:
     return {w.request.seq_id: w.count for w in plan.works}
 
 

@@ -23,7 +23,7 @@ from helpers.vocabulary import SIZE as VOCAB
 from helpers.vocabulary import large_tokenizer
 from pydantic import StrictInt, TypeAdapter, ValidationError
 
-from kvbits.engine.limits import Limits
+from kvbits.engine.limits import RequestLimits
 from kvbits.server.prepare import Preparer
 
 CONTEXT = 2048
@@ -155,7 +155,7 @@ def test_long_texts_are_tokenized_and_written_all_the_same(server: tuple[Any, st
 def test_small_requests_do_not_wait_behind_large_ones() -> None:
     """Every thread for large requests is held, and many more wait."""
     loaded, held = byte_model(), threading.Event()
-    preparer = Preparer(loaded, Limits(vocab=259, context=1024, pool=1024, memory=1))
+    preparer = Preparer(loaded, RequestLimits(vocab=259, context=1024, pool=1024, memory=1))
 
     async def small() -> list[int]:
         waiting = [asyncio.ensure_future(preparer.run(held.wait, large=True)) for _ in range(20)]

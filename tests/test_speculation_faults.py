@@ -123,7 +123,7 @@ def test_a_sequence_that_begins_again_with_the_same_tokens(
             decoding = engine.scheduler.decoding()
             if decoding and decoding[0].num_output >= again:
                 again = decoding[0].num_output + 2
-                engine.speculator.propose(decoding, engine._live)
+                engine.speculator.propose(decoding, engine._states)
                 engine.scheduler.requeue(decoding[0])
             for delta in engine.step():
                 assert delta.error is None
@@ -142,7 +142,7 @@ def test_a_guess_that_no_step_followed_is_made_again(loaded: LoadedModel, method
         engine.step()
         guesses = []
         for _ in range(3):
-            engine.speculator.propose(engine.scheduler.decoding(), engine._live)
+            engine.speculator.propose(engine.scheduler.decoding(), engine._states)
             guesses.append([list(r.draft) for r in engine.scheduler.running])
             engine.pages.check()
         assert guesses[0] == guesses[1] == guesses[2]

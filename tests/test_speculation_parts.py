@@ -11,10 +11,10 @@ import pytest
 
 from kvbits.engine.detokenize import TokenDecoder
 from kvbits.engine.drafts import DraftRoom
-from kvbits.engine.live import Live
 from kvbits.engine.params import SamplingParams
-from kvbits.engine.request import Request, RequestState
-from kvbits.engine.scheduler import Scheduler, Work
+from kvbits.engine.request import Request, RequestStatus
+from kvbits.engine.request_state import RequestState
+from kvbits.engine.scheduler import ScheduledRequest, Scheduler
 from kvbits.engine.speculation import Candidate, Proposer, SpeculationStats, SpeculativeConfig, Speculator
 from kvbits.engine.speculation.cost import StepCost
 from kvbits.engine.speculation.ngram import NgramIndex
@@ -124,14 +124,14 @@ def simulate(accepted: float, margin: float, sequences: int = 1, steps: int = 60
     """Seconds a token of a made-up engine relative to plain decoding, when each guessed token holds with a chance."""
     chance, proposer, stats = random.Random(1), Fixed(), SpeculationStats()
     speculator = Speculator(proposer, SpeculativeConfig(), stats)
-    lives = {}
+    states = {}
     for i in range(sequences):
-        request = Request(i, [1, 2, 3], SamplingParams(max_tokens=10**9), state=RequestState.RUNNING)
-        lives[i] = Live(request, TokenDecoder(lambda ids: ""), frozenset(), 10**9)
+        request = Request(i, [1, 2, 3], SamplingParams(max_tokens=10**9), state=RequestStatus.RUNNING)
+        states[i] = RequestState(request, TokenDecoder(lambda ids: ""), frozenset(), 10**9)
     seconds = tokens = 0.0
     for _ in range(steps):
-        speculator.propose([v.request for v in lives.values()], lives)
-        works = [Work(v.request, 0, 1, 1, True, tuple(v.request.draft)) for v in lives.values()]
+        speculator.propose([v.request for v in states.values()], states)
+        works = [ScheduledRequest(v.request, 0, 1, 1, True, tuple(v.request.draft)) for v in states.values()]
         took = 1.0 + margin * sum(len(w.draft) for w in works)
         for work in works:
             kept = 0
@@ -142,9 +142,9 @@ def simulate(accepted: float, margin: float, sequences: int = 1, steps: int = 60
             tokens += 1 + kept
         speculator.observe(works, took)
         seconds += took
-    for live in lives.values():
-        speculator.forget(live.request)
-    assert sorted(proposer.gone) == list(lives)
+    for state in states.values():
+        speculator.forget(state.request)
+    assert sorted(proposer.gone) == list(states)
     return seconds / tokens * sequences, stats
 
 
@@ -166,7 +166,7 @@ def test_guesses_take_only_what_is_to_spare() -> None:
     pages = PageManager(14, 3)
     requests = []
     for seq_id, length in enumerate((60, 63, 10)):
-        request = Request(seq_id, list(range(length + 1)), SamplingParams(), state=RequestState.RUNNING)
+        request = Request(seq_id, list(range(length + 1)), SamplingParams(), state=RequestStatus.RUNNING)
         pages.open(seq_id, [])
         pages.reserve(seq_id, length)
         pages.commit(seq_id, request.tokens[:length])

@@ -12,8 +12,8 @@ from test_speculation import KINDS, oracle, prompt_of
 
 from kvbits.engine import answer as answer_module
 from kvbits.engine.engine import Engine
-from kvbits.engine.live import Live
 from kvbits.engine.params import SamplingParams
+from kvbits.engine.request_state import RequestState
 from kvbits.engine.scheduler import Scheduler
 from kvbits.errors import OutOfPages
 from kvbits.models import LoadedModel
@@ -65,8 +65,8 @@ def loaded() -> LoadedModel:
 
 
 def is_bad(engine: Engine, seq_id: int) -> bool:
-    live = engine._live.get(seq_id)
-    return live is not None and live.request.prompt == BAD
+    state = engine._states.get(seq_id)
+    return state is not None and state.request.prompt == BAD
 
 
 def wrap_pages(engine: Engine, name: str, when: Callable[[], bool] = lambda: True) -> None:
@@ -106,10 +106,10 @@ def guilty(engine: Engine, where: str, monkeypatch: pytest.MonkeyPatch) -> Sampl
     elif where == "prompt report":
         plain_report = answer_module._report_prompt
 
-        def report(live: Live, *rest: object) -> None:
-            if live.request.prompt == BAD:
+        def report(state: RequestState, *rest: object) -> None:
+            if state.request.prompt == BAD:
                 raise Trouble(where)
-            plain_report(live, *rest)
+            plain_report(state, *rest)
 
         monkeypatch.setattr(answer_module, "_report_prompt", report)
     return params
@@ -137,7 +137,7 @@ def run(engine: Engine, requests: list[tuple[list[int], SamplingParams]]) -> lis
         engine.pages.check()
     pages = engine.pages.stats()
     assert (pages.open, pages.sealed) == (0, 0)
-    for left in (engine._live, engine._groups, engine.scheduler.running, engine.scheduler.waiting):
+    for left in (engine._states, engine._groups, engine.scheduler.running, engine.scheduler.waiting):
         assert not left
     return [
         (
@@ -153,12 +153,12 @@ def run(engine: Engine, requests: list[tuple[list[int], SamplingParams]]) -> lis
 
 def spoil_text(engine: Engine) -> None:
     """The bad request's tokens have no text."""
-    live = next(v for v in engine._live.values() if v.request.prompt == BAD)
+    state = next(v for v in engine._states.values() if v.request.prompt == BAD)
 
     def decode(ids: list[int]) -> str:
         raise Trouble("text")
 
-    live._detokenizer._decode = decode
+    state._detokenizer._decode = decode
 
 
 @pytest.mark.parametrize("guesses", [False, True])

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from kvbits.codecs import SCHEMES, Codec, Scheme, Side
 from kvbits.codecs.base import Rounding
-from kvbits.config import EngineConfig, LayerGeometry, ModelGeometry
+from kvbits.config import LayerGeometry, ModelGeometry
+from kvbits.engine.config import EngineConfig
 from kvbits.engine.engine import Engine
 from kvbits.engine.params import SamplingParams
 from kvbits.errors import ConfigError, UnsupportedError

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvbits.codecs import Codec, Policy, Scheme
-    from kvbits.config import EngineConfig
+    from kvbits.engine.config import EngineConfig
     from kvbits.engine.engine import Engine
     from kvbits.engine.llm import LLM
     from kvbits.engine.outputs import CompletionOutput, RequestOutput
@@ -22,7 +22,7 @@ _HOME = {
     "RequestOutput": "kvbits.engine.outputs",
     "CompletionOutput": "kvbits.engine.outputs",
     "Engine": "kvbits.engine.engine",
-    "EngineConfig": "kvbits.config",
+    "EngineConfig": "kvbits.engine.config",
     "Scheme": "kvbits.codecs",
     "Codec": "kvbits.codecs",
     "Policy": "kvbits.codecs",

@@ -1,17 +1,12 @@
-"""Plain facts that every layer of kvbits shares: page size, model geometry, engine options. No torch."""
+"""Plain facts that every layer of kvbits shares: page size, model geometry, the scheduler's constants. No torch."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
 
 from kvbits.errors import ConfigError
-
-if TYPE_CHECKING:
-    from kvbits.codecs.policy import Policy
 
 PAGE_TOKENS = 64
 """Tokens in one page. Every codec, kernel and table counts in pages of this size."""
@@ -72,52 +67,6 @@ class ModelGeometry:
     def bytes_per_token_16bit(self) -> int:
         """Bytes of one token's keys and values at 16 bits."""
         return sum(2 * g.num_kv_heads * (g.key_dim + g.value_dim) for g in self.layers)
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """Options of the engine; names are the ones that vLLM users know.
-
-    ``kv_cache_dtype`` is a dtype, ``policy:DIR`` or a policy that was read already. ``kv_cache_memory`` is in bytes.
-    ``max_num_batched_tokens`` is the token budget of one step (prefill chunks included). ``batch_invariant`` makes the
-    engine refuse a model whose linear layers round by the number of rows, so that answers are the same to the last bit
-    in any batch. ``kv_offload_size`` bytes keep the pages that the pool gives up: in host memory, or in
-    ``kv_offload_path``, a file or a directory.
-    """
-
-    kv_cache_dtype: str | Policy = "int8"
-    kv_cache_memory: int = 1 << 30
-    max_model_len: int | None = None
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
-    enable_prefix_caching: bool = True
-    batch_invariant: bool = False
-    kv_offload_size: int | None = None
-    kv_offload_path: str | None = None
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> EngineConfig:
-        """From ``options`` by name, of which others are passed over; sizes may be text such as ``"256MiB"``.
-
-        Raises ``ConfigError`` for what makes no sense.
-        """
-        chosen = {field.name: options[field.name] for field in fields(cls) if field.name in options}
-        for name in ("kv_cache_memory", "kv_offload_size"):
-            if chosen.get(name) is not None:
-                chosen[name] = parse_bytes(chosen[name])
-        return cls(**chosen)
-
-    def __post_init__(self) -> None:
-        for name in ("kv_cache_memory", "max_num_seqs", "max_num_batched_tokens"):
-            value = getattr(self, name)
-            if value <= 0:
-                raise ConfigError(f"{name} is {value}; it must be positive")
-        if self.max_model_len is not None and self.max_model_len <= 0:
-            raise ConfigError(f"max_model_len is {self.max_model_len}; it must be positive")
-        if self.kv_offload_path is not None and self.kv_offload_size is None:
-            raise ConfigError(f"kv_offload_path is '{self.kv_offload_path}'; it also needs kv_offload_size")
-        if self.kv_offload_size is not None and not self.enable_prefix_caching:
-            raise ConfigError("kv_offload_size keeps pages of the prefix cache, which enable_prefix_caching turns off")
 
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}

@@ -18,9 +18,9 @@ from kvbits.memory import check_host, show
 class LayerView:
     """One layer of the pool: all that a kernel ever gets.
 
-    ``buffer`` is ``uint8 [num_frames, frame_bytes]``; ``sealed``, ``open`` and ``sink`` (a sequence's first page, where
-    it has a form of its own) say where in a page's frames this layer lies and how it is coded; ``rounding`` how codes
-    are chosen when a page other than the sink is sealed.
+    ``buffer`` is ``uint8 [num_frames, frame_bytes]``; ``sealed``, ``open`` and ``first_page`` (a sequence's first page,
+    where it has a dtype of its own) say where in a page's frames this layer lies and how it is coded; ``rounding`` how
+    codes are chosen when a page other than that one is sealed.
     """
 
     index: int
@@ -28,7 +28,7 @@ class LayerView:
     buffer: Tensor
     sealed: Place
     open: Place
-    sink: Place | None = None
+    first_page: Place | None = None
     rounding: LayerRounding | None = None
 
 
@@ -73,7 +73,7 @@ class PagedPool:
                 buffer=self.buffer,
                 sealed=sealed.places[i],
                 open=own.places[i],
-                sink=sink.places[i] if sink else None,
+                first_page=sink.places[i] if sink else None,
                 rounding=policy.rounding[i] if policy.rounding else None,
             )
             for i, layer in enumerate(geometry.layers)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from kvbits.config import MIN_PREFILL
 from kvbits.engine.params import SamplingParams
-from kvbits.engine.request import FinishReason, Request, RequestState
-from kvbits.engine.scheduler import Plan, Scheduler
+from kvbits.engine.request import FinishReason, Request, RequestStatus
+from kvbits.engine.scheduler import Scheduler, SchedulerOutput
 from kvbits.pages import PageManager
 
 OPEN = 3
@@ -31,7 +31,7 @@ class World:
         self.scheduler.add(request)
         return request
 
-    def step(self) -> Plan:
+    def step(self) -> SchedulerOutput:
         decodes = {r.seq_id for r in self.scheduler.running if r.remaining == 1}
         plan = self.scheduler.schedule()
         self.check(plan, decodes)
@@ -56,7 +56,7 @@ class World:
         request.finish(reason)
         self.order.append(request.seq_id)
 
-    def check(self, plan: Plan, decodes: set[int]) -> None:
+    def check(self, plan: SchedulerOutput, decodes: set[int]) -> None:
         scheduler = self.scheduler
         assert len(scheduler.running) <= scheduler.max_num_seqs
         planned = [w.request.seq_id for w in plan.works]
@@ -70,7 +70,7 @@ class World:
         ranks = [r.rank for r in scheduler.running]
         assert ranks == sorted(ranks)
         for request in plan.preempted:
-            assert request.state is RequestState.PREEMPTED
+            assert request.status is RequestStatus.PREEMPTED
             assert request.computed == 0
 
     def run(self, limit: int = 5000) -> None:

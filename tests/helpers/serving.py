@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers.tiny import tiny_model
 from kvbits import SamplingParams
-from kvbits.config import EngineConfig
+from kvbits.engine.config import EngineConfig
 from kvbits.engine.engine import Engine
 from kvbits.models import LoadedModel
 from kvbits.models.fused import FusedModel, fuse

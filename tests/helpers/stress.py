@@ -160,7 +160,7 @@ class Stress:
             return
         if timeout == 0.0:
             ask.fate = "late"
-        ask.seq_ids = [live.request.seq_id for live in self.engine._groups[ask.id]]
+        ask.seq_ids = [state.request.seq_id for state in self.engine._groups[ask.id]]
         self.asks.append(ask)
         self.count["requests"] += 1
 
@@ -177,8 +177,8 @@ class Stress:
         if running and rng.random() < 0.006:
             ask = rng.choice(running)
             ask.fate = ask.fate or "late"
-            for live in self.engine._groups.get(ask.id, ()):
-                live.request.deadline = 0.0
+            for state in self.engine._groups.get(ask.id, ()):
+                state.request.deadline = 0.0
             self.count["deadlines"] += 1
         if self.asks and rng.random() < 0.02:
             self._transfer(rng.choice(self.asks))
@@ -248,7 +248,7 @@ class Stress:
                 assert not found or found[-1].finish_reason is None, f"{delta} after the end"
                 found.append(delta)
             self._check()
-        for left in (engine._live, engine._groups, engine.scheduler.running, engine.scheduler.waiting):
+        for left in (engine._states, engine._groups, engine.scheduler.running, engine.scheduler.waiting):
             assert not left, left
         pages = engine.pages.stats()
         assert (pages.open, pages.sealed) == (0, 0), pages
@@ -263,7 +263,7 @@ class Stress:
             assert not engine.pages.reserved(request.seq_id), request
             assert engine.pages.length(request.seq_id) == request.computed, request
         ids = {r.seq_id for r in [*running, *engine.scheduler.waiting]}
-        assert ids == set(engine._live), (ids, set(engine._live))
+        assert ids == set(engine._states), (ids, set(engine._states))
         proposer = None if engine.speculator is None else engine.speculator._proposer
         if isinstance(proposer, DraftModelProposer):
             proposer.pages.check()

@@ -26,7 +26,7 @@ CLIPPED_BITS = 3
 
 
 @dataclass(frozen=True)
-class Choice:
+class FittedCodec:
     """One codec for one layer's keys or values: page bytes of all heads, and KL per scored token (``cost``)."""
 
     name: str
@@ -63,7 +63,7 @@ def fit(
     statistics: Statistics,
     names: Sequence[str] = tuple(SCHEMES),
     progress: Callable[[int], None] = lambda done: None,
-) -> list[list[Choice]]:
+) -> list[list[FittedCodec]]:
     """For every sample of ``statistics``, what each of the dtypes ``names`` that can store it costs, rounded at best.
 
     Keys are rounded with feedback under ``E[q q^T]`` where that costs less; the range is fitted head by head for few
@@ -82,10 +82,10 @@ def fit(
     return table
 
 
-def _choice(sample: TensorSample, name: str, metric: Tensor | None, scored: int) -> Choice:
+def _choice(sample: TensorSample, name: str, metric: Tensor | None, scored: int) -> FittedCodec:
     codec = _codec(sample, name)
     heads, dim = sample.rows.shape[1], sample.rows.shape[3]
-    best = Choice(name, heads * codec.page_bytes(dim), _total(sample, codec, Rounding(), scored), Rounding())
+    best = FittedCodec(name, heads * codec.page_bytes(dim), _total(sample, codec, Rounding(), scored), Rounding())
     fitted = Rounding()
     if metric is not None and isinstance(codec, Mixed):
         best = _better(best, sample, codec, Rounding(order=_dearest(sample, metric)), scored)
@@ -114,7 +114,7 @@ def _clip(sample: TensorSample, codec: Codec, rounding: Rounding) -> Tensor:
     return torch.tensor(CLIPS)[costs.argmin(0)]
 
 
-def _better(best: Choice, sample: TensorSample, codec: Codec, rounding: Rounding, scored: int) -> Choice:
+def _better(best: FittedCodec, sample: TensorSample, codec: Codec, rounding: Rounding, scored: int) -> FittedCodec:
     found = _total(sample, codec, rounding, scored)
     return replace(best, cost=found, rounding=rounding) if found < best.cost else best
 

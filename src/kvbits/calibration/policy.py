@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvbits.calibration.allocate import allocate, cheapest_within, total_cost
-from kvbits.calibration.fit import Choice
+from kvbits.calibration.fit import FittedCodec
 from kvbits.codecs import SCHEMES, LayerRounding, Policy, PoolLayout, Scheme, parse_policy
 from kvbits.codecs.float8 import Float8
 from kvbits.codecs.raw import Raw
@@ -16,7 +16,7 @@ from kvbits.kernels import Backend, default_backend
 NAMES = tuple(name for name, s in SCHEMES.items() if not isinstance(s.key, Raw | Float8))
 """The dtypes that an allocation chooses from: ``fp8`` takes as many bytes as ``int8`` and is coarser."""
 
-Table = Sequence[Sequence[Choice]]
+Table = Sequence[Sequence[FittedCodec]]
 
 
 def candidates(geometry: ModelGeometry, backend: Backend | None = None) -> tuple[str, ...]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvbits.calibration.fit import Choice
+from kvbits.calibration.fit import FittedCodec
 
 
-def sensitivity(table: Sequence[Sequence[Choice]]) -> dict[str, dict[str, list[float | None]]]:
+def sensitivity(table: Sequence[Sequence[FittedCodec]]) -> dict[str, dict[str, list[float | None]]]:
     """``{dtype: {"key": [KL of layer 0, 1, ...], "value": [...]}}``, in predicted nats a token, rounded at best.
 
     ``table`` has keys before values, layer after layer; ``None`` stands where a dtype cannot store a layer.

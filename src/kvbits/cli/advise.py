@@ -54,17 +54,17 @@ def advise(
     from kvbits.evaluation.advice import advice, ladder
     from kvbits.evaluation.compare import policies_of
     from kvbits.evaluation.laboratory import Laboratory
-    from kvbits.evaluation.ledger import Ledger
-    from kvbits.evaluation.menu import Sizes
+    from kvbits.evaluation.resume import ResumeCache
+    from kvbits.evaluation.selection import Sizes
     from kvbits.evaluation.survey import survey
 
-    ledger = Ledger(resume)
+    resume_cache = ResumeCache(resume)
     loaded = load(model, "float32", threads, trust_remote_code=trust_remote_code)
     asked = options.named(kv_cache_dtype, kv_policy)
     rungs = ["bf16"] if kv_cache_dtype else ladder(loaded.geometry)
     policies = policies_of(loaded, list(dict.fromkeys([*rungs, *asked])), max(context, window))
     served = load(model, "bfloat16", threads, trust_remote_code=trust_remote_code)
-    laboratory = Laboratory(loaded, policies, ledger, Bar, served=served, served_dtype="bfloat16")
+    laboratory = Laboratory(loaded, policies, resume_cache, Bar, served=served, served_dtype="bfloat16")
     sizes = Sizes(window, windows, task_context=context, samples=samples)
     shape = (min(speed_context, context), min(speed_batch, sessions), new_tokens)
     candidates = survey(laboratory, content, tokens_of(loaded, content), size, context, sizes, shape)

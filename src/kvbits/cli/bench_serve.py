@@ -18,7 +18,7 @@ from kvbits.cli.session import note
 from kvbits.errors import ConfigError
 
 if TYPE_CHECKING:
-    from kvbits.replay.run import Load, Outcome, Prompt
+    from kvbits.replay.run import LoadShape, Outcome, Prompt
     from kvbits.replay.target import Target
     from kvbits.replay.trace import TraceRequest
 
@@ -82,7 +82,7 @@ def bench_serve(
         if value is not None and not value > 0:
             raise ConfigError(f"--{name} is {value}; it must be positive")
     from kvbits.replay.report import parse_goals, summary
-    from kvbits.replay.run import Load
+    from kvbits.replay.run import LoadShape
     from kvbits.replay.target import find_target
     from kvbits.replay.trace import capped, fitting, read_trace
 
@@ -97,7 +97,7 @@ def bench_serve(
     extra: dict[str, Any] = {"temperature": temperature}
     if ignore_eos and any(r.output_tokens for r in requests):
         extra["ignore_eos"] = True
-    load = Load(speed, request_rate, max_concurrency, tuple(extra.items()), timeout, seed)
+    load = LoadShape(speed, request_rate, max_concurrency, tuple(extra.items()), timeout, seed)
     outcome = _run(target, requests, prompts, load)
     figures = summary(outcome, goals)
     title = f"{dataset_path.name}, {len(requests):,} requests to {target.model}"
@@ -139,7 +139,7 @@ CHARACTERS_PER_TOKEN = 4.0
 """Of English text, where the server lends no tokenizer."""
 
 
-def _run(target: Target, requests: list[TraceRequest], prompts: list[Prompt], load: Load) -> Outcome:
+def _run(target: Target, requests: list[TraceRequest], prompts: list[Prompt], load: LoadShape) -> Outcome:
     from tqdm import tqdm
 
     from kvbits.replay.run import replay

@@ -15,8 +15,8 @@ from kvbits.cli.session import Bar, load, machine, note, tokens_of
 
 if TYPE_CHECKING:
     from kvbits.codecs import Policy
+    from kvbits.evaluation.demo import Showing
     from kvbits.evaluation.fidelity import FidelitySummary
-    from kvbits.evaluation.showcase import Showing
     from kvbits.models import LoadedModel
 
 DTYPES = ("bf16", "int8", "int4")
@@ -45,8 +45,8 @@ def demo(
     from kvbits.evaluation.documents import hide_facts
 
     require("plot")
+    from kvbits.evaluation.demo import show
     from kvbits.evaluation.picture import draw
-    from kvbits.evaluation.showcase import show
 
     memory = parse_bytes(kv_cache_memory)
     dtypes = options.cache_dtypes(list(DTYPES), kv_policy)

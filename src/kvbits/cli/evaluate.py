@@ -84,29 +84,29 @@ def evaluate(
     book = content if haystack is None else read_text(haystack)
     from kvbits.evaluation.compare import policies_of
     from kvbits.evaluation.laboratory import Laboratory
-    from kvbits.evaluation.ledger import Ledger
-    from kvbits.evaluation.menu import FIDELITY, LAYERS, Sizes, choose, document, run_menu
-    from kvbits.evaluation.menu import self_check as check
+    from kvbits.evaluation.resume import ResumeCache
+    from kvbits.evaluation.selection import FIDELITY, LAYERS, Sizes, choose, document, run_tasks
+    from kvbits.evaluation.selection import self_check as check
 
-    menu = choose(tasks, text is not None, data_dir)
+    selection = choose(tasks, text is not None, data_dir)
     sizes = Sizes(
         context, windows, task_context, depths, samples, texts, new_tokens, tool_questions, all_positions
     )  # fmt: skip
-    ledger = Ledger(resume)
+    resume_cache = ResumeCache(resume)
     loaded = load(model, dtype, threads, trust_remote_code=trust_remote_code)
     policies = policies_of(loaded, dtypes, context if content is not None else 0)
     tokens = [] if content is None else tokens_of(loaded, content)
-    only_text = set(menu.parts) <= {FIDELITY, LAYERS}
+    only_text = set(selection.parts) <= {FIDELITY, LAYERS}
     again = not only_text and task_dtype != dtype
     served = load(model, task_dtype, threads, trust_remote_code=trust_remote_code) if again else loaded
-    laboratory = Laboratory(loaded, policies, ledger, Bar, dtype, served, task_dtype, max_num_batched_tokens)
-    run_menu(laboratory, menu, tokens, book, sizes)
+    laboratory = Laboratory(loaded, policies, resume_cache, Bar, dtype, served, task_dtype, max_num_batched_tokens)
+    run_tasks(laboratory, selection, tokens, book, sizes)
     rows = laboratory.results()
     from kvbits.cli.tables import print_results
 
     print_results(rows)
     if self_check:
-        checked = check(laboratory, menu, tokens, sizes)
+        checked = check(laboratory, selection, tokens, sizes)
         for row in checked:
             note(f"{row['dtype']}: {row['verdict']}; {'noticed' if row['noticed'] else 'NOT noticed'}")
         rows += checked

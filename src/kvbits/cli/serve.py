@@ -106,7 +106,8 @@ def serve(
 ) -> None:
     """Serve the model over HTTP as OpenAI does; a live page is at /, metrics are at /metrics."""
     require("server")
-    from kvbits.config import EngineConfig, parse_bytes
+    from kvbits.config import parse_bytes
+    from kvbits.engine.config import EngineConfig
     from kvbits.server.hosts import names_of
     from kvbits.server.logs import set_up
     from kvbits.server.options import ServerOptions

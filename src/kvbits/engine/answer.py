@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from kvbits.engine.live import Live
 from kvbits.engine.outputs import Delta
+from kvbits.engine.request_state import RequestState
 from kvbits.engine.sampler import Sampled, report, sample
-from kvbits.engine.scheduler import Work
+from kvbits.engine.scheduler import ScheduledRequest
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class Answer:
         return max(len(self.deltas) - 1, 0)
 
 
-def answer(works: Sequence[Work], logits: Tensor, lives: Mapping[int, Live]) -> list[Answer]:
+def answer(works: Sequence[ScheduledRequest], logits: Tensor, states: Mapping[int, RequestState]) -> list[Answer]:
     """Choose the tokens of each work and append them to its sequence; ``logits`` float32 ``[outputs, vocab]``.
 
     What fails for one sequence is its own error.
@@ -45,25 +45,25 @@ def answer(works: Sequence[Work], logits: Tensor, lives: Mapping[int, Live]) -> 
     for index, work in enumerate(works):
         parts[index] = logits[row : row + work.outputs]
         row += work.outputs
-        live = lives[work.request.seq_id]
-        if live.prompt_logprobs is not None and work.outputs:
+        state = states[work.request.seq_id]
+        if state.prompt_logprobs is not None and work.outputs:
             with _own_error(answers[index]):
-                _report_prompt(live, work, parts[index])
+                _report_prompt(state, work, parts[index])
         if work.samples and not work.draft:
             single[index] = row - 1
     if single:
         rows = list(single.values())
-        plain = [lives[works[index].request.seq_id].sampling for index in single]
+        plain = [states[works[index].request.seq_id].sampling for index in single]
         chosen = dict(zip(single, sample(logits if len(rows) == row else logits[rows], plain), strict=True))
     for index, work in enumerate(works):
-        found, live = answers[index], lives[work.request.seq_id]
+        found, state = answers[index], states[work.request.seq_id]
         if not work.samples or found.error is not None:
             continue
         with _own_error(found):
             if work.draft:
-                _verify(found, live, work.draft, parts[index])
+                _verify(found, state, work.draft, parts[index])
             else:
-                _extend(found, live, chosen[index])
+                _extend(found, state, chosen[index])
     return answers
 
 
@@ -77,7 +77,7 @@ def _own_error(found: Answer) -> Iterator[None]:
         found.error = f"{type(error).__name__}: {error}"
 
 
-def _verify(found: Answer, live: Live, draft: Sequence[int], logits: Tensor) -> None:
+def _verify(found: Answer, state: RequestState, draft: Sequence[int], logits: Tensor) -> None:
     """Choose token after token, each as it would be without a draft, as long as the draft has foreseen it.
 
     For a fixed guess this is rejection sampling: a token is kept with the probability that the model gives it, and what
@@ -85,26 +85,26 @@ def _verify(found: Answer, live: Live, draft: Sequence[int], logits: Tensor) -> 
     random number, the answer is even the same as without speculation. ``logits``: the last ``len(draft) + 1`` rows.
     """
     logits = logits[-len(draft) - 1 :]
-    ahead = sample(logits, [live.sampling] * len(logits)) if live.request.params.plain_greedy else None
+    ahead = sample(logits, [state.sampling] * len(logits)) if state.request.params.plain_greedy else None
     for row in range(len(logits)):
-        sampled = ahead[row] if ahead is not None else sample(logits[row : row + 1], [live.sampling])[0]
-        _extend(found, live, sampled)
-        if found.error is not None or live.request.finished or row == len(draft) or sampled.token != draft[row]:
+        sampled = ahead[row] if ahead is not None else sample(logits[row : row + 1], [state.sampling])[0]
+        _extend(found, state, sampled)
+        if found.error is not None or state.request.finished or row == len(draft) or sampled.token != draft[row]:
             break
 
 
-def _extend(found: Answer, live: Live, sampled: Sampled) -> None:
+def _extend(found: Answer, state: RequestState, sampled: Sampled) -> None:
     if sampled.error is not None:
         found.error = sampled.error
     else:
-        found.deltas.append(live.accept(sampled.token, sampled.logprobs))
+        found.deltas.append(state.accept(sampled.token, sampled.logprobs))
 
 
-def _report_prompt(live: Live, work: Work, logits: Tensor) -> None:
+def _report_prompt(state: RequestState, work: ScheduledRequest, logits: Tensor) -> None:
     """Add the log-probabilities of the prompt tokens that ``logits`` predict, each once."""
-    assert live.prompt_logprobs is not None
-    prompt, count = live.request.prompt, live.request.params.prompt_logprobs or 0
-    for offset in range(len(live.prompt_logprobs) - 1 - work.start, len(logits)):
+    assert state.prompt_logprobs is not None
+    prompt, count = state.request.prompt, state.request.params.prompt_logprobs or 0
+    for offset in range(len(state.prompt_logprobs) - 1 - work.start, len(logits)):
         position = work.start + offset + 1
         if offset >= 0 and position < len(prompt):
-            live.prompt_logprobs.append(report(logits[offset], prompt[position], count))
+            state.prompt_logprobs.append(report(logits[offset], prompt[position], count))

@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
-from kvbits.engine.limits import Limits
+from kvbits.engine.limits import RequestLimits
 from kvbits.engine.text import encode_rendered
 from kvbits.errors import RequestError
 from kvbits.models import LoadedModel
@@ -32,7 +32,7 @@ _SLACK = 1024
 class Encoder:
     """The tokenizer of one model. ``limits`` are the engine's."""
 
-    def __init__(self, loaded: LoadedModel, limits: Limits) -> None:
+    def __init__(self, loaded: LoadedModel, limits: RequestLimits) -> None:
         self._loaded = loaded
         self._limits = limits
         self._lock = threading.Lock()

@@ -13,19 +13,19 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
-from kvbits.config import EngineConfig
 from kvbits.engine.answer import Answer, answer
 from kvbits.engine.batch import Piece, build
-from kvbits.engine.live import Live
+from kvbits.engine.config import EngineConfig
+from kvbits.engine.model_runner import ModelRunner
 from kvbits.engine.outputs import Delta
 from kvbits.engine.params import SamplingParams
 from kvbits.engine.request import FinishReason, Request
-from kvbits.engine.runner import Runner
-from kvbits.engine.scheduler import Plan, Scheduler, Work
+from kvbits.engine.request_state import RequestState
+from kvbits.engine.scheduler import ScheduledRequest, Scheduler, SchedulerOutput
 from kvbits.engine.setup import check_invariance, context_of, limits_of, pages_of, policy_of
 from kvbits.engine.speculation import SpeculativeConfig, Speculator
 from kvbits.engine.speculation.methods import proposer_of
-from kvbits.engine.stats import EngineStats, Load
+from kvbits.engine.stats import EngineLoad, EngineStats
 from kvbits.engine.text import decoder, end_tokens
 from kvbits.errors import RequestError
 from kvbits.kernels import Backend, choose_backend
@@ -35,7 +35,7 @@ from kvbits.pool import PagedPool
 
 log = logging.getLogger(__name__)
 
-MakeRunner = Callable[[LoadedModel, PagedPool, PageManager, Backend], Runner]
+MakeRunner = Callable[[LoadedModel, PagedPool, PageManager, Backend], ModelRunner]
 
 
 class Engine:
@@ -53,7 +53,7 @@ class Engine:
         config: EngineConfig | None = None,
         backend: Backend | str | None = None,
         speculative: SpeculativeConfig | None = None,
-        runner: MakeRunner = Runner,
+        runner: MakeRunner = ModelRunner,
     ) -> None:
         self.loaded = loaded
         self.config = config = config or EngineConfig()
@@ -74,8 +74,8 @@ class Engine:
             self.stats.seconds["draft"] = 0.0
         self._decode = decoder(loaded)
         self._ends = end_tokens(loaded)
-        self._groups: dict[str, list[Live]] = {}
-        self._live: dict[int, Live] = {}
+        self._groups: dict[str, list[RequestState]] = {}
+        self._states: dict[int, RequestState] = {}
         self._pending: list[Delta] = []
         self._next = 0
 
@@ -104,7 +104,7 @@ class Engine:
         self.limits.check_prompt(prompt, room=1)
         self.limits.check_params(params)
         deadline = None if timeout is None else time.monotonic() + timeout
-        group: list[Live] = []
+        group: list[RequestState] = []
         shared, salted = list(prompt), salt.encode()
         for index in range(params.n):
             request = Request(
@@ -119,31 +119,31 @@ class Engine:
                 leader=group[0].request if group else None,
                 deadline=deadline,
             )
-            group.append(Live(request, self._decode, self._ends, self.max_model_len))
+            group.append(RequestState(request, self._decode, self._ends, self.max_model_len))
         # All of them, or none.
-        for live in group:
-            self._live[live.request.seq_id] = live
-            self.scheduler.add(live.request)
+        for state in group:
+            self._states[state.request.seq_id] = state
+            self.scheduler.add(state.request)
         self._groups[request_id] = group
         return request_id
 
     def abort(self, request_id: str) -> None:
         """End a request; its pages are free at once. Its last delta comes from the next step. Unknown ids are fine."""
-        for live in list(self._groups.get(request_id, ())):
-            self._pending.append(self._end(live, FinishReason.ABORT))
+        for state in list(self._groups.get(request_id, ())):
+            self._pending.append(self._end(state, FinishReason.ABORT))
 
     def has_unfinished(self) -> bool:
         """Whether :meth:`step` has anything left to do or to say."""
-        return bool(self._live or self._pending)
+        return bool(self._states or self._pending)
 
     def is_unfinished(self, request_id: str) -> bool:
         """Whether any sequence of a request is still to end."""
         return request_id in self._groups
 
-    def load(self) -> Load:
+    def load(self) -> EngineLoad:
         """Sequences and frames at this moment."""
         scheduler = self.scheduler
-        return Load(
+        return EngineLoad(
             len(scheduler.running),
             len(scheduler.waiting),
             self.pool.num_frames,
@@ -159,7 +159,7 @@ class Engine:
         deltas += self._expire()
         if self.speculator is not None:
             with self.stats.timed("draft"):
-                self.speculator.propose(self.scheduler.decoding(), self._live)
+                self.speculator.propose(self.scheduler.decoding(), self._states)
         begin = time.perf_counter()
         with self.stats.timed("schedule"):
             plan = self._schedule(deltas)
@@ -173,7 +173,7 @@ class Engine:
             return deltas + self._recover(plan.works, error)
         with self.stats.timed("sample"):
             try:
-                answers = answer(plan.works, logits, self._live)
+                answers = answer(plan.works, logits, self._states)
             except Exception as caught:
                 log.exception("no token could be chosen in a step of %d requests", len(plan.works))
                 return deltas + self._recover(plan.works, f"{type(caught).__name__}: {caught}")
@@ -204,27 +204,27 @@ class Engine:
         self._next += 1
         return self._next - 1
 
-    def _end(self, live: Live, reason: FinishReason, error: str | None = None) -> Delta:
-        delta = live.finish(reason, error)
-        self._forget(live)
+    def _end(self, state: RequestState, reason: FinishReason, error: str | None = None) -> Delta:
+        delta = state.finish(reason, error)
+        self._forget(state)
         return delta
 
-    def _forget(self, live: Live) -> None:
+    def _forget(self, state: RequestState) -> None:
         """Free the pages of a sequence that ends."""
-        request = live.request
+        request = state.request
         reason = str(request.finish_reason)
         self.stats.finished[reason] = self.stats.finished.get(reason, 0) + 1
         self.scheduler.remove(request)
         if self.speculator is not None:
             self.speculator.forget(request)
-        del self._live[request.seq_id]
+        del self._states[request.seq_id]
         group = self._groups[request.group]
-        group.remove(live)
+        group.remove(state)
         if not group:
             del self._groups[request.group]
 
     def _expire(self) -> list[Delta]:
-        late = [v for v in self._live.values() if v.request.deadline is not None]
+        late = [v for v in self._states.values() if v.request.deadline is not None]
         if not late:
             return []
         now = time.monotonic()
@@ -235,7 +235,7 @@ class Engine:
             if v.request.deadline is not None and v.request.deadline <= now
         ]
 
-    def _schedule(self, deltas: list[Delta]) -> Plan:
+    def _schedule(self, deltas: list[Delta]) -> SchedulerOutput:
         """The next step's plan, an empty one where planning fails. A request that cannot be planned alone ends."""
         suspect = self.scheduler.suspect()
         try:
@@ -243,24 +243,24 @@ class Engine:
         except Exception as error:
             log.exception("a step could not be planned")
             # Wherever the plan broke off, some may stand in no queue, and some may hold pages for rows that never come.
-            for live in list(self._live.values()):
-                self.scheduler.requeue(live.request)
-                live.request.suspect = live.request.suspect or suspect is None
+            for state in list(self._states.values()):
+                self.scheduler.requeue(state.request)
+                state.request.suspect = state.request.suspect or suspect is None
             if suspect is not None:
                 message = f"no step could be planned for this request: {type(error).__name__}: {error}"
-                deltas.append(self._end(self._live[suspect.seq_id], FinishReason.ERROR, message))
-            return Plan()
+                deltas.append(self._end(self._states[suspect.seq_id], FinishReason.ERROR, message))
+            return SchedulerOutput()
 
-    def _settle(self, plan: Plan) -> list[Delta]:
+    def _settle(self, plan: SchedulerOutput) -> list[Delta]:
         """Account for what the scheduler decided besides the work itself."""
         self.stats.preemptions += len(plan.preempted)
         deltas = []
         for request in plan.exhausted:
             request.note = f"the KV cache of {self.config.kv_cache_memory} bytes is full"
-            deltas.append(self._end(self._live[request.seq_id], FinishReason.LENGTH))
+            deltas.append(self._end(self._states[request.seq_id], FinishReason.LENGTH))
         return deltas
 
-    def _forward(self, works: Sequence[Work]) -> tuple[Tensor | None, str]:
+    def _forward(self, works: Sequence[ScheduledRequest]) -> tuple[Tensor | None, str]:
         """Logits of the step, or ``None`` and what went wrong."""
         pieces = [Piece(w.request.seq_id, w.start, w.tokens, w.outputs) for w in works]
         try:
@@ -270,20 +270,20 @@ class Engine:
             log.exception("a step of %d requests failed", len(works))
             return None, f"{type(error).__name__}: {error}"
 
-    def _recover(self, works: Sequence[Work], error: str) -> list[Delta]:
+    def _recover(self, works: Sequence[ScheduledRequest], error: str) -> list[Delta]:
         """After a failed step: its only request ends; of several, each is tried again alone."""
         if len(works) == 1:
             message = f"the model failed on this request: {error}"
-            return [self._end(self._live[works[0].request.seq_id], FinishReason.ERROR, message)]
+            return [self._end(self._states[works[0].request.seq_id], FinishReason.ERROR, message)]
         for work in works:
             work.request.suspect = True
             self.scheduler.requeue(work.request)
         return []
 
-    def _commit(self, work: Work, found: Answer) -> list[Delta]:
+    def _commit(self, work: ScheduledRequest, found: Answer) -> list[Delta]:
         """Record what the step stored and keeps, and the tokens that it brought."""
         request = work.request
-        live = self._live[request.seq_id]
+        state = self._states[request.seq_id]
         end = work.start + work.count + found.accepted
         try:
             self.pages.commit(request.seq_id, request.tokens[work.start : end])
@@ -299,7 +299,7 @@ class Engine:
             self.stats.cached_tokens += request.cached or 0
         self.stats.generated_tokens += len(found.deltas)
         if request.finished:
-            self._forget(live)
+            self._forget(state)
         elif found.error is not None:
-            return [*found.deltas, self._end(live, FinishReason.ERROR, found.error)]
+            return [*found.deltas, self._end(state, FinishReason.ERROR, found.error)]
         return found.deltas

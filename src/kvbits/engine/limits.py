@@ -10,7 +10,7 @@ from kvbits.errors import RequestError
 
 
 @dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     """What one request may use: ``context`` tokens of the model, ``pool`` tokens of the cache of ``memory`` bytes."""
 
     vocab: int

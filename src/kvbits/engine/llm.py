@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbits.codecs import Policy
-from kvbits.config import EngineConfig
+from kvbits.engine.config import EngineConfig
 from kvbits.engine.engine import Engine
 from kvbits.engine.outputs import CompletionOutput, Delta, RequestOutput
 from kvbits.engine.params import SamplingParams

@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from kvbits.config import EngineConfig
+from kvbits.engine.config import EngineConfig
 from kvbits.errors import ConfigError
 from kvbits.memory import check_disk, check_host
 from kvbits.pages import SecondTier

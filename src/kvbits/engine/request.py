@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from kvbits.engine.params import SamplingParams
 
 
-class RequestState(enum.Enum):
+class RequestStatus(enum.Enum):
     """Where a request stands."""
 
     WAITING = "waiting"
@@ -52,7 +52,7 @@ class Request:
     client: str = ""
     leader: Request | None = None
     deadline: float | None = None
-    state: RequestState = RequestState.WAITING
+    status: RequestStatus = RequestStatus.WAITING
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
     cached: int | None = None
@@ -88,7 +88,7 @@ class Request:
 
     @property
     def finished(self) -> bool:
-        return self.state is RequestState.FINISHED
+        return self.status is RequestStatus.FINISHED
 
     @property
     def ready(self) -> bool:
@@ -98,6 +98,6 @@ class Request:
 
     def finish(self, reason: FinishReason, error: str | None = None) -> None:
         """Mark the request as ended."""
-        self.state = RequestState.FINISHED
+        self.status = RequestStatus.FINISHED
         self.finish_reason = reason
         self.error = error

@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 
 from kvbits.config import MIN_PREFILL, OVERTAKEN, WATERMARK
 from kvbits.engine.drafts import DraftRoom
-from kvbits.engine.request import Request, RequestState
+from kvbits.engine.request import Request, RequestStatus
 from kvbits.engine.shares import Shares
 from kvbits.pages import PageManager
 
 
 @dataclass(frozen=True)
-class Work:
+class ScheduledRequest:
     """``count`` tokens of ``request`` after its ``start`` stored ones, and then the guessed ``draft``.
 
     The last ``outputs`` rows need logits: those of the draft, the one before it where ``samples`` (the next token can
@@ -46,10 +46,10 @@ class Work:
 
 
 @dataclass
-class Plan:
+class SchedulerOutput:
     """One step. ``exhausted`` are requests that no longer fit the pool even alone; their frames are already free."""
 
-    works: list[Work] = field(default_factory=list)
+    works: list[ScheduledRequest] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)
     exhausted: list[Request] = field(default_factory=list)
 
@@ -94,9 +94,9 @@ class Scheduler:
         """The request that has the next step to itself."""
         return next((r for r in [*self.running, *self.waiting] if r.suspect), None)
 
-    def schedule(self) -> Plan:
+    def schedule(self) -> SchedulerOutput:
         """Reserve frames for the next step and say what it computes."""
-        plan = Plan()
+        plan = SchedulerOutput()
         scheduled: set[int] = set()
         suspect = self.suspect()
         if suspect is not None:
@@ -107,7 +107,7 @@ class Scheduler:
         room = DraftRoom(self.pages, decodes, self.max_num_batched_tokens - len(decodes))
         rows = 0
         for request in decodes:
-            if request.state is RequestState.RUNNING:
+            if request.status is RequestStatus.RUNNING:
                 draft = room.take(request)
                 rows += self._advance(request, 1, plan, scheduled, draft) + len(draft)
         budget = max(self.max_num_batched_tokens - rows, min(MIN_PREFILL, self.max_num_batched_tokens))
@@ -120,7 +120,7 @@ class Scheduler:
         elif prefills:
             budget -= self._overtake(prefills[0], budget // 2, plan, scheduled)
         for request in prefills:
-            if budget > 0 and request.state is RequestState.RUNNING and request.seq_id not in scheduled:
+            if budget > 0 and request.status is RequestStatus.RUNNING and request.seq_id not in scheduled:
                 budget -= self._advance(request, min(budget, request.remaining), plan, scheduled)
         if not plan.preempted:
             self._admit([r for r in self.waiting if r not in given_up], budget, plan, scheduled)
@@ -178,7 +178,7 @@ class Scheduler:
         full = len(self.running) >= self.max_num_seqs
         if not victims or not (full or self._frames_for(head, rival, victims)):
             return [], None
-        plan = Plan()
+        plan = SchedulerOutput()
         self._preempt(victims[0], plan)
         self._blocked = None
         return plan.preempted, head
@@ -203,7 +203,7 @@ class Scheduler:
                 return True
         return False
 
-    def _overtake(self, first: Request, budget: int, plan: Plan, scheduled: set[int]) -> int:
+    def _overtake(self, first: Request, budget: int, plan: SchedulerOutput, scheduled: set[int]) -> int:
         """Let prompts much shorter than the rest of ``first``'s go before it; returns the tokens planned for them.
 
         ``first`` keeps half of the step and the frames for it, so it is never delayed by more than a factor of two.
@@ -212,14 +212,14 @@ class Scheduler:
             return 0
         longest, used = first.remaining // OVERTAKEN, 0
         for request in [r for r in self.running if r.priority <= first.priority and 1 < r.remaining <= longest]:
-            if used < budget and request.state is RequestState.RUNNING:
+            if used < budget and request.status is RequestStatus.RUNNING:
                 used += self._advance(request, min(budget - used, request.remaining), plan, scheduled)
         if not plan.preempted:
             short = [r for r in self.waiting if r.priority <= first.priority and len(r.tokens) <= longest]
             used += self._admit(short, budget - used, plan, scheduled)
         return used
 
-    def _alone(self, request: Request, plan: Plan, scheduled: set[int]) -> None:
+    def _alone(self, request: Request, plan: SchedulerOutput, scheduled: set[int]) -> None:
         """A step for one request, which must find out whether it was the one that failed."""
         while request not in self.running and not self._open(request, plan):
             if not self.running:
@@ -235,15 +235,15 @@ class Scheduler:
             self.running.remove(request)
         if request.seq_id in self.pages.sequences():
             self.pages.free(request.seq_id)
-        if request.state is RequestState.RUNNING:
-            request.state = RequestState.PREEMPTED
+        if request.status is RequestStatus.RUNNING:
+            request.status = RequestStatus.PREEMPTED
             request.preemptions += 1
         request.computed = 0
         if request not in self.waiting:
             self.add(request)
 
     def _advance(
-        self, request: Request, count: int, plan: Plan, scheduled: set[int], draft: tuple[int, ...] = ()
+        self, request: Request, count: int, plan: SchedulerOutput, scheduled: set[int], draft: tuple[int, ...] = ()
     ) -> int:
         """Plan ``count`` tokens of a running request, and ``draft`` after them; returns how many were planned."""
         if not self._make_room(request, count, plan, scheduled):
@@ -263,13 +263,13 @@ class Scheduler:
         return count
 
     @staticmethod
-    def _work(request: Request, count: int, draft: tuple[int, ...]) -> Work:
+    def _work(request: Request, count: int, draft: tuple[int, ...]) -> ScheduledRequest:
         whole = request.params.prompt_logprobs is not None and request.num_output == 0
         samples = request.computed + count == len(request.tokens)
         outputs = (count if whole else int(samples)) + len(draft)
-        return Work(request, request.computed, count, outputs, samples, draft)
+        return ScheduledRequest(request, request.computed, count, outputs, samples, draft)
 
-    def _make_room(self, request: Request, count: int, plan: Plan, scheduled: Iterable[int]) -> bool:
+    def _make_room(self, request: Request, count: int, plan: SchedulerOutput, scheduled: Iterable[int]) -> bool:
         """Preempt requests of lower rank that this step has not planned yet until ``count`` tokens fit."""
         while self.pages.frames_needed(request.seq_id, count) > self.pages.available():
             victim = self._victim(request, scheduled)
@@ -291,16 +291,16 @@ class Scheduler:
         others = (r for r in self.running if r.seq_id not in scheduled and place(r) > place(request))
         return max(others, key=place, default=None)
 
-    def _preempt(self, request: Request, plan: Plan) -> None:
+    def _preempt(self, request: Request, plan: SchedulerOutput) -> None:
         self.running.remove(request)
         self.pages.free(request.seq_id)
-        request.state = RequestState.PREEMPTED
+        request.status = RequestStatus.PREEMPTED
         request.computed = 0
         request.preemptions += 1
         self.add(request)
         plan.preempted.append(request)
 
-    def _admit(self, requests: Iterable[Request], budget: int, plan: Plan, scheduled: set[int]) -> int:
+    def _admit(self, requests: Iterable[Request], budget: int, plan: SchedulerOutput, scheduled: set[int]) -> int:
         """Start waiting ``requests``, in order, while budget, seats and frames last; returns the tokens planned."""
         used = 0
         left = [r for r in requests if r.ready]
@@ -316,7 +316,7 @@ class Scheduler:
             used += self._advance(request, min(budget - used, request.remaining), plan, scheduled)
         return used
 
-    def _open(self, request: Request, plan: Plan) -> bool:
+    def _open(self, request: Request, plan: SchedulerOutput) -> bool:
         """Give ``request`` the pages that the prefix cache has of it, and a seat, if the rest would fit too."""
         promised = self._promised(plan)
         state = (request.seq_id, self.pages.available() - promised)
@@ -336,12 +336,12 @@ class Scheduler:
         request.computed = cached
         if request.cached is None:
             request.cached = cached
-        request.state = RequestState.RUNNING
+        request.status = RequestStatus.RUNNING
         self.waiting.remove(request)
         insort(self.running, request, key=_rank)
         return True
 
-    def _promised(self, plan: Plan) -> int:
+    def _promised(self, plan: SchedulerOutput) -> int:
         """Frames that prompts under way will take after this step; what the step itself takes is reserved already."""
         planned = {work.request.seq_id: work.count for work in plan.works}
         need = self.pages.frames_needed

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from kvbits.codecs import Policy
-from kvbits.config import EngineConfig
-from kvbits.engine.limits import Limits
+from kvbits.engine.config import EngineConfig
+from kvbits.engine.limits import RequestLimits
 from kvbits.engine.offload import tier_of
 from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.kernels import Backend
@@ -81,7 +81,7 @@ def pages_of(pool: PagedPool, loaded: LoadedModel, config: EngineConfig) -> Page
     )
 
 
-def limits_of(pool: PagedPool, context: int, config: EngineConfig) -> Limits:
+def limits_of(pool: PagedPool, context: int, config: EngineConfig) -> RequestLimits:
     """What one request may use when it has the pool to itself."""
     longest = pool.layout.longest_context(pool.buffer.nbytes)
-    return Limits(pool.geometry.vocab_size, context, longest, config.kv_cache_memory)
+    return RequestLimits(pool.geometry.vocab_size, context, longest, config.kv_cache_memory)

@@ -40,7 +40,7 @@ class EngineStats:
 
 
 @dataclass(frozen=True)
-class Load:
+class EngineLoad:
     """The engine at one moment: sequences by state and by client, and frames of the pool."""
 
     running: int

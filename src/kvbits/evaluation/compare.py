@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from kvbits.codecs import Policy, PoolLayout
-from kvbits.config import EngineConfig
+from kvbits.engine.config import EngineConfig
 from kvbits.engine.engine import Engine, MakeRunner
-from kvbits.engine.runner import Runner
+from kvbits.engine.model_runner import ModelRunner
 from kvbits.engine.speculation import SpeculativeConfig
 from kvbits.errors import ConfigError
 from kvbits.evaluation.fidelity import Fidelity, FidelitySummary
@@ -161,7 +161,7 @@ def engine_for(
     max_num_batched_tokens: int = 512,
     backend: Backend | None = None,
     speculative: SpeculativeConfig | None = None,
-    runner: MakeRunner = Runner,
+    runner: MakeRunner = ModelRunner,
 ) -> Engine:
     """An engine without prefix caching whose pool is made to measure for ``sequences`` of ``tokens`` tokens."""
     config = EngineConfig(

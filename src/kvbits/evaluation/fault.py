@@ -35,7 +35,7 @@ class Faulty(Backend):
         output = self._backend.forward(view, batch, query, key, value, sinks)
         for start, count, frames in zip(batch.starts, batch.counts, batch.sealed, strict=True):
             first, end = int(start) // PAGE_TOKENS, int(start + count) // PAGE_TOKENS
-            for frame in frames[max(first, 1 if view.sink else 0) : end]:
+            for frame in frames[max(first, 1 if view.first_page else 0) : end]:
                 _spoil(view, int(frame))
         return output
 

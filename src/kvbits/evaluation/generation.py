@@ -10,13 +10,13 @@ import torch
 
 import kvbits
 from kvbits.codecs import Policy
-from kvbits.config import EngineConfig
+from kvbits.engine.config import EngineConfig
 from kvbits.engine.engine import Engine
 from kvbits.engine.params import SamplingParams
 from kvbits.evaluation.compare import REFERENCE, engine_for, pool_bytes
 from kvbits.evaluation.drive import drive
-from kvbits.evaluation.ledger import Ledger, key_of
 from kvbits.evaluation.repetition import distinct, divergence, loop_length, repeated
+from kvbits.evaluation.resume import ResumeCache, key_of
 from kvbits.models import LoadedModel
 
 Mode = Literal["greedy", "drawn"]
@@ -50,7 +50,7 @@ def write(
     policy: Policy,
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
-    ledger: Ledger,
+    resume_cache: ResumeCache,
     compute_dtype: str = "float32",
     max_num_batched_tokens: int = 512,
     progress: Callable[[int], None] = lambda tokens: None,
@@ -63,11 +63,11 @@ def write(
     where = [kvbits.__version__, loaded.fingerprint, policy.name, compute_dtype]
     content = [list(map(list, prompts)), new_tokens, TEMPERATURE]
     key = key_of("generation", *where, content)
-    if key not in ledger:
-        ledger.put(key, _continue(loaded, policy, prompts, new_tokens, max_num_batched_tokens, progress))
+    if key not in resume_cache:
+        resume_cache.put(key, _continue(loaded, policy, prompts, new_tokens, max_num_batched_tokens, progress))
     else:
         progress(2 * sum(len(prompt) + new_tokens for prompt in prompts))
-    texts: dict[str, list[int]] = ledger[key]
+    texts: dict[str, list[int]] = resume_cache[key]
     scorer: Engine | None = None
     found = []
     for index, prompt in enumerate(prompts):
@@ -75,13 +75,13 @@ def write(
             tokens = texts[f"{mode}-{index}"]
             whole = [*prompt, *tokens]
             own = key_of("score", kvbits.__version__, loaded.fingerprint, compute_dtype, len(prompt), whole)
-            if own not in ledger:
+            if own not in resume_cache:
                 scorer = scorer or engine_for(
                     loaded, loaded.policy(REFERENCE), 1, len(prompt) + new_tokens, max_num_batched_tokens
                 )
-                ledger.put(own, _nll(scorer, whole, len(prompt)))
+                resume_cache.put(own, _nll(scorer, whole, len(prompt)))
             progress(len(whole))
-            found.append(Written(index, mode, tuple(tokens), ledger[own]))
+            found.append(Written(index, mode, tuple(tokens), resume_cache[own]))
     return found
 
 

@@ -18,8 +18,8 @@ from kvbits.evaluation.fidelity import Fidelity
 from kvbits.evaluation.findings import Finding
 from kvbits.evaluation.generation import write
 from kvbits.evaluation.layers import layer_errors, measure_layers
-from kvbits.evaluation.ledger import Ledger, key_of
 from kvbits.evaluation.probes import Probe, ask
+from kvbits.evaluation.resume import ResumeCache, key_of
 from kvbits.evaluation.toolcalls import Case, call_tools
 from kvbits.evaluation.verdict import Level, Measure, Verdict, dominated, judge
 from kvbits.kernels import Backend, default_backend
@@ -48,7 +48,7 @@ class Laboratory:
 
     loaded: LoadedModel
     policies: Sequence[Policy]
-    ledger: Ledger
+    resume_cache: ResumeCache
     bar: Bar
     compute_dtype: str = "float32"
     served: LoadedModel | None = None
@@ -69,13 +69,13 @@ class Laboratory:
         with self.bar(context * len(windows) * len(self._all), "fidelity") as advance:
             for window in windows:
                 keys = {p.label: self._key("fidelity", p, first, list(window)) for p in self.policies}
-                if all(key in self.ledger for key in keys.values()):
+                if all(key in self.resume_cache for key in keys.values()):
                     advance(context * len(self._all))
                 else:
                     for dtype, record in side_by_side.run(window, first, advance).items():
-                        self.ledger.put(keys[dtype], record.as_json())
+                        self.resume_cache.put(keys[dtype], record.as_json())
                 for dtype in self.dtypes:
-                    records[dtype].extend(Fidelity.from_json(self.ledger[keys[dtype]]))
+                    records[dtype].extend(Fidelity.from_json(self.resume_cache[keys[dtype]]))
         for dtype in self.dtypes:
             result = self.fidelity[dtype] = side_by_side.result(dtype, records[dtype], len(windows))
             scored = result.fidelity.since(context // 2)
@@ -91,15 +91,15 @@ class Laboratory:
         with self.bar(sum(map(len, windows)), "layers") as advance:
             for window in windows:
                 keys = {p.label: self._key("layers", p, list(window)) for p in self.policies}
-                if all(key in self.ledger for key in keys.values()):
+                if all(key in self.resume_cache for key in keys.values()):
                     advance(len(window))
                 else:
                     step = self.max_num_batched_tokens
                     found = measure_layers(self.loaded, self.policies, window, step, advance, self._backend)
                     for dtype, sums in found.items():
-                        self.ledger.put(keys[dtype], sums.as_json())
+                        self.resume_cache.put(keys[dtype], sums.as_json())
                 for dtype in self.dtypes:
-                    parts[dtype].append(self.ledger[keys[dtype]])
+                    parts[dtype].append(self.resume_cache[keys[dtype]])
         for dtype in self.dtypes:
             if dtype != REFERENCE:
                 self._add(dtype, "by_layer", findings.of_layers(layer_errors(parts[dtype])))
@@ -109,7 +109,9 @@ class Laboratory:
         total = sum(len(p.prompt) for p in probes)
         with self.bar(total * len(self._all), task) as advance:
             answers = {
-                d: ask(self._served, p, probes, self.ledger, self.served_dtype, self.max_num_batched_tokens, advance)
+                d: ask(
+                    self._served, p, probes, self.resume_cache, self.served_dtype, self.max_num_batched_tokens, advance
+                )
                 for d, p in self._all.items()
             }
         for dtype in self.dtypes:
@@ -123,8 +125,8 @@ class Laboratory:
         with self.bar(total, "generation") as advance:
             texts = {
                 d: write(
-                    self._served, p, prompts, new_tokens, self.ledger, self.served_dtype, self.max_num_batched_tokens,
-                    advance,
+                    self._served, p, prompts, new_tokens, self.resume_cache, self.served_dtype,
+                    self.max_num_batched_tokens, advance,
                 )
                 for d, p in self._all.items()
             }  # fmt: skip
@@ -137,7 +139,7 @@ class Laboratory:
         with self.bar(total * len(self._all), "tools") as advance:
             calls = {
                 d: call_tools(
-                    self._served, p, cases, self.ledger, self.served_dtype, self.max_num_batched_tokens, advance
+                    self._served, p, cases, self.resume_cache, self.served_dtype, self.max_num_batched_tokens, advance
                 )
                 for d, p in self._all.items()
             }

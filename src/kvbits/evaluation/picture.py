@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kvbits.evaluation.showcase import Showing
+from kvbits.evaluation.demo import Showing
 
 _COLOURS = ("#8a8f98", "#3b78b8", "#2a9d6f", "#c8763a", "#8b5fbf")
 

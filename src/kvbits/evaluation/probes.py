@@ -9,13 +9,13 @@ from typing import Any
 
 import kvbits
 from kvbits.codecs import Policy
-from kvbits.config import EngineConfig
+from kvbits.engine.config import EngineConfig
 from kvbits.engine.engine import Engine
 from kvbits.engine.outputs import Delta
 from kvbits.errors import RequestError
 from kvbits.evaluation.compare import REFERENCE, pool_bytes
 from kvbits.evaluation.forced import forced
-from kvbits.evaluation.ledger import Ledger, key_of
+from kvbits.evaluation.resume import ResumeCache, key_of
 from kvbits.models import LoadedModel
 
 _TOGETHER = 8
@@ -53,15 +53,15 @@ def ask(
     loaded: LoadedModel,
     policy: Policy,
     probes: Sequence[Probe],
-    ledger: Ledger,
+    resume_cache: ResumeCache,
     compute_dtype: str = "float32",
     max_num_batched_tokens: int = 512,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> list[Answered]:
     """Ask every probe, document after document, through the real engine with prefix caching.
 
-    Documents that ``ledger`` knows are not run again. ``progress`` is told prompt tokens done since its last call.
-    Raises ``RequestError`` when a probe does not fit the model.
+    Documents that ``resume_cache`` knows are not run again. ``progress`` is told prompt tokens done since its last
+    call. Raises ``RequestError`` when a probe does not fit the model.
     """
     engine: Engine | None = None
     found: list[Answered] = []
@@ -69,11 +69,11 @@ def ask(
         group = list(members)
         content = [[p.prompt, p.gold] for p in group]
         key = key_of("probes", kvbits.__version__, loaded.fingerprint, policy.name, compute_dtype, document, content)
-        if key not in ledger:
+        if key not in resume_cache:
             engine = engine or _engine(loaded, policy, probes, max_num_batched_tokens)
-            ledger.put(key, _ask_document(engine, group))
+            resume_cache.put(key, _ask_document(engine, group))
         progress(sum(len(p.prompt) for p in group))
-        for probe, (logprob, exact) in zip(group, ledger[key], strict=True):
+        for probe, (logprob, exact) in zip(group, resume_cache[key], strict=True):
             found.append(Answered(probe.task, probe.document, probe.labels, len(probe.gold), logprob, exact))
     return found
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from kvbits.codecs import PoolLayout
 from kvbits.evaluation.advice import Candidate
 from kvbits.evaluation.laboratory import Laboratory
-from kvbits.evaluation.menu import FIDELITY, LAYERS, Sizes, choose, run_menu
+from kvbits.evaluation.selection import FIDELITY, LAYERS, Sizes, choose, run_tasks
 from kvbits.evaluation.speed import distinct_prompts, longest_sequence, measure_speed
 
 TASKS = ("needle", "kv-retrieval")
@@ -29,7 +29,7 @@ def survey(
     batch and number of decode steps that are timed. Raises ``ConfigError`` when the text is too short or a context too
     long.
     """
-    run_menu(laboratory, choose(",".join((FIDELITY, LAYERS, *TASKS)), True, None), tokens, text, sizes)
+    run_tasks(laboratory, choose(",".join((FIDELITY, LAYERS, *TASKS)), True, None), tokens, text, sizes)
     served, found = laboratory.served or laboratory.loaded, []
     at, batch, new_tokens = speed
     room = longest_sequence(served, at, batch, new_tokens, laboratory.max_num_batched_tokens)

@@ -15,14 +15,14 @@ from typing import Any
 
 import kvbits
 from kvbits.codecs import Policy
-from kvbits.config import EngineConfig
+from kvbits.engine.config import EngineConfig
 from kvbits.engine.engine import Engine
 from kvbits.engine.params import SamplingParams
 from kvbits.engine.text import encode_chat
 from kvbits.errors import ConfigError
 from kvbits.evaluation.compare import REFERENCE, pool_bytes
 from kvbits.evaluation.drive import drive
-from kvbits.evaluation.ledger import Ledger, key_of
+from kvbits.evaluation.resume import ResumeCache, key_of
 from kvbits.evaluation.tasks.files import jsonl
 from kvbits.models import LoadedModel
 
@@ -100,7 +100,7 @@ def call_tools(
     loaded: LoadedModel,
     policy: Policy,
     cases: Sequence[Case],
-    ledger: Ledger,
+    resume_cache: ResumeCache,
     compute_dtype: str = "float32",
     max_num_batched_tokens: int = 512,
     progress: Callable[[int], None] = lambda tokens: None,
@@ -108,10 +108,10 @@ def call_tools(
     """Answer every question greedily. ``progress`` is told the prompt tokens done since its last call."""
     prompts = [list(case.prompt) for case in cases]
     key = key_of("tools", kvbits.__version__, loaded.fingerprint, policy.name, compute_dtype, _MAX_TOKENS, prompts)
-    if key not in ledger:
-        ledger.put(key, _answers(loaded, policy, prompts, max_num_batched_tokens))
+    if key not in resume_cache:
+        resume_cache.put(key, _answers(loaded, policy, prompts, max_num_batched_tokens))
     progress(sum(map(len, prompts)))
-    return [Called(case, read_call(_OPEN + text)) for case, text in zip(cases, ledger[key], strict=True)]
+    return [Called(case, read_call(_OPEN + text)) for case, text in zip(cases, resume_cache[key], strict=True)]
 
 
 def _answers(

@@ -32,7 +32,7 @@ class Level(enum.IntEnum):
 
 
 @dataclass(frozen=True)
-class Limits:
+class Thresholds:
     """What a loss is called: ``none`` and below is nothing, above ``bad`` too much; ``unit`` is that of both.
 
     ``documents``: it is a loss of whole documents or generated texts, not of the text's tokens or the model's layers.
@@ -52,19 +52,19 @@ class Limits:
 
 
 LIMITS = {
-    "kl": Limits(0.001, 0.05, "nats", "KL divergence to 16 bit, per token"),
-    "perplexity": Limits(0.002, 0.02, "%", "perplexity over 16 bit's", percent=True),
-    "gain": Limits(0.01, 0.03, "%", "what sealed pages read back is too large or too small by", percent=True),
-    "exact": Limits(0.0, 0.05, "points", "right answers lost", percent=True, documents=True),
-    "logprob": Limits(0.01, 0.1, "nats", "log-probability of the right answer lost, per token", documents=True),
-    "repetition": Limits(0.01, 0.1, "points", "repeated 4-grams more", percent=True, documents=True),
-    "self-perplexity": Limits(
+    "kl": Thresholds(0.001, 0.05, "nats", "KL divergence to 16 bit, per token"),
+    "perplexity": Thresholds(0.002, 0.02, "%", "perplexity over 16 bit's", percent=True),
+    "gain": Thresholds(0.01, 0.03, "%", "what sealed pages read back is too large or too small by", percent=True),
+    "exact": Thresholds(0.0, 0.05, "points", "right answers lost", percent=True, documents=True),
+    "logprob": Thresholds(0.01, 0.1, "nats", "log-probability of the right answer lost, per token", documents=True),
+    "repetition": Thresholds(0.01, 0.1, "points", "repeated 4-grams more", percent=True, documents=True),
+    "self-perplexity": Thresholds(
         0.02, 0.2, "nats", "how much less likely 16 bit finds the drawn text, per token", documents=True
     ),
-    "calls-valid": Limits(
+    "calls-valid": Thresholds(
         0.0, 0.05, "points", "tool calls that are no valid JSON any more", percent=True, documents=True
     ),
-    "calls-changed": Limits(
+    "calls-changed": Thresholds(
         0.05, 0.3, "points", "tool calls with another name or other arguments", percent=True, documents=True
     ),
 }

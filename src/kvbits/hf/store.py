@@ -12,7 +12,8 @@ from torch import Tensor
 
 from kvbits.attention import Forward
 from kvbits.codecs import Policy, PoolLayout
-from kvbits.config import EngineConfig, ModelGeometry, parse_bytes
+from kvbits.config import ModelGeometry, parse_bytes
+from kvbits.engine.config import EngineConfig
 from kvbits.engine.setup import pages_of, policy_of
 from kvbits.kernels import Backend, BatchLayout
 from kvbits.models import LoadedModel

@@ -97,7 +97,7 @@ class CpuBackend(Backend):
                 layer.window or 0,
                 _place(view.sealed, layer),
                 _place(view.open, layer),
-                None if view.sink is None else _place(view.sink, layer),
+                None if view.first_page is None else _place(view.first_page, layer),
                 view.buffer.stride(0),
                 view.buffer.data_ptr(),
                 _table(rounding.key.feedback, layer.num_kv_heads, layer.key_dim, layer.key_dim),

@@ -58,7 +58,7 @@ class _Sealed:
         write_page(self.view, place, frame, keys, values, rounding)
 
     def _where(self, page: int) -> tuple[Place, int]:
-        sink = self.view.sink
+        sink = self.view.first_page
         if page == 0 and sink is not None:
             return sink, int(self.sink[sink.frame])
         return self.view.sealed, int(self.frames[page])

@@ -26,7 +26,7 @@ class Served:
 
 
 @dataclass
-class Outcome:
+class SimulationResult:
     """A whole simulation. ``as_json`` says what its numbers mean."""
 
     served: list[Served]

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from kvbits.codecs import PoolLayout
 from kvbits.config import MIN_PREFILL, OVERTAKEN, PAGE_TOKENS, WATERMARK
-from kvbits.planning.outcome import Outcome, Served
+from kvbits.planning.outcome import Served, SimulationResult
 from kvbits.planning.shared import SimulatedPool
 from kvbits.planning.timing import StepTime
 from kvbits.traces import BLOCK_TOKENS, Arrival
@@ -29,7 +29,7 @@ BLOCK_PAGES = BLOCK_TOKENS // PAGE_TOKENS
 
 
 @dataclass(frozen=True)
-class Limits:
+class EngineLimits:
     """The engine's options: most sequences at once, token budget of a step, one frame in ``watermark`` kept free."""
 
     max_num_seqs: int = 256
@@ -78,16 +78,16 @@ def simulate(
     num_frames: int,
     longest: int,
     step: StepTime,
-    limits: Limits | None = None,
+    limits: EngineLimits | None = None,
     load: float = 1.0,
     progress: Callable[[int], None] = lambda requests: None,
-) -> Outcome:
+) -> SimulationResult:
     """Serve ``trace``, its arrivals ``load`` times as dense, from a pool of ``num_frames`` frames.
 
     ``longest`` is what one sequence can store. A request whose prompt is longer is refused; an answer that would grow
     beyond it is cut. ``progress`` is told of requests that ended.
     """
-    limits = limits or Limits()
+    limits = limits or EngineLimits()
     return _Simulation(trace, layout, num_frames, longest, step, limits, load, progress).run()
 
 
@@ -99,7 +99,7 @@ class _Simulation:
         num_frames: int,
         longest: int,
         step: StepTime,
-        limits: Limits,
+        limits: EngineLimits,
         load: float,
         progress: Callable[[int], None],
     ) -> None:
@@ -115,10 +115,10 @@ class _Simulation:
         progress(len(trace) - len(self.coming))
         self.waiting: list[_Request] = []
         self.running: list[_Request] = []
-        self.outcome = Outcome(self.served, num_frames)
+        self.outcome = SimulationResult(self.served, num_frames)
         self._blocked: tuple[int, int] | None = None
 
-    def run(self) -> Outcome:
+    def run(self) -> SimulationResult:
         while self.coming or self.waiting or self.running:
             self._arrive()
             self._admit()

@@ -11,9 +11,9 @@ from kvbits.codecs import PoolLayout
 from kvbits.config import WATERMARK, parse_bytes
 from kvbits.errors import ConfigError
 from kvbits.planning.facts import ModelFacts
-from kvbits.planning.outcome import Outcome
+from kvbits.planning.outcome import SimulationResult
 from kvbits.planning.request import SEQUENCES, Options, Planned
-from kvbits.planning.simulate import Limits, simulate
+from kvbits.planning.simulate import EngineLimits, simulate
 from kvbits.planning.timing import Machine, StepTime
 from kvbits.traces import Arrival, read_trace
 
@@ -24,10 +24,10 @@ class Run:
 
     dtype: str
     load: float
-    outcome: Outcome
+    outcome: SimulationResult
 
     def as_json(self) -> dict[str, Any]:
-        """Plain types; see :meth:`Outcome.as_json`."""
+        """Plain types; see :meth:`SimulationResult.as_json`."""
         return {"dtype": self.dtype, "load": self.load, **self.outcome.as_json()}
 
 
@@ -73,7 +73,7 @@ class Traffic:
     ) -> Iterator[Run]:
         """Every dtype at every load. ``progress`` is told of requests that ended."""
         made, geometry = planned.plan, planned.geometry
-        limits = Limits(
+        limits = EngineLimits(
             options.max_num_seqs or SEQUENCES, options.max_num_batched_tokens, options.watermark or WATERMARK
         )
         for policy, scheme in zip(planned.policies, made.schemes, strict=True):

@@ -10,7 +10,7 @@ FULL = 0.9
 """Share of a pool from which on running requests may be preempted: a replica that has more comes last."""
 
 
-class Load(NamedTuple):
+class ReplicaLoad(NamedTuple):
     """A replica: requests under way, share of its pool that running sequences hold, blocks that it was given."""
 
     requests: int
@@ -23,7 +23,7 @@ class Load(NamedTuple):
         return self.usage >= FULL, self.requests, round(self.usage, 1), self.held
 
 
-def choose(preferred: str | None, loads: Mapping[str, Load], imbalance: int, random: Random) -> list[str]:
+def choose(preferred: str | None, loads: Mapping[str, ReplicaLoad], imbalance: int, random: Random) -> list[str]:
     """The replicas of ``loads`` in the order in which to try them.
 
     The better of two random ones is first (Mitzenmacher, "The Power of Two Choices", 2001: senders that know the loads
@@ -40,7 +40,7 @@ def choose(preferred: str | None, loads: Mapping[str, Load], imbalance: int, ran
     return order
 
 
-def _overloaded(load: Load, loads: Mapping[str, Load], imbalance: int) -> bool:
+def _overloaded(load: ReplicaLoad, loads: Mapping[str, ReplicaLoad], imbalance: int) -> bool:
     if load.requests - min(other.requests for other in loads.values()) > imbalance:
         return True
     return load.usage >= FULL and any(other.usage < FULL for other in loads.values())

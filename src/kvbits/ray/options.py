@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvbits.config import EngineConfig
+from kvbits.engine.config import EngineConfig
 from kvbits.errors import ConfigError
 from kvbits.server.options import ServerOptions
 

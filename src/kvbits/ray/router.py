@@ -13,7 +13,7 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from kvbits.ray.balance import Load, choose
+from kvbits.ray.balance import ReplicaLoad, choose
 from kvbits.ray.messages import Route
 from kvbits.ray.prefix import PrefixMap, Recorded
 from kvbits.ray.scaling import USAGE
@@ -79,11 +79,11 @@ class Router(RequestRouter):  # type: ignore[misc]
             del self._on_the_way[first]
         return Counter(name for name, _ in self._on_the_way.values())
 
-    def _load(self, replica: RunningReplica, coming: int) -> Load:
+    def _load(self, replica: RunningReplica, coming: int) -> ReplicaLoad:
         # What a replica said when it took its last request, and what was sent and ended since; 0 when that is long ago.
         requests = self.replica_queue_len_cache.get(replica.replica_id) or 0
         usage = float((replica.routing_stats or {}).get(USAGE, 0.0))
-        return Load(requests + coming, usage, self._map.held[replica.replica_id.unique_id])
+        return ReplicaLoad(requests + coming, usage, self._map.held[replica.replica_id.unique_id])
 
     def _settle(self) -> None:
         for _ in range(len(self._sent)):

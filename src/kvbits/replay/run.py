@@ -19,7 +19,7 @@ Prompt = str | list[int] | list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Load:
+class LoadShape:
     """How requests are sent.
 
     ``speed``: times of the trace are divided by it; infinite sends at once. ``rate``: requests per second in the place
@@ -43,7 +43,7 @@ class Outcome:
     seconds: float
 
 
-def arrivals(requests: Sequence[TraceRequest], load: Load) -> list[float]:
+def arrivals(requests: Sequence[TraceRequest], load: LoadShape) -> list[float]:
     """Seconds after the start at which each request is sent."""
     if load.rate is None:
         return [r.arrival / load.speed for r in requests]
@@ -58,7 +58,7 @@ async def replay(
     target: Target,
     requests: Sequence[TraceRequest],
     prompts: Sequence[Prompt],
-    load: Load,
+    load: LoadShape,
     done: Callable[[Record], None] = lambda record: None,
 ) -> Outcome:
     """Send all; ``done`` is called with each record as it ends."""
@@ -80,7 +80,7 @@ async def replay(
     return Outcome(list(records), time.perf_counter() - start)
 
 
-def body_of(target: Target, request: TraceRequest, prompt: Prompt, load: Load) -> tuple[str, dict[str, Any]]:
+def body_of(target: Target, request: TraceRequest, prompt: Prompt, load: LoadShape) -> tuple[str, dict[str, Any]]:
     """Path and body of a request. A chat goes to the chat endpoint, anything else is completed."""
     body: dict[str, Any] = {"model": target.model, "stream": True, "stream_options": {"include_usage": True}}
     chat = bool(prompt) and isinstance(prompt, list) and isinstance(prompt[0], dict)

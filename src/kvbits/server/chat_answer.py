@@ -22,7 +22,7 @@ class Piece:
 
 
 @dataclass
-class Choice:
+class ChatChoice:
     """One of the ``n`` answers as it grows. ``top`` is ``None`` where no log-probabilities are wanted."""
 
     index: int
@@ -75,7 +75,7 @@ class Choice:
 class ChatAnswer:
     """All choices of one request; ``head`` is what every object begins with."""
 
-    def __init__(self, head: dict[str, Any], choices: list[Choice], usage: Usage, include_usage: bool) -> None:
+    def __init__(self, head: dict[str, Any], choices: list[ChatChoice], usage: Usage, include_usage: bool) -> None:
         self._head = head
         self._choices = choices
         self._include_usage = include_usage
@@ -123,7 +123,7 @@ class ChatAnswer:
 
     def _chunk(
         self,
-        choice: Choice,
+        choice: ChatChoice,
         delta: dict[str, Any],
         logprobs: list[dict[str, Any]] | None = None,
         finish_reason: str | None = None,

@@ -21,7 +21,7 @@ class Wanted:
 
 
 @dataclass
-class Choice:
+class CompletionChoice:
     """One completion as it grows; ``prompt`` is its text and ``prompt_tokens`` its ids, for the echo."""
 
     index: int
@@ -72,7 +72,7 @@ class CompletionAnswer:
         self._include_usage = include_usage
         self.usage = Usage([len(tokens) for _, tokens in prompts])
         self._choices = [
-            Choice(p * n + i, text, tokens, wanted, CompletionLogprobs(wanted.logprobs or 0, name, hidden))
+            CompletionChoice(p * n + i, text, tokens, wanted, CompletionLogprobs(wanted.logprobs or 0, name, hidden))
             for p, (text, tokens) in enumerate(prompts)
             for i in range(n)
         ]

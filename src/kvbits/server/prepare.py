@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from kvbits.engine.detokenize import Kind
 from kvbits.engine.encode import Encoder
 from kvbits.engine.grammar import Grammar, GrammarCompiler, json_rule
-from kvbits.engine.limits import Limits
+from kvbits.engine.limits import RequestLimits
 from kvbits.engine.text import chat_text, decoder
 from kvbits.errors import RequestError
 from kvbits.models import LoadedModel
@@ -45,7 +45,7 @@ _NO_OPTIONS = {"add_generation_prompt", "messages", "tools", "tokenize", "chat_t
 class Preparer:
     """Tokenizer, chat template and grammar compiler of one model."""
 
-    def __init__(self, loaded: LoadedModel, limits: Limits) -> None:
+    def __init__(self, loaded: LoadedModel, limits: RequestLimits) -> None:
         self.loaded = loaded
         self.encoder = Encoder(loaded, limits)
         self._decode = decoder(loaded)

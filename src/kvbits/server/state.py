@@ -67,7 +67,7 @@ def _engine_state(engine: Engine, client: str | None) -> dict[str, Any]:
         "sessions": [
             {
                 "id": request.group,
-                "state": request.state.value,
+                "state": request.status.value,
                 "prompt_tokens": len(request.prompt),
                 "generated_tokens": request.num_output,
                 "stored_tokens": request.computed,

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from kvbits.engine.engine import Engine
 from kvbits.engine.params import SamplingParams
-from kvbits.engine.stats import EngineStats, Load
+from kvbits.engine.stats import EngineLoad, EngineStats
 from kvbits.pages import PoolStats
 from kvbits.server.errors import ApiError
 from kvbits.server.observe import Observer
@@ -34,7 +34,7 @@ STOPPING = "the server is shutting down"
 class Snapshot:
     """The engine after its last step; read from any thread."""
 
-    load: Load
+    load: EngineLoad
     pool: PoolStats
     stats: EngineStats
 

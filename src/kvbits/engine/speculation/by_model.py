@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kvbits.config import PAGE_TOKENS
 from kvbits.engine.batch import Piece, build
+from kvbits.engine.model_runner import ModelRunner
 from kvbits.engine.request import Request
-from kvbits.engine.runner import Runner
 from kvbits.engine.sampler import distribution, draw
 from kvbits.engine.speculation.proposer import Candidate, Proposer
 from kvbits.pages import PageManager
@@ -54,7 +54,7 @@ class ModelProposer(Proposer):
     without.
     """
 
-    def __init__(self, runner: Runner, pages: PageManager, draft: bool) -> None:
+    def __init__(self, runner: ModelRunner, pages: PageManager, draft: bool) -> None:
         """``draft``: sealed pages are read as drafts."""
         self.pages = pages
         self._runner = runner
@@ -120,7 +120,7 @@ class DraftModelProposer(ModelProposer):
     A prompt is read in pieces of ``budget`` tokens a step; until it is read nothing is guessed for it.
     """
 
-    def __init__(self, runner: Runner, pages: PageManager, budget: int) -> None:
+    def __init__(self, runner: ModelRunner, pages: PageManager, budget: int) -> None:
         super().__init__(runner, pages, draft=False)
         self._budget = budget
 
@@ -161,7 +161,7 @@ class SelfProposer(ModelProposer):
     What it stores lies in the open page, behind the tokens that are there, and is cut off again.
     """
 
-    def __init__(self, runner: Runner, pages: PageManager) -> None:
+    def __init__(self, runner: ModelRunner, pages: PageManager) -> None:
         super().__init__(runner, pages, draft=True)
 
     def begin(self, candidates: Sequence[Candidate]) -> list[_Guess]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from kvbits.codecs import Codec, Policy
-from kvbits.config import EngineConfig
-from kvbits.engine.runner import Runner
+from kvbits.engine.config import EngineConfig
+from kvbits.engine.model_runner import ModelRunner
 from kvbits.engine.setup import pages_of, policy_of
 from kvbits.engine.speculation.by_model import DraftModelProposer, SelfProposer
 from kvbits.engine.speculation.config import SpeculativeConfig
@@ -20,7 +20,7 @@ from kvbits.pool import PagedPool
 
 
 def proposer_of(
-    speculative: SpeculativeConfig, loaded: LoadedModel, config: EngineConfig, runner: Runner, pages: PageManager
+    speculative: SpeculativeConfig, loaded: LoadedModel, config: EngineConfig, runner: ModelRunner, pages: PageManager
 ) -> Proposer:
     """What guesses tokens for ``loaded``, which ``runner`` runs on ``pages``.
 
@@ -64,7 +64,7 @@ def draft_model(
     backend = default_backend(draft.device.type)
     pool = PagedPool(draft.geometry, policy_of(draft, own, backend), own.kv_cache_memory, device=draft.device)
     pages = pages_of(pool, draft, own)
-    return DraftModelProposer(Runner(draft, pool, pages, backend), pages, config.max_num_batched_tokens)
+    return DraftModelProposer(ModelRunner(draft, pool, pages, backend), pages, config.max_num_batched_tokens)
 
 
 def _has_drafts(policy: Policy) -> bool:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
-from kvbits.engine.live import Live
 from kvbits.engine.request import Request
-from kvbits.engine.scheduler import Work
+from kvbits.engine.request_state import RequestState
+from kvbits.engine.scheduler import ScheduledRequest
 from kvbits.engine.speculation.config import SpeculativeConfig
 from kvbits.engine.speculation.cost import StepCost
 from kvbits.engine.speculation.proposer import Candidate, Proposer
@@ -39,7 +39,7 @@ class Speculator:
         self._without: set[int] = set()
         self._failed = 0
 
-    def propose(self, requests: Sequence[Request], lives: Mapping[int, Live]) -> None:
+    def propose(self, requests: Sequence[Request], states: Mapping[int, RequestState]) -> None:
         """Guess for those of ``requests`` (all wait for their next token) that it is worth for.
 
         Answers do not depend on guesses: whatever fails here, the requests go on without.
@@ -50,15 +50,15 @@ class Speculator:
             return
         try:
             measures = self._measures()
-            able = [lives[r.seq_id] for r in requests if r.seq_id not in self._without and not measures]
-            candidates = [c for c in (self._candidate(live, len(requests)) for live in able) if c is not None]
+            able = [states[r.seq_id] for r in requests if r.seq_id not in self._without and not measures]
+            candidates = [c for c in (self._candidate(state, len(requests)) for state in able) if c is not None]
         except Exception:
             self._fail("whether to guess could not be decided")
             return
         if candidates:
             self._guess(candidates)
 
-    def verified(self, work: Work, accepted: int) -> None:
+    def verified(self, work: ScheduledRequest, accepted: int) -> None:
         """Of the guess of ``work`` the first ``accepted`` tokens were kept."""
         drafted = len(work.draft)
         self.stats.verified(drafted, accepted)
@@ -66,7 +66,7 @@ class Speculator:
         if trust := self._trust.get(work.request.seq_id):
             trust.verified(drafted, accepted)
 
-    def observe(self, works: Sequence[Work], seconds: float) -> None:
+    def observe(self, works: Sequence[ScheduledRequest], seconds: float) -> None:
         """A step of ``works`` took ``seconds``, guessing not included. Steps that read prompts teach nothing here."""
         if all(work.count == 1 and work.samples for work in works):
             guessed = sum(len(work.draft) for work in works)
@@ -119,16 +119,16 @@ class Speculator:
         self.stats.plain_steps += 1
         return True
 
-    def _candidate(self, live: Live, sequences: int) -> Candidate | None:
+    def _candidate(self, state: RequestState, sequences: int) -> Candidate | None:
         """``live`` with the number of tokens to guess; ``None``: not in this step."""
-        most = min(self._config.num_speculative_tokens, live.room - 1)
+        most = min(self._config.num_speculative_tokens, state.room - 1)
         if most < 1:
             return None
         count = most
         if self._config.adaptive:
-            trust = self._trust.get(live.request.seq_id)
+            trust = self._trust.get(state.request.seq_id)
             if trust is None:
-                trust = self._trust[live.request.seq_id] = Trust(self._belief.chance)
+                trust = self._trust[state.request.seq_id] = Trust(self._belief.chance)
             before = trust.rests
             # A step brings one token to each sequence, so a token more is worth that share of a step.
             gain = self.cost.step(sequences) / sequences
@@ -137,4 +137,4 @@ class Speculator:
             count = trust.plan(most, gain, self.cost.margin() + self._proposer.cost / sequences)
             self.stats.suspended += trust.rests - before
             self.stats.withheld += not count
-        return Candidate(live.request, live.sampling, count) if count else None
+        return Candidate(state.request, state.sampling, count) if count else None

@@ -66,7 +66,7 @@ class TritonBackend(Backend):
         if known is None or known.view is not view:
             layer = view.geometry
             sealed = block_of(view.sealed.scheme, layer, draft)
-            sink = None if view.sink is None else block_of(view.sink.scheme, layer, draft)
+            sink = None if view.first_page is None else block_of(view.first_page.scheme, layer, draft)
             shape = shape_of(layer, sealed, *([] if sink is None else [sink]))
             opened = block_of(view.open.scheme, layer)
             known = LayerKernels(view, shape, sealed, opened, sink, *rounding_of(view.rounding, view.buffer.device))
@@ -79,7 +79,7 @@ class TritonBackend(Backend):
         if known is None or known[0] is not batch:
             known = self._known = (batch, {}, {})
         _, tables, tiles = known
-        device, apart, group = view.buffer.device, view.sink is not None, view.geometry.group_size
+        device, apart, group = view.buffer.device, view.first_page is not None, view.geometry.group_size
         if apart not in tables:
             tables[apart] = step_tables(batch, apart, device)
         if group not in tiles:

@@ -82,10 +82,10 @@ def seal(launch: Launch, layer: LayerKernels, tables: StepTables, sides: Sides) 
         launch, layer, tables, sides, tables.pages, view.sealed, layer.sealed, (tables.sealed, tables.sealed.stride(0)),
         layer.key_rounding, layer.value_rounding,
     )  # fmt: skip
-    if view.sink is not None and layer.sink is not None and len(tables.sink_pages):
+    if view.first_page is not None and layer.sink is not None and len(tables.sink_pages):
         _seal(
-            launch, layer, tables, sides, tables.sink_pages, view.sink, layer.sink, (tables.sink[view.sink.frame], 1),
-            plain, plain,
+            launch, layer, tables, sides, tables.sink_pages, view.first_page, layer.sink,
+            (tables.sink[view.first_page.frame], 1), plain, plain,
         )  # fmt: skip
 
 
@@ -184,9 +184,9 @@ def _attention_constants(layer: LayerKernels, tiles: Tiles) -> dict[str, Any]:
 
 def _attention_arguments(layer: LayerKernels, tables: StepTables, tiles: Tiles, sides: Sides) -> tuple[Any, ...]:
     view = layer.view
-    sink_offset = 0 if view.sink is None else view.sink.offset
+    sink_offset = 0 if view.first_page is None else view.first_page.offset
     # without first pages in a form of their own the pointer is not followed
-    sink = tables.starts if view.sink is None or not len(tables.sink) else tables.sink[view.sink.frame]
+    sink = tables.starts if view.first_page is None or not len(tables.sink) else tables.sink[view.first_page.frame]
     return (
         _rows(sides.query),
         _rows(sides.key),

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from kvbits.engine.params import SamplingParams
-from kvbits.server.chat_answer import ChatAnswer, Choice
+from kvbits.server.chat_answer import ChatAnswer, ChatChoice
 from kvbits.server.errors import ApiError
 from kvbits.server.http import EventStream, unless_gone
 from kvbits.server.openapi import takes
@@ -71,7 +71,7 @@ def _answer(
     calls = bool(chosen_tools(body)[0])
     several = body.parallel_tool_calls is not False
     name = service.preparer.token_bytes
-    choices = [Choice(i, CallParser() if calls else None, params.logprobs, name, several) for i in range(params.n)]
+    choices = [ChatChoice(i, CallParser() if calls else None, params.logprobs, name, several) for i in range(params.n)]
     return ChatAnswer(service.head(request_id), choices, Usage([len(prompt)]), body.include_usage)
 
 

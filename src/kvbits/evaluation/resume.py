@@ -14,7 +14,7 @@ from typing import Any
 from kvbits.errors import ConfigError
 
 
-class Ledger:
+class ResumeCache:
     """Results by key; without a file they live as long as the object."""
 
     def __init__(self, path: Path | None = None) -> None:

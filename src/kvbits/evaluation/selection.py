@@ -53,14 +53,14 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Menu:
+class TaskSelection:
     """The parts to run, and the files that they need (by the name or pattern that a task knows them by)."""
 
     parts: tuple[str, ...]
     files: dict[str, Path] = field(default_factory=dict)
 
 
-def choose(tasks: str, has_text: bool, data_dir: Path | None) -> Menu:
+def choose(tasks: str, has_text: bool, data_dir: Path | None) -> TaskSelection:
     """Read ``--tasks`` (names with commas, or ``all``) and find the data files.
 
     Raises ``ConfigError`` for an unknown name, a text that is missing or a file that is.
@@ -87,10 +87,12 @@ def choose(tasks: str, has_text: bool, data_dir: Path | None) -> Menu:
             path = find(data_dir, pattern)
             if path is not None:
                 files[pattern] = path
-    return Menu(parts, files)
+    return TaskSelection(parts, files)
 
 
-def run_menu(laboratory: Laboratory, menu: Menu, tokens: Sequence[int], book: str | None, sizes: Sizes) -> None:
+def run_tasks(
+    laboratory: Laboratory, selection: TaskSelection, tokens: Sequence[int], book: str | None, sizes: Sizes
+) -> None:
     """Run every chosen part. ``tokens`` are the text's; ``book`` is what facts are hidden in (default: the reference).
 
     Raises ``ConfigError`` when a text is too short or a context too long, before the first part runs.
@@ -98,30 +100,30 @@ def run_menu(laboratory: Laboratory, menu: Menu, tokens: Sequence[int], book: st
     loaded = laboratory.loaded
     task_context = _task_context(loaded, sizes)
     windows: list[list[int]] = []
-    if FIDELITY in menu.parts or LAYERS in menu.parts:
+    if FIDELITY in selection.parts or LAYERS in selection.parts:
         windows = cut_windows(tokens, sizes.context, sizes.windows)
     prompts: list[list[int]] = []
-    if GENERATION in menu.parts:
+    if GENERATION in selection.parts:
         if _PROMPT_TOKENS + sizes.new_tokens > loaded.geometry.max_position:
             raise ConfigError(
                 f"{sizes.new_tokens} new tokens after prompts of {_PROMPT_TOKENS} exceed the "
                 f"{loaded.geometry.max_position} tokens of {loaded.name}"
             )
         prompts = distinct_prompts(tokens, _PROMPT_TOKENS, sizes.texts)
-    material = _material(loaded, menu, book, sizes, task_context)
-    probes = {name: TASKS[name].make(material) for name in menu.parts if name in TASKS}
+    material = _material(loaded, selection, book, sizes, task_context)
+    probes = {name: TASKS[name].make(material) for name in selection.parts if name in TASKS}
     cases = []
-    if TOOLS in menu.parts:
-        cases = toolcalls.read_cases(loaded, menu.files[toolcalls.FILE], sizes.tool_questions, task_context)
-    if FIDELITY in menu.parts:
+    if TOOLS in selection.parts:
+        cases = toolcalls.read_cases(loaded, selection.files[toolcalls.FILE], sizes.tool_questions, task_context)
+    if FIDELITY in selection.parts:
         laboratory.text(windows, sizes.all_positions)
-    if LAYERS in menu.parts:
+    if LAYERS in selection.parts:
         laboratory.layers(windows[:_LAYER_WINDOWS])
     for name, questions in probes.items():
         laboratory.long_context(name, questions)
-    if GENERATION in menu.parts:
+    if GENERATION in selection.parts:
         laboratory.generation(prompts, sizes.new_tokens)
-    if TOOLS in menu.parts:
+    if TOOLS in selection.parts:
         laboratory.tools(cases)
 
 
@@ -133,7 +135,7 @@ def _task_context(loaded: LoadedModel, sizes: Sizes) -> int:
     return asked
 
 
-def _material(loaded: LoadedModel, menu: Menu, book: str | None, sizes: Sizes, longest: int) -> Material:
+def _material(loaded: LoadedModel, selection: TaskSelection, book: str | None, sizes: Sizes, longest: int) -> Material:
     lengths = sorted({max(_SHORTEST, longest // part) for part in (4, 2, 1)})
     return Material(
         encode=lambda text: encode(loaded, text),
@@ -142,16 +144,18 @@ def _material(loaded: LoadedModel, menu: Menu, book: str | None, sizes: Sizes, l
         lengths=tuple(lengths),
         depths=sizes.depths,
         samples=sizes.samples,
-        files=menu.files,
+        files=selection.files,
     )
 
 
-def self_check(laboratory: Laboratory, menu: Menu, tokens: Sequence[int], sizes: Sizes) -> list[dict[str, Any]]:
+def self_check(
+    laboratory: Laboratory, selection: TaskSelection, tokens: Sequence[int], sizes: Sizes
+) -> list[dict[str, Any]]:
     """Results of the same policies with a planted fault, on one window of the text.
 
     Raises ``ConfigError`` where fidelity is not among the parts.
     """
-    if FIDELITY not in menu.parts:
+    if FIDELITY not in selection.parts:
         raise ConfigError("--self-check needs the task fidelity")
     return plant_fault(laboratory, cut_windows(tokens, min(sizes.context, _CHECK_TOKENS), 1))
 

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kvbits.codecs import Policy
-from kvbits.config import EngineConfig
 from kvbits.engine import text
+from kvbits.engine.config import EngineConfig
 from kvbits.engine.engine import Engine
 from kvbits.engine.params import SamplingParams
 from kvbits.evaluation.documents import Document, messages

@@ -13,7 +13,7 @@ from kvbits.engine.stops import StopStrings
 log = logging.getLogger(__name__)
 
 
-class Live:
+class RequestState:
     """Wraps one :class:`Request` with all that a sampled token touches."""
 
     def __init__(self, request: Request, decode: TokenDecoder, ends: frozenset[int], max_model_len: int) -> None:

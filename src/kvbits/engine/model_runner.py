@@ -16,7 +16,7 @@ from kvbits.pages import PageManager
 from kvbits.pool import PagedPool
 
 
-class Runner:
+class ModelRunner:
     """The model, the pool it caches in, and the kernels between them."""
 
     def __init__(self, loaded: LoadedModel, pool: PagedPool, pages: PageManager, backend: Backend) -> None:
