@@ -126,7 +126,7 @@ def simulate(accepted: float, margin: float, sequences: int = 1, steps: int = 60
     speculator = Speculator(proposer, SpeculativeConfig(), stats)
     states = {}
     for i in range(sequences):
-        request = Request(i, [1, 2, 3], SamplingParams(max_tokens=10**9), state=RequestStatus.RUNNING)
+        request = Request(i, [1, 2, 3], SamplingParams(max_tokens=10**9), status=RequestStatus.RUNNING)
         states[i] = RequestState(request, TokenDecoder(lambda ids: ""), frozenset(), 10**9)
     seconds = tokens = 0.0
     for _ in range(steps):
@@ -166,7 +166,7 @@ def test_guesses_take_only_what_is_to_spare() -> None:
     pages = PageManager(14, 3)
     requests = []
     for seq_id, length in enumerate((60, 63, 10)):
-        request = Request(seq_id, list(range(length + 1)), SamplingParams(), state=RequestStatus.RUNNING)
+        request = Request(seq_id, list(range(length + 1)), SamplingParams(), status=RequestStatus.RUNNING)
         pages.open(seq_id, [])
         pages.reserve(seq_id, length)
         pages.commit(seq_id, request.tokens[:length])
