@@ -12,9 +12,9 @@
 namespace kvbits {
 namespace {
 
-constexpr float kNoMax = -1e30f;
-constexpr int kTileRows = 64;    // query rows of a prefill tile: their state stays in the L2 cache
-constexpr int kSplitTokens = 8;  // up to so many new tokens, a sequence's splits are separate tasks
+constexpr float kNoMax = -3.40282347e38f;  // no score is less
+constexpr int kTileRows = 64;              // query rows of a prefill tile: their state stays in the L2 cache
+constexpr int kSplitTokens = 8;            // up to so many new tokens, a sequence's splits are separate tasks
 constexpr size_t kLine = 64;
 
 struct Item {

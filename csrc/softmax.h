@@ -3,10 +3,11 @@
 // Scores are in units of ln 2 (load_query multiplies by 1 / ln 2), so a weight is a power of two.
 
 constexpr float kLog2E = 1.44269504088896341f;
-constexpr float kMasked = -3e38f;
+constexpr float kMasked = -__builtin_inff();
 constexpr float kExp2Least = -125.0f;  // below it a weight is 0
 
-// 2^x for x <= 0, to 2e-7; exactly 1 at 0 and 0 far below it. The polynomial is the minimax one of relative error on
+// 2^x for x <= 0, to 2e-7; exactly 1 at 0 and 0 far below it; NaN for NaN, which so reaches the row's sum and result.
+// The polynomial is the minimax one of relative error on
 // [-1/2, 1/2] with constant term 1.
 inline F exp2_negative(F x) {
   const F n = f_round(x);

@@ -90,7 +90,10 @@ struct MixedKey {
     return found;
   }
   static int at(int channel, int token) { return (channel / 2 * kPage + token) * 2 + channel % 2; }
-  static float channel(const uint16_t* pairs, int c, int t) { return bf16_to_float(pairs[at(c, t)]); }
+  static float channel(const uint16_t* pairs, int c, int t) {
+    const float x = bf16_to_float(pairs[at(c, t)]);
+    return is_finite(x) ? x : 0.0f;
+  }
 };
 
 // Values with parameters for blocks of channels (src/kvbits/codecs/blocks.py): one page of affine.h a block.

@@ -25,7 +25,7 @@ struct IntegerCodes {
   static float nearest(float x) {
     const float code = __builtin_rintf(x);
     constexpr float kLeast = SYMMETRIC ? -kLargestCode : 0, kMost = kLargestCode;
-    return code < kLeast ? kLeast : code > kMost ? kMost : code;
+    return !(code > kLeast) ? kLeast : code > kMost ? kMost : code;  // NaN, where feedback overflows, is the least
   }
   static float meaning(float code) { return code; }
 };
