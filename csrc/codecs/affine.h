@@ -192,7 +192,7 @@ struct AffineValue {
       unrolled<ROWS>([&](auto r) KVBITS_INLINE {
         const F p = f_load(block.scores + r * kPage + i * kWidth);
         product[r][i] = kPerChannel ? p : f_mul(p, scale);
-        most[r] = f_max(most[r], product[r][i]);
+        most[r] = f_max_positive(most[r], product[r][i]);
         if constexpr (kPerChannel) sum[r] = f_add(sum[r], p);
         if constexpr (!kPerChannel && (FORM::kZeros || kMean != 0)) correction[r] = f_fma(p, base, correction[r]);
       });

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvbits.engine.live import Live
 from kvbits.engine.outputs import Delta
-from kvbits.engine.sampler import Sampled, report, sample
+from kvbits.engine.sampler import NOT_FINITE, Sampled, finite_rows, report, sample
 from kvbits.engine.scheduler import Work
 
 
@@ -33,13 +33,17 @@ def answer(works: Sequence[Work], logits: Tensor, lives: Mapping[int, Live]) -> 
     """Choose the tokens of each work and append them to its sequence; ``logits`` float32 ``[outputs, vocab]``."""
     parts = [logits[:0]] * len(works)
     single: list[int] = []
+    unreported: set[int] = set()  # works whose prompt has no log-probabilities
     row = 0
     for index, work in enumerate(works):
         parts[index] = logits[row : row + work.outputs]
         row += work.outputs
         live = lives[work.request.seq_id]
         if live.prompt_logprobs is not None and work.outputs:
-            _report_prompt(live, work, parts[index])
+            if all(finite_rows(parts[index])):
+                _report_prompt(live, work, parts[index])
+            else:
+                unreported.add(index)
         if work.samples and not work.draft:
             single.append(row - 1)
     plain = [lives[w.request.seq_id].sampling for w in works if w.samples and not w.draft]
@@ -47,14 +51,18 @@ def answer(works: Sequence[Work], logits: Tensor, lives: Mapping[int, Live]) -> 
     if single:
         chosen = iter(sample(logits if len(single) == row else logits[single], plain))
     answers = []
-    for work, part in zip(works, parts, strict=True):
+    for index, (work, part) in enumerate(zip(works, parts, strict=True)):
         live = lives[work.request.seq_id]
-        if not work.samples:
+        sampled = next(chosen) if work.samples and not work.draft else None
+        if index in unreported:
+            answers.append(Answer(error=NOT_FINITE))
+        elif not work.samples:
             answers.append(Answer())
         elif work.draft:
             answers.append(_verify(live, work.draft, part))
         else:
-            answers.append(_extend(Answer(), live, next(chosen)))
+            assert sampled is not None
+            answers.append(_extend(Answer(), live, sampled))
     return answers
 
 

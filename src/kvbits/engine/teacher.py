@@ -8,6 +8,8 @@ from torch import Tensor
 
 from kvbits.engine.batch import Piece, build
 from kvbits.engine.runner import Runner
+from kvbits.engine.sampler import NOT_FINITE, finite_rows
+from kvbits.errors import RequestError
 from kvbits.pages import PageManager
 
 
@@ -26,6 +28,8 @@ def teacher_forced(
             logits = runner.run(build([Piece(seq_id, start, part, outputs)], pages))
             pages.commit(seq_id, part)
             if outputs:
+                if not all(finite_rows(logits)):
+                    raise RequestError(NOT_FINITE)
                 yield end - outputs, logits
     finally:
         pages.free(seq_id)
