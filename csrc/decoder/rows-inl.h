@@ -1,5 +1,5 @@
-// The decoder's kernels on rows, for the vector type of the simd header included before, inside its anonymous
-// namespace.
+// The decoder's kernels on rows of one instruction set: included inside isa/rows_*.cpp's anonymous namespace, after one
+// of simd/ and `kIsa`, its name.
 
 // a: pairs of bfloat16 in 32-bit lanes; adds their products with the pair of x to each lane.
 inline F add_pair_products(F sum, B a, uint32_t x) {
@@ -176,3 +176,6 @@ void gate_any(const float* gate, const float* up, int count, Activation activati
 void round_any(const float* x, int count, uint16_t* out) {
   for (int i = 0; i < count; ++i) out[i] = bf16_from_float(x[i]);
 }
+
+const RowKernels kRows = {kIsa,     multiply_any, multiply_any, quantize_any, kCodeZero,
+                          norm_any, rotate_any,   gate_any,     round_any};

@@ -134,7 +134,7 @@ inline F b_even(B a) { return _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)); }
 inline F b_odd(B a) {
   return _mm512_castsi512_ps(_mm512_and_si512(a, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
 }
-// The ELEMENT-th byte of each lane as a float whose exponent and mantissa begin at bit SHIFT (codecs/float8.h).
+// The ELEMENT-th byte of each lane as a float whose exponent and mantissa begin at bit SHIFT (codecs/float8-inl.h).
 template <int ELEMENT, int SHIFT>
 inline F b_float8(B a) {
   if constexpr (ELEMENT < 3) a = _mm512_slli_epi32(a, 24 - 8 * ELEMENT);

@@ -1,4 +1,4 @@
-// Encoding pages of integer codes (forms.h). Included inside a per-ISA anonymous namespace.
+// Encoding pages of integer codes (forms-inl.h). Included inside a per-ISA anonymous namespace.
 //
 // Once per page: plain loops over a matrix [reduction][lanes] that the compiler vectorizes. Every operation
 // is the one of the torch reference, in float32 and in its order, so the bytes agree.
@@ -68,13 +68,13 @@ struct AffineSeal {
     for (int row = 0; row < reduction; ++row) {
       const float* x = matrix + row * lanes;
       if constexpr (kPerRow) {
-        float least = x[0], most = x[0];
+        float least = x[0], largest = x[0];
         for (int lane = 0; lane < lanes; ++lane) {
           least = x[lane] < least ? x[lane] : least;
-          most = x[lane] > most ? x[lane] : most;
+          largest = x[lane] > largest ? x[lane] : largest;
         }
         low[row] = least;
-        high[row] = most;
+        high[row] = largest;
       } else {
         for (int lane = 0; lane < lanes; ++lane) {
           low[lane] = x[lane] < low[lane] ? x[lane] : low[lane];
@@ -84,8 +84,8 @@ struct AffineSeal {
     }
     for (int i = 0; i < n; ++i) {
       if constexpr (kSymmetric) {
-        const float most = high[i] > -low[i] ? high[i] : -low[i];
-        scale[i] = FORM::stored_scale((FORM::kRotated ? most * rounding.clip : most) / FORM::kLargestCode);
+        const float largest = high[i] > -low[i] ? high[i] : -low[i];
+        scale[i] = FORM::stored_scale((FORM::kRotated ? largest * rounding.clip : largest) / FORM::kLargestCode);
         low[i] = 0;
       } else {
         if (rounding.clip != 1.0f) {

@@ -1,5 +1,5 @@
-// What the kernels of affine.h are told of a page of integer codes: where codes and parameters lie and what they mean.
-// Included inside a per-ISA anonymous namespace.
+// What the kernels of affine-inl.h are told of a page of integer codes: where codes and parameters lie and what they
+// mean. Included inside a per-ISA anonymous namespace.
 //
 // A form has
 //   kTerms, kRadix       byte terms of the small operand (query, weights) and the bits of each

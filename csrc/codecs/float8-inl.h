@@ -130,13 +130,13 @@ struct Float8Value {
     unrolled<ROWS>([&](auto r) KVBITS_INLINE {
       unrolled<VECTORS>([&](auto v) KVBITS_INLINE {
         float* out = block.rows[r].accumulator + lane + v * kWidth;
-        f_store(out, f_fma(f_load(out), f_set(block.keep[r]), float8_result<MANTISSA>(sum[r][v], scale)));
+        f_store(out, f_fma(f_load(out), f_set(block.rescale[r]), float8_result<MANTISSA>(sum[r][v], scale)));
       });
     });
   }
 };
 
-// To nearest even; |x| is at most the format's largest number.
+// To nearest even; |x| is at largest the format's largest number.
 template <int MANTISSA>
 inline uint8_t float8_from_float(float x) {
   constexpr int kDrop = 23 - MANTISSA, kRebias = (127 - kFloat8Bias<MANTISSA>) << MANTISSA;
@@ -159,18 +159,18 @@ template <int MANTISSA, bool KEY>
 void seal_float8(const uint8_t* open_page, int dim, const Rounding&, uint8_t* out) {
   const int n = kPage * dim, lanes = KEY ? kPage : dim;
   const auto* pairs = reinterpret_cast<const uint16_t*>(open_page);
-  const bool broken = any_not_finite(pairs, n);  // see seal.h
+  const bool broken = any_not_finite(pairs, n);  // see seal-inl.h
   const auto element = [&](int i) {
     const float x = bf16_to_float(pairs[i]);
     return broken && !is_finite(x) ? 0.0f : x;
   };
-  float most = 0;
+  float largest = 0;
   for (int i = 0; i < n; ++i) {
     const float magnitude = __builtin_fabsf(element(i));
-    most = magnitude > most ? magnitude : most;
+    largest = magnitude > largest ? magnitude : largest;
   }
   constexpr float kLargest = kFloat8Largest<MANTISSA>;
-  float scale = most / kLargest;
+  float scale = largest / kLargest;
   const float inverse = scale > 0x1p-126f ? 1.0f / scale : 0.0f;
   for (int i = 0; i < n; ++i) {
     const float x = element(i) * inverse;
