@@ -1,40 +1,11 @@
 // Storing a step's rows: into 16-bit pages, and from a full one into its sealed form.
-#include <cstdlib>
 #include <cstring>
-#include <new>
 #include <vector>
 
 #include "numbers.h"
 #include "step.h"
 
 namespace kvbits {
-
-uint8_t* Scratch::get(size_t bytes) {
-  if (bytes > size_) {
-    const size_t rounded = (bytes + 4095) / 4096 * 4096;
-    data_.reset(static_cast<uint8_t*>(std::aligned_alloc(64, rounded)));
-    if (!data_) throw std::bad_alloc();
-    size_ = rounded;
-  }
-  return data_.get();
-}
-
-void Scratch::Free::operator()(uint8_t* p) const { std::free(p); }
-
-uint8_t* Pages::open(int s, int page, int head) const {
-  const int first = first_page(s);
-  if (page == first) return in_open_frames(batch_.head, s, head);
-  if (page == last_page(s) && ends_inside_page(s) && own_tail(s)) return tail(s, head);
-  const size_t index = staging_first_[s] + (page - first - 1);
-  return staging_ + (index * layer_.kv_heads + head) * layer_.open.head_bytes;
-}
-
-bool Pages::must_settle(int s) const { return last_page(s) > first_page(s) && ends_inside_page(s) && !own_tail(s); }
-
-int Pages::staged(int s) const {
-  const int later = last_page(s) - first_page(s);
-  return later > 0 && ends_inside_page(s) && own_tail(s) ? later - 1 : later;
-}
 
 namespace {
 inline uint16_t as_bf16(uint16_t x) { return x; }
@@ -114,16 +85,6 @@ void Cpu::append(const Layer& layer, const Batch& batch, const Rows& rows, const
     for (size_t i = 0; i < jobs.size(); ++i) store(static_cast<int>(i), 0);
   } else {
     workers_.run(static_cast<int>(jobs.size()), store);
-  }
-}
-
-void Cpu::settle(const Layer& layer, const Batch& batch, const Pages& pages) {
-  for (int s = 0; s < batch.sequences; ++s) {
-    if (!pages.must_settle(s)) continue;
-    for (int head = 0; head < layer.kv_heads; ++head) {
-      std::memcpy(pages.tail(s, head), pages.open(s, pages.last_page(s), head),
-                  static_cast<size_t>(layer.open.head_bytes));
-    }
   }
 }
 

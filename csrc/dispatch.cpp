@@ -6,6 +6,7 @@
 
 namespace kvbits {
 namespace {
+bool always() { return true; }
 #if defined(__x86_64__)
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -15,46 +16,47 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vnni");
 }
-#endif
-
-struct Runnable {
-  const Kernels* tables[4] = {};
-  const char* names[4] = {};
-  Runnable() {
-    int n = 0;
-#if defined(__x86_64__)
-    if (has_avx512()) tables[n++] = &avx512_kernels();
-    if (has_avx2()) tables[n++] = &avx2_kernels();
-#endif
-    tables[n++] = &scalar_kernels();
-    for (int i = 0; i < n; ++i) names[i] = tables[i]->isa;
-  }
-};
-
-const Runnable& runnable() {
-  static const Runnable found;
-  return found;
+const RowKernels& best_avx512_rows() {
+  return __builtin_cpu_supports("avx512bf16") ? avx512bf16_rows() : avx512_rows();
 }
+#endif
+
+// Every instruction set, the best first: the one line that a new one adds here.
+const struct {
+  const char* name;
+  bool (*runs)();
+  const Kernels& (*kernels)();
+  const RowKernels& (*rows)();
+} kIsas[] = {
+#if defined(__x86_64__)
+    {"avx512", has_avx512, avx512_kernels, best_avx512_rows},
+    {"avx2", has_avx2, avx2_kernels, avx2_rows},
+#endif
+    {"scalar", always, scalar_kernels, scalar_rows},
+};
 }  // namespace
 
 const Kernels* kernels_for(const char* isa) {
-  for (const Kernels* table : runnable().tables) {
-    if (table != nullptr && (std::strcmp(isa, "auto") == 0 || std::strcmp(isa, table->isa) == 0)) return table;
+  for (const auto& known : kIsas) {
+    const bool meant = std::strcmp(isa, "auto") == 0 || std::strcmp(isa, known.name) == 0;
+    if (meant && known.runs()) return &known.kernels();
   }
   return nullptr;
 }
 
 const RowKernels& rows_for(const char* isa) {
-#if defined(__x86_64__)
-  if (std::strcmp(isa, "avx512") == 0) {
-    return __builtin_cpu_supports("avx512bf16") ? avx512bf16_rows() : avx512_rows();
+  for (const auto& known : kIsas) {
+    if (std::strcmp(isa, known.name) == 0 && known.runs()) return known.rows();
   }
-  if (std::strcmp(isa, "avx2") == 0) return avx2_rows();
-#endif
-  (void)isa;
   return scalar_rows();
 }
 
-const char* const* available_isas() { return runnable().names; }
+std::vector<const char*> available_isas() {
+  std::vector<const char*> names;
+  for (const auto& known : kIsas) {
+    if (known.runs()) names.push_back(known.name);
+  }
+  return names;
+}
 
 }  // namespace kvbits

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace kvbits {
 
@@ -10,6 +11,7 @@ constexpr int kSplitPages = 16;  // pages whose partial result is kept apart and
 constexpr int kMaxDim = 576;     // largest head size (MLA's latent key)
 constexpr int kBlockRows = 4;    // query rows that a kernel treats at once
 constexpr int kLanes = 16;       // floats in the widest vector
+constexpr size_t kCacheLine = 64;
 
 // Where one layer lies inside a page, and how it is coded.
 struct Place {
@@ -71,9 +73,9 @@ struct Block {
   const uint8_t* values;
   ptrdiff_t ahead;
   QueryRow* rows;
-  int count;      // up to kBlockRows
-  float* scores;  // [count, kPage]; the softmax turns them into weights
-  float* keep;    // [count]: the factor by which a row's accumulator must shrink
+  int count;       // up to kBlockRows
+  float* scores;   // [count, kPage]; the softmax turns them into weights
+  float* rescale;  // [count]: the factor by which a row's accumulator must shrink
 };
 
 // One codec's work on a block.
@@ -84,10 +86,10 @@ struct KeyKernel {
   void (*score)(const Block& block, int dim);
 };
 struct ValueKernel {
-  // row r: accumulator = accumulator * keep[r] + sum over t of weights[r * kPage + t] * value t
+  // row r: accumulator = accumulator * rescale[r] + sum over t of weights[r * kPage + t] * value t
   void (*accumulate)(const Block& block, int dim);
   // Null, or what turns an accumulator into the form that `accumulate` adds to, and back.
-  void (*turn)(QueryRow& row, int dim);
+  void (*unrotate)(QueryRow& row, int dim);
 };
 // How one head's codes are chosen (Rounding in codecs/base.py).
 struct Rounding {
@@ -123,7 +125,7 @@ const Kernels& avx512_kernels();
 
 // The table for `isa` ("auto": the best that this processor runs); null if unknown or not runnable here.
 const Kernels* kernels_for(const char* isa);
-// Names of the ISAs that run here, the best first; null-terminated.
-const char* const* available_isas();
+// Names of the ISAs that run here, the best first.
+std::vector<const char*> available_isas();
 
 }  // namespace kvbits

@@ -31,7 +31,7 @@ NB_MODULE(_native, m) {
 
   m.def("available_isas", [] {
     std::vector<std::string> names;
-    for (const char* const* name = available_isas(); *name != nullptr; ++name) names.emplace_back(*name);
+    for (const char* name : available_isas()) names.emplace_back(name);
     return names;
   });
 

@@ -57,9 +57,22 @@ static inline uint16_t half_from_float(float x) {
   return static_cast<uint16_t>(sign | ((bits - 0x38000000u) >> 13));
 }
 
-// What float16 cannot say becomes its largest number.
+// What float16 cannot say becomes its largest number; zero has no sign, so that bytes do not tell how it came about.
 static inline uint16_t saturated_half(float x) {
-  return half_from_float(x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x);
+  const uint16_t half = half_from_float(x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x);
+  return half == 0x8000 ? 0 : half;
+}
+
+static inline bool is_finite(float x) { return __builtin_fabsf(x) < __builtin_inff(); }
+
+// Whether NaN or an infinity is among `n` bfloat16 numbers.
+static inline bool any_not_finite(const uint16_t* x, int n) {
+  uint16_t largest = 0;
+  for (int i = 0; i < n; ++i) {
+    const uint16_t magnitude = x[i] & 0x7fff;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest >= 0x7f80;
 }
 
 // A positive scale as one byte: the exponent and the three first mantissa bits of a float16, to nearest, or rounded up

@@ -1,4 +1,4 @@
-// One layer of one engine step: append, seal, attend, settle. Independent of the instruction set.
+// One layer of one engine step: append, seal, attend, flush. Independent of the instruction set.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -48,7 +48,7 @@ class Pages {
   int first_page(int s) const { return batch_.starts[s] / kPage; }
   int last_page(int s) const { return (batch_.starts[s] + batch_.counts[s] - 1) / kPage; }
   // The last page is partial and its rows lie in the staging area, not yet in its frames.
-  bool must_settle(int s) const;
+  bool must_flush(int s) const;
   // Staged pages of a sequence: every page after the first that has no frames in 16 bit.
   int staged(int s) const;
 
@@ -87,7 +87,7 @@ class Cpu {
  private:
   void append(const Layer& layer, const Batch& batch, const Rows& rows, const Pages& pages);
   void attend(const Layer& layer, const Batch& batch, const Rows& rows, const Pages& pages);
-  void settle(const Layer& layer, const Batch& batch, const Pages& pages);
+  void flush(const Layer& layer, const Batch& batch, const Pages& pages);
 
   const Kernels& kernels_;
   Workers workers_;

@@ -37,7 +37,7 @@ def test_importing_kvbits_loads_no_heavy_library_and_starts_nothing() -> None:
         "import os, sys, threading\n"
         "before = dict(os.environ)\n"
         "import kvbits\n"
-        "heavy = {'torch', 'numpy', 'transformers', 'matplotlib', 'kvbits._native'} & set(sys.modules)\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'matplotlib', 'kvbits.kernels._native'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "assert threading.active_count() == 1\n"
         "assert dict(os.environ) == before\n"
@@ -47,7 +47,8 @@ def test_importing_kvbits_loads_no_heavy_library_and_starts_nothing() -> None:
 
 
 def test_the_command_line_is_read_before_torch_is_loaded() -> None:
-    done = python("import sys, kvbits.cli.main; print({'torch', 'transformers', 'kvbits._native'} & set(sys.modules))")
+    heavy = "{'torch', 'transformers', 'kvbits.kernels._native'}"
+    done = python(f"import sys, kvbits.cli.main; print({heavy} & set(sys.modules))")
     assert done.stdout == "set()\n", done.stderr
 
 

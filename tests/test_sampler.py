@@ -277,6 +277,35 @@ def test_a_bad_parameter_is_named(field: str, value: object) -> None:
         SamplingParams(**{field: value})
 
 
+@pytest.mark.parametrize(
+    "tiny",
+    [
+        {"temperature": 1e-46},
+        {"temperature": 5e-324},
+        {"temperature": 1e-40},
+        {"temperature": 9e-6},
+        {"temperature": 1e-5, "repetition_penalty": 0.001},
+        {"temperature": 1e-5, "frequency_penalty": 2, "presence_penalty": 1e-46},
+        {"top_p": 1e-46},
+        {"top_p": 5e-324, "min_p": 1e-46},
+        {"top_k": 1, "min_p": 1.0},
+    ],
+)
+def test_numbers_that_are_nothing_in_float32_give_the_likeliest(tiny: dict[str, float]) -> None:
+    logits = torch.linspace(-20.0, 20.0, 50)[torch.randperm(50, generator=torch.Generator().manual_seed(0))]
+    state = state_of([int(logits.argmin())], seed=1, **tiny)
+    for _ in range(5):
+        sampled = sample(logits[None], [state])[0]
+        assert sampled.error is None
+        assert sampled.token == int(logits.argmax())
+
+
+@pytest.mark.parametrize("value", [1e-40, 1e-46, 0.0, -1.0, 11, 10**400, math.inf])
+def test_a_repetition_penalty_that_overflows_is_refused(value: float) -> None:
+    with pytest.raises(RequestError, match=r"repetition_penalty is .*; it must be a number from 0.001 to 10"):
+        SamplingParams(repetition_penalty=value)
+
+
 def test_parameters_are_normalised() -> None:
     params = SamplingParams(stop="end", stop_token_ids=[1, 2])
     assert params.stop_strings == ("end",)

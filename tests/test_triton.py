@@ -17,8 +17,10 @@ import pytest
 import torch
 from helpers.attention import PLAIN, SHAPES, Inputs, check_tentative_step, make_inputs, run
 from helpers.driver import Frames
+from helpers.hard_pages import assert_same, broken_pages, expected, hard_pages, sealed
 from helpers.rounding import pages, rounding_of
 from helpers.tiny import tiny_model
+from test_page_bytes import assert_huge_pages_are_read
 from torch import Tensor
 
 from kvbits.codecs import SCHEMES, Codec, Scheme, Side
@@ -180,6 +182,31 @@ def test_a_calibrated_order_chooses_the_wider_channels() -> None:
     rounding = rounding_of(SMALL, 0.7)
     expected = pages(ReferenceBackend(), SMALL, "mix8_2", inputs, rounding)
     assert torch.equal(pages(OnDevice(), SMALL, "mix8_2", inputs, rounding), expected)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("dtype", SCHEMES)
+def test_hard_and_broken_pages_have_the_bytes_of_the_reference(dtype: str) -> None:
+    broken = {} if dtype == "bf16" else broken_pages(64)  # which NaN a bfloat16 page holds is not defined
+    hard = hard_pages(64) | broken
+    few = {what: hard[what] for what in (*list(hard)[:12], *list(hard)[13::3])}
+    assert_same(sealed(OnDevice(), dtype, few), expected(dtype, few), list(few))
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(("dtype", "clip"), [("int4", 0.7), ("int8", None), ("int8h", 0.7), ("nf3", 0.7)])
+def test_hard_pages_with_calibrated_rounding(dtype: str, clip: float | None) -> None:
+    hard = hard_pages(32) | broken_pages(32)
+    names = ("a zero row", "zeros of both signs", "equal rows", "outliers of -1e+20", "all times 5e+37", "several")
+    few = {what: hard[what] for what in names}
+    rounding = rounding_of(LayerGeometry(1, 1, 32, 32, 0.1), clip)
+    assert_same(sealed(OnDevice(), dtype, few, rounding), expected(dtype, few, rounding), list(few))
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("dtype", ["fp8_e4m3", "fp8_e5m2"])
+def test_huge_numbers_in_float8_pages(dtype: str) -> None:
+    assert_huge_pages_are_read(OnDevice(), dtype)
 
 
 @pytest.mark.triton

@@ -8,25 +8,11 @@
 
 namespace kvbits {
 namespace {
-#include "../simd/avx2.h"
+constexpr char kIsa[] = "avx2";
 // clang-format off: the order is the dependency
-#include "../codecs/planes.h"
-#include "../codecs/quantize.h"
-#include "../codecs/raw.h"
-#include "../codecs/forms.h"
-#include "../codecs/codebook.h"
-#include "../codecs/affine.h"
-#include "../codecs/seal.h"
-#include "../codecs/float8.h"
-#include "../codecs/compose.h"
-#include "../codecs/table.h"
-#include "../softmax.h"
+#include "../simd/avx2-inl.h"
+#include "../attention-inl.h"
 // clang-format on
-
-const Kernels kKernels = {
-    "avx2",     key_kernel, value_kernel, seal_key_kernel,  seal_value_kernel,  softmax_any,
-    merge_rows, load_query, store_output, draft_key_kernel, draft_value_kernel,
-};
 }  // namespace
 
 const Kernels& avx2_kernels() { return kKernels; }

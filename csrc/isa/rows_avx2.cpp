@@ -1,4 +1,4 @@
-// The decoder's kernels on rows, compiled for one instruction set; see isa/avx2.cpp for why all is anonymous.
+// The decoder's kernels on rows, compiled for one instruction set; see isa/scalar.cpp for why all is anonymous.
 #include <immintrin.h>
 
 #include "../decoder/rows.h"
@@ -8,13 +8,11 @@
 
 namespace kvbits {
 namespace {
+constexpr char kIsa[] = "avx2";
 // clang-format off: the order is the dependency
-#include "../simd/avx2.h"
-#include "../decoder/rows_kernels.h"
+#include "../simd/avx2-inl.h"
+#include "../decoder/rows-inl.h"
 // clang-format on
-
-const RowKernels kRows = {"avx2",   multiply_any, multiply_any, quantize_any, kCodeZero,
-                          norm_any, rotate_any,   gate_any,     round_any};
 }  // namespace
 
 const RowKernels& avx2_rows() { return kRows; }

@@ -6,13 +6,11 @@
 
 namespace kvbits {
 namespace {
+constexpr char kIsa[] = "scalar";
 // clang-format off: the order is the dependency
-#include "../simd/scalar.h"
-#include "../decoder/rows_kernels.h"
+#include "../simd/scalar-inl.h"
+#include "../decoder/rows-inl.h"
 // clang-format on
-
-const RowKernels kRows = {"scalar", multiply_any, multiply_any, quantize_any, kCodeZero,
-                          norm_any, rotate_any,   gate_any,     round_any};
 }  // namespace
 
 const RowKernels& scalar_rows() { return kRows; }

@@ -93,18 +93,30 @@ def affine_codes(
     page can hold; zeros are float16. ``x`` is about ``scale * code + zero``.
     """
     rounding = rounding or Rounding()
+    rows, broken = numbers_of(rows, axis)
     if symmetric:
         limit = 2 ** (bits - 1) - 1
         scale = stored_scale(rows.abs().amax(axis) / limit)
         zero = torch.zeros_like(scale)
-        return choose_codes(rows, scale, zero, axis, _nearest(-limit, limit), _itself, rounding), scale, zero
+        codes = choose_codes(rows, scale, zero, axis, _nearest(-limit, limit), _itself, rounding)
+        return codes, scale.masked_fill(broken, torch.nan), zero
     top = 2**bits - 1
     low, high = rows.amin(axis), rows.amax(axis)
     if rounding.clip is not None:
         low, high = _clipped(low, high, rounding.clip)
     zero = to_half(low).float()
-    scale = stored_scale((high - zero) / top)
-    return choose_codes(rows, scale, zero, axis, _nearest(0, top), _itself, rounding), scale, zero
+    scale = stored_scale((high - zero).clamp_min(0.0) / top)  # a saturated least may be the larger
+    codes = choose_codes(rows, scale, zero, axis, _nearest(0, top), _itself, rounding)
+    return codes, scale.masked_fill(broken, torch.nan), zero
+
+
+def numbers_of(rows: Tensor, axis: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """``rows`` with 0 for NaN and infinities, and which groups along ``axis`` had any of them.
+
+    The scales of those groups are stored as NaN, so that whoever reads the page notices.
+    """
+    finite = rows.isfinite()
+    return rows.where(finite, 0.0), ~finite.all(axis)
 
 
 def _clipped(low: Tensor, high: Tensor, clip: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,7 +127,8 @@ def _clipped(low: Tensor, high: Tensor, clip: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _nearest(least: int, most: int) -> Callable[[Tensor], Tensor]:
-    return lambda x: torch.round(x).clamp(least, most)
+    # NaN, where feedback overflows, is the least
+    return lambda x: torch.round(x).nan_to_num(least, most, least).clamp(least, most)
 
 
 def _itself(code: Tensor) -> Tensor:
@@ -152,8 +165,12 @@ def choose_codes(
 
 
 def to_half(x: Tensor) -> Tensor:
-    """Round to float16; what is beyond its range becomes its largest number, so that codes saturate and stay finite."""
-    return x.clamp(-65504.0, 65504.0).half()
+    """Round to float16; what is beyond its range becomes its largest number, so that codes saturate and stay finite.
+
+    Zero has no sign, so that bytes do not tell how it came about.
+    """
+    half = x.clamp(-65504.0, 65504.0).half()
+    return half.masked_fill(half == 0, 0.0)
 
 
 def _reciprocal(scale: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ class Codec(ABC):
     @property
     @abstractmethod
     def native_id(self) -> int:
-        """The codec's number in ``csrc/codecs/table.h``; both sides must agree."""
+        """The codec's number in ``csrc/codecs/table-inl.h``; both sides must agree."""
 
     def basis(self, dim: int) -> Tensor | None:
         """The directions in which a head's elements are coded, the columns of an orthogonal ``float32 [dim, dim]``.

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvbits.codecs.affine import choose_codes, to_half
+from kvbits.codecs.affine import choose_codes, numbers_of, to_half
 from kvbits.codecs.base import Codec, Rounding, Side
 from kvbits.codecs.hadamard import rotate
 from kvbits.codecs.packing import pack, quads_multiple, unpack
-from kvbits.codecs.scale8 import from_scale8, to_scale8
+from kvbits.codecs.scale8 import NAN, from_scale8, to_scale8
 from kvbits.config import PAGE_TOKENS, align
 
 REACH = {4: 55, 3: 52, 2: 46}
@@ -32,6 +32,9 @@ ENTRIES: dict[int, tuple[int, ...]] = {
     2: (-37, -11, 11, 37),
 }
 """Bits -> what the codes mean, in units of the scale: small integers, for the kernels' byte products."""
+
+ROTATED_MOST = 2.0**96
+"""What is larger is coded as this: the rotation's sums must not overflow, and no scale reaches as far."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,12 @@ class Codebook(Codec):
 
     def encode(self, rows: Tensor, side: Side, rounding: Rounding | None = None) -> Tensor:
         params = []
+        rows, broken = numbers_of(rows, -1)
         if self.centered:
             center = to_half((rows.amin(-2) + rows.amax(-2)) * 0.5)
             params.append(center.contiguous().view(torch.uint8))
             rows = rows - center.float().unsqueeze(-2)
-        rows = rotate(rows)
+        rows = rotate(rows.clamp(-ROTATED_MOST, ROTATED_MOST))
         rounding = rounding or Rounding()
         most = rows.abs().amax(-1)
         if rounding.clip is not None:
@@ -75,6 +79,7 @@ class Codebook(Codec):
             lambda code: entries[code.long()],
             rounding,
         ).to(torch.uint8)
+        byte = byte.masked_fill(broken, NAN)
         matrix = codes.transpose(-1, -2) if side == "key" else codes
         page = torch.cat([pack(matrix, self.bits), byte, *params], dim=-1)
         return torch.nn.functional.pad(page, (0, self.page_bytes(rows.shape[-1]) - page.shape[-1]))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvbits.codecs.affine import numbers_of
 from kvbits.codecs.base import Codec, Rounding, Side
 from kvbits.codecs.packing import pack, quads_multiple, unpack
 from kvbits.config import PAGE_TOKENS, align
@@ -34,11 +35,13 @@ class Float8(Codec):
 
     def encode(self, rows: Tensor, side: Side, rounding: Rounding | None = None) -> Tensor:
         largest = torch.finfo(self._dtype).max
+        rows, broken = numbers_of(rows, (-2, -1))
         scale = rows.abs().amax((-2, -1)) / largest
         # no reciprocal where it would overflow: such a page is nothing but zeros to bfloat16's neighbours
         inverse = torch.where(scale > 2.0**-126, 1 / scale, torch.zeros_like(scale))
         floats = (rows * inverse[..., None, None]).clamp(-largest, largest).to(self._dtype).view(torch.uint8)
         matrix = floats.transpose(-1, -2) if side == "key" else floats
+        scale = scale.masked_fill(broken, torch.nan)
         parts = [pack(matrix, 8), scale.unsqueeze(-1).contiguous().view(torch.uint8)]
         page = torch.cat(parts, dim=-1)
         return torch.nn.functional.pad(page, (0, self.page_bytes(rows.shape[-1]) - page.shape[-1]))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvbits.codecs.affine import Affine
+from kvbits.codecs.affine import Affine, numbers_of
 from kvbits.codecs.base import Codec, Rounding, Side
 from kvbits.codecs.packing import quads_multiple
 from kvbits.config import align
@@ -63,6 +63,7 @@ class Mixed(Codec):
         """Stored channels ``int64 [..., dim]``."""
         if rounding.order is not None:
             return rounding.order.long().expand(*rows.shape[:-2], rows.shape[-1])
+        rows, _ = numbers_of(rows, -2)
         reach = rows.amax(-2) - rows.amin(-2)
         return reach.argsort(dim=-1, descending=True, stable=True)
 

@@ -1,4 +1,4 @@
-"""How small integers lie in bytes, in torch: the slow, obvious side of ``csrc/codecs/planes.h``.
+"""How small integers lie in bytes, in torch: the slow, obvious side of ``csrc/codecs/planes-inl.h``.
 
 A page of one head is a matrix ``[reduction, lanes]``: for keys the channels are reduced and the tokens are lanes, for
 values the tokens are reduced and the channels are lanes. A kernel's dot product eats four reduced elements per lane

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvbits.engine.outputs import Delta
 from kvbits.engine.request_state import RequestState
-from kvbits.engine.sampler import Sampled, report, sample
+from kvbits.engine.sampler import NOT_FINITE, Sampled, finite_rows, report, sample
 from kvbits.engine.scheduler import ScheduledRequest
 
 log = logging.getLogger(__name__)
@@ -47,8 +47,11 @@ def answer(works: Sequence[ScheduledRequest], logits: Tensor, states: Mapping[in
         row += work.outputs
         state = states[work.request.seq_id]
         if state.prompt_logprobs is not None and work.outputs:
-            with _own_error(answers[index]):
-                _report_prompt(state, work, parts[index])
+            if all(finite_rows(parts[index])):
+                with _own_error(answers[index]):
+                    _report_prompt(state, work, parts[index])
+            else:
+                answers[index].error = NOT_FINITE
         if work.samples and not work.draft:
             single[index] = row - 1
     if single:

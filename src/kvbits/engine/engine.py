@@ -189,8 +189,8 @@ class Engine:
 
         Yields ``(position, logits)``, float32 ``[rows, vocab]`` of positions ``position``, ``position + 1`` and so on,
         chunk after chunk, for every position from ``first`` on. Nothing is taken from the prefix cache, and no request
-        can find what this stores. Raises ``RequestError`` when the tokens fit neither the model's context nor the pool,
-        ``OutOfPages`` when running requests leave too little of it.
+        can find what this stores. Raises ``RequestError`` when the tokens fit neither the model's context nor the pool
+        or the logits are not finite, ``OutOfPages`` when running requests leave too little of the pool.
         """
         self.limits.check_prompt(tokens, room=0)
         if not 0 <= first < len(tokens):

@@ -10,6 +10,8 @@ from torch import Tensor
 from kvbits.attention import Forward
 from kvbits.codecs import Policy
 from kvbits.engine.batch import Piece, StepBatch, build
+from kvbits.engine.sampler import NOT_FINITE, finite_rows
+from kvbits.errors import RequestError
 from kvbits.kernels import Backend
 from kvbits.models import LoadedModel
 from kvbits.pages import PageManager
@@ -54,6 +56,8 @@ class ModelRunner:
                 logits = self.run(build([Piece(seq_id, start, part, outputs)], pages))
                 pages.commit(seq_id, part)
                 if outputs:
+                    if not all(finite_rows(logits)):
+                        raise RequestError(NOT_FINITE)
                     yield end - outputs, logits
         finally:
             pages.free(seq_id)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
@@ -22,11 +21,19 @@ MAX_LOGPROBS = 64
 """Most alternatives that a request may ask for at each token."""
 
 
+GREEDY_BELOW = 1e-5
+"""A temperature below this is greedy, as in vLLM: float32 cannot divide by much less."""
+
+LEAST_REPETITION_PENALTY = 0.001
+"""A logit divided by less may leave float32's range."""
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """Frozen sampling options of one request.
 
-    ``max_tokens=None`` means: until the model's context is full. ``temperature=0`` is greedy. ``top_k`` of 0 or -1
+    ``max_tokens=None`` means: until the model's context is full. ``temperature=0`` is greedy (as is
+    all below :data:`GREEDY_BELOW`). ``top_k`` of 0 or -1
     keeps all tokens. ``seed=None`` draws a fresh seed. ``stop`` strings end the text and are not part of it;
     ``stop_token_ids`` end it like the model's own end token. ``logprobs=k`` reports the chosen token and the ``k``
     likeliest ones, of the model's raw distribution; ``prompt_logprobs`` the same for each prompt token. The penalties
@@ -107,7 +114,7 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is taken."""
-        return self.temperature == 0.0
+        return self.temperature < GREEDY_BELOW
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -148,7 +155,7 @@ class SamplingParams:
         _number("min_p", self.min_p, 0.0, 1.0)
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, 10.0, above=True)
+        _number("repetition_penalty", self.repetition_penalty, LEAST_REPETITION_PENALTY, 10.0)
 
 
 def _is_int(value: Any) -> bool:
@@ -157,7 +164,7 @@ def _is_int(value: Any) -> bool:
 
 def _number(name: str, value: Any, low: float, high: float, above: bool = False) -> None:
     """Check a real number in ``[low, high]``, or ``(low, high]`` when ``above``."""
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or value > high or value < low or (above and value == low):
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+    if not good or (above and value == low):
         kind = f"above {low:g} and at most {high:g}" if above else f"from {low:g} to {high:g}"
         raise RequestError(f"{name} is {value!r}; it must be a number {kind}")

@@ -21,6 +21,12 @@ from kvbits.errors import RequestError
 
 log = logging.getLogger(__name__)
 
+NOT_FINITE = (
+    "the model produced logits that are not finite (NaN or an infinity): a weight is broken, or this input makes its "
+    "arithmetic overflow"
+)
+"""Why no token can be chosen, or a log-probability given."""
+
 _HEAD = 256
 """How many of the likeliest tokens are put in order; where more are needed, a threshold says which."""
 
@@ -38,17 +44,27 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
     """Choose a token for each row of ``logits`` (float32 ``[rows, vocab]``)."""
     best, argmax = logits.max(dim=-1)
     tokens = argmax.tolist()
-    # max() carries a NaN of the row along, and an infinite maximum has no softmax.
-    finite = torch.isfinite(best).tolist()
+    finite = _can_be_drawn_from(best)
     chosen = []
     for row, state in enumerate(states):
         if not finite[row]:
-            chosen.append(Sampled(-1, error="the model produced logits that are not finite"))
+            chosen.append(Sampled(-1, error=NOT_FINITE))
         elif state.params.plain_greedy:
             chosen.append(Sampled(tokens[row]))
         else:
             chosen.append(_try_row(logits[row], state))
     return chosen
+
+
+def finite_rows(logits: Tensor) -> list[bool]:
+    """Which rows of the model's ``logits`` ``[rows, vocab]`` have a softmax; -inf is a token that never comes."""
+    return _can_be_drawn_from(logits.amax(dim=-1))
+
+
+def _can_be_drawn_from(best: Tensor) -> list[bool]:
+    """By the rows' maxima: one carries a NaN of its row along, and an infinite one has no softmax."""
+    finite: list[bool] = torch.isfinite(best).tolist()
+    return finite
 
 
 def _try_row(raw: Tensor, state: SamplingState) -> Sampled:

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kvbits import _native
 from kvbits.codecs import LayerRounding, Place, Scheme
 from kvbits.config import LayerGeometry, align
 from kvbits.errors import ConfigError
+from kvbits.kernels import _native
 from kvbits.kernels.base import Backend, BatchLayout
 from kvbits.pool import LayerView
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvbits import _native
+from kvbits.kernels import _native
 from kvbits.kernels.base import BatchLayout
 from kvbits.kernels.cpu import CpuBackend
 from kvbits.pool import LayerView

@@ -3,9 +3,12 @@
 import triton
 import triton.language as tl
 
+from kvbits.codecs.scale8 import NAN
 from kvbits.kernels.triton.choose import choose
-from kvbits.kernels.triton.numbers import from_scale8, reciprocal, to_half, to_scale8
+from kvbits.kernels.triton.numbers import broken_half, from_scale8, numbers_of, reciprocal, to_half, to_scale8
 from kvbits.kernels.triton.planes import fill_zero, load_matrix, store_matrix
+
+_NAN = tl.constexpr(NAN)
 
 
 @triton.jit
@@ -89,21 +92,24 @@ def quantize_affine(x, page, clip, feedback, order, rank, FORM: tl.constexpr):
     count: tl.constexpr = FORM.rows if FORM.per_row else FORM.lanes
     nibbles: tl.constexpr = FORM.kind == "nibbles"
     half: tl.constexpr = 1 << (FORM.bits - 1)
+    x, broken = numbers_of(x, 1 if FORM.per_row else 0)
     if FORM.symmetric:
         zero = tl.full([FORM.row_block if FORM.per_row else FORM.lane_block], 0.0, tl.float32)
         reach = tl.math.div_rn(tl.max(tl.abs(x), 1 if FORM.per_row else 0), half - 1.0)
     else:
         low, high = extent(x, clip, FORM)
         zero = to_half(low).to(tl.float32)
-        reach = tl.math.div_rn(high - zero, 2.0 * half - 1.0)
+        # a saturated least may be the larger
+        reach = tl.math.div_rn(tl.maximum(high - zero, 0.0), 2.0 * half - 1.0)
     if nibbles:
         byte = to_scale8(reach, True)
         scale = from_scale8(byte)
-        tl.store(page + FORM.params_at + index, byte.to(tl.uint8), mask=inside)
+        tl.store(page + FORM.params_at + index, tl.where(broken, _NAN, byte).to(tl.uint8), mask=inside)
     else:
         stored = to_half(reach)
         scale = stored.to(tl.float32)
-        tl.store((page + FORM.params_at).to(tl.pointer_type(tl.float16)) + index, stored, mask=inside)
+        target = (page + FORM.params_at).to(tl.pointer_type(tl.float16))
+        tl.store(target + index, broken_half(stored, broken), mask=inside)
     at: tl.constexpr = FORM.params_at + (1 if nibbles else 2) * count
     if not FORM.symmetric:
         tl.store((page + at).to(tl.pointer_type(tl.float16)) + index, to_half(zero), mask=inside)

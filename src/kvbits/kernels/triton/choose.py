@@ -36,10 +36,11 @@ def _nearest(x, low, high, FORM: tl.constexpr):
     if FORM.kind == "codebook":
         code = tl.zeros(x.shape, tl.float32)
         for i in tl.static_range((1 << FORM.bits) - 1):
-            code += (x > border(FORM.bits, i)).to(tl.float32)
+            # NaN, where feedback overflows, is the largest, as it is for torch.bucketize
+            code += 1.0 - (x <= border(FORM.bits, i)).to(tl.float32)
         return code
     else:
-        return rint(clamp(x, low, high))
+        return rint(tl.where(x == x, clamp(x, low, high), low))  # and here the least
 
 
 @triton.jit

@@ -3,14 +3,17 @@
 import triton
 import triton.language as tl
 
-from kvbits.codecs.codebook import REACH
+from kvbits.codecs.codebook import REACH, ROTATED_MOST
+from kvbits.codecs.scale8 import NAN
 from kvbits.config import PAGE_TOKENS
 from kvbits.kernels.triton.choose import choose, entry
 from kvbits.kernels.triton.hadamard import rotate
-from kvbits.kernels.triton.numbers import from_scale8, reciprocal, to_half, to_scale8
+from kvbits.kernels.triton.numbers import clamp, from_scale8, numbers_of, reciprocal, to_half, to_scale8
 from kvbits.kernels.triton.planes import fill_zero, load_matrix, store_matrix
 
 _TOKENS = tl.constexpr(PAGE_TOKENS)
+_ROTATED_MOST = tl.constexpr(ROTATED_MOST)
+_NAN = tl.constexpr(NAN)
 
 
 @triton.constexpr_function
@@ -39,18 +42,19 @@ def quantize_codebook(x, page, clip, feedback, order, rank, FORM: tl.constexpr):
     """``x`` ``float32 [row_block, lane_block]``, 0 for channels that are none."""
     token_axis: tl.constexpr = 1 if FORM.key else 0
     end: tl.constexpr = FORM.params_at + _TOKENS + (2 * FORM.dim if FORM.centered else 0)
+    x, broken = numbers_of(x, 1 - token_axis)
     if FORM.centered:
         channel = tl.arange(0, FORM.dim_block)
         center = to_half((tl.min(x, token_axis) + tl.max(x, token_axis)) * 0.5)
         stored = (page + FORM.params_at + _TOKENS).to(tl.pointer_type(tl.float16))
         tl.store(stored + channel, center, mask=channel < FORM.dim)
         x = x - tl.expand_dims(center.to(tl.float32), token_axis)
-    x = rotate(x, FORM.key, FORM.rotate, FORM.rotate_steps)
+    x = rotate(clamp(x, -_ROTATED_MOST, _ROTATED_MOST), FORM.key, FORM.rotate, FORM.rotate_steps)
     most = tl.max(tl.abs(x), 1 - token_axis)
     if clip is not None:
         most = most * tl.load(clip)
     byte = to_scale8(tl.math.div_rn(most, _reach(FORM.bits)), False)
-    tl.store(page + FORM.params_at + tl.arange(0, _TOKENS), byte.to(tl.uint8))
+    tl.store(page + FORM.params_at + tl.arange(0, _TOKENS), tl.where(broken, _NAN, byte).to(tl.uint8))
     scale = from_scale8(byte)
     zero = tl.zeros([_TOKENS], tl.float32)
     codes = choose(x, scale, zero, reciprocal(scale), 0.0, 0.0, feedback, order, rank, FORM)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kvbits.kernels.triton.numbers import clamp, from_float8, to_float8
+from kvbits.kernels.triton.numbers import clamp, from_float8, numbers_of, to_float8
 from kvbits.kernels.triton.planes import fill_zero, load_matrix, store_matrix
 
 
@@ -18,10 +18,12 @@ def dequantize_float8(page, FORM: tl.constexpr):
 def quantize_float8(x, page, FORM: tl.constexpr):
     """The largest element becomes the largest float."""
     largest: tl.constexpr = 448.0 if FORM.bits == 3 else 57344.0
+    x, broken = numbers_of(x, 1)
     scale = tl.math.div_rn(tl.max(tl.max(tl.abs(x), 1), 0), largest)
     # 2**-126: the reciprocal of less would overflow
     usable = scale > 1.1754943508222875e-38
     inverse = tl.where(usable, tl.math.div_rn(1.0, tl.where(usable, scale, 1.0)), 0.0)
     store_matrix(page, to_float8(clamp(x * inverse, -largest, largest), FORM.bits), 0, 8, FORM)
-    tl.store((page + FORM.params_at).to(tl.pointer_type(tl.float32)), scale)
+    broken = tl.max(broken.to(tl.int32), 0) > 0
+    tl.store((page + FORM.params_at).to(tl.pointer_type(tl.float32)), tl.where(broken, float("nan"), scale))
     fill_zero(page, FORM.params_at + 4, FORM.bytes)

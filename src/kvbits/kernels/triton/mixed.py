@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kvbits.kernels.triton.numbers import clamp, reciprocal, rint, to_half
+from kvbits.kernels.triton.numbers import broken_half, clamp, numbers_of, reciprocal, rint, to_half
 from kvbits.kernels.triton.planes import fill_zero, load_codes, store_codes
 
 
@@ -39,6 +39,7 @@ def dequantize_mixed(page, FORM: tl.constexpr):
 def by_reach(x, FORM: tl.constexpr):
     """Channels of ``x`` ``float32 [dim_block, 64]`` by falling range, the lower one of equals first: ``int32``."""
     row = tl.arange(0, FORM.dim_block)
+    x, _ = numbers_of(x, 1)
     reach = tl.where(row < FORM.dim, tl.max(x, 1) - tl.min(x, 1), -1.0)
     larger = reach[:, None] > reach[None, :]
     before = (reach[:, None] == reach[None, :]) & (row[:, None] < row[None, :])
@@ -66,12 +67,14 @@ def quantize_mixed(x, channels, page, FORM: tl.constexpr):
     row = tl.arange(0, FORM.dim_block)
     tl.store(page + row, channels.to(tl.uint8), mask=row < FORM.dim)
     fill_zero(page, FORM.dim, FORM.first_at)
+    x, broken = numbers_of(x, 1)
     top = tl.where(row < FORM.first, (1 << FORM.bits) - 1.0, (1 << FORM.low_bits) - 1.0)
     zero = to_half(tl.min(x, 1))
     low = zero.to(tl.float32)
-    scale = to_half(tl.math.div_rn(tl.max(x, 1) - low, top))
+    scale = to_half(tl.math.div_rn(tl.maximum(tl.max(x, 1) - low, 0.0), top))
     inverse = reciprocal(scale.to(tl.float32))
     codes = rint(clamp((x - low[:, None]) * inverse[:, None], 0.0, top[:, None])).to(tl.int32)
+    scale = broken_half(scale, broken)
     first: tl.constexpr = FORM.first
     _store_part(page, codes, scale, zero, FORM.first_at, FORM.bits, first, 0, FORM.second_at, FORM)
     _store_part(page, codes, scale, zero, FORM.second_at, FORM.low_bits, FORM.dim - first, first, FORM.bytes, FORM)

@@ -45,8 +45,23 @@ def clamp(x, low, high):
 
 @triton.jit
 def to_half(x):
-    """Round to float16; what is beyond its range becomes its largest number."""
-    return clamp(x, -_HALF_MAX, _HALF_MAX).to(tl.float16)
+    """Round to float16; what is beyond its range becomes its largest number. Zero has no sign."""
+    half = clamp(x, -_HALF_MAX, _HALF_MAX).to(tl.float16)
+    return tl.where(half == 0.0, tl.zeros(half.shape, tl.float16), half)
+
+
+@triton.jit
+def numbers_of(x, AXIS: tl.constexpr):
+    """``x`` with 0 for NaN and infinities, and which groups along ``AXIS`` had any: their scales become NaN."""
+    finite = tl.abs(x) < float("inf")
+    return tl.where(finite, x, 0.0), tl.max(tl.where(finite, 0, 1), AXIS) > 0
+
+
+@triton.jit
+def broken_half(scale, broken):
+    """``float16`` scales, NaN where ``broken``."""
+    nan = tl.full(scale.shape, 0x7E00, tl.int16).to(tl.float16, bitcast=True)
+    return tl.where(broken, nan, scale)
 
 
 @triton.jit

@@ -1,5 +1,5 @@
-// Codebook pages of rotated heads (src/kvbits/codecs/codebook.py): forms for the kernels of affine.h, whose codes are
-// looked up while they are loaded. Included inside a per-ISA anonymous namespace.
+// Codebook pages of rotated heads (src/kvbits/codecs/codebook.py): forms for the kernels of affine-inl.h, whose codes
+// are looked up while they are loaded. Included inside a per-ISA anonymous namespace.
 
 // Entries in units of the scale; 0 after the last.
 template <int BITS>
@@ -102,4 +102,4 @@ inline void rotate(float* x, int dim, int stride, int width) {
 }
 
 // The rotation is its own inverse.
-inline void turn_accumulator(QueryRow& row, int dim) { rotate(row.accumulator, dim, 1, 1); }
+inline void unrotate_accumulator(QueryRow& row, int dim) { rotate(row.accumulator, dim, 1, 1); }

@@ -51,13 +51,13 @@ struct MixedKey {
     int order[kMaxDim];
     float reach[kMaxDim];
     for (int c = 0; c < dim; ++c) {
-      float least = channel(pairs, c, 0), most = least;
+      float least = channel(pairs, c, 0), largest = least;
       for (int t = 1; t < kPage; ++t) {
         const float x = channel(pairs, c, t);
         least = x < least ? x : least;
-        most = x > most ? x : most;
+        largest = x > largest ? x : largest;
       }
-      reach[c] = most - least;
+      reach[c] = largest - least;
       // Insertion: the standard library's sort would be compiled here, with this file's flags, for all.
       int place = c;
       while (rounding.order == nullptr && place > 0 && reach[order[place - 1]] < reach[c]) {
@@ -90,10 +90,13 @@ struct MixedKey {
     return found;
   }
   static int at(int channel, int token) { return (channel / 2 * kPage + token) * 2 + channel % 2; }
-  static float channel(const uint16_t* pairs, int c, int t) { return bf16_to_float(pairs[at(c, t)]); }
+  static float channel(const uint16_t* pairs, int c, int t) {
+    const float x = bf16_to_float(pairs[at(c, t)]);
+    return is_finite(x) ? x : 0.0f;
+  }
 };
 
-// Values with parameters for blocks of channels (src/kvbits/codecs/blocks.py): one page of affine.h a block.
+// Values with parameters for blocks of channels (src/kvbits/codecs/blocks.py): one page of affine-inl.h a block.
 template <int BITS>
 struct BlockValue {
   using Form = PlainForm<BITS, false, false>;

@@ -18,6 +18,11 @@ inline F f_fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 inline F f_max(F a, F b) { return _mm512_max_ps(a, b); }
 inline F f_abs(F a) { return _mm512_abs_ps(a); }
 inline F f_max_abs(F a, F b) { return _mm512_range_ps(a, b, 0xb); }  // the larger magnitude, without its sign
+// The larger of numbers that are not negative; NaN where either is one without a sign. By their bits, which are in the
+// same order (-0 is the least).
+inline F f_max_positive(F a, F b) {
+  return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+}
 inline F f_round(F a) { return _mm512_roundscale_ps(a, 0); }
 inline F f_from(I a) { return _mm512_cvtepi32_ps(a); }
 inline float f_reduce_max(F a) { return _mm512_reduce_max_ps(a); }
@@ -40,6 +45,10 @@ inline void f_reduce_max_rows(const F (&v)[ROWS], float* out) {
   reduce_four(v[0], v[ROWS > 1 ? 1 : 0], v[ROWS > 2 ? 2 : 0], v[ROWS > 3 ? 3 : 0], f_max, out);
 }
 template <int ROWS>
+inline void f_reduce_max_positive_rows(const F (&v)[ROWS], float* out) {
+  reduce_four(v[0], v[ROWS > 1 ? 1 : 0], v[ROWS > 2 ? 2 : 0], v[ROWS > 3 ? 3 : 0], f_max_positive, out);
+}
+template <int ROWS>
 inline void f_reduce_add_rows(const F (&v)[ROWS], float* out) {
   reduce_four(v[0], v[ROWS > 1 ? 1 : 0], v[ROWS > 2 ? 2 : 0], v[ROWS > 3 ? 3 : 0], f_add, out);
 }
@@ -47,9 +56,9 @@ inline void f_reduce_add_rows(const F (&v)[ROWS], float* out) {
 inline F f_keep_if_ge(F x, float bound, F a) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(bound), _CMP_GE_OQ), a);
 }
-// a * 2^n for integral n <= 127; 0 where n < least.
+// a * 2^n for integral n <= 127; 0 where n < least, a where n is NaN, which a then must be too.
 inline F f_scale2_from(F a, F n, float least) {
-  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, _mm512_set1_ps(least), _CMP_GE_OQ), a, n);
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, _mm512_set1_ps(least), _CMP_NLT_UQ), a, n);
 }
 inline F f_load_half(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -124,7 +133,7 @@ inline F b_even(B a) { return _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)); }
 inline F b_odd(B a) {
   return _mm512_castsi512_ps(_mm512_and_si512(a, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
 }
-// The ELEMENT-th byte of each lane as a float whose exponent and mantissa begin at bit SHIFT (codecs/float8.h).
+// The ELEMENT-th byte of each lane as a float whose exponent and mantissa begin at bit SHIFT (codecs/float8-inl.h).
 template <int ELEMENT, int SHIFT>
 inline F b_float8(B a) {
   if constexpr (ELEMENT < 3) a = _mm512_slli_epi32(a, 24 - 8 * ELEMENT);

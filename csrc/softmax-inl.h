@@ -3,10 +3,11 @@
 // Scores are in units of ln 2 (load_query multiplies by 1 / ln 2), so a weight is a power of two.
 
 constexpr float kLog2E = 1.44269504088896341f;
-constexpr float kMasked = -3e38f;
+constexpr float kMasked = -__builtin_inff();
 constexpr float kExp2Least = -125.0f;  // below it a weight is 0
 
-// 2^x for x <= 0, to 2e-7; exactly 1 at 0 and 0 far below it. The polynomial is the minimax one of relative error on
+// 2^x for x <= 0, to 2e-7; exactly 1 at 0 and 0 far below it; NaN for NaN, which so reaches the row's sum and result.
+// The polynomial is the minimax one of relative error on
 // [-1/2, 1/2] with constant term 1.
 inline F exp2_negative(F x) {
   const F n = f_round(x);
@@ -49,17 +50,17 @@ inline void softmax_rows(const Block& block, const int* first, const int* last, 
     if (softcap > 0) {
       for (int i = 0; i < kPage; i += kWidth) f_store(s + i, soft_cap(f_load(s + i), softcap));
     }
-    // A row that sees nothing of the page stays exactly as it is: all weights 0, keep 1.
+    // A row that sees nothing of the page stays exactly as it is: all weights 0, rescaled by 1.
     const int begin = first[r] < last[r] ? first[r] : kPage;
     for (int i = 0; i < begin; ++i) s[i] = kMasked;
     for (int i = last[r] > begin ? last[r] : begin; i < kPage; ++i) s[i] = kMasked;
   }
-  F most[ROWS];
-  for (int r = 0; r < ROWS; ++r) most[r] = f_load(scores + r * kPage);
+  F m[ROWS];
+  for (int r = 0; r < ROWS; ++r) m[r] = f_load(scores + r * kPage);
   for (int i = kWidth; i < kPage; i += kWidth)
-    for (int r = 0; r < ROWS; ++r) most[r] = f_max(most[r], f_load(scores + r * kPage + i));
+    for (int r = 0; r < ROWS; ++r) m[r] = f_max(m[r], f_load(scores + r * kPage + i));
   float top[4];
-  f_reduce_max_rows<ROWS>(most, top);
+  f_reduce_max_rows<ROWS>(m, top);
 
   alignas(64) float shrink[kLanes] = {};
   for (int r = 0; r < ROWS; ++r) {
@@ -70,7 +71,7 @@ inline void softmax_rows(const Block& block, const int* first, const int* last, 
   for (int i = 0; i < ROWS; i += kWidth) f_store(shrink + i, exp2_negative(f_load(shrink + i)));
   F total[ROWS];
   for (int r = 0; r < ROWS; ++r) {
-    block.keep[r] = shrink[r];
+    block.rescale[r] = shrink[r];
     total[r] = f_mul(f_load(rows[r].total), f_set(shrink[r]));
   }
   for (int i = 0; i < kPage; i += kWidth) {
@@ -94,11 +95,11 @@ inline void softmax_any(const Block& block, const int* first, const int* last, f
 
 inline void merge_rows(QueryRow& a, const QueryRow& b, int dim) {
   const float max = a.max > b.max ? a.max : b.max;
-  const F keep_a = f_set(exp2_negative_one(a.max - max)), keep_b = f_set(exp2_negative_one(b.max - max));
+  const F alpha_a = f_set(exp2_negative_one(a.max - max)), alpha_b = f_set(exp2_negative_one(b.max - max));
   a.max = max;
-  f_store(a.total, f_fma(f_load(b.total), keep_b, f_mul(f_load(a.total), keep_a)));
+  f_store(a.total, f_fma(f_load(b.total), alpha_b, f_mul(f_load(a.total), alpha_a)));
   for (int i = 0; i < dim; i += kWidth) {
-    f_store(a.accumulator + i, f_fma(f_load(b.accumulator + i), keep_b, f_mul(f_load(a.accumulator + i), keep_a)));
+    f_store(a.accumulator + i, f_fma(f_load(b.accumulator + i), alpha_b, f_mul(f_load(a.accumulator + i), alpha_a)));
   }
 }
 
@@ -112,14 +113,14 @@ inline void load_query(const void* source, Float dtype, float scale, int dim, fl
 }
 
 inline void store_output(const QueryRow& row, const float* sink, int dim, Float dtype, void* out) {
-  float keep = 1.0f, total = f_reduce_add(f_load(row.total));
+  float alpha = 1.0f, total = f_reduce_add(f_load(row.total));
   if (sink != nullptr) {
     const float logit = *sink * kLog2E;
     const float max = logit > row.max ? logit : row.max;
-    keep = exp2_negative_one(row.max - max);
-    total = total * keep + exp2_negative_one(logit - max);
+    alpha = exp2_negative_one(row.max - max);
+    total = total * alpha + exp2_negative_one(logit - max);
   }
-  const float factor = keep / total;
+  const float factor = alpha / total;
   for (int i = 0; i < dim; ++i) {
     const float x = row.accumulator[i] * factor;
     if (dtype == Float::kF32) {

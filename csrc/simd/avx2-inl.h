@@ -18,6 +18,9 @@ inline F f_fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 inline F f_max(F a, F b) { return _mm256_max_ps(a, b); }
 inline F f_abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 inline F f_max_abs(F a, F b) { return f_max(f_abs(a), f_abs(b)); }
+inline F f_max_positive(F a, F b) {
+  return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+}
 inline F f_round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline F f_from(I a) { return _mm256_cvtepi32_ps(a); }
 inline float f_reduce_max(F a) {
@@ -35,6 +38,15 @@ inline void f_reduce_max_rows(const F (&v)[ROWS], float* out) {
   for (int r = 0; r < ROWS; ++r) out[r] = f_reduce_max(v[r]);
 }
 template <int ROWS>
+inline void f_reduce_max_positive_rows(const F (&v)[ROWS], float* out) {
+  for (int r = 0; r < ROWS; ++r) {
+    const __m256i bits = _mm256_castps_si256(v[r]);
+    __m128i x = _mm_max_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+    x = _mm_max_epi32(x, _mm_shuffle_epi32(x, 0x4e));
+    out[r] = _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(x, _mm_shuffle_epi32(x, 0xb1))));
+  }
+}
+template <int ROWS>
 inline void f_reduce_add_rows(const F (&v)[ROWS], float* out) {
   for (int r = 0; r < ROWS; ++r) out[r] = f_reduce_add(v[r]);
 }
@@ -44,7 +56,8 @@ inline F f_keep_if_ge(F x, float bound, F a) {
 inline F f_scale2_from(F a, F n, float least) {
   const __m256i power =
       _mm256_add_epi32(_mm256_cvtps_epi32(_mm256_max_ps(n, _mm256_set1_ps(-126.0f))), _mm256_set1_epi32(127));
-  return f_keep_if_ge(n, least, _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(power, 23))));
+  return _mm256_and_ps(_mm256_cmp_ps(n, _mm256_set1_ps(least), _CMP_NLT_UQ),
+                       _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(power, 23))));
 }
 inline F f_load_half(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

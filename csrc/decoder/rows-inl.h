@@ -1,13 +1,5 @@
-// The decoder's kernels on rows, for the vector type of the simd header included before, inside its anonymous
-// namespace.
-
-// Round to nearest even. A NaN becomes some NaN or infinity (or, for a few payloads, zero): the sampler sees the
-// others.
-inline uint16_t bf16_of_number(float x) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, 4);
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
-}
+// The decoder's kernels on rows of one instruction set: included inside isa/rows_*.cpp's anonymous namespace, after one
+// of simd/ and `kIsa`, its name.
 
 // a: pairs of bfloat16 in 32-bit lanes; adds their products with the pair of x to each lane.
 inline F add_pair_products(F sum, B a, uint32_t x) {
@@ -99,22 +91,14 @@ void multiply_any(const X* x, ptrdiff_t stride, int rows, int steps, const W* a,
 constexpr int kCodeZero = 1 << (kRadixBits8 - 1);
 
 float quantize_any(const uint16_t* x, int count, uint8_t* codes) {
-  float largest[16] = {};
-  int i = 0;
-  for (; i + 16 <= count; i += 16) {
-    for (int j = 0; j < 16; ++j) {
-      const float a = __builtin_fabsf(bf16_to_float(x[i + j]));
-      largest[j] = a > largest[j] ? a : largest[j];
-    }
+  uint16_t largest = 0;  // magnitudes are ordered like their bits, with NaN above all
+  for (int i = 0; i < count; ++i) {
+    const uint16_t magnitude = x[i] & 0x7fff;
+    largest = magnitude > largest ? magnitude : largest;
   }
-  for (; i < count; ++i) {
-    const float a = __builtin_fabsf(bf16_to_float(x[i]));
-    largest[0] = a > largest[0] ? a : largest[0];
-  }
-  for (int j = 1; j < 16; ++j) largest[0] = largest[j] > largest[0] ? largest[j] : largest[0];
-  const float step = largest[0] / (kCodeZero - 1);
+  const float step = bf16_to_float(largest) / (kCodeZero - 1);  // NaN makes every product with the codes NaN
   const float factor = step > 0 ? 1 / step : 0;
-  for (i = 0; i < count; ++i) {  // adding 1.5 * 2^23 rounds to nearest even
+  for (int i = 0; i < count; ++i) {  // adding 1.5 * 2^23 rounds to nearest even
     const float code = bf16_to_float(x[i]) * factor + 12582912.0f;
     int32_t bits;
     __builtin_memcpy(&bits, &code, 4);
@@ -139,7 +123,7 @@ inline float mean_square(const float* x, int dim) {
 
 void norm_any(const float* x, const float* weight, float eps, int dim, uint16_t* out) {
   const float factor = 1.0f / __builtin_sqrtf(mean_square(x, dim) + eps);
-  for (int i = 0; i < dim; ++i) out[i] = bf16_of_number(x[i] * factor * weight[i]);
+  for (int i = 0; i < dim; ++i) out[i] = bf16_from_float(x[i] * factor * weight[i]);
 }
 
 void rotate_any(const float* x, const float* weight, float eps, int dim, const float* cos, const float* sin, int half,
@@ -151,10 +135,10 @@ void rotate_any(const float* x, const float* weight, float eps, int dim, const f
     x = normed;
   }
   for (int i = 0; i < half; ++i) {
-    out[i] = bf16_of_number(x[i] * cos[i] - x[i + half] * sin[i]);
-    out[i + half] = bf16_of_number(x[i + half] * cos[i + half] + x[i] * sin[i + half]);
+    out[i] = bf16_from_float(x[i] * cos[i] - x[i + half] * sin[i]);
+    out[i + half] = bf16_from_float(x[i + half] * cos[i + half] + x[i] * sin[i + half]);
   }
-  for (int i = 2 * half; i < dim; ++i) out[i] = bf16_of_number(x[i]);
+  for (int i = 2 * half; i < dim; ++i) out[i] = bf16_from_float(x[i]);
 }
 
 // e^x for |x| < 87, relative error below 2^-22: 2^n times a polynomial (Taylor, degree 7) on [-ln 2 / 2, ln 2 / 2].
@@ -180,15 +164,18 @@ inline float exponential(float x) {
 
 void gate_any(const float* gate, const float* up, int count, Activation activation, uint16_t* out) {
   if (activation == Activation::kSilu) {
-    for (int i = 0; i < count; ++i) out[i] = bf16_of_number(gate[i] / (1.0f + exponential(-gate[i])) * up[i]);
+    for (int i = 0; i < count; ++i) out[i] = bf16_from_float(gate[i] / (1.0f + exponential(-gate[i])) * up[i]);
     return;
   }
   for (int i = 0; i < count; ++i) {  // 0.5 (1 + tanh y) = 1 / (1 + e^-2y)
     const float g = gate[i], y = 0.7978845608f * (g + 0.044715f * g * g * g);
-    out[i] = bf16_of_number(g / (1.0f + exponential(-2.0f * y)) * up[i]);
+    out[i] = bf16_from_float(g / (1.0f + exponential(-2.0f * y)) * up[i]);
   }
 }
 
 void round_any(const float* x, int count, uint16_t* out) {
-  for (int i = 0; i < count; ++i) out[i] = bf16_of_number(x[i]);
+  for (int i = 0; i < count; ++i) out[i] = bf16_from_float(x[i]);
 }
+
+const RowKernels kRows = {kIsa,     multiply_any, multiply_any, quantize_any, kCodeZero,
+                          norm_any, rotate_any,   gate_any,     round_any};

@@ -79,11 +79,11 @@ constexpr CodecKernels codebook_value() {
   using V = AffineValue<Form>;
   return {256 + BITS,
           {},
-          {accumulate_any<V>, turn_accumulator},
+          {accumulate_any<V>, unrotate_accumulator},
           nullptr,
           seal_affine_value<Form>,
           {},
-          {accumulate_any<V>, turn_accumulator}};
+          {accumulate_any<V>, unrotate_accumulator}};
 }
 
 template <int BITS>

@@ -76,7 +76,7 @@ struct RawValue {
     F sum[ROWS][VECTORS];
     unrolled<ROWS>([&](auto r) KVBITS_INLINE {
       unrolled<VECTORS>([&](auto v) KVBITS_INLINE {
-        sum[r][v] = f_mul(f_load(block.rows[r].accumulator + lane + v * kWidth), f_set(block.keep[r]));
+        sum[r][v] = f_mul(f_load(block.rows[r].accumulator + lane + v * kWidth), f_set(block.rescale[r]));
       });
     });
     for (int pair = 0; pair < kPage / 2; ++pair) {

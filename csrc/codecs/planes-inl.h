@@ -1,5 +1,5 @@
 // Codes of 8 to 2 bits as vectors of bytes. The byte order is defined, with its reason, in
-// src/kvbits/codecs/packing.py. Included inside a per-ISA anonymous namespace, after simd/*.h.
+// src/kvbits/codecs/packing.py. Included inside a per-ISA anonymous namespace, after simd/*-inl.h.
 
 // Vectors of lanes that a kernel keeps in registers at once, with `sums` accumulators for each, when one load gives
 // `quads` vectors of codes. More than `budget` accumulators make the compiler spill them.

@@ -1,7 +1,13 @@
-// Encoding pages of integer codes (forms.h). Included inside a per-ISA anonymous namespace.
+// Encoding pages of integer codes (forms-inl.h). Included inside a per-ISA anonymous namespace.
 //
 // Once per page: plain loops over a matrix [reduction][lanes] that the compiler vectorizes. Every operation
 // is the one of the torch reference, in float32 and in its order, so the bytes agree.
+//
+// Numbers that are none count as 0 and make the scale of their group NaN: whoever reads the page must notice.
+
+// Before a rotation: sums of so many must not overflow. No scale reaches as far.
+constexpr float kRotatedMost = 0x1p96f;
+
 // The middle of a key channel's range over the page, taken out of it.
 inline uint16_t take_center(float* x) {
   float low = x[0], high = x[0];
@@ -31,12 +37,25 @@ struct AffineSeal {
         matrix[(2 * pair + 1) * lanes + lane] = bf16_to_float(pairs[2 * (pair * lanes + lane) + 1]);
       }
     }
+    bool broken[kMaxDim] = {};
+    const bool any_broken = any_not_finite(pairs, reduction * lanes);
+    if (any_broken) {
+      for (int i = 0; i < reduction * lanes; ++i) {
+        if (is_finite(matrix[i])) continue;
+        broken[kPerRow ? i / lanes : i % lanes] = true;
+        matrix[i] = 0;
+      }
+    }
     uint16_t center[FORM::kCentered ? kMaxDim : 1];
     if constexpr (FORM::kCentered) {
       static_assert(kKey || !FORM::kCentered);
       for (int row = 0; row < reduction; ++row) center[row] = take_center(matrix + row * lanes);
     }
     if constexpr (FORM::kRotated) {
+      for (int i = 0; i < reduction * lanes; ++i) {
+        const float x = matrix[i];
+        matrix[i] = x > kRotatedMost ? kRotatedMost : x < -kRotatedMost ? -kRotatedMost : x;
+      }
       if constexpr (kKey) {
         rotate(matrix, reduction, lanes, lanes);
       } else {
@@ -49,13 +68,13 @@ struct AffineSeal {
     for (int row = 0; row < reduction; ++row) {
       const float* x = matrix + row * lanes;
       if constexpr (kPerRow) {
-        float least = x[0], most = x[0];
+        float least = x[0], largest = x[0];
         for (int lane = 0; lane < lanes; ++lane) {
           least = x[lane] < least ? x[lane] : least;
-          most = x[lane] > most ? x[lane] : most;
+          largest = x[lane] > largest ? x[lane] : largest;
         }
         low[row] = least;
-        high[row] = most;
+        high[row] = largest;
       } else {
         for (int lane = 0; lane < lanes; ++lane) {
           low[lane] = x[lane] < low[lane] ? x[lane] : low[lane];
@@ -65,8 +84,8 @@ struct AffineSeal {
     }
     for (int i = 0; i < n; ++i) {
       if constexpr (kSymmetric) {
-        const float most = high[i] > -low[i] ? high[i] : -low[i];
-        scale[i] = FORM::stored_scale((FORM::kRotated ? most * rounding.clip : most) / FORM::kLargestCode);
+        const float largest = high[i] > -low[i] ? high[i] : -low[i];
+        scale[i] = FORM::stored_scale((FORM::kRotated ? largest * rounding.clip : largest) / FORM::kLargestCode);
         low[i] = 0;
       } else {
         if (rounding.clip != 1.0f) {
@@ -75,7 +94,8 @@ struct AffineSeal {
           high[i] = middle + reach;
         }
         low[i] = half_to_float(saturated_half(low[i]));
-        scale[i] = FORM::stored_scale((high[i] - low[i]) / FORM::kLargestCode);
+        const float range = high[i] > low[i] ? high[i] - low[i] : 0.0f;  // a saturated least may be the larger
+        scale[i] = FORM::stored_scale(range / FORM::kLargestCode);
       }
       inverse[i] = scale[i] > 0 ? 1.0f / scale[i] : 0.0f;
     }
@@ -124,6 +144,9 @@ struct AffineSeal {
           }
         }
       }
+    }
+    if (any_broken) {
+      for (int i = 0; i < n; ++i) scale[i] = broken[i] ? __builtin_nanf("") : scale[i];
     }
     uint8_t* end = FORM::write(codes, reduction, lanes, scale, low, n, out);
     if constexpr (FORM::kCentered) {

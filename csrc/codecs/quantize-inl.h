@@ -18,13 +18,13 @@ template <int N, class Body>
 }
 
 // Rounds rows x[r], n vectors each, to integers `high` (TERMS 1) or `2^RADIX * high + low` (TERMS 2); a unit is worth
-// unit[r]. `most` holds lane maxima of |x|. From correction[r] is taken, lane by lane, mean * unit * integer: with
-// mean * x in it before, what the rounding would lose against codes of that mean.
+// unit[r], NaN where a lane of `largest` is. `largest` holds lane maxima of |x|. From correction[r] is taken, lane by
+// lane, mean * unit * integer: with mean * x in it before, what the rounding would lose against codes of that mean.
 //
 // SIGNED: one term in [-127, 127], or two in [-2^(RADIX-1), 2^(RADIX-1) - 1]. Otherwise x >= 0, terms in [0, 2^RADIX -
 // 1].
 template <int ROWS, int TERMS, int RADIX, bool SIGNED, int N>
-[[gnu::always_inline]] inline void quantize_rows(const F (&x)[ROWS][kVectorsOf<N>], int n, const F (&most)[ROWS],
+[[gnu::always_inline]] inline void quantize_rows(const F (&x)[ROWS][kVectorsOf<N>], int n, const F (&largest)[ROWS],
                                                  float mean, uint8_t* codes, int code_stride, float* unit,
                                                  F (&correction)[ROWS]) {
   constexpr int kHalf = 1 << (RADIX - 1);
@@ -32,7 +32,7 @@ template <int ROWS, int TERMS, int RADIX, bool SIGNED, int N>
   constexpr float kLimit = static_cast<float>(SIGNED ? kSignedLimit : (1 << (TERMS * RADIX)) - 1);
   constexpr int kStored = N % 4 == 0 && N > 0 ? 4 : 1;  // vectors that are stored together
   float top[4], inverse[4];
-  f_reduce_max_rows<ROWS>(most, top);
+  f_reduce_max_positive_rows<ROWS>(largest, top);
   for (int r = 0; r < ROWS; ++r) {
     inverse[r] = top[r] > 0 ? kLimit / top[r] : 0.0f;
     unit[r] = top[r] * (1.0f / kLimit);

@@ -1,5 +1,5 @@
-// What the kernels of affine.h are told of a page of integer codes: where codes and parameters lie and what they mean.
-// Included inside a per-ISA anonymous namespace.
+// What the kernels of affine-inl.h are told of a page of integer codes: where codes and parameters lie and what they
+// mean. Included inside a per-ISA anonymous namespace.
 //
 // A form has
 //   kTerms, kRadix       byte terms of the small operand (query, weights) and the bits of each
@@ -25,7 +25,7 @@ struct IntegerCodes {
   static float nearest(float x) {
     const float code = __builtin_rintf(x);
     constexpr float kLeast = SYMMETRIC ? -kLargestCode : 0, kMost = kLargestCode;
-    return code < kLeast ? kLeast : code > kMost ? kMost : code;
+    return !(code > kLeast) ? kLeast : code > kMost ? kMost : code;  // NaN, where feedback overflows, is the least
   }
   static float meaning(float code) { return code; }
 };

@@ -42,14 +42,19 @@ inline void dot_float8(const uint8_t* page, ptrdiff_t ahead, int reduction, int 
                      KVBITS_INLINE { unrolled<VECTORS>([&](auto v) KVBITS_INLINE { sum[r][v] = acc[r][v]; }); });
 }
 
-// What the sums must still be multiplied with.
-template <int MANTISSA>
-inline float float8_factor(const uint8_t* page, ptrdiff_t ahead, int dim) {
+// The page's scale.
+inline float float8_scale(const uint8_t* page, ptrdiff_t ahead, int dim) {
   const uint8_t* at = page + static_cast<size_t>(kPage) * dim;
   prefetch_all(at, ahead, 4);
   float scale;
   __builtin_memcpy(&scale, at, 4);
-  return scale * kFloat8Rest<MANTISSA>;
+  return scale;
+}
+
+// What the sums of lifted products stand for: the missing power first, since its product with a scale may overflow.
+template <int MANTISSA>
+inline F float8_result(F sum, F scale) {
+  return f_mul(f_mul(sum, f_set(kFloat8Rest<MANTISSA>)), scale);
 }
 
 template <int ROWS>
@@ -76,7 +81,7 @@ struct Float8Key {
   template <int ROWS>
   static void score_rows(const Block& block, int dim, const Folded& folded) {
     constexpr int kVectors = lane_vectors(ROWS, 2, kRegisters / 2);
-    const F factor = f_set(float8_factor<MANTISSA>(block.keys, block.ahead, dim));
+    const F scale = f_set(float8_scale(block.keys, block.ahead, dim));
     const float* factors[ROWS];
     for (int r = 0; r < ROWS; ++r) factors[r] = folded.lifted + r * dim;
     for (int lane = 0; lane < kPage; lane += kWidth * kVectors) {
@@ -84,7 +89,7 @@ struct Float8Key {
       dot_float8<MANTISSA, ROWS, kVectors>(block.keys, block.ahead, dim, kPage, lane, factors, sum);
       unrolled<ROWS>([&](auto r) KVBITS_INLINE {
         unrolled<kVectors>([&](auto v) KVBITS_INLINE {
-          f_store(block.scores + r * kPage + lane + v * kWidth, f_mul(sum[r][v], factor));
+          f_store(block.scores + r * kPage + lane + v * kWidth, float8_result<MANTISSA>(sum[r][v], scale));
         });
       });
     }
@@ -107,31 +112,31 @@ struct Float8Value {
   template <int ROWS>
   static void accumulate_rows(const Block& block, int dim, const Folded& folded) {
     constexpr int kVectors = lane_vectors(ROWS, 2, kRegisters / 2);
-    const float factor = float8_factor<MANTISSA>(block.values, block.ahead, dim);
+    const F scale = f_set(float8_scale(block.values, block.ahead, dim));
     const float* factors[ROWS];
     for (int r = 0; r < ROWS; ++r) factors[r] = folded.lifted + r * kPage;
     int lane = 0;
     for (; lane + kWidth * kVectors <= dim; lane += kWidth * kVectors) {
-      accumulate_lanes<ROWS, kVectors>(block, dim, lane, factors, factor);
+      accumulate_lanes<ROWS, kVectors>(block, dim, lane, factors, scale);
     }
-    for (; lane < dim; lane += kWidth) accumulate_lanes<ROWS, 1>(block, dim, lane, factors, factor);
+    for (; lane < dim; lane += kWidth) accumulate_lanes<ROWS, 1>(block, dim, lane, factors, scale);
   }
 
  private:
   template <int ROWS, int VECTORS>
-  static void accumulate_lanes(const Block& block, int dim, int lane, const float* const* factors, float factor) {
+  static void accumulate_lanes(const Block& block, int dim, int lane, const float* const* factors, F scale) {
     F sum[ROWS][VECTORS];
     dot_float8<MANTISSA, ROWS, VECTORS>(block.values, block.ahead, kPage, dim, lane, factors, sum);
     unrolled<ROWS>([&](auto r) KVBITS_INLINE {
       unrolled<VECTORS>([&](auto v) KVBITS_INLINE {
         float* out = block.rows[r].accumulator + lane + v * kWidth;
-        f_store(out, f_fma(f_load(out), f_set(block.keep[r]), f_mul(sum[r][v], f_set(factor))));
+        f_store(out, f_fma(f_load(out), f_set(block.rescale[r]), float8_result<MANTISSA>(sum[r][v], scale)));
       });
     });
   }
 };
 
-// To nearest even; |x| is at most the format's largest number.
+// To nearest even; |x| is at largest the format's largest number.
 template <int MANTISSA>
 inline uint8_t float8_from_float(float x) {
   constexpr int kDrop = 23 - MANTISSA, kRebias = (127 - kFloat8Bias<MANTISSA>) << MANTISSA;
@@ -154,21 +159,28 @@ template <int MANTISSA, bool KEY>
 void seal_float8(const uint8_t* open_page, int dim, const Rounding&, uint8_t* out) {
   const int n = kPage * dim, lanes = KEY ? kPage : dim;
   const auto* pairs = reinterpret_cast<const uint16_t*>(open_page);
-  float most = 0;
+  const bool broken = any_not_finite(pairs, n);  // see seal-inl.h
+  const auto element = [&](int i) {
+    const float x = bf16_to_float(pairs[i]);
+    return broken && !is_finite(x) ? 0.0f : x;
+  };
+  float largest = 0;
   for (int i = 0; i < n; ++i) {
-    const float x = bf16_to_float(pairs[i]), magnitude = x < 0 ? -x : x;
-    most = magnitude > most ? magnitude : most;
+    const float magnitude = __builtin_fabsf(element(i));
+    largest = magnitude > largest ? magnitude : largest;
   }
   constexpr float kLargest = kFloat8Largest<MANTISSA>;
-  const float scale = most / kLargest, inverse = scale > 0x1p-126f ? 1.0f / scale : 0.0f;
+  float scale = largest / kLargest;
+  const float inverse = scale > 0x1p-126f ? 1.0f / scale : 0.0f;
   for (int i = 0; i < n; ++i) {
-    const float x = bf16_to_float(pairs[i]) * inverse;
+    const float x = element(i) * inverse;
     const int lane = i / 2 % lanes, row = i / 2 / lanes * 2 + i % 2;
     out[(static_cast<size_t>(row / 4) * lanes + lane) * 4 + row % 4] =
         float8_from_float<MANTISSA>(x > kLargest    ? kLargest
                                     : x < -kLargest ? -kLargest
                                                     : x);
   }
+  if (broken) scale = __builtin_nanf("");
   __builtin_memcpy(out + n, &scale, 4);
   for (uint8_t* end = out + n + 4; (end - out) % 64 != 0; ++end) *end = 0;
 }

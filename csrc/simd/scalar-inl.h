@@ -19,6 +19,7 @@ inline F f_fma(F a, F b, F c) { return a * b + c; }
 inline F f_max(F a, F b) { return a > b ? a : b; }
 inline F f_abs(F a) { return a < 0 ? -a : a; }
 inline F f_max_abs(F a, F b) { return f_max(f_abs(a), f_abs(b)); }
+inline F f_max_positive(F a, F b) { return a > b || a != a ? a : b; }
 inline F f_round(F a) { return __builtin_nearbyintf(a); }
 inline F f_from(I a) { return static_cast<float>(a); }
 inline float f_reduce_max(F a) { return a; }
@@ -28,12 +29,16 @@ inline void f_reduce_max_rows(const F (&v)[ROWS], float* out) {
   for (int r = 0; r < ROWS; ++r) out[r] = f_reduce_max(v[r]);
 }
 template <int ROWS>
+inline void f_reduce_max_positive_rows(const F (&v)[ROWS], float* out) {
+  for (int r = 0; r < ROWS; ++r) out[r] = v[r];
+}
+template <int ROWS>
 inline void f_reduce_add_rows(const F (&v)[ROWS], float* out) {
   for (int r = 0; r < ROWS; ++r) out[r] = f_reduce_add(v[r]);
 }
 inline F f_keep_if_ge(F x, float bound, F a) { return x >= bound ? a : 0.0f; }
 inline F f_scale2_from(F a, F n, float least) {
-  if (n < least) return 0.0f;
+  if (!(n >= least)) return n < least ? 0.0f : a;
   const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
   float power;
   __builtin_memcpy(&power, &bits, 4);

@@ -1,5 +1,5 @@
-// Pages of integer codes with scales and zero points (forms.h), attended by integer dot products on the packed codes.
-// Included inside a per-ISA anonymous namespace.
+// Pages of integer codes with scales and zero points (forms-inl.h), attended by integer dot products on the packed
+// codes. Included inside a per-ISA anonymous namespace.
 //
 // A key is k = s (u - o) + z with an unsigned code u; o is 128 for symmetric 8-bit codes and 0 else. Its product with a
 // query is s (q . u) + (z - o s) sum(q). The query is rounded to integers q' (one or two byte terms); to keep that
@@ -57,16 +57,16 @@ struct AffineKey {
       rotate(rotated, dim, 1, 1);
       query = rotated;
     }
-    F rounded[1][kVectorsOf<0>], sum = f_set(0), most[1] = {f_set(0)};
+    F rounded[1][kVectorsOf<0>], sum = f_set(0), largest[1] = {f_set(0)};
     for (int i = 0; i < dim / kWidth; ++i) {
       rounded[0][i] = f_load(query + i * kWidth);
       sum = f_add(sum, rounded[0][i]);
-      most[0] = f_max_abs(most[0], rounded[0][i]);
+      largest[0] = f_max_abs(largest[0], rounded[0][i]);
     }
     row.sum = f_reduce_add(sum);
     if constexpr (!kPerChannel) {
       F correction[1] = {f_mul(sum, f_set(FORM::kKeyMean))};
-      quantize_rows<1, kT, FORM::kRadix, true, 0>(rounded, dim / kWidth, most, FORM::kKeyMean, row.codes, 2 * dim,
+      quantize_rows<1, kT, FORM::kRadix, true, 0>(rounded, dim / kWidth, largest, FORM::kKeyMean, row.codes, 2 * dim,
                                                   &row.unit, correction);
       row.correction = f_reduce_add(correction[0]) - FORM::kKeyOffset * row.sum;
     }
@@ -141,19 +141,19 @@ struct AffineKey {
   static void fold_channels(const Block& block, int dim, Folded& folded) {
     static_assert(FORM::kZeros);
     const auto params = FORM::params(block.keys, dim);
-    F product[ROWS][kVectorsOf<N>], most[ROWS], correction[ROWS];
-    unrolled<ROWS>([&](auto r) KVBITS_INLINE { most[r] = correction[r] = f_set(0); });
+    F product[ROWS][kVectorsOf<N>], largest[ROWS], correction[ROWS];
+    unrolled<ROWS>([&](auto r) KVBITS_INLINE { largest[r] = correction[r] = f_set(0); });
     each_vector<N>(dim / kWidth, [&](auto i) KVBITS_INLINE {
       const F scale = params.scale(i * kWidth);
       const F base = f_fma(scale, f_set(FORM::kKeyMean), params.zero(i * kWidth, scale));
       unrolled<ROWS>([&](auto r) KVBITS_INLINE {
         const F q = f_load(block.rows[r].query + i * kWidth);
         product[r][i] = f_mul(q, scale);
-        most[r] = f_max_abs(most[r], product[r][i]);
+        largest[r] = f_max_abs(largest[r], product[r][i]);
         correction[r] = f_fma(q, base, correction[r]);
       });
     });
-    quantize_rows<ROWS, kT, FORM::kRadix, true, N>(product, dim / kWidth, most, FORM::kKeyMean, folded.own_codes,
+    quantize_rows<ROWS, kT, FORM::kRadix, true, N>(product, dim / kWidth, largest, FORM::kKeyMean, folded.own_codes,
                                                    2 * dim, folded.unit, correction);
     f_reduce_add_rows<ROWS>(correction, folded.bias);
     for (int r = 0; r < ROWS; ++r) folded.codes[r] = folded.own_codes + r * 2 * dim;
@@ -180,8 +180,8 @@ struct AffineValue {
     constexpr float kMean = FORM::kValueMean;
     const auto params = FORM::params(block.values, dim);
     params.prefetch(block.ahead);
-    F product[ROWS][kVectorsOf<kN>], most[ROWS], correction[ROWS], sum[ROWS];
-    unrolled<ROWS>([&](auto r) KVBITS_INLINE { most[r] = correction[r] = sum[r] = f_set(0); });
+    F product[ROWS][kVectorsOf<kN>], largest[ROWS], correction[ROWS], sum[ROWS];
+    unrolled<ROWS>([&](auto r) KVBITS_INLINE { largest[r] = correction[r] = sum[r] = f_set(0); });
     each_vector<kN>(kPage / kWidth, [&](auto i) KVBITS_INLINE {
       F scale = f_set(1), base = f_set(0);  // of the tokens; base: what a weight meets beside the rounded codes
       if constexpr (!kPerChannel) {
@@ -192,7 +192,7 @@ struct AffineValue {
       unrolled<ROWS>([&](auto r) KVBITS_INLINE {
         const F p = f_load(block.scores + r * kPage + i * kWidth);
         product[r][i] = kPerChannel ? p : f_mul(p, scale);
-        most[r] = f_max(most[r], product[r][i]);
+        largest[r] = f_max_positive(largest[r], product[r][i]);
         if constexpr (kPerChannel) sum[r] = f_add(sum[r], p);
         if constexpr (!kPerChannel && (FORM::kZeros || kMean != 0)) correction[r] = f_fma(p, base, correction[r]);
       });
@@ -200,7 +200,7 @@ struct AffineValue {
     if constexpr (kPerChannel) {
       unrolled<ROWS>([&](auto r) KVBITS_INLINE { correction[r] = f_mul(sum[r], f_set(kMean)); });
     }
-    quantize_rows<ROWS, kT, FORM::kRadix, false, kN>(product, kPage / kWidth, most, kMean, folded_rows.codes[0],
+    quantize_rows<ROWS, kT, FORM::kRadix, false, kN>(product, kPage / kWidth, largest, kMean, folded_rows.codes[0],
                                                      2 * kPage, folded_rows.unit, correction);
     f_reduce_add_rows<ROWS>(correction, folded_rows.bias);
     if constexpr (kPerChannel) f_reduce_add_rows<ROWS>(sum, folded_rows.total);
@@ -243,7 +243,7 @@ struct AffineValue {
           if constexpr (FORM::kZeros) gain = f_fma(params.zero(channel, scale), f_set(folded.total[r]), gain);
         }
         float* out = block.rows[r].accumulator + channel;
-        f_store(out, f_fma(f_load(out), f_set(block.keep[r]), gain));
+        f_store(out, f_fma(f_load(out), f_set(block.rescale[r]), gain));
       });
     });
   }
