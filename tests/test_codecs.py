@@ -168,11 +168,11 @@ def test_sizes_are_those_of_the_bytes(name: str, dim: int) -> None:
 
 
 def test_bits_per_element_of_head_size_64() -> None:
-    # codes, plus 16 bits of scale (and of zero) for every 64 elements; int8h: one byte of scale, zeros for keys only
+    # codes, plus 16 bits of scale (and of zero) for every 64 elements; int8: zeros for keys only; int8h: a byte of scale
     geometry = ModelGeometry("m", (LayerGeometry(9, 3, 64, 64, 0.125),) * 2, 4096, 100)
     expected = {
         "bf16": 16,
-        "int8": 8.25,
+        "int8": 8.375,
         "int8h": 8.25,
         "int6": 6.5,
         "int5": 5.5,
@@ -188,8 +188,8 @@ def test_bits_per_element_of_head_size_64() -> None:
     assert set(expected) == set(SCHEMES)
     for name, bits in expected.items():
         assert parse_policy(name, 2).bits_per_element(geometry) == bits
-    assert parse_policy("0:int8,1:int4", 2).bits_per_element(geometry) == (8.25 + 4.5) / 2
-    assert parse_policy("int8/int4", 2).bits_per_element(geometry) == (8.25 + 4.5) / 2
+    assert parse_policy("0:int8,1:int4", 2).bits_per_element(geometry) == (8.375 + 4.5) / 2
+    assert parse_policy("int8/int4", 2).bits_per_element(geometry) == (8.5 + 4.5) / 2
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.5, 1e-20, 6e4])
@@ -227,12 +227,26 @@ def test_values_beyond_float16_saturate_and_stay_finite(name: str, magnitude: fl
     assert (decoded.abs() <= rows.abs() + error_bound(codec, widened) * (1 + 1e-6)).all()
 
 
-def test_int8_reaches_past_float16() -> None:
-    # the scale is 1/127 of the largest value, so int8 itself holds values up to 127 * 65504
-    codec, _ = CODECS["int8-key"]
+def test_values_of_int8_reach_past_float16() -> None:
+    # the scale is 1/127 of the largest value, so values go up to 127 * 65504
+    codec, _ = CODECS["int8-value"]
     rows = rows_like_keys(64, 1e4)
     assert rows.abs().max() > 65504
-    assert ((decode(codec, rows, "key") - rows).abs() <= error_bound(codec, rows)).all()
+    assert ((decode(codec, rows, "value") - rows).abs() <= error_bound(codec, rows)).all()
+
+
+@pytest.mark.parametrize("name", ["int8", "int8h", "int6", "int5", "int4", "nf4", "mix8_4"])
+def test_constant_channels_of_keys_cost_almost_nothing(name: str) -> None:
+    """Biases of key projections (Qwen2) put a large constant into a few channels; the others must not pay for it."""
+    codec, _ = CODECS[f"{name}-key"]
+    rows = torch.randn(8, PAGE_TOKENS, 64, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    shifted = rows.clone()
+    shifted[..., 5] += 150
+    shifted[..., 40] -= 90
+    shifted = shifted.bfloat16().float()
+    quiet = [c for c in range(64) if c not in (5, 40)]
+    error, usual = ((decode(codec, x, "key") - x)[..., quiet].square().mean().sqrt() for x in (shifted, rows))
+    assert error <= 1.05 * usual
 
 
 class TestMixedChannels:

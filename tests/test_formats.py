@@ -13,7 +13,7 @@ Bytes = NDArray[np.uint8]
 Matrix = NDArray[np.float64]
 
 TOKENS = 64
-BITS = {"int8": 8.25, "int8h": 8.25, "fp8": 8.125, "fp8_e5m2": 8.125, "bf16": 16, "mix8_4": 5.06, "mix8_2": 3.31,
+BITS = {"int8": 8.375, "int8h": 8.25, "fp8": 8.125, "fp8_e5m2": 8.125, "bf16": 16, "mix8_4": 5.06, "mix8_2": 3.31,
         "mix4_2": 2.81, "int6": 6.5, "int5": 5.5, "int4": 4.5, "int3": 3.5, "int2": 2.5, "nf4": 4.25, "nf3": 3.25,
         "nf2": 2.25, "int4b32": 4.75, "int3b32": 3.75, "int2b32": 2.75}  # fmt: skip
 PLANES = {8: [8], 6: [4, 2], 5: [4, 1], 4: [4], 3: [2, 1], 2: [2]}
@@ -73,10 +73,9 @@ def read(name: str, page: Bytes, dim: int, key: bool) -> Matrix:
         pairs = np.frombuffer(page.tobytes(), "<u2").reshape(shape[0] // 2, shape[1], 2)
         whole = pairs.transpose(0, 2, 1).reshape(shape).astype(np.uint32) << 16
         return by_token(whole.view(np.float32)).astype(np.float64)
-    if name == "int8":
+    if name == "int8" and not key:
         codes = codes_of(page, 8, *shape)
-        signed = codes - 128 if key else np.where(codes > 127, codes - 256, codes)
-        return by_token(signed) * halves(page, TOKENS * dim, TOKENS)[:, None]
+        return np.where(codes > 127, codes - 256, codes) * halves(page, TOKENS * dim, TOKENS)[:, None]
     if name == "int8h":
         plane, n = TOKENS * dim // 2, dim if key else TOKENS
         scale = short_scales(page, plane, n)

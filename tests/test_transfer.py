@@ -138,6 +138,15 @@ def test_the_file_is_plain_safetensors(tmp_path: Path) -> None:
     assert set(metadata) == {"format", "version", "model", "fingerprint", "policy", "layout", "sha256"}
 
 
+def test_pages_of_an_older_version_are_refused_by_it() -> None:
+    bundle, _ = exported()
+    data = bundle.to_bytes()
+    old = data.replace(b'"version":"2"', b'"version":"1"')
+    assert old != data
+    with pytest.raises(ConfigError, match="holds pages of version 1; this version reads 2"):
+        PageBundle.from_bytes(old)
+
+
 def test_four_bits_are_fewer_bytes_to_send() -> None:
     """On a model of the usual shape: 16 / 4.5, every scale and zero point counted."""
     sizes = {}

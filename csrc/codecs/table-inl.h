@@ -57,6 +57,14 @@ constexpr CodecKernels affine() {
                                                    seal_affine_value<Form>);
 }
 
+// Asymmetric codes of 8 bits do not fit the signed operand that values are: keys only.
+constexpr CodecKernels affine8_key() {
+  using Form = PlainForm<8, true, false>;
+  using K = AffineKey<Form>;
+  return {8 + 16,  {K::prepare, score_any<K>}, {}, seal_affine_key<Form>,
+          nullptr, {K::prepare, score_any<K>}, {}};
+}
+
 template <bool PER_CHANNEL, bool SYMMETRIC>
 constexpr CodecKernels nibbles() {
   using Key = NibbleForm<PER_CHANNEL, SYMMETRIC, true>;
@@ -107,6 +115,7 @@ constexpr CodecKernels float8() {
 const CodecKernels kCodecs[] = {
     entry<RawKey, RawValue>(0, RawKey::seal, RawValue::seal),
     affine<8, false, true>(),
+    affine8_key(),
     affine<6, false, false>(),
     affine<6, true, false>(),
     affine<5, false, false>(),

@@ -46,7 +46,7 @@ def _mixed(high: int, low: int) -> Scheme:
 
 SCHEMES: dict[str, Scheme] = {
     "bf16": OPEN,
-    "int8": Scheme(key=Affine("int8", 8, symmetric=True), value=Affine("int8", 8, symmetric=True)),
+    "int8": Scheme(key=Affine("int8", 8, per="channel"), value=Affine("int8", 8, symmetric=True)),
     "int8h": Scheme(key=Nibbles("int8h", per="channel"), value=Nibbles("int8h", symmetric=True)),
     "fp8": _float8("fp8", 3),
     "fp8_e4m3": _float8("fp8_e4m3", 3),

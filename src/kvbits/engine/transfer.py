@@ -22,7 +22,8 @@ from kvbits.config import PAGE_TOKENS
 from kvbits.engine.engine import Engine
 from kvbits.errors import CacheError, ConfigError
 
-FORMAT, VERSION = "kvbits-pages", "1"
+FORMAT, VERSION = "kvbits-pages", "2"
+"""The version rises when bytes of a dtype change their meaning; 2: keys of ``int8`` have parameters per channel."""
 
 _SEQUENCE = -1
 """The id of the sequence that holds the pages while they are copied; the engine's own count from 0."""
@@ -64,7 +65,11 @@ class PageBundle:
             raise ConfigError(f"{what} is damaged or no safetensors file: {' '.join(str(error).split())}") from error
         metadata = header.get("__metadata__", {})
         found = metadata.pop("format", None), metadata.pop("version", None)
-        if found != (FORMAT, VERSION) or set(tensors) != {"tokens", "frames"}:
+        if found[0] == FORMAT and found[1] != VERSION:
+            raise ConfigError(
+                f"{what} holds pages of version {found[1]}; this version reads {VERSION}: save them again"
+            )
+        if found[0] != FORMAT or set(tensors) != {"tokens", "frames"}:
             raise ConfigError(f"{what} is no file of pages that this version reads ({FORMAT} {VERSION})")
         if (tensors["tokens"].dtype, tensors["frames"].dtype) != (torch.int64, torch.uint8):
             raise ConfigError(f"{what} is damaged: its tensors have other types")
