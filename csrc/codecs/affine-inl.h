@@ -46,6 +46,8 @@ template <class FORM>
 struct AffineKey {
   static constexpr int kT = FORM::kTerms;
   static constexpr bool kPerChannel = FORM::kPerChannel;
+  // What the rounding of two terms loses against the codes' mean is a fiftieth of what the codes lose themselves.
+  static constexpr float kKeyMean = kT == 2 ? 0.0f : FORM::kKeyMean;
   using Codes = typename FORM::KeyCodes;
   static constexpr float kRadixValue = static_cast<float>(1 << FORM::kRadix);
 
@@ -65,8 +67,8 @@ struct AffineKey {
     }
     row.sum = f_reduce_add(sum);
     if constexpr (!kPerChannel) {
-      F correction[1] = {f_mul(sum, f_set(FORM::kKeyMean))};
-      quantize_rows<1, kT, FORM::kRadix, true, 0>(rounded, dim / kWidth, largest, FORM::kKeyMean, row.codes, 2 * dim,
+      F correction[1] = {f_mul(sum, f_set(kKeyMean))};
+      quantize_rows<1, kT, FORM::kRadix, true, 0>(rounded, dim / kWidth, largest, kKeyMean, row.codes, 2 * dim,
                                                   &row.unit, correction);
       row.correction = f_reduce_add(correction[0]) - FORM::kKeyOffset * row.sum;
     }
@@ -145,7 +147,8 @@ struct AffineKey {
     unrolled<ROWS>([&](auto r) KVBITS_INLINE { largest[r] = correction[r] = f_set(0); });
     each_vector<N>(dim / kWidth, [&](auto i) KVBITS_INLINE {
       const F scale = params.scale(i * kWidth);
-      const F base = f_fma(scale, f_set(FORM::kKeyMean), params.zero(i * kWidth, scale));
+      F base = params.zero(i * kWidth, scale);
+      if constexpr (kKeyMean != 0) base = f_fma(scale, f_set(kKeyMean), base);
       unrolled<ROWS>([&](auto r) KVBITS_INLINE {
         const F q = f_load(block.rows[r].query + i * kWidth);
         product[r][i] = f_mul(q, scale);
@@ -153,7 +156,7 @@ struct AffineKey {
         correction[r] = f_fma(q, base, correction[r]);
       });
     });
-    quantize_rows<ROWS, kT, FORM::kRadix, true, N>(product, dim / kWidth, largest, FORM::kKeyMean, folded.own_codes,
+    quantize_rows<ROWS, kT, FORM::kRadix, true, N>(product, dim / kWidth, largest, kKeyMean, folded.own_codes,
                                                    2 * dim, folded.unit, correction);
     f_reduce_add_rows<ROWS>(correction, folded.bias);
     for (int r = 0; r < ROWS; ++r) folded.codes[r] = folded.own_codes + r * 2 * dim;
@@ -177,7 +180,7 @@ struct AffineValue {
   template <int ROWS>
   static void fold(const Block& block, int dim, Folded& folded_rows) {
     constexpr int kN = fixed_vectors(kPage);
-    constexpr float kMean = FORM::kValueMean;
+    constexpr float kMean = kT == 2 ? 0.0f : FORM::kValueMean;
     const auto params = FORM::params(block.values, dim);
     params.prefetch(block.ahead);
     F product[ROWS][kVectorsOf<kN>], largest[ROWS], correction[ROWS], sum[ROWS];

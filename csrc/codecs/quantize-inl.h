@@ -17,6 +17,10 @@ template <int N, class Body>
   }
 }
 
+// Only instruction sets that store four vectors together have it.
+template <bool SIGNED, int N>
+void i_store_byte_pairs(uint8_t* high, uint8_t* low, const I (&q)[N]) = delete;
+
 // Rounds rows x[r], n vectors each, to integers `high` (TERMS 1) or `2^RADIX * high + low` (TERMS 2); a unit is worth
 // unit[r], NaN where a lane of `largest` is. `largest` holds lane maxima of |x|. From correction[r] is taken, lane by
 // lane, mean * unit * integer: with mean * x in it before, what the rounding would lose against codes of that mean.
@@ -31,6 +35,7 @@ template <int ROWS, int TERMS, int RADIX, bool SIGNED, int N>
   constexpr int kSignedLimit = TERMS == 2 ? (kHalf - 1) * (1 << RADIX) + kHalf - 1 : kHalf - 1;
   constexpr float kLimit = static_cast<float>(SIGNED ? kSignedLimit : (1 << (TERMS * RADIX)) - 1);
   constexpr int kStored = N % 4 == 0 && N > 0 ? 4 : 1;  // vectors that are stored together
+  constexpr bool kPairs = TERMS == 2 && RADIX == 8 && kStored == 4;
   float top[4], inverse[4];
   f_reduce_max_positive_rows<ROWS>(largest, top);
   for (int r = 0; r < ROWS; ++r) {
@@ -46,12 +51,14 @@ template <int ROWS, int TERMS, int RADIX, bool SIGNED, int N>
       unrolled<kStored>([&](auto i) KVBITS_INLINE {
         q[i] = i_round(f_mul(x[r][group * kStored + i], factor));
         if (mean != 0) total = i_add(total, q[i]);
-        if constexpr (TERMS == 2) {
+        if constexpr (TERMS == 2 && !kPairs) {
           high[i] = i_sra<RADIX>(SIGNED ? i_add(q[i], i_set(kHalf)) : q[i]);
           low[i] = i_sub(q[i], i_sll<RADIX>(high[i]));
         }
       });
-      if constexpr (TERMS == 2) {
+      if constexpr (kPairs) {
+        i_store_byte_pairs<SIGNED>(out, out + n * kWidth, q);
+      } else if constexpr (TERMS == 2) {
         i_store_bytes<SIGNED>(out, high);
         i_store_bytes<SIGNED>(out + n * kWidth, low);
       } else {

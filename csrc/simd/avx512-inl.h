@@ -99,6 +99,21 @@ inline void i_store_bytes(uint8_t* p, const I (&a)[4]) {
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, bytes));
 }
+// The same four vectors, whose lanes fit 16 bits of that kind, as high and low bytes: lane = 256 high + low.
+template <bool SIGNED>
+inline void i_store_byte_pairs(uint8_t* high, uint8_t* low, const I (&q)[4]) {
+  const auto halves = [](I a, I b) { return SIGNED ? _mm512_packs_epi32(a, b) : _mm512_packus_epi32(a, b); };
+  const auto bytes = [](I a, I b) { return SIGNED ? _mm512_packs_epi16(a, b) : _mm512_packus_epi16(a, b); };
+  const auto upper = [](I a) {
+    return SIGNED ? _mm512_srai_epi16(_mm512_add_epi16(a, _mm512_set1_epi16(128)), 8) : _mm512_srli_epi16(a, 8);
+  };
+  // The low byte of a signed lane is already the signed rest.
+  const auto lower = [](I a) { return _mm512_and_si512(a, _mm512_set1_epi16(255)); };
+  const I a = halves(q[0], q[1]), b = halves(q[2], q[3]);
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm512_storeu_si512(high, _mm512_permutexvar_epi32(order, bytes(upper(a), upper(b))));
+  _mm512_storeu_si512(low, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(lower(a), lower(b))));
+}
 // Lane sums of four products of unsigned and signed bytes.
 // Assembly, because GCC 12 gives the intrinsic's result another register than its sum: copies and spills in every loop.
 inline I i_dot(I sum, B u, B s) {
