@@ -114,6 +114,8 @@ def test_files_of_the_project_exist(page: Path) -> None:
         if "NAME" in name or "ISA" in name:
             continue
         assert any((ROOT / under / name).is_file() for under in ("", "src/kvbits", "docs")), f"{page.name}: {name}"
+    for name in re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", text):
+        assert (page.parent / name).is_file(), f"{page.name}: {name}"
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
     named = set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE))
     assert named <= targets, f"{page.name}: {named - targets}"
