@@ -109,7 +109,7 @@ bench-peers: $(INSTALLED) ## the same beside llama.cpp, OpenVINO GenAI and trans
 	$(BIN)/python benchmarks/peers/install.py
 	$(BIN)/python benchmarks/compare_engines.py --json out/peers.json
 
-# DATA: a directory with lm/, chat/, agentic/ and traces/; see docs/serving.md for what is read.
+# DATA: a directory with lm/, chat/, agentic/ and traces/; see docs/benchmarks.md for what is measured.
 bench-serving: $(INSTALLED) ## the server under load; needs DATA=DIRECTORY
 	test -n "$(DATA)" || { echo "make bench-serving DATA=DIRECTORY" >&2; exit 2; }
 	$(BIN)/python benchmarks/agent_sessions.py --json out/sessions.json --chat $(DATA)/chat/mt_bench_question.jsonl \

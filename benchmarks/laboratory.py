@@ -1,4 +1,4 @@
-"""The whole laboratory on one model, in parts that can be stopped: the tables and pictures of docs/laboratory.md.
+"""The whole laboratory on one model, in parts that can be stopped: the tables and pictures of docs/results.md.
 
     python benchmarks/laboratory.py --data-dir DATA --out out/laboratory --limit 3600
 

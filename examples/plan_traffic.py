@@ -8,7 +8,7 @@ import random
 from kvbits.codecs import PoolLayout, parse_policy
 from kvbits.planning.facts import known_facts
 from kvbits.planning.memory import weights_bytes
-from kvbits.planning.simulate import Limits, simulate
+from kvbits.planning.simulate import EngineLimits, simulate
 from kvbits.planning.timing import Machine, StepTime
 from kvbits.traces import Arrival
 
@@ -38,7 +38,7 @@ def main() -> None:
             frames = layout.frames_in(memory)
             machine = Machine(bandwidth=2.7e12, flops=400e12)
             step = StepTime.of(machine, facts, geometry, weights, layout.bytes_per_token, 1)
-            found = simulate(trace, layout, frames, geometry.max_position, step, Limits(256, 2048)).as_json()
+            found = simulate(trace, layout, frames, geometry.max_position, step, EngineLimits(256, 2048)).as_json()
             print(
                 f"{'shared prefix' if shared else 'all different':>14}, {dtype:>4}: waited {found['waited']:3} of 300, "
                 f"mean wait {found['wait_mean_s']:5.1f} s, pool {100 * found['mean_use']:3.0f} % used, "

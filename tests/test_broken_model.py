@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvbits import SamplingParams
 from kvbits.codecs import SCHEMES
-from kvbits.config import EngineConfig
+from kvbits.engine.config import EngineConfig
 from kvbits.engine.engine import Engine
 from kvbits.engine.outputs import Delta
 from kvbits.errors import RequestError

@@ -69,7 +69,7 @@ def test_the_policy_decides_what_a_page_holds(loaded: LoadedModel, dtype: str) -
     assert calibrated.pool.policy.layers == plain.pool.policy.layers
     assert calibrated.pool.policy.name != plain.pool.policy.name
     assert calibrated.pool.layers[0].rounding is not None
-    assert calibrated.pool.layers[0].sink == plain.pool.layers[0].sink
+    assert calibrated.pool.layers[0].first_page == plain.pool.layers[0].first_page
 
 
 def test_a_missing_policy_is_named(loaded: LoadedModel, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_large_bodies_are_looked_at_beside_the_event_loop(monkeypatch: pytest.Mo
     async def scenario(size: int) -> list[bool]:
         loop, found = asyncio.get_running_loop(), []
 
-        def look(body: bytes) -> tuple[bytes, ...]:
+        def look(body: bytes, owner: bytes) -> tuple[bytes, ...]:
             found.append(asyncio._get_running_loop() is loop)
             return ()
 

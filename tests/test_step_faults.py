@@ -11,6 +11,7 @@ from helpers.serving import engine_of, packed_byte_model
 from test_speculation import KINDS, oracle, prompt_of
 
 from kvbits.engine import answer as answer_module
+from kvbits.engine.detokenize import TokenDecoder
 from kvbits.engine.engine import Engine
 from kvbits.engine.params import SamplingParams
 from kvbits.engine.request_state import RequestState
@@ -158,7 +159,7 @@ def spoil_text(engine: Engine) -> None:
     def decode(ids: list[int]) -> str:
         raise Trouble("text")
 
-    state._detokenizer._decode = decode
+    state._detokenizer._decode = TokenDecoder(decode)
 
 
 @pytest.mark.parametrize("guesses", [False, True])

@@ -156,8 +156,8 @@ struct AffineKey {
         correction[r] = f_fma(q, base, correction[r]);
       });
     });
-    quantize_rows<ROWS, kT, FORM::kRadix, true, N>(product, dim / kWidth, largest, kKeyMean, folded.own_codes,
-                                                   2 * dim, folded.unit, correction);
+    quantize_rows<ROWS, kT, FORM::kRadix, true, N>(product, dim / kWidth, largest, kKeyMean, folded.own_codes, 2 * dim,
+                                                   folded.unit, correction);
     f_reduce_add_rows<ROWS>(correction, folded.bias);
     for (int r = 0; r < ROWS; ++r) folded.codes[r] = folded.own_codes + r * 2 * dim;
   }

@@ -57,12 +57,16 @@ constexpr CodecKernels affine() {
                                                    seal_affine_value<Form>);
 }
 
-// Asymmetric codes of 8 bits do not fit the signed operand that values are: keys only.
+// 8 bits: asymmetric codes do not fit the signed operand that values are, symmetric ones are values only.
 constexpr CodecKernels affine8_key() {
   using Form = PlainForm<8, true, false>;
   using K = AffineKey<Form>;
-  return {8 + 16,  {K::prepare, score_any<K>}, {}, seal_affine_key<Form>,
-          nullptr, {K::prepare, score_any<K>}, {}};
+  return {8 + 16, {K::prepare, score_any<K>}, {}, seal_affine_key<Form>, nullptr, {K::prepare, score_any<K>}, {}};
+}
+constexpr CodecKernels affine8_value() {
+  using Form = PlainForm<8, false, true>;
+  using V = AffineValue<Form>;
+  return {8 + 32, {}, {accumulate_any<V>, nullptr}, nullptr, seal_affine_value<Form>, {}, {accumulate_any<V>, nullptr}};
 }
 
 template <bool PER_CHANNEL, bool SYMMETRIC>
@@ -114,8 +118,8 @@ constexpr CodecKernels float8() {
 
 const CodecKernels kCodecs[] = {
     entry<RawKey, RawValue>(0, RawKey::seal, RawValue::seal),
-    affine<8, false, true>(),
     affine8_key(),
+    affine8_value(),
     affine<6, false, false>(),
     affine<6, true, false>(),
     affine<5, false, false>(),

@@ -1,6 +1,6 @@
 """A calibrated policy on disk: ``policy.json`` and ``rounding.safetensors`` in one directory.
 
-``docs/calibration.md`` describes every field. The JSON carries the SHA-256 of the tensor file, so that a policy that
+``docs/formats.md`` describes every field. The JSON carries the SHA-256 of the tensor file, so that a policy that
 was damaged or mixed with another is refused, and the model's fingerprint, so that one of another model is.
 """
 
