@@ -68,7 +68,7 @@ SPEED = {
     ],
 }  # fmt: skip
 POLICY = {
-    "format": "kvbits-policy", "version": 1, "model": {"name": "smollm2-135m", "fingerprint": "0"},
+    "format": "kvbits-policy", "version": 2, "model": {"name": "smollm2-135m", "fingerprint": "0"},
     "layers": ["int4", "int8/int4", "int4"], "sink": None,
     "measured": {"sensitivity": {"int8": {"key": [1e-6, 2e-6, None], "value": [1e-6] * 3},
                                  "int4": {"key": [1e-3, 8e-3, 1e-3], "value": [3e-4] * 3}}},

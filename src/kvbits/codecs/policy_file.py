@@ -24,7 +24,7 @@ from kvbits.codecs.policy import Policy, parse_policy
 from kvbits.config import POLICY_PREFIX, ModelGeometry
 from kvbits.errors import ConfigError
 
-FORMAT, VERSION = "kvbits-policy", 1
+FORMAT, VERSION = "kvbits-policy", 2
 _JSON, _TENSORS = "policy.json", "rounding.safetensors"
 
 
