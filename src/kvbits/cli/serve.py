@@ -126,8 +126,17 @@ def serve(
         drain_timeout=drain_timeout,
         max_body=parse_bytes(max_body),
     )
-    kv_cache_dtype = options.cache_dtype(kv_cache_dtype, kv_policy)
-    config = EngineConfig.of(locals())
+    config = EngineConfig.of(
+        kv_cache_dtype=options.cache_dtype(kv_cache_dtype, kv_policy),
+        kv_cache_memory=kv_cache_memory,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        enable_prefix_caching=enable_prefix_caching,
+        batch_invariant=batch_invariant,
+        kv_offload_size=kv_offload_size,
+        kv_offload_path=kv_offload_path,
+    )
     from kvbits.engine.speculation import SpeculativeConfig
 
     speculative = SpeculativeConfig.of(speculative_config)

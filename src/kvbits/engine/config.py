@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvbits.config import parse_bytes
@@ -35,16 +34,12 @@ class EngineConfig:
     kv_offload_path: str | None = None
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> EngineConfig:
-        """From ``options`` by name, of which others are passed over; sizes may be text such as ``"256MiB"``.
-
-        Raises ``ConfigError`` for what makes no sense.
-        """
-        chosen = {field.name: options[field.name] for field in fields(cls) if field.name in options}
+    def of(cls, **options: Any) -> EngineConfig:
+        """The same with sizes that may be text, such as ``"256MiB"``. Raises ``ConfigError`` for what makes no sense."""
         for name in ("kv_cache_memory", "kv_offload_size"):
-            if chosen.get(name) is not None:
-                chosen[name] = parse_bytes(chosen[name])
-        return cls(**chosen)
+            if options.get(name) is not None:
+                options[name] = parse_bytes(options[name])
+        return cls(**options)
 
     def __post_init__(self) -> None:
         for name in ("kv_cache_memory", "max_num_seqs", "max_num_batched_tokens"):

@@ -59,7 +59,17 @@ class LLM:
         backend: Backend | str | None = None,
         progress: bool = True,
     ) -> None:
-        config = EngineConfig.of(locals())
+        config = EngineConfig.of(
+            kv_cache_dtype=kv_cache_dtype,
+            kv_cache_memory=kv_cache_memory,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            enable_prefix_caching=enable_prefix_caching,
+            batch_invariant=batch_invariant,
+            kv_offload_size=kv_offload_size,
+            kv_offload_path=kv_offload_path,
+        )
         speculative = SpeculativeConfig.of(speculative_config)
         if not isinstance(model, LoadedModel):
             check_room(config, device)
