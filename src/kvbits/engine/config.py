@@ -35,7 +35,7 @@ class EngineConfig:
 
     @classmethod
     def of(cls, **options: Any) -> EngineConfig:
-        """The same with sizes that may be text, such as ``"256MiB"``. Raises ``ConfigError`` for what makes no sense."""
+        """The same, with sizes that may be text such as ``"256MiB"``. Raises ``ConfigError`` for what cannot be."""
         for name in ("kv_cache_memory", "kv_offload_size"):
             if options.get(name) is not None:
                 options[name] = parse_bytes(options[name])
