@@ -410,8 +410,10 @@ def test_streamed_pieces_make_up_the_result(loaded: LoadedModel, backend: Backen
         assert len(output.logprobs or []) == len(output.token_ids)
         assert "w60" not in output.text
         if output.finish_reason == "length":
-            # What the answer adds to the prompt's text: its first word keeps its space.
-            assert output.text == " " + llm.tokenizer.decode(output.token_ids, skip_special_tokens=True)
+            # As the text goes on after the prompt, the space before its first word included.
+            before = results[index].prompt_token_ids
+            whole = llm.tokenizer.decode(before + output.token_ids, skip_special_tokens=True)
+            assert whole == llm.tokenizer.decode(before, skip_special_tokens=True) + output.text
 
 
 @pytest.mark.parametrize("chunk", [64, 512])

@@ -314,6 +314,12 @@ class TestDamage:
             bad.write_bytes(whole[:place] + bytes([int(generator.integers(256))]) + whole[place + 1 :])
             assert "\n" not in complaint(bad)
 
+    @pytest.mark.parametrize("key", ["freq_base", "scaling.factor"])
+    def test_a_rope_that_cannot_be(self, key: str, tmp_path: Path) -> None:
+        for value in (-2.0, float("nan"), *([0.0] if key == "freq_base" else [])):
+            path = save_gguf(model_of("llama"), tmp_path / "m.gguf", {f"llama.rope.{key}": value})
+            self.check(path, f"llama.rope.{key} is {value}")
+
     def test_missing_wrong_and_unknown_tensors(self, tmp_path: Path) -> None:
         model = model_of("llama")
         path = tmp_path / "m.gguf"

@@ -81,6 +81,8 @@ def test_wrong_arguments_are_named() -> None:
     both = T5ForConditionalGeneration(T5Config(d_model=16, d_kv=16, d_ff=16, num_layers=1, num_heads=1, vocab_size=10))
     with pytest.raises(UnsupportedError, match="encoder-decoder"):
         QuantizedCache(both)
+    with pytest.raises(UnsupportedError, match="the model itself, not LlamaConfig"):
+        QuantizedCache(model.config)
 
 
 def test_a_model_that_was_switched_says_how_to_go_on() -> None:

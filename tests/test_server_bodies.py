@@ -74,6 +74,23 @@ def test_the_first_mistake_is_named() -> None:
     assert len(refused({"messages": [{"role": "x" * 1_000_000}]}).message) < 3000
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [400, 4000, 4300])
+def test_integers_of_many_digits_are_refused_in_few_words(kind: type[Strict], size: int) -> None:
+    """No float holds them, and Python writes none of more than 4,300 digits."""
+    number = "9" * size
+    needed = {ChatRequest: '"messages":[{"role":"user","content":"x"}]', CompletionRequest: '"prompt":"x"',
+              DetokenizeRequest: '"tokens":[]'}.get(kind, '"model":"x"')  # fmt: skip
+    parse(f"{{{needed}}}".encode(), kind, 1024)
+    # What a template gets may be anything.
+    for field in kind.model_fields.keys() - {"chat_template_kwargs"}:
+        for value in (number, f"-{number}", f"[{number}]", f'{{"5":{number}}}'):
+            with pytest.raises(ApiError) as caught:
+                parse(f'{{{needed},"{field}":{value}}}'.encode(), kind, 1024)
+            assert caught.value.status == 400
+            assert len(caught.value.message) < 400
+
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(alphabet='a"\\[{,}]:\n\u00e9', max_size=8),
     lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text('a"\\[,', max_size=4), inner, max_size=5),

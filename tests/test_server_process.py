@@ -19,6 +19,8 @@ from helpers.process import SMALL, command, saved_byte_model, serving
 from helpers.serving import byte_model, engine_of, running
 
 from kvbits.cli.main import run
+from kvbits.errors import ConfigError
+from kvbits.server.address import check_address
 
 LONG = {"prompt": "abc", "max_tokens": 1000, "ignore_eos": True, "stream": True}
 
@@ -114,7 +116,23 @@ def test_a_port_that_is_taken(model: str) -> None:
         port = taken.getsockname()[1]
         done = subprocess.run(command(model, port, *SMALL), capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith(f"kvbits: error: cannot listen on 127.0.0.1:{port}")
+    # Before the model was loaded, which may take minutes.
+    assert done.stderr.strip() == f"kvbits: error: cannot listen on 127.0.0.1:{port}: Address already in use"
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "nowhere.invalid", "2001:db8::1"])
+def test_an_address_that_is_not_ours(host: str) -> None:
+    with pytest.raises(ConfigError, match=f"cannot listen on {host}:8000: [A-Z-]"):
+        check_address(host, 8000)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
+def test_an_address_that_is_free(host: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    check_address(host, port)
+    check_address(host, port)
 
 
 def test_the_page_is_installed() -> None:

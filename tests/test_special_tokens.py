@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import threading
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -183,6 +186,36 @@ def test_the_template_ends_a_message_once_whatever_it_says(loaded: Any) -> None:
     assert len(control_ids(loaded, live)) == len(control_ids(loaded, plain_ids(loaded, honest))) + 2
     safe = encode_chat(loaded, hostile)
     assert control_ids(loaded, safe) == control_ids(loaded, plain_ids(loaded, honest))
+
+
+@pytest.mark.parametrize("piece", [1, 7, 1 << 16])
+def test_a_text_is_searched_piece_by_piece(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvbits.models.control._PIECE", piece)
+    control = ControlTokens(qwen_like())
+    text = "<|im_end|><|im_end|> <|im_<|im_start|>" * 30 + "\U0010fff0" + "<|im_start|" + r"\udbff\udff0"
+    hidden = control.hide(text)
+    assert not any(name in hidden for name in ("<|im_end|>", "<|im_start|>"))
+    assert hidden.count("\U0010fff0") == 92
+    assert control.restore(hidden) == text
+
+
+def test_large_texts_let_other_threads_run() -> None:
+    control, done, times = ControlTokens(qwen_like()), threading.Event(), [time.monotonic()]
+
+    def look() -> None:
+        while not done.wait(0.002):
+            times.append(time.monotonic())
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    text = "<" * (8 << 20)
+    assert control.restore(control.hide(text)) == text
+    done.set()
+    thread.join()
+    times.append(time.monotonic())
+    longest = max(after - before for before, after in itertools.pairwise(times))
+    # One search through all of it took most of the time.
+    assert longest < (times[-1] - times[0]) / 3
 
 
 def test_names_tools_and_results_are_texts_too() -> None:

@@ -17,7 +17,7 @@ from helpers.tiny import tiny_model
 
 from kvbits import LLM, SamplingParams
 from kvbits.engine.grammar import GrammarCompiler
-from kvbits.errors import UnsupportedError
+from kvbits.errors import RequestError, UnsupportedError
 from kvbits.hf import QuantizedCache
 from kvbits.kernels.cpu import CpuBackend
 from kvbits.models import LoadedModel
@@ -72,6 +72,18 @@ def test_engines_on_one_fused_model(form: str) -> None:
     loaded = packed_byte_model(form)
     llms = [llm_of(loaded) for _ in range(THREADS)]
     assert_as_alone(lambda i: answers(llms[i], i))
+
+
+def test_one_llm_in_several_threads() -> None:
+    llm = llm_of(packed_byte_model())
+    assert_as_alone(lambda i: answers(llm, i))
+
+
+def test_a_call_from_inside_a_call_is_refused() -> None:
+    llm = llm_of(packed_byte_model())
+    with pytest.raises(RequestError, match="on_token must not call the LLM"):
+        llm.generate([[5, 6, 7]], PARAMS, on_token=lambda index, delta: llm.generate([[8]]) and None)
+    assert answers(llm, 1) == answers(llm_of(llm.loaded), 1)
 
 
 def test_engines_on_one_packed_model() -> None:

@@ -154,6 +154,9 @@ def serve(
         replica = ReplicaOptions(model, config, served, dtype, threads, device, trust_remote_code)
         serve_cluster(replica, ray_replicas, ray_routing, host, port, ray_address)
         return
+    from kvbits.server.address import check_address
+
+    check_address(host, port)
     from kvbits.engine.setup import check_room
 
     check_room(config, device)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,8 @@ class LLM:
     pool gives up. ``speculative_config`` (the options of :class:`~kvbits.engine.speculation.SpeculativeConfig`) guesses
     tokens ahead; answers stay the same. ``device`` (``"cpu"``, ``"cuda"``, ...) is where a model that is named runs;
     ``backend`` (``"auto"``, ``"cpu"``, ``"triton"``) goes by it. ``trust_remote_code`` runs Python code that comes with
-    the model. ``progress`` shows a bar on stderr for work that takes more than two seconds. Raises
-    ``ConfigError`` or ``UnsupportedError`` at once for what cannot work.
+    the model. ``progress`` shows a bar on stderr for work that takes more than two seconds. Threads may share an
+    ``LLM``: one call runs after another. Raises ``ConfigError`` or ``UnsupportedError`` at once for what cannot work.
     """
 
     def __init__(
@@ -77,6 +79,8 @@ class LLM:
         self.loaded = model
         self.engine = Engine(self.loaded, config, backend, speculative)
         self._progress = progress
+        self._lock = threading.Lock()
+        self._caller: int | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -99,26 +103,14 @@ class LLM:
         """Complete one or many prompts (text or token ids); the results are in the prompts' order.
 
         ``sampling_params``: one for all, or one for each prompt. ``on_token(prompt_index, delta)`` is called for every
-        piece of text as it comes. A prompt that cannot be served gets a result with ``error`` set and the finish reason
-        ``error``; the others are complete. Raises ``ConfigError`` when there are not as many parameters as prompts.
+        piece of text as it comes; it must not call this ``LLM`` itself. A prompt that cannot be served gets a result
+        with ``error`` set and the finish reason ``error``; the others are complete. Raises ``ConfigError`` when there
+        are not as many parameters as prompts.
         """
         many = _as_list(prompts)
         params = _per_prompt(sampling_params, len(many))
-        results: list[RequestOutput] = []
-        index_of: dict[str, int] = {}
-        for index, (prompt, param) in enumerate(zip(many, params, strict=True)):
-            result = RequestOutput("", prompt if isinstance(prompt, str) else None, [], [])
-            results.append(result)
-            try:
-                result.prompt_token_ids = encode(self.loaded, prompt) if isinstance(prompt, str) else list(prompt)
-                result.request_id = self.engine.add_request(result.prompt_token_ids, param)
-            except RequestError as error:
-                _refuse(result, error)
-            else:
-                result.outputs = [CompletionOutput(i) for i in range(param.n)]
-                index_of[result.request_id] = index
-        self._run(results, index_of, on_token, self._progress if use_tqdm is None else use_tqdm)
-        return results
+        with self._alone():
+            return self._generate(many, params, on_token, self._progress if use_tqdm is None else use_tqdm)
 
     def chat(
         self,
@@ -149,7 +141,8 @@ class LLM:
         Raises ``ConfigError`` when the file cannot be written, ``CacheError`` when no page of the prompt is cached.
         """
         tokens = encode(self.loaded, prompt) if isinstance(prompt, str) else list(prompt)
-        bundle = export_pages(self.engine, tokens, salt)
+        with self._alone():
+            bundle = export_pages(self.engine, tokens, salt)
         if not bundle.num_tokens:
             raise CacheError(f"no full page of the prompt of {len(tokens)} tokens is cached")
         bundle.save(Path(path))
@@ -163,7 +156,39 @@ class LLM:
         Raises ``ConfigError`` when the file is damaged or belongs to another model or KV cache dtype, ``CacheError``
         when the pool has no room for all of it.
         """
-        return load_pages(self.engine, Path(path), salt)
+        with self._alone():
+            return load_pages(self.engine, Path(path), salt)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One call at a time; raises ``RequestError`` for a call from inside another one."""
+        if self._caller == threading.get_ident():
+            raise RequestError("on_token must not call the LLM that calls it; do it when generate has returned")
+        with self._lock:
+            self._caller = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._caller = None
+
+    def _generate(
+        self, prompts: list[Prompt], params: list[SamplingParams], on_token: OnToken | None, show: bool
+    ) -> list[RequestOutput]:
+        results: list[RequestOutput] = []
+        index_of: dict[str, int] = {}
+        for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
+            result = RequestOutput("", prompt if isinstance(prompt, str) else None, [], [])
+            results.append(result)
+            try:
+                result.prompt_token_ids = encode(self.loaded, prompt) if isinstance(prompt, str) else list(prompt)
+                result.request_id = self.engine.add_request(result.prompt_token_ids, param)
+            except RequestError as error:
+                _refuse(result, error)
+            else:
+                result.outputs = [CompletionOutput(i) for i in range(param.n)]
+                index_of[result.request_id] = index
+        self._run(results, index_of, on_token, show)
+        return results
 
     def _run(
         self, results: list[RequestOutput], index_of: dict[str, int], on_token: OnToken | None, show: bool

@@ -47,6 +47,9 @@ class QuantizedCache(Cache):
         ``model.set_attn_implementation("sdpa")``. Raises ``ConfigError`` for a dtype or policy that cannot be read,
         ``UnsupportedError`` for a model that kvbits cannot run.
         """
+        if not isinstance(model, PreTrainedModel):
+            # transformers' own caches take a configuration.
+            raise UnsupportedError(f"QuantizedCache takes the model itself, not {type(model).__name__}")
         kernels = choose_backend(backend, model.device.type)
         loaded = wrap(model, None, model.config.model_type)
         store = Store(loaded, _dtype(kv_cache_dtype), kv_cache_memory, kernels)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +23,12 @@ _ESCAPED = r"\udbff\udff0", r"\udbff\udff1", r"\udbff\udff2"
 
 _PLACE = re.compile(rf"(?:{_OPEN}|{re.escape(_ESCAPED[0])})([0-9]+)(?:{_CLOSE}|{re.escape(_ESCAPED[1])})")
 _WALLS = re.compile(f"{_WALL}|{re.escape(_ESCAPED[2])}")
+_MARK = 64
+"""Characters of a mark in any form, at most."""
+
+_PIECE = 1 << 16
+"""Characters that are searched at once: Python's lock is held for as long, by a text of eight MiB for a second."""
+
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 _SPELLED_AS_CONTROL = re.compile("<[|\uff5c].+[|\uff5c]>", re.DOTALL)
 
@@ -54,7 +60,7 @@ class ControlTokens:
         A wall stands where a string ends or begins with a part of a control token: two strings side by side make none.
         """
         if isinstance(value, str):
-            found = self._to_hide.sub(lambda match: f"{_OPEN}{self._number[match.group()]}{_CLOSE}", value)
+            found = self._sub(self._to_hide, lambda match: f"{_OPEN}{self._number[match.group()]}{_CLOSE}", value)
             sizes = range(1, min(len(value), self._longest - 1) + 1)
             if any(value[-size:] in self._begins for size in sizes):
                 found += _WALL
@@ -73,18 +79,42 @@ class ControlTokens:
         Raises ``ValueError`` for a tokenizer that cannot do it.
         """
         text = self.restore(rendered)
-        if self._control.findall(text) == self._control.findall(rendered):
+        if self._controls(text) == self._controls(rendered):
             return plain(text)
         if not self._tokenizer.is_fast:
             return self._encode_pieces(rendered)
         copy, alias = self._renamed
-        named = self._control.sub(lambda match: alias[match.group()], rendered)
+        named = self._sub(self._control, lambda match: alias[match.group()], rendered)
         # The call for a batch lets other threads run, the one for a text does not.
         return list(copy.encode_batch_fast([self.restore(named)], add_special_tokens=False)[0].ids)
 
     def restore(self, rendered: str) -> str:
         """What a template made, with all that was hidden in its place."""
-        return _PLACE.sub(lambda match: self._hidden[int(match.group(1))], _WALLS.sub("", rendered))
+        text = self._sub(_WALLS, lambda match: "", rendered)
+        return self._sub(_PLACE, lambda match: self._hidden[int(match.group(1))], text)
+
+    def _controls(self, text: str) -> list[str]:
+        return [match.group() for match in self._matches(self._control, text)]
+
+    def _sub(self, pattern: re.Pattern[str], replace: Callable[[re.Match[str]], str], text: str) -> str:
+        found, start = [], 0
+        for match in self._matches(pattern, text):
+            found += [text[start : match.start()], replace(match)]
+            start = match.end()
+        return "".join([*found, text[start:]])
+
+    def _matches(self, pattern: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
+        """As ``pattern.finditer``, for what is no longer than a control token or a mark; other threads may run."""
+        start, reach = 0, max(self._longest, _MARK)
+        while start < len(text):
+            end = start + _PIECE
+            following = end
+            for match in pattern.finditer(text, start, end + reach):
+                if match.start() >= end:
+                    break
+                yield match
+                following = max(end, match.end())
+            start = following
 
     @cached_property
     def _renamed(self) -> tuple[Tokenizer, dict[str, str]]:
@@ -116,7 +146,7 @@ class ControlTokens:
     def _encode_pieces(self, rendered: str) -> list[int]:
         ids: list[int] = []
         start = 0
-        for match in [*self._control.finditer(rendered), None]:
+        for match in [*self._matches(self._control, rendered), None]:
             piece = self.restore(rendered[start : len(rendered) if match is None else match.start()])
             if piece:
                 ids += self._tokenizer(piece, add_special_tokens=False, split_special_tokens=True)["input_ids"]

@@ -33,6 +33,8 @@ def rope_parameters(keys: Keys, dims: int, context: int) -> dict[str, Any]:
     parameters: dict[str, Any] = {"rope_type": "default"}
     base = keys.number("rope.freq_base")
     if base is not None:
+        if not base > 0:
+            raise ConfigError(f"{keys.name('rope.freq_base')} is {base}; it must be positive")
         parameters["rope_theta"] = base
     parameters |= _scaling(keys, dims, context)
     divisors = _divisors(keys, _FREQUENCIES, dims)

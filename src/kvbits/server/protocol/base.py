@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -26,7 +26,8 @@ T = TypeVar("T")
 
 def _numbers(data: Any) -> Any:
     for key, value in data.items() if isinstance(data, dict) else ():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        # Not isfinite, which makes a float of an integer, and some are too large.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
             raise PydanticCustomError("number", "the value of {key} must be a finite number", {"key": repr(key[:40])})
     return data
 
@@ -35,7 +36,9 @@ def _numbers(data: Any) -> Any:
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Items = Annotated[list[T], Field(fail_fast=True)]
 Numbers = Annotated[dict[StrictStr, Number], BeforeValidator(_numbers)]
-TokenIds = Items[StrictInt]
+# What no integer of ours exceeds; one of thousands of digits is neither computed with nor written into a message.
+Integer = Annotated[StrictInt, Field(ge=-(2**63), lt=2**64)]
+TokenIds = Items[Integer]
 
 
 class Strict(BaseModel):
@@ -78,14 +81,14 @@ class SamplingFields(Strict):
     model: StrictStr | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
-    n: StrictInt | None = None
+    n: Integer | None = None
     stop: StrictStr | Items[StrictStr] | None = None
-    seed: StrictInt | None = None
+    seed: Integer | None = None
     temperature: Number | None = None
     top_p: Number | None = None
-    top_k: StrictInt | None = None
+    top_k: Integer | None = None
     min_p: Number | None = None
-    max_tokens: StrictInt | None = None
+    max_tokens: Integer | None = None
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
     repetition_penalty: Number | None = None
@@ -96,7 +99,7 @@ class SamplingFields(Strict):
     safety_identifier: StrictStr | None = None
     prompt_cache_key: StrictStr | None = None
     cache_salt: Annotated[StrictStr, Field(max_length=MAX_SALT)] | None = None
-    priority: StrictInt | None = None
+    priority: Integer | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, StrictBool, StrictInt, StrictStr
+from pydantic import Field, StrictBool, StrictStr
 
-from kvbits.server.protocol.base import Items, SamplingFields, Strict
+from kvbits.server.protocol.base import Integer, Items, SamplingFields, Strict
 from kvbits.server.protocol.limits import MAX_TOP_LOGPROBS
 
 
@@ -42,7 +42,7 @@ class ToolCall(Strict):
     id: StrictStr
     type: Literal["function"] = "function"
     function: FunctionCall
-    index: StrictInt | None = None
+    index: Integer | None = None
 
 
 class InstructionMessage(Strict):
@@ -168,9 +168,9 @@ class ChatRequest(SamplingFields):
     }
 
     messages: Annotated[Items[Message], Field(min_length=1)]
-    max_completion_tokens: StrictInt | None = None
+    max_completion_tokens: Integer | None = None
     logprobs: StrictBool | None = None
-    top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    top_logprobs: Annotated[Integer, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
     tools: Items[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, cast
 
-from pydantic import BeforeValidator, Field, StrictBool, StrictInt, StrictStr
+from pydantic import BeforeValidator, Field, StrictBool, StrictStr
 from pydantic_core import PydanticCustomError
 
-from kvbits.server.protocol.base import Items, SamplingFields, Strict, TokenIds
+from kvbits.server.protocol.base import Integer, Items, SamplingFields, Strict, TokenIds
 from kvbits.server.protocol.chat import Message, ResponseFormat, Tool
 from kvbits.server.protocol.limits import MAX_LOGPROBS, MAX_PROMPTS
 
@@ -31,8 +31,8 @@ class CompletionRequest(SamplingFields):
 
     prompt: Annotated[StrictStr | TokenIds | Items[StrictStr] | Items[TokenIds], BeforeValidator(_few)]
     echo: StrictBool | None = None
-    logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    best_of: StrictInt | None = None
+    logprobs: Annotated[Integer, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    best_of: Integer | None = None
     response_format: ResponseFormat | None = None
     add_special_tokens: StrictBool = True
 
