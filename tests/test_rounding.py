@@ -46,8 +46,9 @@ def test_feedback_lowers_the_error_that_the_metric_measures(dtype: str) -> None:
     metric = skewed_metric(2, 64)
     rows = make_inputs(PLAIN, [64 * 8]).key[0].unflatten(0, (8, 64)).transpose(1, 2).bfloat16().float()
     codec = SCHEMES[dtype].key
-    basis = codec.basis(64)
-    coded = metric if basis is None else basis.T @ metric @ basis
+    basis = codec.to_basis(torch.eye(64))
+    assert torch.allclose(basis.T @ basis, torch.eye(64), atol=1e-6)
+    coded = basis.T @ metric @ basis
 
     def loss(rounding: Rounding | None) -> float:
         error = codec.decode(codec.encode(rows, "key", rounding), 64, "key") - rows

@@ -327,13 +327,6 @@ def test_a_codec_without_kernels_is_refused_by_name() -> None:
         def decode(self, page: Tensor, dim: int, side: Side) -> Tensor:
             raise AssertionError
 
-        def supports(self, dim: int) -> str | None:
-            return None
-
-        @property
-        def native_id(self) -> int:
-            return 9999
-
     backend = choose_backend(None, "cuda")
     scheme = Scheme(SCHEMES["int4"].key, Foreign("foreign"))
     assert backend.supports(scheme, SMALL) == "the Triton kernels have no values coded as 'foreign'"

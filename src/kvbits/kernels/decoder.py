@@ -144,10 +144,12 @@ class Decoder:
         assert len(embedded) == rows, (embedded.shape, rows)
         assert cos.shape == sin.shape == (rows, self._rotated), (cos.shape, sin.shape, rows)
         assert cos.dtype == sin.dtype == torch.float32, cos.dtype
+        layers = [layer for layer in map(backend.layer, views) if layer is not None]
+        assert len(layers) == len(views), (len(layers), len(views))
         logits = torch.empty(len(wanted), self._vocabulary)
         self.native.forward(
             backend.native,
-            [backend.layer(view) for view in views],
+            layers,
             backend.tables(batch),
             rows,
             embedded.data_ptr(),

@@ -43,8 +43,9 @@ class FusedModel:
     decoder: Decoder
 
     def runs(self, step: Forward) -> bool:
-        """Whether the step's backend is ours."""
-        return isinstance(step.backend, CpuBackend)
+        """Whether the step's backend is ours and has kernels for every layer of the pool."""
+        backend = step.backend
+        return isinstance(backend, CpuBackend) and None not in map(backend.layer, step.pool.layers)
 
     def forward(self, input_ids: Tensor, positions: Tensor, step: Forward, wanted: Tensor) -> Tensor:
         """As :meth:`kvbits.models.LoadedModel.forward`, for a step that :meth:`runs`."""
