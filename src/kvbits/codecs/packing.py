@@ -16,7 +16,6 @@ from torch import Tensor
 
 from kvbits.config import PAGE_TOKENS
 
-
 PLANES: dict[int, tuple[int, ...]] = {bits: tuple(w for w in (8, 4, 2, 1) if bits & w) for bits in range(1, 9)}
 """Bits of a code -> widths of its planes, powers of two: the one with the lowest bits, which is the widest, first."""
 
