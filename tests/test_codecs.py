@@ -174,12 +174,8 @@ def test_bits_per_element_of_head_size_64() -> None:
         "bf16": 16,
         "int8": 8.25,
         "int8h": 8.25,
-        "int6": 6.5,
-        "int5": 5.5,
-        "int4": 4.5,
-        "int3": 3.5,
-        "int2": 2.5,
     }
+    expected |= {name: int(name[3:]) + 0.5 for name in SCHEMES if re.fullmatch("int[2-7]", name)}
     expected |= dict.fromkeys(("fp8", "fp8_e4m3", "fp8_e5m2"), 8.125)
     expected |= {"nf4": 4.25, "nf3": 3.25, "nf2": 2.25}
     expected |= {"int4b32": 4.75, "int3b32": 3.75, "int2b32": 2.75}  # keys as int4, values with two groups a token
