@@ -97,14 +97,14 @@ def memory(loaded: LoadedModel, samples: dict[str, Sample], args: argparse.Names
             filled.fill([args.session] * (sessions - there))
             there = sessions
             load = filled.engine.load()
-            used = load.frames - load.frames_available
+            used = pool.layout.bytes_of(load.frames - load.frames_available) / 2**20
             rows.append(
                 {
                     "dtype": dtype,
                     "sessions": sessions,
-                    "pool_MiB": used * pool.layout.frame_bytes / 2**20,
+                    "pool_MiB": used,
                     "process_grew_MiB": (process.memory_info().rss - before) / 2**20,
-                    "pool_MiB_per_session": used * pool.layout.frame_bytes / 2**20 / sessions,
+                    "pool_MiB_per_session": used / sessions,
                     "sealed_bytes_only_MiB": sessions * args.session * pool.bytes_per_token() / 2**20,
                 }
             )

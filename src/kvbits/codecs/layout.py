@@ -96,9 +96,13 @@ class PoolLayout:
         first = (full > 0) * (self.first_frames - self.sealed.frames)
         return full * self.sealed.frames + first + self.open.frames
 
+    def bytes_of(self, frames: int) -> int:
+        """Bytes of ``frames`` frames."""
+        return frames * self.frame_bytes
+
     def session_bytes(self, tokens: int) -> int:
         """Bytes that a running sequence of ``tokens`` tokens holds, its open page included."""
-        return self.frames_of(tokens) * self.frame_bytes
+        return self.bytes_of(self.frames_of(tokens))
 
     def frames_in(self, memory: int) -> int:
         """Frames of a pool of ``memory`` bytes."""
@@ -123,7 +127,7 @@ class PoolLayout:
     def pool_bytes(self, sequences: int, tokens: int) -> int:
         """Bytes of a pool for ``sequences`` running sequences of ``tokens`` tokens, one frame in 50 to spare."""
         frames = (sequences + 1) * self.open.frames + sequences * self.frames_of(tokens)
-        return (frames + frames // 50 + 1) * self.frame_bytes
+        return self.bytes_of(frames + frames // 50 + 1)
 
 
 def _place(schemes: tuple[Scheme, ...], layers: tuple[LayerGeometry, ...], frame_bytes: int) -> PageLayout:
