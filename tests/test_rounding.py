@@ -5,16 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.attention import PLAIN, make_inputs
-from helpers.rounding import pages, rounding_of, skewed_metric
+from helpers.rounding import DTYPES, pages, rounding_of, skewed_metric
 
 from kvbits.calibration.fit import feedback_of, ordered_feedback
 from kvbits.codecs import SCHEMES, LayerRounding, Rounding
 from kvbits.config import LayerGeometry
 from kvbits.kernels.cpu import CpuBackend, available_isas
 from kvbits.kernels.reference import ReferenceBackend
-
-DTYPES = [name for name in SCHEMES if name.startswith(("int", "nf")) and not name.endswith("b32")]
-"""Those whose keys and values both take feedback."""
 
 
 @pytest.mark.parametrize("isa", available_isas())

@@ -18,9 +18,9 @@ import torch
 from helpers.attention import PLAIN, SHAPES, Inputs, check_tentative_step, make_inputs, run
 from helpers.driver import Frames
 from helpers.hard_pages import assert_same, broken_pages, expected, hard_pages, sealed
+from helpers.huge import assert_huge_pages_are_read
 from helpers.rounding import pages, rounding_of
 from helpers.tiny import tiny_model
-from test_page_bytes import assert_huge_pages_are_read
 from torch import Tensor
 
 from kvbits.codecs import SCHEMES, Codec, Scheme, Side
