@@ -113,7 +113,7 @@ def test_head_sizes_that_are_no_powers_of_two(dtype: str) -> None:
 
 @pytest.mark.triton
 @pytest.mark.parametrize("dtype", ["nf4+sink:int8", "int4+sink:nf4", "nf3+sink:nf4", "bf16/nf4+sink:bf16"])
-def test_first_pages_in_a_form_of_their_own(dtype: str) -> None:
+def test_first_pages_in_a_format_of_their_own(dtype: str) -> None:
     assert_agrees(replace(SMALL, window=100), dtype, [130], 129)
 
 
