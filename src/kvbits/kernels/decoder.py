@@ -30,8 +30,8 @@ class Products:
     def pack(self, weight: Tensor, bias: Tensor | None, weight_format: str = "bf16") -> PackedWeight:
         """``weight`` ``bfloat16 [out, in]``, ``in`` even; ``bias`` ``[out]``. Both are copied.
 
-        ``weight_format`` is ``"bf16"``, or ``"int8"``: codes of 8 bits with a scale for each output, rounded to nearest;
-        the inputs are then quantized to 8 bits too (7 on AVX2), each row with a scale of its own, when they arrive.
+        ``weight_format`` is ``"bf16"``, or ``"int8"``: codes of 8 bits with a scale for each output, to nearest; the
+        inputs are then quantized to 8 bits too (7 on AVX2), each row with a scale of its own, when they arrive.
         """
         out_features, in_features = weight.shape
         assert weight.dtype == torch.bfloat16, weight.dtype
