@@ -76,7 +76,7 @@ def make_case(
     ends = list(accumulate(context // PAGE_TOKENS for context in contexts))
     first_open, batch = ends[-1], len(contexts)
     layout = PoolLayout.of(model, policy)
-    pool = PagedPool(model, policy, first_open * layout.frame_bytes + batch * layout.session_bytes(0))
+    pool = PagedPool(model, policy, layout.bytes_of(first_open) + batch * layout.session_bytes(0))
     backend = CpuBackend(isa, threads)
     generator = torch.Generator().manual_seed(0)
 

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from report import COLOURS, Row, facts_of, model_parser, note, publish
 
 from kvbits.evaluation.speed import WARM_UP
-from kvbits.kernels.decoder import WEIGHT_FORMS
+from kvbits.kernels.decoder import WEIGHT_FORMATS
 from kvbits.models import LoadedModel, load_model
 
 
@@ -97,14 +97,14 @@ def memory(loaded: LoadedModel, samples: dict[str, Sample], args: argparse.Names
             filled.fill([args.session] * (sessions - there))
             there = sessions
             load = filled.engine.load()
-            used = load.frames - load.frames_available
+            used = pool.layout.bytes_of(load.frames - load.frames_available) / 2**20
             rows.append(
                 {
                     "dtype": dtype,
                     "sessions": sessions,
-                    "pool_MiB": used * pool.layout.frame_bytes / 2**20,
+                    "pool_MiB": used,
                     "process_grew_MiB": (process.memory_info().rss - before) / 2**20,
-                    "pool_MiB_per_session": used * pool.layout.frame_bytes / 2**20 / sessions,
+                    "pool_MiB_per_session": used / sessions,
                     "sealed_bytes_only_MiB": sessions * args.session * pool.bytes_per_token() / 2**20,
                 }
             )
@@ -149,7 +149,7 @@ def picture(rows: list[Row], fits: list[Row], held: list[Row], args: argparse.Na
 
 def main() -> None:
     parser = model_parser(__doc__)
-    parser.add_argument("--weights", default="bf16", choices=WEIGHT_FORMS)
+    parser.add_argument("--weights", default="bf16", choices=WEIGHT_FORMATS)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--context", nargs="+", type=int, default=[512, 1536, 2560, 3584, 4608, 5632, 6656, 7680])
     parser.add_argument("--steps", type=int, default=24, help="timed steps at each context")

@@ -1,4 +1,4 @@
-"""Prefill and decode of the whole engine: batch x context, per cache dtype and form of the weights.
+"""Prefill and decode of the whole engine: batch x context, per cache dtype and format of the weights.
 
     python benchmarks/end_to_end.py --json out/end_to_end.json [--batch 1 8 32] [--context 512 4096 7680]
 
@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from report import COLOURS, Row, facts_of, model_parser, note, publish, spread
 
 from kvbits.evaluation.speed import WARM_UP, distinct_prompts, measure_speed
-from kvbits.kernels.decoder import WEIGHT_FORMS
+from kvbits.kernels.decoder import WEIGHT_FORMATS
 from kvbits.models import LoadedModel, load_model
 
 
@@ -115,7 +115,7 @@ def main() -> None:
     parser = model_parser(__doc__)
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--context", nargs="+", type=int, default=[512, 4096, 7680])
-    parser.add_argument("--weights", nargs="+", default=["bf16"], choices=WEIGHT_FORMS)
+    parser.add_argument("--weights", nargs="+", default=["bf16"], choices=WEIGHT_FORMATS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=16, help="timed decode steps of a round")
     parser.add_argument("--prefill-tokens", type=int, default=8192, help="most prompt tokens computed at once")

@@ -45,7 +45,7 @@ def text_tokens(loaded: LoadedModel) -> list[int]:
 class Sample:
     """Frames of really computed pages: ``sealed`` one a row; ``open`` and ``first`` those of one page.
 
-    ``first`` has no rows where a sequence's first page has no form of its own.
+    ``first`` has no rows where a sequence's first page has no format of its own.
     """
 
     sealed: Tensor

@@ -35,7 +35,7 @@ from step_parts import Attention, Clock, Evict, Linears, Storing, median_of
 
 from kvbits.evaluation.speed import WARM_UP
 from kvbits.kernels.cpu import CpuBackend
-from kvbits.kernels.decoder import WEIGHT_FORMS
+from kvbits.kernels.decoder import WEIGHT_FORMATS
 from kvbits.models import LoadedModel, load_model
 
 PARTS = (
@@ -213,7 +213,7 @@ def picture(rows: Sequence[Row], args: argparse.Namespace) -> Figure:
 
 def main() -> None:
     parser = model_parser(__doc__)
-    parser.add_argument("--weights", nargs="+", default=["bf16"], choices=WEIGHT_FORMS)
+    parser.add_argument("--weights", nargs="+", default=["bf16"], choices=WEIGHT_FORMATS)
     parser.add_argument("--phase", nargs="+", default=["decode", "prefill"], choices=["decode", "prefill"])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--context", type=int, default=7680, help="tokens of each decoding sequence")

@@ -155,7 +155,7 @@ class Linears:
     they come from memory.
     """
 
-    def __init__(self, loaded: LoadedModel, form: str) -> None:
+    def __init__(self, loaded: LoadedModel, weight_format: str) -> None:
         self._products = Products()
         generator = torch.Generator().manual_seed(0)
         self._weights = []
@@ -169,7 +169,7 @@ class Linears:
             ):
                 out, wide = sum(part.weight.out_features for part in parts), parts[0].weight.in_features
                 weight = torch.randn(out, wide, generator=generator).to(torch.bfloat16)
-                self._weights.append(self._products.pack(weight, None, form))
+                self._weights.append(self._products.pack(weight, None, weight_format))
         collapse_to_huge_pages()  # as loading a model does with its weights
         self._head = loaded.model.get_output_embeddings().weight
 

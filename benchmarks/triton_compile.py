@@ -65,7 +65,7 @@ class Launched:
     def name(self) -> str:
         """The kernel, with the side that it works on."""
         name = self.kernel.fn.__name__
-        side = self.constants["FORM"].key if "FORM" in self.constants else self.constants.get("KEY")
+        side = self.constants["FORMAT"].key if "FORMAT" in self.constants else self.constants.get("KEY")
         return name if side is None else f"{name} ({'keys' if side else 'values'})"
 
 

@@ -100,8 +100,15 @@ struct Rounding {
 // Encodes one head's page from its bfloat16 form.
 using SealKernel = void (*)(const uint8_t* open_page, int dim, const Rounding& rounding, uint8_t* sealed_page);
 
+// Which sides of a page a codec has kernels for.
+struct CodecSides {
+  int id;
+  bool key, value;
+};
+
 struct Kernels {
   const char* isa;
+  std::vector<CodecSides> (*codecs)();
   const KeyKernel* (*key)(int codec);  // null: no such codec
   const ValueKernel* (*value)(int codec);
   SealKernel (*seal_key)(int codec);

@@ -106,6 +106,12 @@ NB_MODULE(_native, m) {
           nb::arg("isa"), nb::arg("threads"), nb::arg("gomp_parallel"))
       .def_prop_ro("isa", [](const Cpu& self) { return std::string(self.kernels().isa); })
       .def_prop_ro("threads", &Cpu::threads)
+      .def("codecs",
+           [](const Cpu& self) {
+             nb::list found;
+             for (const CodecSides& c : self.kernels().codecs()) found.append(nb::make_tuple(c.id, c.key, c.value));
+             return found;
+           })
       .def("supports",
            [](const Cpu& self, int key_codec, int value_codec) -> nb::object {
              Layer layer{};

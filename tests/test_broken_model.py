@@ -53,7 +53,7 @@ def transformers_model() -> LoadedModel:
     return wrap(tiny_model("llama"), None, "tiny")
 
 
-def fused_model(form: str) -> LoadedModel:
+def fused_model(weight_format: str) -> LoadedModel:
     torch.manual_seed(1)
     config = LlamaConfig(
         hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -64,8 +64,8 @@ def fused_model(form: str) -> LoadedModel:
         with torch.no_grad():
             parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.1)
     found = wrap(model.to(torch.bfloat16), None, "tiny")
-    pack_linears(found.model, form)
-    fused = fuse(found.model, found.geometry, form)
+    pack_linears(found.model, weight_format)
+    fused = fuse(found.model, found.geometry, weight_format)
     assert isinstance(fused, FusedModel), fused
     return replace(found, fused=fused)
 

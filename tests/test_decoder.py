@@ -49,23 +49,23 @@ MODELS = {
 }
 
 
-def loaded(model: nn.Module, form: str = "bf16") -> LoadedModel:
+def loaded(model: nn.Module, weight_format: str = "bf16") -> LoadedModel:
     torch.manual_seed(3)
     for parameter in model.parameters():  # the default initialisation hardly moves the residual stream
         with torch.no_grad():
             parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.1)
     found = wrap(model.to(torch.bfloat16), None, "small")
-    pack_linears(found.model, form)
+    pack_linears(found.model, weight_format)
     return found
 
 
-@pytest.mark.parametrize("form", ["bf16", "int8"])
+@pytest.mark.parametrize("weight_format", ["bf16", "int8"])
 @pytest.mark.parametrize("name", MODELS)
-def test_models_of_the_structure_are_fused(name: str, form: str) -> None:
+def test_models_of_the_structure_are_fused(name: str, weight_format: str) -> None:
     """``fuse`` itself compares the logits with transformers' own code and refuses what differs."""
     torch.manual_seed(1)
-    small = loaded(MODELS[name](), form)
-    fused = fuse(small.model, small.geometry, form)
+    small = loaded(MODELS[name](), weight_format)
+    fused = fuse(small.model, small.geometry, weight_format)
     assert isinstance(fused, FusedModel), fused
 
 

@@ -1,117 +1,34 @@
 """The engine on tiny models: the same answers whatever happens around a request, and none lost."""
 
+# ruff: noqa: F811 (fixtures are imported)
+
 from __future__ import annotations
 
-import copy
 import dataclasses
-import sys
-import time
-from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers.tiny import VOCAB, tiny_model, tiny_tokenizer
+from helpers.tiny import tiny_tokenizer
+from helpers.tiny_engine import (  # noqa: F401
+    GREEDY,
+    PROMPTS,
+    assert_idle,
+    backend,
+    loaded,
+    make,
+    one_thread,
+    original,
+    packed,
+    prompt_of,
+    tokens,
+)
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
 
 import kvbits
 from kvbits import LLM, SamplingParams
 from kvbits.errors import ConfigError, KVBitsError, RequestError
 from kvbits.kernels import Backend, default_backend
-from kvbits.kernels.reference import ReferenceBackend
 from kvbits.models import LoadedModel
-from kvbits.models.load import wrap
-from kvbits.models.packed import pack_linears
-
-CONTEXT = 1024
-GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices this small only lose by a second thread, and lose much on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(params=["reference", "default"])
-def backend(request: pytest.FixtureRequest) -> Backend:
-    return ReferenceBackend() if request.param == "reference" else default_backend()
-
-
-def eager_16bit(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: object
-) -> object:
-    """The family's own eager attention on keys and values rounded as a 16-bit cache rounds them."""
-    eager = sys.modules[type(module).__module__].eager_attention_forward
-    return eager(module, query, key.bfloat16().float(), value.bfloat16().float(), mask, **kwargs)
-
-
-@pytest.fixture(scope="module")
-def original() -> nn.Module:
-    AttentionInterface.register("eager-16bit-kv", eager_16bit)
-    AttentionMaskInterface.register("eager-16bit-kv", eager_mask)
-    model = tiny_model("llama", max_position_embeddings=CONTEXT)
-    model.set_attn_implementation("eager-16bit-kv")
-    return model
-
-
-@pytest.fixture(scope="module")
-def loaded(original: nn.Module) -> LoadedModel:
-    return wrap(copy.deepcopy(original), tiny_tokenizer(), "tiny-llama")
-
-
-@pytest.fixture(scope="module")
-def packed(original: nn.Module) -> LoadedModel:
-    """The same model in bfloat16 with packed layers, whose rounding does not depend on a step's rows.
-
-    A rounding of the last bit can tip a 4-bit code or an 8-bit query, and so a sampled token: what compares tokens over
-    different batches needs a model that gives the same bits in each.
-    """
-    loaded = wrap(copy.deepcopy(original).to(torch.bfloat16), tiny_tokenizer(), "tiny-llama")
-    pack_linears(loaded.model)
-    reason = loaded.depends_on_rows()
-    if reason:
-        pytest.skip(reason)
-    return loaded
-
-
-def make(loaded: LoadedModel, backend: Backend, dtype: str = "bf16", frames: int = 400, **options) -> LLM:
-    """An LLM whose pool has ``frames`` frames (8 KiB each: 64 tokens x 3 layers x 2 heads x ..., rounded up)."""
-    one = LLM(loaded, kv_cache_dtype=dtype, kv_cache_memory=1 << 24, backend=backend).engine.pool.layout.frame_bytes
-    llm = LLM(loaded, kv_cache_dtype=dtype, kv_cache_memory=frames * one, backend=backend, progress=False, **options)
-    assert llm.engine.pool.num_frames == frames
-    # What no one wrote must not be read: every parameter of an unwritten page is a NaN.
-    llm.engine.pool.buffer.fill_(0xFF)
-    return llm
-
-
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    return torch.randint(4, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-PROMPTS = [prompt_of(n, n) for n in (5, 63, 64, 65, 130, 200, 1, 300)]
-
-
-def tokens(
-    llm: LLM, prompts: list[list[int]], params: SamplingParams | list[SamplingParams] = GREEDY
-) -> list[list[int]]:
-    outputs = llm.generate(prompts, params)
-    for output in outputs:
-        assert output.error is None
-    assert_idle(llm)
-    return [o.outputs[0].token_ids for o in outputs]
-
-
-def assert_idle(llm: LLM) -> None:
-    engine = llm.engine
-    assert not engine.has_unfinished()
-    engine.pages.check()
-    assert engine.pages.sequences() == []
-    assert engine.pages.available() == engine.pool.num_frames
 
 
 def hf_logits(model: nn.Module, ids: list[int]) -> Tensor:
@@ -229,167 +146,7 @@ def test_n_sequences_of_one_prompt(loaded: LoadedModel, backend: Backend) -> Non
 # The end of an answer
 
 
-def words(llm: LLM, prompt: list[int], **options) -> tuple[str, list[int], object]:
-    # special tokens leave no text: without them, words and tokens correspond
-    options = {"logit_bias": dict.fromkeys(range(4), -100.0), **options}
-    output = llm.generate([prompt], dataclasses.replace(GREEDY, **options))[0].outputs[0]
-    return output.text, output.token_ids, (output.finish_reason, output.stop_reason)
-
-
-def test_stop_strings_and_stop_tokens(loaded: LoadedModel, backend: Backend) -> None:
-    llm = make(loaded, backend)
-    text, ids, end = words(llm, PROMPTS[4])
-    assert end == ("length", None)
-    parts = text.split()
-    assert len(parts) == len(ids) == 24
-    new = next(i for i in range(5, 24) if parts[i] not in parts[:i])
-    cut = text.index(parts[new])
-    # the whole word, a string over two words, and one that only begins like the text
-    assert words(llm, PROMPTS[4], stop=parts[new]) == (text[:cut], ids[: new + 1], ("stop", parts[new]))
-    pair = f"{parts[new - 1][-1]} {parts[new][0]}"
-    shown, kept, end = words(llm, PROMPTS[4], stop=[pair, "nowhere"])
-    assert shown == text[: text.index(pair)]
-    assert end == ("stop", pair)
-    assert len(kept) <= new + 1
-    assert words(llm, PROMPTS[4], stop=f"{parts[-1]} and more") == (text, ids, ("length", None))
-    shown, kept, end = words(llm, PROMPTS[4], stop_token_ids=[ids[new]])
-    assert (shown.split(), kept, end) == (parts[:new], ids[: new + 1], ("stop", ids[new]))
-    assert_idle(llm)
-
-
-def test_the_models_end_token(loaded: LoadedModel, backend: Backend) -> None:
-    llm = make(loaded, backend)
-    bias = {2: 100.0}
-    assert words(llm, PROMPTS[0], logit_bias=bias, ignore_eos=False) == ("", [2], ("stop", 2))
-    assert words(llm, PROMPTS[0], logit_bias=bias, max_tokens=3)[1:] == ([2, 2, 2], ("length", None))
-
-
-def test_the_context_ends_an_answer(loaded: LoadedModel, backend: Backend) -> None:
-    llm = make(loaded, backend, max_model_len=100)
-    output = llm.generate([prompt_of(90)], dataclasses.replace(GREEDY, max_tokens=None))[0].outputs[0]
-    assert len(output.token_ids) == 10
-    assert (output.finish_reason, output.note) == ("length", "the context of 100 tokens is full")
-
-
-def test_the_pool_ends_an_answer_that_outgrows_it(loaded: LoadedModel, backend: Backend) -> None:
-    llm = make(loaded, backend, "int8", frames=8)
-    output = llm.generate([prompt_of(100)], dataclasses.replace(GREEDY, max_tokens=900))[0].outputs[0]
-    assert output.finish_reason == "length"
-    assert "KV cache" in (output.note or "")
-    assert 100 + len(output.token_ids) == llm.engine.limits.pool + 1
-    assert_idle(llm)
-
-
 # Requests that cannot be served
-
-
-def test_a_bad_prompt_is_an_error_for_itself_only(loaded: LoadedModel, backend: Backend) -> None:
-    llm = make(loaded, backend, "int8", frames=10)
-    bad = {
-        1: (prompt_of(2000), "context is 1024"),
-        3: ([], "no tokens"),
-        4: (prompt_of(1000), "KV cache of"),
-        5: ([5, VOCAB], f"token {VOCAB}"),
-    }
-    prompts = [bad[i][0] if i in bad else prompt_of(50, i) for i in range(7)]
-    outputs = llm.generate(prompts, GREEDY)
-    expected = make(loaded, backend, "int8")
-    for i, output in enumerate(outputs):
-        if i in bad:
-            assert bad[i][1] in (output.error or "")
-            assert output.outputs[0].finish_reason == "error"
-        else:
-            assert output.error is None
-            assert output.outputs[0].token_ids == tokens(expected, [prompts[i]])[0]
-    assert_idle(llm)
-
-
-class Poisoned(LoadedModel):
-    """Fails on a step that holds token 96."""
-
-    def forward(self, input_ids: Tensor, positions: Tensor, step, logits_rows: Tensor) -> Tensor:
-        if (input_ids == 96).any():
-            raise RuntimeError("poison")
-        return super().forward(input_ids, positions, step, logits_rows)
-
-
-class Diverging(LoadedModel):
-    """Gives NaN for a row that follows token 95."""
-
-    def forward(self, input_ids: Tensor, positions: Tensor, step, logits_rows: Tensor) -> Tensor:
-        logits = super().forward(input_ids, positions, step, logits_rows)
-        return logits.masked_fill((input_ids[logits_rows] == 95)[:, None], float("nan"))
-
-
-def test_a_failing_step_ends_only_the_request_that_fails(loaded: LoadedModel, backend: Backend) -> None:
-    bias = dataclasses.replace(GREEDY, logit_bias={95: -100, 96: -100})
-    prompts = [[t if t < 95 else 4 for t in p] for p in PROMPTS]
-    expected = tokens(make(loaded, backend), prompts, bias)
-    fields = {f.name: getattr(loaded, f.name) for f in dataclasses.fields(loaded)}
-    for kind, token, message in ((Poisoned, 96, "poison"), (Diverging, 95, "not finite")):
-        llm = make(kind(**fields), backend)
-        poisoned = [*prompts[:2], [7, token], *prompts[2:], [*prompt_of(80), token]]
-        outputs = llm.generate(poisoned, bias)
-        for i in (2, 9):
-            assert message in (outputs[i].error or "")
-            assert outputs[i].outputs[0].finish_reason == "error"
-        good = [o.outputs[0].token_ids for i, o in enumerate(outputs) if i not in (2, 9)]
-        assert good == expected
-        assert_idle(llm)
-
-
-def test_abort_frees_pages_at_once(loaded: LoadedModel, backend: Backend) -> None:
-    llm = make(loaded, backend)
-    engine = llm.engine
-    first = engine.add_request(prompt_of(100), dataclasses.replace(GREEDY, max_tokens=500, n=2))
-    second = engine.add_request(prompt_of(70, 1), GREEDY)
-    for _ in range(4):
-        engine.step()
-    assert engine.load().running == 3
-    assert engine.load().usage > 0
-    engine.abort(first)
-    engine.abort("no such request")
-    assert engine.load().running == 1
-    last = [d for d in engine.step() if d.request_id == first]
-    assert [(d.index, d.finish_reason) for d in last] == [(0, "abort"), (1, "abort")]
-    count = 0
-    while engine.has_unfinished():
-        count += sum(d.request_id == first for d in engine.step())
-    assert count == 0
-    assert engine.add_request(prompt_of(3), GREEDY, request_id=second) == second
-    with pytest.raises(RequestError, match="already running"):
-        engine.add_request(prompt_of(3), GREEDY, request_id=second)
-    engine.abort(second)
-    engine.step()
-    assert_idle(llm)
-
-
-def test_a_deadline_ends_a_request(loaded: LoadedModel, backend: Backend) -> None:
-    llm = make(loaded, backend)
-    engine = llm.engine
-    late = engine.add_request(prompt_of(10), dataclasses.replace(GREEDY, max_tokens=900), timeout=0.05)
-    early = engine.add_request(prompt_of(10, 1), GREEDY, timeout=1000.0)
-    engine.step()
-    time.sleep(0.06)
-    last = {}
-    while engine.has_unfinished():
-        for delta in engine.step():
-            last[delta.request_id] = delta
-    assert (last[late].finish_reason, last[late].error) == ("abort", "the request's deadline has passed")
-    assert last[early].finish_reason == "length"
-    assert_idle(llm)
-
-
-def test_an_interrupted_call_leaves_nothing_behind(loaded: LoadedModel, backend: Backend) -> None:
-    llm = make(loaded, backend)
-
-    def interrupt(index: int, delta: object) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        llm.generate(PROMPTS, GREEDY, on_token=interrupt)
-    assert llm.engine.pages.sequences() == []
-    assert tokens(llm, PROMPTS) == tokens(make(loaded, backend), PROMPTS)
 
 
 # What a caller sees

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
-from kvbits.codecs import parse_policy
+from kvbits.codecs import SCHEMES, parse_policy
 
 Bytes = NDArray[np.uint8]
 Matrix = NDArray[np.float64]
@@ -114,6 +116,12 @@ def read(name: str, page: Bytes, dim: int, key: bool) -> Matrix:
         blocks = [integers(page[i * length :], int(name[3]), 32, key) for i in range(dim // 32)]
         return np.concatenate(blocks, axis=1)
     return integers(page, int(MIXED_VALUES.get(name, name)[3]), dim, key)
+
+
+def test_every_dtype_is_described() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "formats.md").read_text(encoding="utf-8")
+    assert {*BITS, "fp8_e4m3"} == set(SCHEMES)
+    assert not [name for name in SCHEMES if f"`{name}`" not in page]
 
 
 @pytest.mark.parametrize("name", BITS)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import subprocess
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.attention import PLAIN, SHAPES, Inputs, assert_agrees, check_tentative_step, make_inputs, run
-from helpers.driver import Frames
+from helpers.driver import Driver, Frames
+from helpers.serving import packed_byte_model
+from torch import Tensor
 
-from kvbits.codecs import SCHEMES
+from kvbits.codecs import OPEN, SCHEMES, Codec, Rounding, Scheme, Side, codecs_in_use
 from kvbits.config import LayerGeometry, ModelGeometry
 from kvbits.errors import ConfigError
 from kvbits.kernels import Backend, BatchLayout, SequencePages, cpu
@@ -149,6 +151,63 @@ def test_wrong_choices_are_named() -> None:
     wide = LayerGeometry(1, 1, 1024, 64, 1.0)
     assert "1024" in str(CpuBackend().supports(SCHEMES["int8"], wide))
     assert CpuBackend().supports(SCHEMES["int4"], PLAIN) is None
+
+
+@pytest.mark.parametrize("isa", available_isas())
+def test_the_codecs_of_python_are_those_of_the_kernels(isa: str) -> None:
+    """No number stands for two codecs, and whatever has one has kernels for the sides that a scheme uses."""
+    known = CpuBackend(isa).native.codecs()
+    assert len({number for number, _, _ in known}) == len(known)
+    sides = {(number, side) for number, *has in known for side, one in zip(("key", "value"), has, strict=True) if one}
+    used = {(codec.native_id, side): replace(codec, name="") for codec, side in codecs_in_use().values()}
+    assert set(used) <= sides
+    assert {number for number, _, _ in known} == {number for number, _ in used}
+    for codec, side in codecs_in_use().values():
+        assert used[codec.native_id, side] == replace(codec, name=""), (codec.native_id, side)
+    assert {(0, "key"), (0, "value")} <= sides, "the open page"
+
+
+@dataclass(frozen=True)
+class Halved(Codec):
+    """A codec that the kernels know nothing of: half of each element, in bfloat16."""
+
+    def page_bytes(self, dim: int) -> int:
+        return OPEN.key.page_bytes(dim)
+
+    def encode(self, rows: Tensor, side: Side, rounding: Rounding | None = None) -> Tensor:
+        return OPEN.key.encode(rows / 2, side)
+
+    def decode(self, page: Tensor, dim: int, side: Side) -> Tensor:
+        return 2 * OPEN.key.decode(page, dim, side)
+
+
+HALVED = Scheme(Halved("halved"), Halved("halved"))
+
+
+@pytest.mark.parametrize("text", ["halved", "int4,halved", "int8+sink:halved"])
+def test_a_codec_without_kernels_runs_slowly(
+    text: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(SCHEMES, "halved", HALVED)
+    layer = replace(PLAIN, window=150)
+    inputs = make_inputs(layer, [200])
+    backend = CpuBackend()
+    assert backend.supports(HALVED, layer) is None
+    assert "head size 24" in str(backend.supports(HALVED, LayerGeometry(1, 1, 24, 64, 1.0)))
+    (got,), pages = run(backend, layer, text, inputs, 70)
+    (expected,), wanted = run(ReferenceBackend(), layer, text, inputs, 70)
+    assert torch.equal(got, expected)
+    assert torch.equal(pages[0], wanted[0])
+    assert "which is slow" in caplog.text
+
+
+def test_a_fused_model_leaves_a_codec_without_kernels_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCHEMES, "halved", HALVED)
+    loaded = packed_byte_model()
+    prompt = list(range(100, 250))
+    assert loaded.fused is not None
+    got = Driver(loaded, "halved", CpuBackend()).step({0: prompt})[0]
+    assert torch.equal(got, Driver(loaded, "halved", ReferenceBackend()).step({0: prompt})[0])
 
 
 def test_a_row_outside_the_batch_is_an_assertion() -> None:

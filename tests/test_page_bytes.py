@@ -7,14 +7,14 @@ import torch
 from helpers.attention import PLAIN, Inputs, run
 from helpers.driver import Driver
 from helpers.hard_pages import assert_same, broken_pages, expected, hard_pages, sealed
+from helpers.huge import assert_huge_pages_are_read
+from helpers.rounding import DTYPES as ROUNDED
 from helpers.rounding import rounding_of
 from helpers.tiny import tiny_model
-from test_rounding import DTYPES as ROUNDED
 from torch import Tensor
 
 from kvbits.codecs import SCHEMES, codecs_in_use
 from kvbits.config import LayerGeometry
-from kvbits.kernels import Backend
 from kvbits.kernels.cpu import CpuBackend, available_isas
 from kvbits.kernels.reference import ReferenceBackend
 from kvbits.models.load import wrap
@@ -83,18 +83,6 @@ def test_what_is_no_number_is_read_as_none(name: str) -> None:
             broken = ~decoded[0].isfinite()
             assert broken[9].all() or broken[:, 3].all() or broken.sum() in (1, 32), what
             assert broken.sum() <= 64, what
-
-
-def assert_huge_pages_are_read(backend: Backend, dtype: str) -> None:
-    """Scores and sums stay finite where the reference's are, however low all scores of a row."""
-    g = torch.Generator().manual_seed(0)
-    layer = LayerGeometry(2, 1, 64, 64, 0.125)
-    for size in (1e-5, 1.0, 1e10, 1e23, 1e30, 1e37):
-        query, key, value = (torch.randn(66, n, 64, generator=g) for n in (2, 1, 1))
-        inputs = Inputs([query / min(size, 1e6)], [key * size], [value * size], None)
-        (got,), _ = run(backend, layer, dtype, inputs, 65)
-        (wanted,), _ = run(ReferenceBackend(), layer, dtype, inputs, 65)
-        assert (got - wanted).abs().max() <= 2e-5 * size, size
 
 
 @pytest.mark.parametrize("isa", available_isas())

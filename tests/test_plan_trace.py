@@ -57,10 +57,10 @@ def tokens_of(arrival: Arrival, index: int) -> list[int]:
     return [(arrival.blocks[i // 512] << 10) + i % 512 for i in range(arrival.prompt)]
 
 
-def really(trace: list[Arrival], form: PoolLayout, num_frames: int, limits: EngineLimits) -> dict[str, float]:
+def really(trace: list[Arrival], pool: PoolLayout, num_frames: int, limits: EngineLimits) -> dict[str, float]:
     """The engine's scheduler and page manager, one step a second, with made-up tokens."""
-    pages = PageManager(num_frames, form.open.frames, form.sealed.frames)
-    capacity = form.full_pages(num_frames) * 64 + 63
+    pages = PageManager(num_frames, pool.open.frames, pool.sealed.frames)
+    capacity = pool.full_pages(num_frames) * 64 + 63
     scheduler = Scheduler(pages, capacity, limits.max_num_seqs, limits.max_num_batched_tokens)
     coming, arrivals = list(enumerate(trace))[::-1], {}
     time, waits, preemptions, cached, peak = 0.0, [], 0, 0, 0
@@ -104,8 +104,8 @@ def really(trace: list[Arrival], form: PoolLayout, num_frames: int, limits: Engi
     }
 
 
-def simulated(trace: list[Arrival], form: PoolLayout, num_frames: int, limits: EngineLimits) -> SimulationResult:
-    return simulate(trace, form, num_frames, form.full_pages(num_frames) * 64 + 63, SECOND, limits)
+def simulated(trace: list[Arrival], pool: PoolLayout, num_frames: int, limits: EngineLimits) -> SimulationResult:
+    return simulate(trace, pool, num_frames, pool.full_pages(num_frames) * 64 + 63, SECOND, limits)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8", "int4"])
@@ -165,10 +165,10 @@ def test_short_prompts_overtake_huge_ones_as_in_the_scheduler() -> None:
 @pytest.mark.parametrize("frames", [30, 60, 200])
 def test_everything_ends_and_every_frame_comes_back(frames: int) -> None:
     trace = random_trace(3, 50, 5.0, 900, 300, shared=True)
-    form = layout("int4+sink:int8")
-    longest = form.full_pages(frames) * 64 + 63
+    pool = layout("int4+sink:int8")
+    longest = pool.full_pages(frames) * 64 + 63
     told: list[int] = []
-    found = simulate(trace, form, frames, longest, SECOND, EngineLimits(32, 256), progress=told.append)
+    found = simulate(trace, pool, frames, longest, SECOND, EngineLimits(32, 256), progress=told.append)
     fits = [a for a in trace if a.prompt <= longest]
     report = found.as_json()
     assert sum(told) == len(trace)
@@ -187,11 +187,11 @@ def test_more_load_and_fewer_bits_do_what_they_should() -> None:
     memory = 400 * layout("bf16").frame_bytes
     waits = {}
     for dtype in ("bf16", "int8", "int4"):
-        form = layout(dtype)
-        frames = memory // form.frame_bytes
+        pool = layout(dtype)
+        frames = memory // pool.frame_bytes
         for load in (1.0, 4.0):
             found = simulate(
-                trace, form, frames, form.full_pages(frames) * 64 + 63, SECOND, EngineLimits(256, 512), load
+                trace, pool, frames, pool.full_pages(frames) * 64 + 63, SECOND, EngineLimits(256, 512), load
             )
             waits[dtype, load] = found.as_json()["wait_mean_s"]
     for dtype in ("bf16", "int8", "int4"):

@@ -5,16 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.attention import PLAIN, make_inputs
-from helpers.rounding import pages, rounding_of, skewed_metric
+from helpers.rounding import DTYPES, pages, rounding_of, skewed_metric
 
 from kvbits.calibration.fit import feedback_of, ordered_feedback
 from kvbits.codecs import SCHEMES, LayerRounding, Rounding
 from kvbits.config import LayerGeometry
 from kvbits.kernels.cpu import CpuBackend, available_isas
 from kvbits.kernels.reference import ReferenceBackend
-
-DTYPES = [name for name in SCHEMES if name.startswith(("int", "nf")) and not name.endswith("b32")]
-"""Those whose keys and values both take feedback."""
 
 
 @pytest.mark.parametrize("isa", available_isas())
@@ -46,8 +43,9 @@ def test_feedback_lowers_the_error_that_the_metric_measures(dtype: str) -> None:
     metric = skewed_metric(2, 64)
     rows = make_inputs(PLAIN, [64 * 8]).key[0].unflatten(0, (8, 64)).transpose(1, 2).bfloat16().float()
     codec = SCHEMES[dtype].key
-    basis = codec.basis(64)
-    coded = metric if basis is None else basis.T @ metric @ basis
+    basis = codec.to_basis(torch.eye(64))
+    assert torch.allclose(basis.T @ basis, torch.eye(64), atol=1e-6)
+    coded = basis.T @ metric @ basis
 
     def loss(rounding: Rounding | None) -> float:
         error = codec.decode(codec.encode(rows, "key", rounding), 64, "key") - rows

@@ -1,4 +1,4 @@
-"""The first page of every sequence in a form of its own."""
+"""The first page of every sequence in a format of its own."""
 
 from __future__ import annotations
 

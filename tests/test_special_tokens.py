@@ -85,10 +85,10 @@ def sentencepiece_like(scheme: str) -> Any:
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     trainer = trainers.BpeTrainer(vocab_size=300, show_progress=False, special_tokens=special)
     tokenizer.train_from_iterator(CORPUS, trainer)
-    form = json.loads(tokenizer.to_str())
-    vocab = form["model"]["vocab"]
+    description = json.loads(tokenizer.to_str())
+    vocab = description["model"]["vocab"]
     vocab |= {f"<0x{byte:02X}>": len(vocab) + byte for byte in range(256)}
-    tokenizer = Tokenizer.from_str(json.dumps(form))
+    tokenizer = Tokenizer.from_str(json.dumps(description))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=INST,
         additional_special_tokens=["[INST]", "[/INST]"],

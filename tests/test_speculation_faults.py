@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from helpers.serving import engine_of, packed_byte_model
-from test_speculation import GREEDY, KINDS, Oracle, json_params, prompt_of, run
+from helpers.speculating import GREEDY, KINDS, Oracle, json_params, prompt_of, run
 
 from kvbits.engine.batch import StepBatch
 from kvbits.engine.engine import Engine

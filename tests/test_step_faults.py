@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from helpers.serving import engine_of, packed_byte_model
-from test_speculation import KINDS, oracle, prompt_of
+from helpers.speculating import KINDS, oracle, prompt_of
 
 from kvbits.engine import answer as answer_module
 from kvbits.engine.detokenize import TokenDecoder

@@ -67,9 +67,9 @@ def llm_of(loaded: LoadedModel, **options: object) -> LLM:
     return LLM(loaded, kv_cache_memory="4MiB", progress=False, enable_prefix_caching=False, **options)
 
 
-@pytest.mark.parametrize("form", ["bf16", "int8"])
-def test_engines_on_one_fused_model(form: str) -> None:
-    loaded = packed_byte_model(form)
+@pytest.mark.parametrize("weight_format", ["bf16", "int8"])
+def test_engines_on_one_fused_model(weight_format: str) -> None:
+    loaded = packed_byte_model(weight_format)
     llms = [llm_of(loaded) for _ in range(THREADS)]
     assert_as_alone(lambda i: answers(llms[i], i))
 

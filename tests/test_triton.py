@@ -18,9 +18,9 @@ import torch
 from helpers.attention import PLAIN, SHAPES, Inputs, check_tentative_step, make_inputs, run
 from helpers.driver import Frames
 from helpers.hard_pages import assert_same, broken_pages, expected, hard_pages, sealed
+from helpers.huge import assert_huge_pages_are_read
 from helpers.rounding import pages, rounding_of
 from helpers.tiny import tiny_model
-from test_page_bytes import assert_huge_pages_are_read
 from torch import Tensor
 
 from kvbits.codecs import SCHEMES, Codec, Scheme, Side
@@ -113,7 +113,7 @@ def test_head_sizes_that_are_no_powers_of_two(dtype: str) -> None:
 
 @pytest.mark.triton
 @pytest.mark.parametrize("dtype", ["nf4+sink:int8", "int4+sink:nf4", "nf3+sink:nf4", "bf16/nf4+sink:bf16"])
-def test_first_pages_in_a_form_of_their_own(dtype: str) -> None:
+def test_first_pages_in_a_format_of_their_own(dtype: str) -> None:
     assert_agrees(replace(SMALL, window=100), dtype, [130], 129)
 
 
@@ -326,13 +326,6 @@ def test_a_codec_without_kernels_is_refused_by_name() -> None:
 
         def decode(self, page: Tensor, dim: int, side: Side) -> Tensor:
             raise AssertionError
-
-        def supports(self, dim: int) -> str | None:
-            return None
-
-        @property
-        def native_id(self) -> int:
-            return 9999
 
     backend = choose_backend(None, "cuda")
     scheme = Scheme(SCHEMES["int4"].key, Foreign("foreign"))

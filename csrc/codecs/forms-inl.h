@@ -34,7 +34,7 @@ struct IntegerCodes {
 template <int BITS, bool PER_CHANNEL, bool SYMMETRIC>
 struct PlainForm : IntegerCodes<BITS, SYMMETRIC> {
   static constexpr int kTerms = kTermsFor<BITS>;
-  static constexpr int kRadix = BITS == 8 ? kRadixBits8 : 8;
+  static constexpr int kRadix = BITS > 6 ? kRadixBits8 : 8;
   static constexpr bool kPerChannel = PER_CHANNEL;
   static constexpr bool kZeros = !SYMMETRIC;
   static constexpr float kKeyMean =

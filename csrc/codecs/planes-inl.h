@@ -22,93 +22,35 @@ inline void prefetch_all(const void* p, ptrdiff_t ahead, int bytes) {
   for (int i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const uint8_t*>(p) + ahead + i, 0, 2);
 }
 
-// Loads the codes of `kQuads` consecutive quads of the reduced dimension for one vector of lanes.
-template <int BITS>
-struct Planes;
+// Bits of the plane that holds the lowest of BITS bits: the largest power of two in them.
+constexpr int plane_width(int bits) { return bits >= 8 ? 8 : bits >= 4 ? 4 : bits >= 2 ? 2 : 1; }
 
-template <>
-struct Planes<8> {
-  static constexpr int kQuads = 1;
-  static inline void load(const uint8_t* codes, ptrdiff_t ahead, int, int lanes, int group, int lane, B* out) {
-    out[0] = b_stream(codes + (static_cast<size_t>(group) * lanes + lane) * 4, ahead);
+// Quads `QUADS` (from `group`'s first on) of the planes that hold bits SHIFT to SHIFT + BITS - 1, into those bits.
+template <int BITS, int SHIFT, int QUADS>
+[[gnu::always_inline]] inline void load_planes(const uint8_t* plane, ptrdiff_t ahead, int reduction, int lanes,
+                                               int group, int lane, B* out) {
+  constexpr int kPlane = plane_width(BITS), kShared = 8 / kPlane;  // quads that share a byte
+  unrolled<QUADS / kShared>([&](auto i) KVBITS_INLINE {
+    const size_t at = (static_cast<size_t>(group * (QUADS / kShared) + i) * lanes + lane) * 4;
+    const B v = b_stream(plane + at, ahead);
+    unrolled<kShared>([&](auto j) KVBITS_INLINE {
+      const B bits = kPlane == 8 ? v : b_extract<kPlane * j - SHIFT, ((1 << kPlane) - 1) << SHIFT>(v);
+      out[i * kShared + j] = SHIFT == 0 ? bits : b_or(out[i * kShared + j], bits);
+    });
+  });
+  if constexpr (BITS > kPlane) {
+    const size_t bytes = static_cast<size_t>(reduction) * lanes * kPlane / 8;
+    load_planes<BITS - kPlane, SHIFT + kPlane, QUADS>(plane + bytes, ahead, reduction, lanes, group, lane, out);
   }
-};
-
-template <>
-struct Planes<4> {
-  static constexpr int kQuads = 2;
-  static inline void load(const uint8_t* codes, ptrdiff_t ahead, int, int lanes, int group, int lane, B* out) {
-    const B v = b_stream(codes + (static_cast<size_t>(group) * lanes + lane) * 4, ahead);
-    out[0] = b_extract<0, 0x0f>(v);
-    out[1] = b_extract<4, 0x0f>(v);
-  }
-};
-
-template <>
-struct Planes<2> {
-  static constexpr int kQuads = 4;
-  static inline void load(const uint8_t* codes, ptrdiff_t ahead, int, int lanes, int group, int lane, B* out) {
-    const B v = b_stream(codes + (static_cast<size_t>(group) * lanes + lane) * 4, ahead);
-    out[0] = b_extract<0, 3>(v);
-    out[1] = b_extract<2, 3>(v);
-    out[2] = b_extract<4, 3>(v);
-    out[3] = b_extract<6, 3>(v);
-  }
-};
-
-// A 1-bit plane: eight quads, each bit moved to position SHIFT.
-template <int SHIFT>
-inline void load_bit_plane(const uint8_t* plane, ptrdiff_t ahead, int lanes, int group, int lane, B* out) {
-  const B v = b_stream(plane + (static_cast<size_t>(group) * lanes + lane) * 4, ahead);
-  constexpr int kMask = 1 << SHIFT;
-  out[0] = b_extract<0 - SHIFT, kMask>(v);
-  out[1] = b_extract<1 - SHIFT, kMask>(v);
-  out[2] = b_extract<2 - SHIFT, kMask>(v);
-  out[3] = b_extract<3 - SHIFT, kMask>(v);
-  out[4] = b_extract<4 - SHIFT, kMask>(v);
-  out[5] = b_extract<5 - SHIFT, kMask>(v);
-  out[6] = b_extract<6 - SHIFT, kMask>(v);
-  out[7] = b_extract<7 - SHIFT, kMask>(v);
 }
 
-template <>
-struct Planes<3> {
-  static constexpr int kQuads = 8;
+// Loads the codes of `kQuads` consecutive quads of the reduced dimension for one vector of lanes.
+template <int BITS>
+struct Planes {
+  static constexpr int kQuads = 8 / (BITS & -BITS);  // those that share a byte of the narrowest plane
   static inline void load(const uint8_t* codes, ptrdiff_t ahead, int reduction, int lanes, int group, int lane,
                           B* out) {
-    Planes<2>::load(codes, ahead, reduction, lanes, 2 * group, lane, out);
-    Planes<2>::load(codes, ahead, reduction, lanes, 2 * group + 1, lane, out + 4);
-    B high[8];
-    load_bit_plane<2>(codes + static_cast<size_t>(reduction) * lanes / 4, ahead, lanes, group, lane, high);
-    for (int i = 0; i < 8; ++i) out[i] = b_or(out[i], high[i]);
-  }
-};
-
-template <>
-struct Planes<5> {
-  static constexpr int kQuads = 8;
-  static inline void load(const uint8_t* codes, ptrdiff_t ahead, int reduction, int lanes, int group, int lane,
-                          B* out) {
-    for (int i = 0; i < 4; ++i) Planes<4>::load(codes, ahead, reduction, lanes, 4 * group + i, lane, out + 2 * i);
-    B high[8];
-    load_bit_plane<4>(codes + static_cast<size_t>(reduction) * lanes / 2, ahead, lanes, group, lane, high);
-    for (int i = 0; i < 8; ++i) out[i] = b_or(out[i], high[i]);
-  }
-};
-
-template <>
-struct Planes<6> {
-  static constexpr int kQuads = 4;
-  static inline void load(const uint8_t* codes, ptrdiff_t ahead, int reduction, int lanes, int group, int lane,
-                          B* out) {
-    Planes<4>::load(codes, ahead, reduction, lanes, 2 * group, lane, out);
-    Planes<4>::load(codes, ahead, reduction, lanes, 2 * group + 1, lane, out + 2);
-    const B v = b_stream(
-        codes + static_cast<size_t>(reduction) * lanes / 2 + (static_cast<size_t>(group) * lanes + lane) * 4, ahead);
-    out[0] = b_or(out[0], b_extract<-4, 0x30>(v));
-    out[1] = b_or(out[1], b_extract<-2, 0x30>(v));
-    out[2] = b_or(out[2], b_extract<0, 0x30>(v));
-    out[3] = b_or(out[3], b_extract<2, 0x30>(v));
+    load_planes<BITS, 0, kQuads>(codes, ahead, reduction, lanes, group, lane, out);
   }
 };
 
@@ -146,13 +88,11 @@ inline uint8_t* store_plane(const uint8_t* codes, int reduction, int lanes, uint
   return out;
 }
 
-template <int BITS>
+// All planes of codes whose bits from SHIFT on are still to be stored.
+template <int BITS, int SHIFT = 0>
 inline uint8_t* store_codes(const uint8_t* codes, int reduction, int lanes, uint8_t* out) {
-  if constexpr (BITS == 8) return store_plane<8, 0>(codes, reduction, lanes, out);
-  if constexpr (BITS == 4 || BITS == 5 || BITS == 6) out = store_plane<4, 0>(codes, reduction, lanes, out);
-  if constexpr (BITS == 2 || BITS == 3) out = store_plane<2, 0>(codes, reduction, lanes, out);
-  if constexpr (BITS == 3) out = store_plane<1, 2>(codes, reduction, lanes, out);
-  if constexpr (BITS == 5) out = store_plane<1, 4>(codes, reduction, lanes, out);
-  if constexpr (BITS == 6) out = store_plane<2, 4>(codes, reduction, lanes, out);
+  constexpr int kPlane = plane_width(BITS);
+  out = store_plane<kPlane, SHIFT>(codes, reduction, lanes, out);
+  if constexpr (BITS > kPlane) return store_codes<BITS - kPlane, SHIFT + kPlane>(codes, reduction, lanes, out);
   return out;
 }

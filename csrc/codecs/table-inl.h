@@ -154,6 +154,14 @@ const CodecKernels* find_codec(int id) {
   return nullptr;
 }
 
+std::vector<CodecSides> codecs() {
+  std::vector<CodecSides> found;
+  for (const CodecKernels& codec : kCodecs) {
+    found.push_back({codec.id, codec.key.score && codec.seal_key, codec.value.accumulate && codec.seal_value});
+  }
+  return found;
+}
+
 const KeyKernel* key_kernel(int id) {
   const CodecKernels* codec = find_codec(id);
   return codec && codec->key.score ? &codec->key : nullptr;

@@ -62,7 +62,7 @@ class PagedPool:
                 f"a KV cache of {memory_bytes} bytes holds {self.num_frames} frames of {self.layout.frame_bytes} bytes;"
                 f" one session needs {least} ({self.layout.session_bytes(PAGE_TOKENS)} bytes)"
             )
-        size = self.num_frames * self.layout.frame_bytes
+        size = self.layout.bytes_of(self.num_frames)
         block = _reserve(size, torch.device(device)) if buffer is None else buffer[:size]
         self.buffer = block.view(self.num_frames, self.layout.frame_bytes)
         sealed, own, sink = self.layout.sealed, self.layout.open, self.layout.sink

@@ -10,9 +10,12 @@ from torch import Tensor
 from helpers.attention import Inputs
 from helpers.driver import Frames
 from kvbits.calibration.fit import ordered_feedback
-from kvbits.codecs import LayerRounding, Rounding
+from kvbits.codecs import SCHEMES, LayerRounding, Rounding
 from kvbits.config import LayerGeometry, ModelGeometry
 from kvbits.kernels import Backend, BatchLayout
+
+DTYPES = [name for name in SCHEMES if name.startswith(("int", "nf")) and not name.endswith("b32")]
+"""Those whose keys and values both take feedback."""
 
 
 def skewed_metric(heads: int, dim: int, seed: int = 0) -> Tensor:

@@ -31,7 +31,7 @@ class TensorSample:
     """One layer's keys or values over all windows, page by page.
 
     ``rows`` and ``gradients`` are ``bfloat16 [pages, kv_heads, 64, dim]``, the pages of the ``windows`` windows one
-    window after another; an open page holds its rows in this form too. First pages are left out: they are sinks, or no
+    window after another; an open page holds its rows like this too. First pages are left out: they are sinks, or no
     worse than any other.
     """
 

@@ -10,10 +10,6 @@ from torch import Tensor
 
 from kvbits.calibration.collect import Statistics, TensorSample
 from kvbits.codecs import SCHEMES, Codec, Rounding
-from kvbits.codecs.affine import Affine
-from kvbits.codecs.codebook import Codebook
-from kvbits.codecs.hadamard import rotate
-from kvbits.codecs.mixed import Mixed
 
 DAMPING = 0.01
 """Share of the metric's mean diagonal that is added to it: directions that the text never asked for stay cheap."""
@@ -21,8 +17,6 @@ DAMPING = 0.01
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
 CLIP_PAGES = 4
 """Every so many pages are used to fit a range: one number a head does not need them all."""
-CLIPPED_BITS = 3
-"""Codecs of up to so many bits have their range fitted; finer ones lose more by saturation than they gain."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +65,11 @@ def fit(
     """
     table = []
     for sample in statistics.samples:
-        fitting: dict[int, str] = {}  # dtypes may share a codec on one side: the first of them stands for all
+        fitting: dict[Codec, str] = {}  # dtypes may share a codec on one side: the first of them stands for all
         for name in names:
             codec = _codec(sample, name)
             if codec.supports(sample.rows.shape[-1]) is None:
-                fitting.setdefault(codec.native_id, name)
+                fitting.setdefault(replace(codec, name=""), name)
         metric = statistics.queries[sample.layer] if sample.side == "key" else None
         table.append([_choice(sample, name, metric, statistics.scored) for name in fitting.values()])
         progress(1)
@@ -87,13 +81,13 @@ def _choice(sample: TensorSample, name: str, metric: Tensor | None, scored: int)
     heads, dim = sample.rows.shape[1], sample.rows.shape[3]
     best = FittedCodec(name, heads * codec.page_bytes(dim), _total(sample, codec, Rounding(), scored), Rounding())
     fitted = Rounding()
-    if metric is not None and isinstance(codec, Mixed):
+    if metric is not None and codec.orders_channels:
         best = _better(best, sample, codec, Rounding(order=_dearest(sample, metric)), scored)
     elif metric is not None:
         # What a rotated codec rounds are the rotated channels, which rotated queries meet.
-        fitted = ordered_feedback(rotate(rotate(metric).mT).mT if isinstance(codec, Codebook) else metric)
+        fitted = ordered_feedback(codec.to_basis(codec.to_basis(metric).mT).mT)
         best = _better(best, sample, codec, fitted, scored)
-    if isinstance(codec, Affine) and not codec.symmetric and codec.bits <= CLIPPED_BITS:
+    if codec.fits_range:
         clip = _clip(sample.thinned(CLIP_PAGES), codec, fitted)
         best = _better(best, sample, codec, replace(fitted, clip=clip), scored)
     return best

@@ -7,14 +7,12 @@ from collections.abc import Sequence
 from kvbits.calibration.allocate import allocate, cheapest_within, total_cost
 from kvbits.calibration.fit import FittedCodec
 from kvbits.codecs import SCHEMES, LayerRounding, Policy, PoolLayout, Scheme, parse_policy
-from kvbits.codecs.float8 import Float8
-from kvbits.codecs.raw import Raw
 from kvbits.config import PAGE_TOKENS, ModelGeometry
 from kvbits.errors import ConfigError
 from kvbits.kernels import Backend, default_backend
 
-NAMES = tuple(name for name, s in SCHEMES.items() if not isinstance(s.key, Raw | Float8))
-"""The dtypes that an allocation chooses from: ``fp8`` takes as many bytes as ``int8`` and is coarser."""
+NAMES = tuple(name for name, s in SCHEMES.items() if s.key.candidate and s.value.candidate)
+"""The dtypes that an allocation chooses from (:attr:`kvbits.codecs.Codec.candidate`)."""
 
 Table = Sequence[Sequence[FittedCodec]]
 

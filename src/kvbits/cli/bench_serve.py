@@ -92,8 +92,8 @@ def bench_serve(
     requests = fitting(every, context or target.context)[:num_prompts]
     if not requests:
         raise ConfigError(f"none of the {len(every):,} requests fits a context of {context or target.context} tokens")
-    prompts, form = _prompts(target, requests, text)
-    note(f"{len(requests):,} of {len(every):,} requests to {target.model} at {target.url}; prompts are {form}")
+    prompts, described = _prompts(target, requests, text)
+    note(f"{len(requests):,} of {len(every):,} requests to {target.model} at {target.url}; prompts are {described}")
     extra: dict[str, Any] = {"temperature": temperature}
     if ignore_eos and any(r.output_tokens for r in requests):
         extra["ignore_eos"] = True
@@ -103,7 +103,7 @@ def bench_serve(
     title = f"{dataset_path.name}, {len(requests):,} requests to {target.model}"
     _print(title, figures)
     settings = {
-        "url": target.url, "model": target.model, "dataset": dataset_path.name, "prompts": form,
+        "url": target.url, "model": target.model, "dataset": dataset_path.name, "prompts": described,
         "speed": speed if math.isfinite(speed) else "inf", "request_rate": request_rate,
         "max_concurrency": max_concurrency, "max_output_tokens": max_output_tokens, **extra,
     }  # fmt: skip
@@ -129,10 +129,10 @@ def _prompts(target: Target, requests: list[TraceRequest], text: Path | None) ->
     tokens = target.tokenize(content)
     if tokens is None:
         source = BlockText(content, CHARACTERS_PER_TOKEN)
-        form = f"text, {CHARACTERS_PER_TOKEN:g} characters to a token, since the server does not tokenize"
+        described = f"text, {CHARACTERS_PER_TOKEN:g} characters to a token, since the server does not tokenize"
     else:
-        source, form = BlockText(tokens), "token ids by the server's tokenizer"
-    return [source.prompt(request) for request in requests], form
+        source, described = BlockText(tokens), "token ids by the server's tokenizer"
+    return [source.prompt(request) for request in requests], described
 
 
 CHARACTERS_PER_TOKEN = 4.0

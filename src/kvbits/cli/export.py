@@ -27,7 +27,7 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            metavar="FORM",
+            metavar="FORMAT",
             help="'compressed-tensors' (vLLM, SGLang) or 'modelopt' (TensorRT-LLM): a checkpoint with calibrated FP8 "
             "scales; 'flags': a policy in other engines' options.",
         ),

@@ -41,7 +41,8 @@ KVPolicies = Annotated[
     typer.Option("--kv-policy", metavar="DIR", help="A policy that 'kvbits calibrate' wrote; repeat for several."),
 ]
 Weights = Annotated[
-    str, typer.Option(metavar="FORM", help="Form of the linear layers' weights: bf16, or int8 with a scale per output.")
+    str,
+    typer.Option(metavar="FORMAT", help="Format of the linear layers' weights: bf16, or int8 with a scale per output."),
 ]
 Device = Annotated[
     str,

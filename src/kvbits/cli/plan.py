@@ -64,7 +64,7 @@ def plan(
     mla: Annotated[
         str,
         typer.Option(
-            metavar="FORM",
+            metavar="LAYOUT",
             help="Multi-head latent attention: 'latent', as engines with kernels for it store it, or 'expanded', every "
             "head's keys and values, as kvbits' engine does.",
         ),

@@ -1,7 +1,7 @@
 """What the bytes of a page mean."""
 
-from kvbits.codecs.base import Codec, LayerRounding, Rounding, Scheme, Side
-from kvbits.codecs.layout import PageFormat, Place, PoolLayout
+from kvbits.codecs.base import Codec, LayerRounding, PageFormat, Rounding, Scheme, Side
+from kvbits.codecs.layout import PageLayout, Place, PoolLayout
 from kvbits.codecs.policy import OPEN, SCHEMES, Policy, codecs_in_use, parse_policy
 from kvbits.codecs.policy_file import policy_of
 
@@ -11,6 +11,7 @@ __all__ = [
     "Codec",
     "LayerRounding",
     "PageFormat",
+    "PageLayout",
     "Place",
     "Policy",
     "PoolLayout",

@@ -13,9 +13,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvbits.codecs.base import Codec, Rounding, Side
-from kvbits.codecs.packing import pack, quads_multiple, unpack
+from kvbits.codecs.base import NATIVE_IDS, Codec, PageFormat, Rounding, Side, pack_side, unpack_side
+from kvbits.codecs.packing import packed_bytes, quads_multiple
 from kvbits.config import PAGE_TOKENS, align
+
+CLIPPED_BITS = 3
+"""Codecs of up to so many bits have their range fitted; finer ones lose more by saturation than they gain."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,7 @@ class Affine(Codec):
         return PAGE_TOKENS if self.per == "token" else dim
 
     def page_bytes(self, dim: int) -> int:
-        codes = PAGE_TOKENS * dim * self.bits // 8
-        return align(codes + self._params(dim) * (2 if self.symmetric else 4))
+        return align(packed_bytes(dim, self.bits) + self._params(dim) * (2 if self.symmetric else 4))
 
     def encode(self, rows: Tensor, side: Side, rounding: Rounding | None = None) -> Tensor:
         axis = -1 if self.per == "token" else -2
@@ -49,19 +51,13 @@ class Affine(Codec):
         offset = half if self.symmetric and side == "key" else 0
         codes = (codes.to(torch.int32) + offset) & (2 * half - 1)
         params = [to_half(scale)] if self.symmetric else [to_half(scale), to_half(zero)]
-        codes = codes.to(torch.uint8)
-        matrix = codes.transpose(-1, -2) if side == "key" else codes
-        parts = [pack(matrix, self.bits), *(p.contiguous().view(torch.uint8) for p in params)]
-        page = torch.cat(parts, dim=-1)
-        return torch.nn.functional.pad(page, (0, self.page_bytes(rows.shape[-1]) - page.shape[-1]))
+        return self._page([pack_side(codes.to(torch.uint8), self.bits, side), *params], rows.shape[-1])
 
     def decode(self, page: Tensor, dim: int, side: Side) -> Tensor:
         axis = -1 if self.per == "token" else -2
         n = self._params(dim)
-        size = PAGE_TOKENS * dim * self.bits // 8
-        reduction, lanes = (dim, PAGE_TOKENS) if side == "key" else (PAGE_TOKENS, dim)
-        codes = unpack(page[..., :size], self.bits, reduction, lanes)
-        codes = codes.transpose(-1, -2) if side == "key" else codes
+        size = packed_bytes(dim, self.bits)
+        codes = unpack_side(page, self.bits, dim, side)
         params = page[..., size : size + n * (2 if self.symmetric else 4)].contiguous().view(torch.float16).float()
         scale = params[..., :n].unsqueeze(axis)
         if self.symmetric:
@@ -70,13 +66,20 @@ class Affine(Codec):
             return signed * scale
         return codes.float() * scale + params[..., n:].unsqueeze(axis)
 
-    def supports(self, dim: int) -> str | None:
-        multiple = max(16, quads_multiple(self.bits))
-        return None if dim % multiple == 0 else f"head size {dim} is not a multiple of {multiple}"
+    @property
+    def dim_multiple(self) -> int:
+        return max(16, quads_multiple(self.bits))
+
+    def page_format(self, dim: int, side: Side) -> PageFormat | None:
+        return PageFormat("affine", self.bits, packed_bytes(dim, self.bits), self.per, self.symmetric)
 
     @property
-    def native_id(self) -> int:
-        return self.bits + 16 * (self.per == "channel") + 32 * self.symmetric
+    def fits_range(self) -> bool:
+        return not self.symmetric and self.bits <= CLIPPED_BITS
+
+    @property
+    def native_id(self) -> int | None:
+        return NATIVE_IDS["affine"] + self.bits + 16 * (self.per == "channel") + 32 * self.symmetric
 
 
 def affine_codes(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kvbits.codecs.affine import Affine
-from kvbits.codecs.base import Codec, Rounding, Side
+from kvbits.codecs.base import NATIVE_IDS, Codec, PageFormat, Rounding, Side
 from kvbits.codecs.packing import quads_multiple
 
 BLOCK = 32
@@ -42,10 +42,15 @@ class Blocks(Codec):
         blocks = [self._inner.decode(pages[..., b, :], BLOCK, side) for b in range(dim // BLOCK)]
         return torch.cat(blocks, dim=-1)
 
-    def supports(self, dim: int) -> str | None:
+    @property
+    def dim_multiple(self) -> int:
         assert quads_multiple(self.bits) <= BLOCK
-        return None if dim % BLOCK == 0 else f"head size {dim} is not a multiple of {BLOCK}"
+        return BLOCK
+
+    def page_format(self, dim: int, side: Side) -> PageFormat | None:
+        inner = self._inner.page_format(BLOCK, side)
+        return None if side == "key" or inner is None else replace(inner, kind="blocks", block=BLOCK, inner=inner)
 
     @property
-    def native_id(self) -> int:
-        return 1024 + self.bits
+    def native_id(self) -> int | None:
+        return NATIVE_IDS["blocks"] + self.bits

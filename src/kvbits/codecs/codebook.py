@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from kvbits.codecs.affine import choose_codes, numbers_of, to_half
-from kvbits.codecs.base import Codec, Rounding, Side
-from kvbits.codecs.hadamard import rotate
-from kvbits.codecs.packing import pack, quads_multiple, unpack
+from kvbits.codecs.base import NATIVE_IDS, Codec, PageFormat, Rounding, Side, pack_side, unpack_side
+from kvbits.codecs.hadamard import block_size, rotate
+from kvbits.codecs.packing import packed_bytes, quads_multiple
 from kvbits.codecs.scale8 import NAN, from_scale8, to_scale8
 from kvbits.config import PAGE_TOKENS, align
 
@@ -52,15 +52,14 @@ class Codebook(Codec):
     centered: bool = False
 
     def page_bytes(self, dim: int) -> int:
-        codes = PAGE_TOKENS * dim * self.bits // 8
-        return align(codes + PAGE_TOKENS + (2 * dim if self.centered else 0))
+        return align(packed_bytes(dim, self.bits) + PAGE_TOKENS + (2 * dim if self.centered else 0))
 
     def encode(self, rows: Tensor, side: Side, rounding: Rounding | None = None) -> Tensor:
         params = []
         rows, broken = numbers_of(rows, -1)
         if self.centered:
             center = to_half((rows.amin(-2) + rows.amax(-2)) * 0.5)
-            params.append(center.contiguous().view(torch.uint8))
+            params.append(center)
             rows = rows - center.float().unsqueeze(-2)
         rows = rotate(rows.clamp(-ROTATED_MOST, ROTATED_MOST))
         rounding = rounding or Rounding()
@@ -80,15 +79,11 @@ class Codebook(Codec):
             rounding,
         ).to(torch.uint8)
         byte = byte.masked_fill(broken, NAN)
-        matrix = codes.transpose(-1, -2) if side == "key" else codes
-        page = torch.cat([pack(matrix, self.bits), byte, *params], dim=-1)
-        return torch.nn.functional.pad(page, (0, self.page_bytes(rows.shape[-1]) - page.shape[-1]))
+        return self._page([pack_side(codes, self.bits, side), byte, *params], rows.shape[-1])
 
     def decode(self, page: Tensor, dim: int, side: Side) -> Tensor:
-        size = PAGE_TOKENS * dim * self.bits // 8
-        reduction, lanes = (dim, PAGE_TOKENS) if side == "key" else (PAGE_TOKENS, dim)
-        codes = unpack(page[..., :size], self.bits, reduction, lanes)
-        codes = codes.transpose(-1, -2) if side == "key" else codes
+        size = packed_bytes(dim, self.bits)
+        codes = unpack_side(page, self.bits, dim, side)
         scale = from_scale8(page[..., size : size + PAGE_TOKENS]).unsqueeze(-1)
         rows = rotate(torch.tensor(ENTRIES[self.bits], dtype=torch.float32)[codes.long()] * scale)
         if not self.centered:
@@ -96,13 +91,17 @@ class Codebook(Codec):
         center = page[..., size + PAGE_TOKENS : size + PAGE_TOKENS + 2 * dim].contiguous().view(torch.float16).float()
         return rows + center.unsqueeze(-2)
 
-    def basis(self, dim: int) -> Tensor | None:
-        return rotate(torch.eye(dim))
-
-    def supports(self, dim: int) -> str | None:
-        multiple = max(16, quads_multiple(self.bits))
-        return None if dim % multiple == 0 else f"head size {dim} is not a multiple of {multiple}"
+    def to_basis(self, rows: Tensor) -> Tensor:
+        return rotate(rows)
 
     @property
-    def native_id(self) -> int:
-        return 256 + self.bits + 16 * self.centered
+    def dim_multiple(self) -> int:
+        return max(16, quads_multiple(self.bits))
+
+    def page_format(self, dim: int, side: Side) -> PageFormat | None:
+        params_at, rotated = packed_bytes(dim, self.bits), block_size(dim)
+        return PageFormat("codebook", self.bits, params_at, "token", centered=self.centered, rotate=rotated)
+
+    @property
+    def native_id(self) -> int | None:
+        return NATIVE_IDS["codebook"] + self.bits + 16 * self.centered

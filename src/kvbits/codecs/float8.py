@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kvbits.codecs.affine import numbers_of
-from kvbits.codecs.base import Codec, Rounding, Side
-from kvbits.codecs.packing import pack, quads_multiple, unpack
+from kvbits.codecs.base import NATIVE_IDS, Codec, PageFormat, Rounding, Side, pack_side, unpack_side
+from kvbits.codecs.packing import packed_bytes
 from kvbits.config import PAGE_TOKENS, align
 
 
@@ -40,23 +40,22 @@ class Float8(Codec):
         # no reciprocal where it would overflow: such a page is nothing but zeros to bfloat16's neighbours
         inverse = torch.where(scale > 2.0**-126, 1 / scale, torch.zeros_like(scale))
         floats = (rows * inverse[..., None, None]).clamp(-largest, largest).to(self._dtype).view(torch.uint8)
-        matrix = floats.transpose(-1, -2) if side == "key" else floats
-        scale = scale.masked_fill(broken, torch.nan)
-        parts = [pack(matrix, 8), scale.unsqueeze(-1).contiguous().view(torch.uint8)]
-        page = torch.cat(parts, dim=-1)
-        return torch.nn.functional.pad(page, (0, self.page_bytes(rows.shape[-1]) - page.shape[-1]))
+        scale = scale.masked_fill(broken, torch.nan).unsqueeze(-1)
+        return self._page([pack_side(floats, 8, side), scale], rows.shape[-1])
 
     def decode(self, page: Tensor, dim: int, side: Side) -> Tensor:
-        size = PAGE_TOKENS * dim
-        reduction, lanes = (dim, PAGE_TOKENS) if side == "key" else (PAGE_TOKENS, dim)
-        matrix = unpack(page[..., :size], 8, reduction, lanes).view(self._dtype).float()
+        size = packed_bytes(dim, 8)
+        floats = unpack_side(page, 8, dim, side).contiguous().view(self._dtype).float()
         scale = page[..., size : size + 4].contiguous().view(torch.float32).unsqueeze(-1)
-        return (matrix.transpose(-1, -2) if side == "key" else matrix) * scale
+        return floats * scale
 
-    def supports(self, dim: int) -> str | None:
-        multiple = max(16, quads_multiple(8))
-        return None if dim % multiple == 0 else f"head size {dim} is not a multiple of {multiple}"
+    def page_format(self, dim: int, side: Side) -> PageFormat | None:
+        return PageFormat("float8", self.mantissa, packed_bytes(dim, 8))
 
     @property
-    def native_id(self) -> int:
-        return 128 + self.mantissa
+    def candidate(self) -> bool:
+        return False  # int8 is finer in as many bytes
+
+    @property
+    def native_id(self) -> int | None:
+        return NATIVE_IDS["float8"] + self.mantissa

@@ -1,7 +1,7 @@
 """Where each layer's bytes lie inside a page: pure arithmetic, shared by the pool and the planner.
 
 The pool is an array of equal *frames*. A frame holds exactly one sealed page (all layers of 64 tokens). A page in
-another form, the 16-bit open page or a first page with more bits, is larger: it takes several frames, anywhere in the
+another format, the 16-bit open page or a first page with more bits, is larger: it takes several frames, anywhere in the
 pool, and each layer lies whole inside one of them. So one free list serves every kind of page and nothing fragments.
 """
 
@@ -33,8 +33,8 @@ class Place:
 
 
 @dataclass(frozen=True)
-class PageFormat:
-    """The form of one kind of page: how many frames it takes and where each layer lies."""
+class PageLayout:
+    """One kind of page: how many frames it takes and where each layer lies."""
 
     frames: int
     places: tuple[Place, ...]
@@ -43,15 +43,15 @@ class PageFormat:
 
 @dataclass(frozen=True)
 class PoolLayout:
-    """Frame size and page forms that follow from a model and a policy.
+    """Frame size and page layouts that follow from a model and a policy.
 
-    ``sink`` is the form of a sequence's first page once it is full, where it differs from ``sealed``.
+    ``sink`` is that of a sequence's first page once it is full, where it differs from ``sealed``.
     """
 
     frame_bytes: int
-    sealed: PageFormat
-    open: PageFormat
-    sink: PageFormat | None = None
+    sealed: PageLayout
+    open: PageLayout
+    sink: PageLayout | None = None
 
     @classmethod
     def of(cls, geometry: ModelGeometry, policy: Policy) -> PoolLayout:
@@ -96,9 +96,13 @@ class PoolLayout:
         first = (full > 0) * (self.first_frames - self.sealed.frames)
         return full * self.sealed.frames + first + self.open.frames
 
+    def bytes_of(self, frames: int) -> int:
+        """Bytes of ``frames`` frames."""
+        return frames * self.frame_bytes
+
     def session_bytes(self, tokens: int) -> int:
         """Bytes that a running sequence of ``tokens`` tokens holds, its open page included."""
-        return self.frames_of(tokens) * self.frame_bytes
+        return self.bytes_of(self.frames_of(tokens))
 
     def frames_in(self, memory: int) -> int:
         """Frames of a pool of ``memory`` bytes."""
@@ -123,10 +127,10 @@ class PoolLayout:
     def pool_bytes(self, sequences: int, tokens: int) -> int:
         """Bytes of a pool for ``sequences`` running sequences of ``tokens`` tokens, one frame in 50 to spare."""
         frames = (sequences + 1) * self.open.frames + sequences * self.frames_of(tokens)
-        return (frames + frames // 50 + 1) * self.frame_bytes
+        return self.bytes_of(frames + frames // 50 + 1)
 
 
-def _place(schemes: tuple[Scheme, ...], layers: tuple[LayerGeometry, ...], frame_bytes: int) -> PageFormat:
+def _place(schemes: tuple[Scheme, ...], layers: tuple[LayerGeometry, ...], frame_bytes: int) -> PageLayout:
     places = []
     frame = offset = used = 0
     for scheme, layer in zip(schemes, layers, strict=True):
@@ -136,4 +140,4 @@ def _place(schemes: tuple[Scheme, ...], layers: tuple[LayerGeometry, ...], frame
         places.append(Place(scheme, frame, offset))
         offset += size
         used += size
-    return PageFormat(frame + 1, tuple(places), used)
+    return PageLayout(frame + 1, tuple(places), used)

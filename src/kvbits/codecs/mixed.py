@@ -7,12 +7,13 @@ page's own affair: it says so in its bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from kvbits.codecs.affine import Affine, numbers_of
-from kvbits.codecs.base import Codec, Rounding, Side
+from kvbits.codecs.base import NATIVE_IDS, Codec, PageFormat, Rounding, Side
 from kvbits.codecs.packing import quads_multiple
 from kvbits.config import align
 
@@ -28,6 +29,8 @@ class Mixed(Codec):
 
     high: int = 8
     low: int = 4
+
+    orders_channels: ClassVar[bool] = True
 
     def _parts(self, dim: int) -> tuple[tuple[Affine, int], tuple[Affine, int]]:
         first = dim // 4
@@ -67,13 +70,31 @@ class Mixed(Codec):
         reach = rows.amax(-2) - rows.amin(-2)
         return reach.argsort(dim=-1, descending=True, stable=True)
 
+    @property
+    def dim_multiple(self) -> int:
+        # a quarter must fill the widest vectors, the rest its planes
+        return 4 * max(16, quads_multiple(self.low))
+
     def supports(self, dim: int) -> str | None:
         if dim > 256:
             return f"head size {dim} is over 256, the channels that a byte can name"
-        # a quarter must fill the widest vectors, the rest its planes
-        multiple = 4 * max(16, quads_multiple(self.low))
-        return None if dim % multiple == 0 else f"head size {dim} is not a multiple of {multiple}"
+        return super().supports(dim)
+
+    def page_format(self, dim: int, side: Side) -> PageFormat | None:
+        if side == "value":
+            return None
+        (wide, first), _ = self._parts(dim)
+        first_at = align(dim)
+        return PageFormat(
+            "mixed",
+            self.high,
+            per="channel",
+            low_bits=self.low,
+            first=first,
+            first_at=first_at,
+            second_at=first_at + wide.page_bytes(first),
+        )
 
     @property
-    def native_id(self) -> int:
-        return 512 + 16 * self.high + self.low
+    def native_id(self) -> int | None:
+        return NATIVE_IDS["mixed"] + 16 * self.high + self.low

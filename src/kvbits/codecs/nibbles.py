@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from kvbits.codecs.affine import affine_codes, to_half
-from kvbits.codecs.base import Codec, Rounding, Side
-from kvbits.codecs.packing import pack, quads_multiple, unpack
+from kvbits.codecs.base import NATIVE_IDS, Codec, PageFormat, Rounding, Side, pack_side, unpack_side
+from kvbits.codecs.packing import packed_bytes
 from kvbits.codecs.scale8 import from_scale8, to_scale8
 from kvbits.config import PAGE_TOKENS, align
 
@@ -42,28 +42,26 @@ class Nibbles(Codec):
 
     def draft_bytes(self, dim: int) -> int:
         """Bytes of a page that a draft reads; the low plane follows them."""
-        return align(PAGE_TOKENS * dim // 2 + self._params(dim) * (1 if self.symmetric else 3))
+        return align(packed_bytes(dim, 4) + self._params(dim) * (1 if self.symmetric else 3))
 
     def page_bytes(self, dim: int) -> int:
-        return self.draft_bytes(dim) + align(PAGE_TOKENS * dim // 2)
+        return self.draft_bytes(dim) + align(packed_bytes(dim, 4))
 
     def encode(self, rows: Tensor, side: Side, rounding: Rounding | None = None) -> Tensor:
         axis = -1 if self.per == "token" else -2
         codes, scale, zero = affine_codes(rows, axis, 8, self.symmetric, rounding, lambda x: to_scale8(x, up=True)[1])
         codes = (codes + (_BIAS if self.symmetric else 0)).to(torch.uint8)
-        matrix = codes.transpose(-1, -2) if side == "key" else codes
-        parts = [pack(matrix >> 4, 4), to_scale8(scale)[0]]
+        parts = [pack_side(codes >> 4, 4, side), to_scale8(scale)[0]]
         if not self.symmetric:
             parts.append(to_half(zero).contiguous().view(torch.uint8))
         dim = rows.shape[-1]
         first = torch.cat(parts, dim=-1)
         first = torch.nn.functional.pad(first, (0, self.draft_bytes(dim) - first.shape[-1]))
-        page = torch.cat([first, pack(matrix & 15, 4)], dim=-1)
-        return torch.nn.functional.pad(page, (0, self.page_bytes(dim) - page.shape[-1]))
+        return self._page([first, pack_side(codes & 15, 4, side)], dim)
 
     def decode(self, page: Tensor, dim: int, side: Side) -> Tensor:
         high, scale, zero = self._read(page, dim, side)
-        low = self._plane(page[..., self.draft_bytes(dim) :], dim, side)
+        low = unpack_side(page[..., self.draft_bytes(dim) :], 4, dim, side).float()
         return (16 * high + low) * scale + zero
 
     def decode_draft(self, page: Tensor, dim: int, side: Side) -> Tensor:
@@ -73,22 +71,18 @@ class Nibbles(Codec):
     def _read(self, page: Tensor, dim: int, side: Side) -> tuple[Tensor, Tensor, Tensor]:
         """High nibbles, scale and zero of every element, from the bytes that a draft reads."""
         axis = -1 if self.per == "token" else -2
-        n, start = self._params(dim), PAGE_TOKENS * dim // 2
+        n, start = self._params(dim), packed_bytes(dim, 4)
+        high = unpack_side(page, 4, dim, side).float()
         scale = from_scale8(page[..., start : start + n]).unsqueeze(axis)
         if self.symmetric:
-            return self._plane(page, dim, side), scale, -_BIAS * scale
+            return high, scale, -_BIAS * scale
         zero = page[..., start + n : start + 3 * n].contiguous().view(torch.float16).float().unsqueeze(axis)
-        return self._plane(page, dim, side), scale, zero
+        return high, scale, zero
 
-    def _plane(self, page: Tensor, dim: int, side: Side) -> Tensor:
-        reduction, lanes = (dim, PAGE_TOKENS) if side == "key" else (PAGE_TOKENS, dim)
-        nibbles = unpack(page[..., : PAGE_TOKENS * dim // 2], 4, reduction, lanes).float()
-        return nibbles.transpose(-1, -2) if side == "key" else nibbles
-
-    def supports(self, dim: int) -> str | None:
-        multiple = max(16, quads_multiple(4))
-        return None if dim % multiple == 0 else f"head size {dim} is not a multiple of {multiple}"
+    def page_format(self, dim: int, side: Side) -> PageFormat | None:
+        params_at, second_at = packed_bytes(dim, 4), self.draft_bytes(dim)
+        return PageFormat("nibbles", 8, params_at, self.per, self.symmetric, second_at=second_at, draft=True)
 
     @property
-    def native_id(self) -> int:
-        return 64 + 16 * (self.per == "channel") + 32 * self.symmetric
+    def native_id(self) -> int | None:
+        return NATIVE_IDS["nibbles"] + 16 * (self.per == "channel") + 32 * self.symmetric

@@ -14,8 +14,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PLANES: dict[int, tuple[int, ...]] = {8: (8,), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,)}
-"""Bits of a code -> widths of its planes, the one with the lowest bits first."""
+from kvbits.config import PAGE_TOKENS
+
+PLANES: dict[int, tuple[int, ...]] = {bits: tuple(w for w in (8, 4, 2, 1) if bits & w) for bits in range(1, 9)}
+"""Bits of a code -> widths of its planes, powers of two: the one with the lowest bits, which is the widest, first."""
+
+
+def packed_bytes(dim: int, bits: int) -> int:
+    """Bytes of the packed codes of one head's page."""
+    return PAGE_TOKENS * dim * bits // 8
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

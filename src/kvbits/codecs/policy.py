@@ -17,7 +17,7 @@ from kvbits.config import PAGE_TOKENS, ModelGeometry
 from kvbits.errors import ConfigError, UnsupportedError
 
 OPEN = Scheme(key=Raw(), value=Raw())
-"""The form of every sequence's last page."""
+"""The format of every sequence's last page."""
 
 
 def _integer(bits: int) -> Scheme:

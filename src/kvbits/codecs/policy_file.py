@@ -102,7 +102,7 @@ def load_policy(directory: Path, geometry: ModelGeometry, fingerprint: str) -> P
             f"the policy '{directory}' was calibrated for {owner[0]} ({owner[1]}); this model is {geometry.name} "
             f"({fingerprint})"
         )
-    layers, sink = _forms(path, document, geometry)
+    layers, sink = _schemes_of(path, document, geometry)
     data = _read(directory / _TENSORS)
     if hashlib.sha256(data).hexdigest() != checksum:
         raise ConfigError(f"'{directory / _TENSORS}' does not belong to '{path}': its SHA-256 is another one")
@@ -129,7 +129,7 @@ def read_dtypes(directory: Path, geometry: ModelGeometry) -> Policy:
     Raises ``ConfigError`` for what cannot be read or does not fit.
     """
     path = directory / _JSON if directory.is_dir() else directory
-    layers, sink = _forms(path, _document(path), geometry)
+    layers, sink = _schemes_of(path, _document(path), geometry)
     return Policy(path.resolve().parent.name, layers, sink)
 
 
@@ -155,7 +155,7 @@ def _read(path: Path) -> bytes:
         raise ConfigError(f"cannot read the policy file '{path}': {error.strerror or error}") from error
 
 
-def _forms(
+def _schemes_of(
     path: Path, document: Mapping[str, Any], geometry: ModelGeometry
 ) -> tuple[tuple[Scheme, ...], tuple[Scheme, ...] | None]:
     """The schemes of the layers and of every first page."""

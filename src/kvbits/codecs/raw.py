@@ -1,4 +1,4 @@
-"""16-bit storage: the baseline, and the form in which every open page is kept.
+"""16-bit storage: the baseline, and the format in which every open page is kept.
 
 Elements are bfloat16 in pairs of the reduced dimension, ``[reduction / 2, lanes, 2]`` (see :mod:`kvbits.codecs.packing`
 for what is reduced): the operand order of ``vdpbf16ps``.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvbits.codecs.base import Codec, Rounding, Side
+from kvbits.codecs.base import NATIVE_IDS, Codec, PageFormat, Rounding, Side
 from kvbits.config import PAGE_TOKENS
 
 
@@ -36,9 +36,13 @@ class Raw(Codec):
         matrix: Tensor = pairs.transpose(-1, -2).flatten(-3, -2).float()
         return matrix.transpose(-1, -2) if side == "key" else matrix
 
-    def supports(self, dim: int) -> str | None:
-        return None if dim % 16 == 0 else f"head size {dim} is not a multiple of 16"
+    def page_format(self, dim: int, side: Side) -> PageFormat | None:
+        return PageFormat("raw", 16)
 
     @property
-    def native_id(self) -> int:
-        return 0
+    def candidate(self) -> bool:
+        return False  # what others are compared with
+
+    @property
+    def native_id(self) -> int | None:
+        return NATIVE_IDS["raw"]

@@ -113,10 +113,10 @@ def tier_of(pool: PagedPool, config: EngineConfig) -> SecondTier | None:
     slots = pool.layout.frames_in(size)
     if slots < pool.layout.first_frames:
         raise ConfigError(
-            f"kv_offload_size is {size} bytes; one page needs {pool.layout.first_frames * pool.layout.frame_bytes}"
+            f"kv_offload_size is {size} bytes; one page needs {pool.layout.bytes_of(pool.layout.first_frames)}"
         )
     path = config.kv_offload_path
-    taken = slots * pool.layout.frame_bytes
+    taken = pool.layout.bytes_of(slots)
     store: Store
     if path is None:
         check_host({"kv_offload_size": taken})

@@ -183,7 +183,7 @@ def _identity(engine: Engine) -> dict[str, str]:
     """What decides the bytes of a page besides its tokens."""
     layout = engine.pool.layout
     places = [
-        [(p.scheme.name, p.frame, p.offset) for p in form.places] for form in (layout.sealed, layout.sink) if form
+        [(p.scheme.name, p.frame, p.offset) for p in page.places] for page in (layout.sealed, layout.sink) if page
     ]
     text = json.dumps([PAGE_TOKENS, layout.frame_bytes, layout.sealed.frames, places])
     return {

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvbits.codecs import Scheme
-from kvbits.codecs.raw import Raw
+from kvbits.codecs import OPEN, Scheme
 from kvbits.config import PAGE_TOKENS, LayerGeometry
 from kvbits.kernels import Backend, BatchLayout
 from kvbits.kernels.reference import read_page, write_page
@@ -42,7 +41,7 @@ class Faulty(Backend):
 
 def _spoil(view: LayerView, frame: int) -> None:
     place = view.sealed
-    if isinstance(place.scheme.key, Raw) and isinstance(place.scheme.value, Raw):
+    if place.scheme == OPEN:
         return
     keys, values = read_page(view, place, frame)
     write_page(view, place, frame, FACTOR * keys, FACTOR * values)

@@ -101,7 +101,7 @@ class _Listening(Backend):
 
     @staticmethod
     def _compare_pages(sums: Sums, view: LayerView, batch: BatchLayout, key: Tensor, value: Tensor) -> None:
-        """Read back the pages that the step stored whole; the first page of a sequence may have a form of its own."""
+        """Read back the pages that the step stored whole; the first page of a sequence may have a format of its own."""
         start, count = int(batch.starts[0]), int(batch.counts[0])
         for page in range(max(1, -(-start // PAGE_TOKENS)), (start + count) // PAGE_TOKENS):
             rows = slice(page * PAGE_TOKENS - start, (page + 1) * PAGE_TOKENS - start)

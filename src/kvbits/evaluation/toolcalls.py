@@ -71,7 +71,7 @@ class Called:
 def read_cases(loaded: LoadedModel, path: Path, count: int, context: int) -> list[Case]:
     """The first ``count`` questions whose functions together fit ``context`` tokens.
 
-    Raises ``ConfigError`` when a file is missing or of another form, or not even one question fits.
+    Raises ``ConfigError`` when a file is missing or of another format, or not even one question fits.
     """
     records = jsonl(path, "id", "question", "function")[:count]
     answers = path.parent / "possible_answer" / path.name

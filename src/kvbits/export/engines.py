@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Form:
+class CacheDtype:
     """One way to store keys and values: bits per element of each, and how the engine names it.
 
     ``what`` describes the codes; ``needs`` what must be there for it (``""``: nothing). ``edges``: so many layers at
@@ -40,13 +40,13 @@ class Side:
 class Engine:
     """An engine's options.
 
-    ``forms`` are the choices for all layers together; ``sides`` the choices for keys and for values apart (then
-    ``forms`` is empty). ``skips_layers``: single layers can stay in 16 bits.
+    ``dtypes`` are the choices for all layers together; ``sides`` the choices for keys and for values apart (then
+    ``dtypes`` is empty). ``skips_layers``: single layers can stay in 16 bits.
     """
 
     name: str
     title: str
-    forms: tuple[Form, ...] = ()
+    dtypes: tuple[CacheDtype, ...] = ()
     sides: tuple[Side, ...] = ()
     skips_layers: bool = False
 
@@ -58,33 +58,33 @@ _SGLANG_SCALES = "--quantization-param-path with calibrated scales (kvbits expor
 VLLM = Engine(
     "vllm",
     "vLLM",
-    forms=(
-        Form("auto", 16, 16, "the model's own 16-bit dtype"),
-        Form("fp8", 8, 8, "float8 e4m3, one scale per tensor or head", _SCALES),
-        Form("int8_per_token_head", 8, 8, "8-bit integers, one scale per token and head", "the Triton backend"),
-        Form("turboquant_k8v4", 8, 4, "keys float8 e4m3, values 4 bit", _TURBO, edges=2),
-        Form("int4_per_token_head", 4, 4, "4-bit codes, one scale per token and head", "the Triton backend"),
-        Form("turboquant_k3v4_nc", 3, 4, "keys 3 bit, values 4 bit, rotated", _TURBO, edges=2),
-        Form("turboquant_3bit_nc", 3, 3, "3 bit, rotated", _TURBO, edges=2),
+    dtypes=(
+        CacheDtype("auto", 16, 16, "the model's own 16-bit dtype"),
+        CacheDtype("fp8", 8, 8, "float8 e4m3, one scale per tensor or head", _SCALES),
+        CacheDtype("int8_per_token_head", 8, 8, "8-bit integers, one scale per token and head", "the Triton backend"),
+        CacheDtype("turboquant_k8v4", 8, 4, "keys float8 e4m3, values 4 bit", _TURBO, edges=2),
+        CacheDtype("int4_per_token_head", 4, 4, "4-bit codes, one scale per token and head", "the Triton backend"),
+        CacheDtype("turboquant_k3v4_nc", 3, 4, "keys 3 bit, values 4 bit, rotated", _TURBO, edges=2),
+        CacheDtype("turboquant_3bit_nc", 3, 3, "3 bit, rotated", _TURBO, edges=2),
     ),
     skips_layers=True,
 )
 SGLANG = Engine(
     "sglang",
     "SGLang",
-    forms=(
-        Form("auto", 16, 16, "the model's own 16-bit dtype"),
-        Form("fp8_e4m3", 8, 8, "float8 e4m3, one scale per layer", _SGLANG_SCALES),
-        Form("fp4_e2m1", 4, 4, "float4 e2m1 in blocks with a scale", "a GPU with FP4 (Blackwell)"),
+    dtypes=(
+        CacheDtype("auto", 16, 16, "the model's own 16-bit dtype"),
+        CacheDtype("fp8_e4m3", 8, 8, "float8 e4m3, one scale per layer", _SGLANG_SCALES),
+        CacheDtype("fp4_e2m1", 4, 4, "float4 e2m1 in blocks with a scale", "a GPU with FP4 (Blackwell)"),
     ),
 )
 LMDEPLOY = Engine(
     "lmdeploy",
     "LMDeploy",
-    forms=(
-        Form("0", 16, 16, "the model's own 16-bit dtype"),
-        Form("8", 8, 8, "8-bit integers, asymmetric, per token and head"),
-        Form("4", 4, 4, "4-bit integers, asymmetric, per token and head"),
+    dtypes=(
+        CacheDtype("0", 16, 16, "the model's own 16-bit dtype"),
+        CacheDtype("8", 8, 8, "8-bit integers, asymmetric, per token and head"),
+        CacheDtype("4", 4, 4, "4-bit integers, asymmetric, per token and head"),
     ),
 )
 LLAMA_CPP = Engine(

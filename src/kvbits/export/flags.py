@@ -9,7 +9,7 @@ from typing import Any
 
 from kvbits.codecs import Codec, Policy
 from kvbits.errors import ConfigError
-from kvbits.export.engines import ENGINES, Engine, Form, Side
+from kvbits.export.engines import ENGINES, CacheDtype, Engine, Side
 
 FEWER = 3.0
 """How much worse a bit less than the policy's is than a bit more: the first costs quality, the second only memory."""
@@ -49,7 +49,7 @@ def translate(policy: Policy, engine: str, calibrated: bool = False) -> Translat
     keys = [_bits(scheme.key) for scheme in policy.layers]
     values = [_bits(scheme.value) for scheme in policy.layers]
     never = _never(known, policy, calibrated or policy.rounding is not None)
-    choose = _of_sides if known.sides else _of_forms
+    choose = _of_sides if known.sides else _of_dtypes
     return choose(known, keys, values, never)
 
 
@@ -58,22 +58,22 @@ def _bits(codec: Codec) -> int:
     return int(getattr(codec, "bits", 16))
 
 
-def _of_forms(engine: Engine, keys: Sequence[int], values: Sequence[int], never: Sequence[str]) -> Translation:
+def _of_dtypes(engine: Engine, keys: Sequence[int], values: Sequence[int], never: Sequence[str]) -> Translation:
     pairs = list(zip(keys, values, strict=True))
     plain = {i for i, pair in enumerate(pairs) if engine.skips_layers and min(pair) >= 16}
     if len(plain) == len(pairs):
         plain = set()
 
-    def stored(form: Form) -> list[tuple[float, float]]:
+    def stored(dtype: CacheDtype) -> list[tuple[float, float]]:
         """Bits of every layer's keys and values."""
-        ends = {i for i in range(len(pairs)) if min(i, len(pairs) - 1 - i) < form.edges}
-        return [(16.0, 16.0) if i in plain | ends else (form.key_bits, form.value_bits) for i in range(len(pairs))]
+        ends = {i for i in range(len(pairs)) if min(i, len(pairs) - 1 - i) < dtype.edges}
+        return [(16.0, 16.0) if i in plain | ends else (dtype.key_bits, dtype.value_bits) for i in range(len(pairs))]
 
-    def price(form: Form) -> float:
-        got = zip(pairs, stored(form), strict=True)
+    def price(dtype: CacheDtype) -> float:
+        got = zip(pairs, stored(dtype), strict=True)
         return sum(_price(k, key) + _price(v, value) for (k, v), (key, value) in got)
 
-    best = min(engine.forms, key=price)
+    best = min(engine.dtypes, key=price)
     if best.key_bits >= 16:
         plain = set()
     real = stored(best)

@@ -181,7 +181,7 @@ class QuantizedCache(Cache):
     def nbytes(self) -> int:
         """Bytes of all pages in use, open ones included; caches that share pages share them here too."""
         stats = self._store.pages.stats()
-        return (stats.open + stats.sealed) * self._store.pool.layout.frame_bytes
+        return self._store.pool.layout.bytes_of(stats.open + stats.sealed)
 
     @property
     def bits_per_element(self) -> float:

@@ -82,9 +82,9 @@ class Store:
 
 def _spare_memory(geometry: ModelGeometry, policy: Policy, device: torch.device) -> int:
     """Bytes to reserve: address space on the CPU, where only frames that are used get memory; all of it on a GPU."""
-    frame = PoolLayout.of(geometry, policy).frame_bytes
+    largest = PoolLayout.of(geometry, policy).bytes_of(_MAX_FRAMES)
     free = psutil.virtual_memory().available if device.type == "cpu" else _module(device).mem_get_info(device)[0]
-    return int(min(free // _SHARE, _MAX_FRAMES * frame))
+    return int(min(free // _SHARE, largest))
 
 
 def _module(device: torch.device) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 from pathlib import Path
 
 import torch
@@ -13,7 +14,10 @@ from kvbits.config import LayerGeometry, align
 from kvbits.errors import ConfigError
 from kvbits.kernels import _native
 from kvbits.kernels.base import Backend, BatchLayout
+from kvbits.kernels.reference import ReferenceBackend
 from kvbits.pool import LayerView
+
+log = logging.getLogger(__name__)
 
 
 class CpuBackend(Backend):
@@ -33,7 +37,8 @@ class CpuBackend(Backend):
         if count < 1:
             raise ConfigError(f"threads is {count}; it must be positive")
         self.native = _native.Cpu(isa, count, _gomp_parallel())
-        self._layers: dict[int, tuple[LayerView, _native.Layer]] = {}
+        self._layers: dict[int, tuple[LayerView, _native.Layer | None]] = {}
+        self._reference = ReferenceBackend()
         self._batch: tuple[BatchLayout, _native.Batch] | None = None
 
     @property
@@ -49,14 +54,20 @@ class CpuBackend(Backend):
     def supports(self, scheme: Scheme, layer: LayerGeometry) -> str | None:
         if max(layer.key_dim, layer.value_dim) > _native.MAX_DIM:
             return f"head size {max(layer.key_dim, layer.value_dim)} is over {_native.MAX_DIM}"
-        reason = self.native.supports(scheme.key.native_id, scheme.value.native_id)
-        return scheme.supports(layer) or (None if reason is None else str(reason))
+        key, value = scheme.key.native_id, scheme.value.native_id
+        reason = scheme.supports(layer)
+        if reason or key is None or value is None:
+            return reason
+        return self.native.supports(key, value)
 
     def forward(
         self, view: LayerView, batch: BatchLayout, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None
     ) -> Tensor:
         layer = view.geometry
         rows = batch.num_rows
+        native = self.layer(view)
+        if native is None:
+            return self._reference.forward(view, batch, query, key, value, sinks)
         query, key, value = _rows(query), _rows(key), _rows(value)
         assert query.shape == (rows, layer.num_heads, layer.key_dim), (query.shape, rows, layer)
         assert key.shape == (rows, layer.num_kv_heads, layer.key_dim), (key.shape, rows, layer)
@@ -65,7 +76,7 @@ class CpuBackend(Backend):
         assert query.dtype in (torch.bfloat16, torch.float32), query.dtype
         out = torch.empty(rows, layer.num_heads, layer.value_dim, dtype=query.dtype)
         self.native.forward(
-            self.layer(view),
+            native,
             self.tables(batch),
             query.dtype == torch.float32,
             query.data_ptr(),
@@ -82,33 +93,41 @@ class CpuBackend(Backend):
         )
         return out
 
-    def layer(self, view: LayerView) -> _native.Layer:
-        """What the kernels know of a layer of the pool."""
+    def layer(self, view: LayerView) -> _native.Layer | None:
+        """What the kernels know of a layer of the pool; ``None`` where a codec has none and the reference runs."""
         known = self._layers.get(view.index)
         if known is None or known[0] is not view:
-            layer, rounding = view.geometry, view.rounding or LayerRounding()
-            native = _native.Layer(
-                layer.num_heads,
-                layer.num_kv_heads,
-                layer.key_dim,
-                layer.value_dim,
-                layer.scale,
-                layer.softcap or 0.0,
-                layer.window or 0,
-                _place(view.sealed, layer),
-                _place(view.open, layer),
-                None if view.first_page is None else _place(view.first_page, layer),
-                view.buffer.stride(0),
-                view.buffer.data_ptr(),
-                _table(rounding.key.feedback, layer.num_kv_heads, layer.key_dim, layer.key_dim),
-                _table(rounding.value.feedback, layer.num_kv_heads, layer.value_dim, layer.value_dim),
-                _table(rounding.key.clip, layer.num_kv_heads),
-                _table(rounding.value.clip, layer.num_kv_heads),
-                _table(rounding.key.order, layer.num_kv_heads, layer.key_dim, dtype=torch.int32),
-                _table(rounding.value.order, layer.num_kv_heads, layer.value_dim, dtype=torch.int32),
-            )
-            known = self._layers[view.index] = (view, native)
+            known = self._layers[view.index] = (view, self._native_layer(view))
         return known[1]
+
+    def _native_layer(self, view: LayerView) -> _native.Layer | None:
+        layer, rounding = view.geometry, view.rounding or LayerRounding()
+        for place in (view.sealed, view.first_page):
+            if place is not None and not _has_kernels(place.scheme):
+                log.warning(
+                    "layer %d runs in torch, which is slow: '%s' has no native kernels", view.index, place.scheme.name
+                )
+                return None
+        return _native.Layer(
+            layer.num_heads,
+            layer.num_kv_heads,
+            layer.key_dim,
+            layer.value_dim,
+            layer.scale,
+            layer.softcap or 0.0,
+            layer.window or 0,
+            _place(view.sealed, layer),
+            _place(view.open, layer),
+            None if view.first_page is None else _place(view.first_page, layer),
+            view.buffer.stride(0),
+            view.buffer.data_ptr(),
+            _table(rounding.key.feedback, layer.num_kv_heads, layer.key_dim, layer.key_dim),
+            _table(rounding.value.feedback, layer.num_kv_heads, layer.value_dim, layer.value_dim),
+            _table(rounding.key.clip, layer.num_kv_heads),
+            _table(rounding.value.clip, layer.num_kv_heads),
+            _table(rounding.key.order, layer.num_kv_heads, layer.key_dim, dtype=torch.int32),
+            _table(rounding.value.order, layer.num_kv_heads, layer.value_dim, dtype=torch.int32),
+        )
 
     def tables(self, batch: BatchLayout) -> _native.Batch:
         """What the kernels know of a step."""
@@ -147,11 +166,18 @@ def _table(table: Tensor | None, *shape: int, dtype: torch.dtype = torch.float32
     return table.data_ptr()
 
 
+def _has_kernels(scheme: Scheme) -> bool:
+    return scheme.key.native_id is not None and scheme.value.native_id is not None
+
+
 def _place(place: Place, layer: LayerGeometry) -> _native.Place:
     scheme = place.scheme
+    key, value = scheme.key.native_id, scheme.value.native_id
+    assert key is not None, scheme.key
+    assert value is not None, scheme.value
     return _native.Place(
-        scheme.key.native_id,
-        scheme.value.native_id,
+        key,
+        value,
         place.frame,
         place.offset,
         scheme.head_bytes(layer),

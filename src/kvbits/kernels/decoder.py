@@ -13,7 +13,7 @@ from kvbits.kernels.base import BatchLayout
 from kvbits.kernels.cpu import CpuBackend
 from kvbits.pool import LayerView
 
-WEIGHT_FORMS = ("bf16", "int8")
+WEIGHT_FORMATS = ("bf16", "int8")
 
 
 class Products:
@@ -27,19 +27,19 @@ class Products:
         """Kernels in use: ``avx512bf16``, ``avx512``, ``avx2`` or ``scalar`` (slower than torch's)."""
         return str(_native.row_kernels(self._cpu.isa))
 
-    def pack(self, weight: Tensor, bias: Tensor | None, form: str = "bf16") -> PackedWeight:
+    def pack(self, weight: Tensor, bias: Tensor | None, weight_format: str = "bf16") -> PackedWeight:
         """``weight`` ``bfloat16 [out, in]``, ``in`` even; ``bias`` ``[out]``. Both are copied.
 
-        ``form`` is ``"bf16"``, or ``"int8"``: codes of 8 bits with a scale for each output, rounded to nearest; the
+        ``weight_format`` is ``"bf16"``, or ``"int8"``: codes of 8 bits with a scale for each output, to nearest; the
         inputs are then quantized to 8 bits too (7 on AVX2), each row with a scale of its own, when they arrive.
         """
         out_features, in_features = weight.shape
         assert weight.dtype == torch.bfloat16, weight.dtype
         assert in_features % 2 == 0, in_features
-        assert form in WEIGHT_FORMS, form
+        assert weight_format in WEIGHT_FORMATS, weight_format
         weight = weight.detach().contiguous()
         plain = None if bias is None else bias.detach().float().contiguous().numpy()
-        if form == "bf16":
+        if weight_format == "bf16":
             native = _native.Linear(weight.data_ptr(), plain, out_features, in_features)
         else:
             wide = weight.float()
@@ -144,10 +144,12 @@ class Decoder:
         assert len(embedded) == rows, (embedded.shape, rows)
         assert cos.shape == sin.shape == (rows, self._rotated), (cos.shape, sin.shape, rows)
         assert cos.dtype == sin.dtype == torch.float32, cos.dtype
+        layers = [layer for layer in map(backend.layer, views) if layer is not None]
+        assert len(layers) == len(views), (len(layers), len(views))
         logits = torch.empty(len(wanted), self._vocabulary)
         self.native.forward(
             backend.native,
-            [backend.layer(view) for view in views],
+            layers,
             backend.tables(batch),
             rows,
             embedded.data_ptr(),

@@ -42,7 +42,7 @@ class ReferenceBackend(Backend):
 
 @dataclass(frozen=True)
 class _Sealed:
-    """Where the sealed pages of one sequence lie; the first may have a form of its own."""
+    """Where the sealed pages of one sequence lie; the first may have a format of its own."""
 
     view: LayerView
     frames: Ints

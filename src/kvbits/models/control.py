@@ -121,11 +121,11 @@ class ControlTokens:
         """A copy of the tokenizer with other names for the control tokens, and these names."""
         nonce = secrets.token_hex(16)
         alias = {name: f"\U0010fff3{nonce}{number}\U0010fff4" for number, name in enumerate(self._names)}
-        form = json.loads(self._tokenizer.backend_tokenizer.to_str())
-        form["post_processor"] = form["truncation"] = form["padding"] = None
-        for token in form["added_tokens"]:
+        description = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        description["post_processor"] = description["truncation"] = description["padding"] = None
+        for token in description["added_tokens"]:
             token["content"] = alias.get(token["content"], token["content"])
-        model = form["model"]
+        model = description["model"]
         vocab = model["vocab"]
         if isinstance(vocab, dict):
             model["vocab"] = {alias.get(piece, piece): number for piece, number in vocab.items()}
@@ -137,7 +137,7 @@ class ControlTokens:
             model["merges"] = [[a, b] for a, b in pairs if not {a, b, a + b} & alias.keys()]
         if model.get("unk_token") is not None:
             model["unk_token"] = alias.get(model["unk_token"], model["unk_token"])
-        copy = Tokenizer.from_str(json.dumps(form))
+        copy = Tokenizer.from_str(json.dumps(description))
         for name, other in alias.items():
             if copy.token_to_id(other) != self._tokenizer.convert_tokens_to_ids(name):
                 raise ValueError(f"the control token {name!r} cannot be told from its text")

@@ -30,8 +30,8 @@ _BODY = frozenset({"embed_tokens", "layers", "norm", "rotary_emb"})
 
 _TRIED_TOKENS = PAGE_TOKENS - 1
 _TOLERANCE = {"bf16": 0.05, "int8": 0.2}
-"""Relative difference of the logits by form of the weights: SmolLM2 has 0.014 and 0.056 (codes of inputs that differ in
-their last bit may differ by one); a factor of two in one norm of a small model has over 0.3."""
+"""Relative difference of the logits by format of the weights: SmolLM2 has 0.014 and 0.056 (codes of inputs that differ
+in their last bit may differ by one); a factor of two in one norm of a small model has over 0.3."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ class FusedModel:
     decoder: Decoder
 
     def runs(self, step: Forward) -> bool:
-        """Whether the step's backend is ours."""
-        return isinstance(step.backend, CpuBackend)
+        """Whether the step's backend is ours and has kernels for every layer of the pool."""
+        backend = step.backend
+        return isinstance(backend, CpuBackend) and None not in map(backend.layer, step.pool.layers)
 
     def forward(self, input_ids: Tensor, positions: Tensor, step: Forward, wanted: Tensor) -> Tensor:
         """As :meth:`kvbits.models.LoadedModel.forward`, for a step that :meth:`runs`."""
@@ -54,14 +55,14 @@ class FusedModel:
         return self.decoder.forward(step.backend, step.pool.layers, step.batch, embedded, cos[0], sin[0], wanted)
 
 
-def fuse(model: Any, geometry: ModelGeometry, form: str = "bf16") -> FusedModel | str:
-    """The fused form of a model whose linear layers are packed as ``form``, or the reason why it has none."""
+def fuse(model: Any, geometry: ModelGeometry, weight_format: str = "bf16") -> FusedModel | str:
+    """The fused version of a model whose layers are packed as ``weight_format``, or the reason why it has none."""
     try:
         fused = _recognise(model, geometry)
     except _Different as reason:
         return str(reason)
     difference = _difference(model, geometry, fused)
-    if not difference < _TOLERANCE[form]:
+    if not difference < _TOLERANCE[weight_format]:
         return f"its logits differ by {difference:.2g} from transformers' own code"
     return fused
 

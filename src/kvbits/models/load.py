@@ -18,7 +18,7 @@ from kvbits.attention import IMPLEMENTATION, Forward, attend
 from kvbits.codecs import Policy, policy_of
 from kvbits.config import ModelGeometry
 from kvbits.errors import ConfigError, UnsupportedError
-from kvbits.kernels.decoder import WEIGHT_FORMS
+from kvbits.kernels.decoder import WEIGHT_FORMATS
 from kvbits.models.control import ControlTokens
 from kvbits.models.fused import FusedModel, fuse
 from kvbits.models.geometry import geometry_of
@@ -110,8 +110,8 @@ def load_model(
     if dtype not in _DTYPES:
         raise ConfigError(f"unknown model dtype '{dtype}'; choose from {', '.join(_DTYPES)}")
     report = progress or (lambda line: None)
-    if weights not in WEIGHT_FORMS:
-        raise ConfigError(f"unknown weights '{weights}'; choose from {', '.join(WEIGHT_FORMS)}")
+    if weights not in WEIGHT_FORMATS:
+        raise ConfigError(f"unknown weights '{weights}'; choose from {', '.join(WEIGHT_FORMATS)}")
     if weights != "bf16" and dtype != "bfloat16":
         raise ConfigError(f"weights '{weights}' go with the model dtype bfloat16, not {dtype}")
     place = _device(device)

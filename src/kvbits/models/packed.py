@@ -19,30 +19,30 @@ _TRIED_ROWS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 48, 64, 65, 127, 200, 512)
 class PackedLinear(nn.Module):
     """``nn.Linear`` in bfloat16 for inference; ``x`` is ``bfloat16 [..., in]``, the result ``[..., out]``."""
 
-    def __init__(self, linear: nn.Linear, products: Products, form: str = "bf16") -> None:
+    def __init__(self, linear: nn.Linear, products: Products, weight_format: str = "bf16") -> None:
         super().__init__()
-        self.weight: PackedWeight = products.pack(linear.weight, linear.bias, form)
+        self.weight: PackedWeight = products.pack(linear.weight, linear.bias, weight_format)
         self._products = products
 
     def forward(self, x: Tensor) -> Tensor:
         return self._products.apply(self.weight, x)
 
 
-def pack_linears(model: nn.Module, form: str = "bf16") -> int:
+def pack_linears(model: nn.Module, weight_format: str = "bf16") -> int:
     """Replace the bfloat16 linear layers of ``model`` on the CPU; returns how many were.
 
-    ``form`` is that of the packed weights (:data:`kvbits.kernels.decoder.WEIGHT_FORMS`). Layers of another type
-    (subclasses, quantized ones) and other dtypes stay as they are, as do all where the processor has only our portable
-    kernels, which are slower than torch's (unless another form is asked for).
+    ``weight_format`` is that of the packed weights (:data:`kvbits.kernels.decoder.WEIGHT_FORMATS`). Layers of another
+    type (subclasses, quantized ones) and other dtypes stay as they are, as do all where the processor has only our
+    portable kernels, which are slower than torch's (unless another format is asked for).
     """
     products = Products()
-    if products.name == "scalar" and form == "bf16":
+    if products.name == "scalar" and weight_format == "bf16":
         return 0
     replaced = 0
     for parent in [module for module in model.modules() if not _packs(module)]:  # a packed layer's weight goes at once
         for name, child in list(parent.named_children()):
             if _packs(child):
-                setattr(parent, name, PackedLinear(child, products, form))
+                setattr(parent, name, PackedLinear(child, products, weight_format))
                 replaced += 1
     return replaced
 

@@ -1,4 +1,4 @@
-"""A model's configuration, tokenizer and weights, whatever form its files have."""
+"""A model's configuration, tokenizer and weights, whatever format its files have."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class PageManager:
     ) -> None:
         """Manage ``num_frames`` frames, of which an open and a sealed page take ``open_frames`` and ``sealed_frames``.
 
-        ``sink_frames``: what the first page of every sequence takes once it is full, where it has a form of its own.
+        ``sink_frames``: what the first page of every sequence takes once it is full, where it has a format of its own.
         ``cache_key`` stands for all that decides a page's bytes besides its tokens: model and policy. ``on_evict`` is
         called with the hash and each frame of a cached page before the frame is used for something else; ``tier`` then
         keeps the page's bytes elsewhere.

@@ -14,7 +14,7 @@ class SequencePages:
     """One sequence's part of a step: ``count`` new tokens after ``start`` stored ones, and its frames.
 
     ``sealed[p]`` is the frame of page ``p`` for every page that is full when the step ends. Where the first page has a
-    form of its own its frames are ``sink`` (empty until it is full), and ``sealed`` begins with page 1. ``head`` are
+    format of its own its frames are ``sink`` (empty until it is full), and ``sealed`` begins with page 1. ``head`` are
     the frames of the open page that holds token ``start``; ``tail`` those of the page that holds token ``start +
     count``. They are the same, except in a tentative (speculative) step that crosses a page boundary, where the head
     must outlive the step.

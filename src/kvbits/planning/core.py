@@ -154,7 +154,7 @@ def _context(
 ) -> ContextPlan:
     sessions = layout.sessions(cache_bytes, context)
     held = layout.session_bytes(context)
-    spare = 0 if watermark is None else layout.frames_in(cache_bytes) // watermark * layout.frame_bytes
+    spare = 0 if watermark is None else layout.bytes_of(layout.frames_in(cache_bytes) // watermark)
     plain = PoolLayout.of(geometry, Policy("bf16", (OPEN,) * geometry.num_layers))
     running = sessions if max_num_seqs is None else min(sessions, max_num_seqs)
     windowed = windowed_session_bytes(geometry, policy, context) if has_windows(geometry) else None

@@ -18,6 +18,7 @@ from kvbits.ray.intake import guarded, take
 from kvbits.ray.messages import HttpRequest, Route
 from kvbits.ray.metrics import merge
 from kvbits.server.errors import ApiError
+from kvbits.server.http import disconnected
 from kvbits.server.options import ServerOptions
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class Front:
             return
         answer = _Answer(send)
         work = asyncio.ensure_future(self._answer(request, blocks, answer))
-        watch = asyncio.ensure_future(_disconnected(receive))
+        watch = asyncio.ensure_future(disconnected(receive))
         try:
             await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
             if answer.done:
@@ -157,11 +158,6 @@ class _Answer:
         head = {"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers}
         await self.send(head)
         await self.send({"type": "http.response.body", "body": response.body})
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:

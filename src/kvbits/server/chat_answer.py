@@ -81,10 +81,10 @@ class ChatAnswer:
         self._include_usage = include_usage
         self.usage = usage
 
-    def push(self, delta: Delta) -> list[dict[str, Any]]:
-        """Take in a delta; returns the chunks of a stream that it makes."""
+    def push(self, prompt: int, delta: Delta) -> list[dict[str, Any]]:
+        """Take in a delta of the only prompt; returns the chunks of a stream that it makes."""
         choice = self._choices[delta.index]
-        self.usage.add(0, delta)
+        self.usage.add(prompt, delta)
         piece = choice.push(delta)
         chunks = []
         if not choice.started:

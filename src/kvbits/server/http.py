@@ -53,7 +53,7 @@ async def _body(request: Request, limit: int) -> bytes:
 async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
     """The result of ``work``, which is cancelled when the client goes away. Raises ``Gone`` then."""
     task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(_disconnected(receive))
+    watch = asyncio.ensure_future(disconnected(receive))
     try:
         await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -65,7 +65,8 @@ async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
         await asyncio.gather(task, watch, return_exceptions=True)
 
 
-async def _disconnected(receive: Receive) -> None:
+async def disconnected(receive: Receive) -> None:
+    """Wait until the client has gone away; what it still sends is dropped."""
     while (await receive())["type"] != "http.disconnect":
         pass
 

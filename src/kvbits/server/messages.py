@@ -1,6 +1,6 @@
 """From OpenAI's messages to what chat templates take.
 
-A template that knows nothing of tools gets them as text, in the form that models of the Hermes kind were trained on:
+A template that knows nothing of tools gets them as text, in the format that models of the Hermes kind were trained on:
 definitions in the system message, calls and results in ``<tool_call>`` and ``<tool_response>``.
 """
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from kvbits.codecs import PoolLayout
 from kvbits.config import PAGE_TOKENS
 from kvbits.pages import TierStats
 from kvbits.server.speculation import speculation_metrics
@@ -77,15 +78,15 @@ class EngineCollector(Collector):
         yield self._gauge("bytes_per_token", "Of a sealed page.", held.bytes_per_token(), "kvbits:")
         yield self._counter("cached_pages_evicted", "Cached pages given up.", pool.evictions, "kvbits:")
         if pool.tier is not None:
-            yield from self._offload(pool.tier, held.layout.frame_bytes)
+            yield from self._offload(pool.tier, held.layout)
         yield self._counter("engine_steps", "Steps of the engine.", stats.steps, "kvbits:")
         phases = CounterMetricFamily("kvbits:step_seconds", "Time in steps.", labels=["model_name", "phase"])
         for phase, seconds in stats.seconds.items():
             phases.add_metric([self._model, phase], seconds)
         yield phases
 
-    def _offload(self, tier: TierStats, frame_bytes: int) -> Iterator[Metric]:
-        used, whole = tier.used * frame_bytes, tier.slots * frame_bytes
+    def _offload(self, tier: TierStats, layout: PoolLayout) -> Iterator[Metric]:
+        used, whole = layout.bytes_of(tier.used), layout.bytes_of(tier.slots)
         yield self._gauge("offload_bytes", "Bytes of pages in the offload tier.", used, "kvbits:")
         yield self._gauge("offload_capacity_bytes", "Bytes that the offload tier holds.", whole, "kvbits:")
         yield self._gauge("offload_pages", "Pages in the offload tier.", tier.pages, "kvbits:")

@@ -74,7 +74,7 @@ def start_line(engine: Engine, options: ServerOptions, host: str, port: int) -> 
     pool = engine.pool
     contexts = sorted({min(n, engine.max_model_len) for n in (4096, 8192, engine.max_model_len)})
     sessions = ", ".join(f"{pool.sessions_capacity(n):,} of {n:,} tokens" for n in contexts)
-    size = pool.num_frames * pool.layout.frame_bytes
+    size = pool.layout.bytes_of(pool.num_frames)
     return (
         f"kvbits serves {options.served_model_name} at http://{host}:{port}: KV cache {pool.policy.name}, "
         f"{pool.bits_per_element():.2f} bits per element, {size / 2**20:,.0f} MiB in {pool.num_frames:,} frames; "

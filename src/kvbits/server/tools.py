@@ -24,7 +24,7 @@ class Call:
     id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}")
 
     def as_json(self, index: int | None = None) -> dict[str, Any]:
-        """OpenAI's form; ``index`` is its place in a stream."""
+        """OpenAI's format; ``index`` is its place in a stream."""
         call = {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
         return call if index is None else {"index": index, **call}
 

@@ -156,7 +156,7 @@ class DraftModelProposer(ModelProposer):
 
 
 class SelfProposer(ModelProposer):
-    """The model itself, on its own pages, of which it reads the draft form: half of the bytes of ``int8h``.
+    """The model itself, on its own pages, of which it reads the drafts: half of the bytes of ``int8h``.
 
     What it stores lies in the open page, behind the tokens that are there, and is cut off again.
     """

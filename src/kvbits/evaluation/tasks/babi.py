@@ -52,7 +52,7 @@ def _tail(story: Story) -> str:
 
 
 def read_stories(path: Path) -> list[Story]:
-    """Each story with the last of its questions. Raises ``ConfigError`` for a file of another form."""
+    """Each story with the last of its questions. Raises ``ConfigError`` for a file of another format."""
     stories: list[Story] = []
     facts: list[str] = []
     last: Story | None = None

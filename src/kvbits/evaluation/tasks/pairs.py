@@ -62,8 +62,8 @@ def multikey(material: Material) -> list[Probe]:
 
     head = "Some special magic numbers are hidden in the text below. Remember them.\n\n"
     tail = "\n\nThe special magic number for {key} mentioned in the text is"
-    form = "One of the special magic numbers for {key} is: {value}."
-    return _probes(material, "multikey", pairs, head, form, "\n", tail, " {value}")
+    template = "One of the special magic numbers for {key} is: {value}."
+    return _probes(material, "multikey", pairs, head, template, "\n", tail, " {value}")
 
 
 def _probes(
@@ -71,7 +71,7 @@ def _probes(
     task: str,
     pairs: Callable[[int], Pairs],
     head: str,
-    form: str,
+    template: str,
     joint: str,
     tail: str,
     gold: str,
@@ -84,8 +84,8 @@ def _probes(
         first = next(stream)
         used = material.size(head + (tail + gold).format(key=first[0], value=first[1])) + SLACK
         records = fill(
-            (form.format(key=k, value=v) for k, v in _chain(first, stream)),
-            length - used - material.size(form.format(key=first[0], value=first[1])),
+            (template.format(key=k, value=v) for k, v in _chain(first, stream)),
+            length - used - material.size(template.format(key=first[0], value=first[1])),
             material.size,
             task,
             joint=max(1, material.size(joint)),

@@ -30,28 +30,28 @@ def decode_splits(query, key, value, cache, tiles, starts, first_rows, sealed, h
     sequence, first, count, positions, rows, heads, valid = tile_rows(tiles, index, head, SHAPE, M)
     page = first // _TOKENS
     q = load_query(query, rows, heads, valid, tl.arange(0, SHAPE.key_block), SHAPE)
-    most = tl.full([M], float("-inf"), tl.float32)
+    m = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.full([M, SHAPE.value_block], 0.0, tl.float32)
     if slot == 0:
         frame = tl.load(head_frames + sequence).to(tl.int64)
         open_block = cache[0] + frame * cache[1] + cache[3] + head * OPEN.bytes
         start, first_row = tl.load(starts + sequence), tl.load(first_rows + sequence)
-        most, total, acc = attend_own(
-            q, key, value, valid, positions, open_block, head, page, start, first_row, first + count, most, total, acc,
+        m, total, acc = attend_own(
+            q, key, value, valid, positions, open_block, head, page, start, first_row, first + count, m, total, acc,
             SHAPE, OPEN,
         )  # fmt: skip
     else:
         low = tl.maximum((slot - 1) * _SPLIT, oldest_page(first, SHAPE))
         high = tl.minimum(slot * _SPLIT, page)
         if low < high:
-            most, total, acc = attend_sealed(
+            m, total, acc = attend_sealed(
                 q, query, rows, heads, valid, positions, cache, head, sealed[0] + sequence * sealed[1],
-                sink_frames + sequence, low, high, most, total, acc, SHAPE, SEALED, SINK,
+                sink_frames + sequence, low, high, m, total, acc, SHAPE, SEALED, SINK,
             )  # fmt: skip
-    m = tl.arange(0, M)
-    place = ((index * SHAPE.kv_heads + head) * tl.num_programs(2) + slot).to(tl.int64) * M + m
-    tl.store(partial[1] + place, most)
+    row = tl.arange(0, M)
+    place = ((index * SHAPE.kv_heads + head) * tl.num_programs(2) + slot).to(tl.int64) * M + row
+    tl.store(partial[1] + place, m)
     tl.store(partial[2] + place, total)
     channel = tl.arange(0, SHAPE.value_block)
     tl.store(partial[0] + place[:, None] * SHAPE.value_block + channel[None, :], acc)
@@ -65,20 +65,20 @@ def merge_splits(partial, tiles, sinks, out, slots, SHAPE: tl.constexpr, M: tl.c
     """
     index, head = tl.program_id(0), tl.program_id(1)
     _, _, _, _, rows, heads, valid = tile_rows(tiles, index, head, SHAPE, M)
-    m, channel = tl.arange(0, M), tl.arange(0, SHAPE.value_block)
-    most = tl.full([M], float("-inf"), tl.float32)
+    row, channel = tl.arange(0, M), tl.arange(0, SHAPE.value_block)
+    m = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.full([M, SHAPE.value_block], 0.0, tl.float32)
     for slot in range(slots):
-        place = ((index * SHAPE.kv_heads + head) * slots + slot).to(tl.int64) * M + m
-        peak = tl.maximum(most, tl.load(partial[1] + place))
-        base = tl.where(peak == float("-inf"), 0.0, peak)
-        fade, weight = tl.exp2(most - base), tl.exp2(tl.load(partial[1] + place) - base)
-        total = total * fade + tl.load(partial[2] + place) * weight
+        place = ((index * SHAPE.kv_heads + head) * slots + slot).to(tl.int64) * M + row
+        m_new = tl.maximum(m, tl.load(partial[1] + place))
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha, beta = tl.exp2(m - base), tl.exp2(tl.load(partial[1] + place) - base)
+        total = total * alpha + tl.load(partial[2] + place) * beta
         part = tl.load(partial[0] + place[:, None] * SHAPE.value_block + channel[None, :])
-        acc = acc * fade[:, None] + part * weight[:, None]
-        most = peak
-    _store(finish(most, total, acc, sinks, heads, SHAPE), out, rows, heads, valid, SHAPE)
+        acc = acc * alpha[:, None] + part * beta[:, None]
+        m = m_new
+    _store(finish(m, total, acc, sinks, heads, SHAPE), out, rows, heads, valid, SHAPE)
 
 
 @triton.jit
@@ -90,22 +90,22 @@ def prefill_tiles(query, key, value, cache, tiles, starts, first_rows, sealed, h
     sequence, first, count, positions, rows, heads, valid = tile_rows(tiles, index, head, SHAPE, M)
     page = first // _TOKENS
     q = load_query(query, rows, heads, valid, tl.arange(0, SHAPE.key_block), SHAPE)
-    most = tl.full([M], float("-inf"), tl.float32)
+    m = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.full([M, SHAPE.value_block], 0.0, tl.float32)
-    most, total, acc = attend_sealed(
+    m, total, acc = attend_sealed(
         q, query, rows, heads, valid, positions, cache, head, sealed[0] + sequence * sealed[1],
-        sink_frames + sequence, oldest_page(first, SHAPE), page, most, total, acc,
+        sink_frames + sequence, oldest_page(first, SHAPE), page, m, total, acc,
         SHAPE, SEALED, SINK,
     )  # fmt: skip
     frame = tl.load(head_frames + sequence).to(tl.int64)
     open_block = cache[0] + frame * cache[1] + cache[3] + head * OPEN.bytes
     start, first_row = tl.load(starts + sequence), tl.load(first_rows + sequence)
-    most, total, acc = attend_own(
-        q, key, value, valid, positions, open_block, head, page, start, first_row, first + count, most, total, acc,
+    m, total, acc = attend_own(
+        q, key, value, valid, positions, open_block, head, page, start, first_row, first + count, m, total, acc,
         SHAPE, OPEN,
     )  # fmt: skip
-    _store(finish(most, total, acc, sinks, heads, SHAPE), out, rows, heads, valid, SHAPE)
+    _store(finish(m, total, acc, sinks, heads, SHAPE), out, rows, heads, valid, SHAPE)
 
 
 @triton.jit

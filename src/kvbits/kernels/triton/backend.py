@@ -10,7 +10,7 @@ from kvbits.codecs import Scheme
 from kvbits.config import LayerGeometry
 from kvbits.errors import ConfigError
 from kvbits.kernels import GPUS, Backend, BatchLayout
-from kvbits.kernels.triton.form import block_of, refusal, shape_of
+from kvbits.kernels.triton.format import block_of, refusal, shape_of
 from kvbits.kernels.triton.launch import Launch, LayerKernels, Sides, append, decode, prefill, rounding_of, run, seal
 from kvbits.kernels.triton.tables import StepTables, Tiles, step_tables, step_tiles
 from kvbits.pool import LayerView

@@ -12,23 +12,23 @@ from kvbits.kernels.triton.raw import dequantize_raw
 
 
 @triton.jit
-def dequantize(page, FORM: tl.constexpr):
+def dequantize(page, FORMAT: tl.constexpr):
     """``float32 [row_block, lane_block]`` from the bytes at ``page``: keys ``[dim, 64]``, values ``[64, dim]``.
 
     Codebook pages come rotated and without their centers, mixed ones in the page's own order of channels.
     """
-    if FORM.kind == "raw":
-        return dequantize_raw(page, FORM)
-    elif FORM.kind == "affine":
-        return dequantize_affine(page, FORM)
-    elif FORM.kind == "nibbles":
-        return dequantize_nibbles(page, FORM)
-    elif FORM.kind == "float8":
-        return dequantize_float8(page, FORM)
-    elif FORM.kind == "codebook":
-        return dequantize_codebook(page, FORM)
-    elif FORM.kind == "mixed":
-        return dequantize_mixed(page, FORM)
+    if FORMAT.kind == "raw":
+        return dequantize_raw(page, FORMAT)
+    elif FORMAT.kind == "affine":
+        return dequantize_affine(page, FORMAT)
+    elif FORMAT.kind == "nibbles":
+        return dequantize_nibbles(page, FORMAT)
+    elif FORMAT.kind == "float8":
+        return dequantize_float8(page, FORMAT)
+    elif FORMAT.kind == "codebook":
+        return dequantize_codebook(page, FORMAT)
+    elif FORMAT.kind == "mixed":
+        return dequantize_mixed(page, FORMAT)
     else:
-        tl.static_assert(FORM.kind == "blocks")
-        return dequantize_blocks(page, FORM)
+        tl.static_assert(FORMAT.kind == "blocks")
+        return dequantize_blocks(page, FORMAT)

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvbits.codecs import LayerRounding, Place, Rounding
 from kvbits.kernels.triton.append import append_rows
 from kvbits.kernels.triton.attention import decode_splits, merge_splits, prefill_tiles
-from kvbits.kernels.triton.form import Block, Form, Shape
+from kvbits.kernels.triton.format import Block, Format, Shape
 from kvbits.kernels.triton.seal import seal_pages
 from kvbits.kernels.triton.tables import StepTables, Tiles
 from kvbits.pool import LayerView
@@ -39,7 +39,7 @@ _ATTENTION = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
 
 @dataclass(frozen=True)
 class LayerKernels:
-    """What does not change from step to step: forms, and how this layer's codes are chosen (on the device)."""
+    """What does not change from step to step: formats, and how this layer's codes are chosen (on the device)."""
 
     view: LayerView
     shape: Shape
@@ -75,7 +75,7 @@ def _pointers(rounding: Rounding, device: torch.device) -> Pointers:
 
 
 def seal(launch: Launch, layer: LayerKernels, tables: StepTables, sides: Sides) -> None:
-    """Seal what the step completes, the first page in its own form where it has one."""
+    """Seal what the step completes, the first page in its own format where it has one."""
     view = layer.view
     plain: Pointers = (None, None, None, None)
     _seal(
@@ -104,23 +104,23 @@ def _seal(
     if not len(pages):
         return
     buffer, opened = layer.view.buffer, layer.view.open
-    parts: tuple[tuple[Tensor, Form, Pointers, int, int], ...] = (
+    parts: tuple[tuple[Tensor, Format, Pointers, int, int], ...] = (
         (sides.key, block.keys, key_rounding, 0, 0),
         (sides.value, block.values, value_rounding, layer.open.values_at, block.values_at),
     )
-    for rows, form, rounding, open_at, at in parts:
+    for rows, page, rounding, open_at, at in parts:
         cache = (buffer, buffer.stride(0), opened.offset + open_at, layer.open.bytes, place.offset + at, block.bytes)
         args = _rows(rows), cache, pages, tables.starts, tables.first_rows, tables.head[opened.frame], frames, rounding
         # a product that is fused with a sum is rounded once less: the bytes would be other ones
         launch(
-            seal_pages, (len(pages), layer.shape.kv_heads), args, {"FORM": form}, num_warps=4, enable_fp_fusion=False
+            seal_pages, (len(pages), layer.shape.kv_heads), args, {"FORMAT": page}, num_warps=4, enable_fp_fusion=False
         )
 
 
 def append(launch: Launch, layer: LayerKernels, tables: StepTables, sides: Sides) -> None:
     """Store the rows of pages that stay open."""
     buffer, opened = layer.view.buffer, layer.view.open
-    for rows, form, at in ((sides.key, layer.open.keys, 0), (sides.value, layer.open.values, layer.open.values_at)):
+    for rows, page, at in ((sides.key, layer.open.keys, 0), (sides.value, layer.open.values, layer.open.values_at)):
         args = (
             _rows(rows),
             (buffer, buffer.stride(0), opened.offset, layer.open.bytes, at),
@@ -130,7 +130,7 @@ def append(launch: Launch, layer: LayerKernels, tables: StepTables, sides: Sides
             tables.head[opened.frame],
             tables.tail[opened.frame],
         )
-        constants = {"KEY": form.key, "DIM": form.dim, "BLOCK": form.dim_block}
+        constants = {"KEY": page.key, "DIM": page.dim, "BLOCK": page.dim_block}
         grid = len(tables.starts), layer.shape.kv_heads, 2
         launch(append_rows, grid, args, constants, num_warps=4)
 
@@ -185,7 +185,7 @@ def _attention_constants(layer: LayerKernels, tiles: Tiles) -> dict[str, Any]:
 def _attention_arguments(layer: LayerKernels, tables: StepTables, tiles: Tiles, sides: Sides) -> tuple[Any, ...]:
     view = layer.view
     sink_offset = 0 if view.first_page is None else view.first_page.offset
-    # without first pages in a form of their own the pointer is not followed
+    # without first pages in a format of their own the pointer is not followed
     sink = tables.starts if view.first_page is None or not len(tables.sink) else tables.sink[view.first_page.frame]
     return (
         _rows(sides.query),

@@ -52,11 +52,17 @@ def load_codes(page, AT: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, S
     """
     first: tl.constexpr = plane_width(BITS, 0)
     second: tl.constexpr = plane_width(BITS, 1)
+    third: tl.constexpr = plane_width(BITS, 2)
     codes = _load_plane(page, AT, first, ROWS, SKIP, STRIDE, ROW_BLOCK, LANE_BLOCK, lane_words, lane_mask)
     if second > 0:
         at: tl.constexpr = AT + ROWS * STRIDE * first // 8
         rest = _load_plane(page, at, second, ROWS, SKIP, STRIDE, ROW_BLOCK, LANE_BLOCK, lane_words, lane_mask)
         codes = codes | (rest << first)
+    if third > 0:
+        both: tl.constexpr = first + second
+        end: tl.constexpr = AT + ROWS * STRIDE * both // 8
+        rest = _load_plane(page, end, third, ROWS, SKIP, STRIDE, ROW_BLOCK, LANE_BLOCK, lane_words, lane_mask)
+        codes = codes | (rest << both)
     return codes
 
 
@@ -77,27 +83,42 @@ def store_codes(page, codes, AT: tl.constexpr, BITS: tl.constexpr, ROWS: tl.cons
     """Undo :func:`load_codes`; bits above ``BITS`` are ignored."""
     first: tl.constexpr = plane_width(BITS, 0)
     second: tl.constexpr = plane_width(BITS, 1)
+    third: tl.constexpr = plane_width(BITS, 2)
     _store_plane(page, codes, AT, first, ROWS, SKIP, STRIDE, ROW_BLOCK, LANE_BLOCK, lane_words, lane_mask)
     if second > 0:
         at: tl.constexpr = AT + ROWS * STRIDE * first // 8
         _store_plane(page, codes >> first, at, second, ROWS, SKIP, STRIDE, ROW_BLOCK, LANE_BLOCK, lane_words, lane_mask)
+    if third > 0:
+        both: tl.constexpr = first + second
+        end: tl.constexpr = AT + ROWS * STRIDE * both // 8
+        _store_plane(page, codes >> both, end, third, ROWS, SKIP, STRIDE, ROW_BLOCK, LANE_BLOCK, lane_words, lane_mask)
 
 
 @triton.jit
-def load_matrix(page, AT: tl.constexpr, BITS: tl.constexpr, FORM: tl.constexpr):
+def load_matrix(page, AT: tl.constexpr, BITS: tl.constexpr, FORMAT: tl.constexpr):
     """The codes of a page whose lanes lie side by side."""
-    lane = tl.arange(0, FORM.lane_block)
+    lane = tl.arange(0, FORMAT.lane_block)
     return load_codes(
-        page, AT, BITS, FORM.rows, 0, FORM.lanes, FORM.row_block, FORM.lane_block, lane, lane < FORM.lanes
+        page, AT, BITS, FORMAT.rows, 0, FORMAT.lanes, FORMAT.row_block, FORMAT.lane_block, lane, lane < FORMAT.lanes
     )
 
 
 @triton.jit
-def store_matrix(page, codes, AT: tl.constexpr, BITS: tl.constexpr, FORM: tl.constexpr):
+def store_matrix(page, codes, AT: tl.constexpr, BITS: tl.constexpr, FORMAT: tl.constexpr):
     """Undo :func:`load_matrix`."""
-    lane = tl.arange(0, FORM.lane_block)
+    lane = tl.arange(0, FORMAT.lane_block)
     store_codes(
-        page, codes, AT, BITS, FORM.rows, 0, FORM.lanes, FORM.row_block, FORM.lane_block, lane, lane < FORM.lanes
+        page,
+        codes,
+        AT,
+        BITS,
+        FORMAT.rows,
+        0,
+        FORMAT.lanes,
+        FORMAT.row_block,
+        FORMAT.lane_block,
+        lane,
+        lane < FORMAT.lanes,
     )
 
 

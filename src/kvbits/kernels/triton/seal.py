@@ -14,7 +14,7 @@ from kvbits.kernels.triton.raw import quantize_raw
 
 @triton.jit
 def seal_pages(rows, cache, pages, starts, first_rows, open_frames, sealed_frames, rounding,
-               FORM: tl.constexpr):  # fmt: skip
+               FORMAT: tl.constexpr):  # fmt: skip
     """Grid ``(pages, kv_heads)``.
 
     ``rows``: the step's keys or values, ``bfloat16`` (pointer, stride of a row, stride of a head). ``cache``: (bytes,
@@ -35,33 +35,33 @@ def seal_pages(rows, cache, pages, starts, first_rows, open_frames, sealed_frame
     if clip is not None:
         clip = clip + head
     if feedback is not None:
-        feedback = feedback + head * FORM.dim * FORM.dim
+        feedback = feedback + head * FORMAT.dim * FORMAT.dim
     if order is not None:
-        order = order + head * FORM.dim
-        rank = rank + head * FORM.dim
+        order = order + head * FORMAT.dim
+        rank = rank + head * FORMAT.dim
     end = (page + 1) * 64
-    channels = tl.arange(0, FORM.dim_block)
-    x = widen(load_own(rows, open_page, head, page, start, first_row, end, channels, FORM.key, FORM.dim))
-    if FORM.kind == "raw":
-        quantize_raw(x, target, FORM)
-    elif FORM.kind == "float8":
-        quantize_float8(x, target, FORM)
-    elif FORM.kind == "codebook":
-        quantize_codebook(x, target, clip, feedback, order, rank, FORM)
-    elif FORM.kind == "mixed":
+    channels = tl.arange(0, FORMAT.dim_block)
+    x = widen(load_own(rows, open_page, head, page, start, first_row, end, channels, FORMAT.key, FORMAT.dim))
+    if FORMAT.kind == "raw":
+        quantize_raw(x, target, FORMAT)
+    elif FORMAT.kind == "float8":
+        quantize_float8(x, target, FORMAT)
+    elif FORMAT.kind == "codebook":
+        quantize_codebook(x, target, clip, feedback, order, rank, FORMAT)
+    elif FORMAT.kind == "mixed":
         if order is None:
-            channels = by_reach(x, FORM)
+            channels = by_reach(x, FORMAT)
         else:
-            channels = tl.load(order + channels, mask=channels < FORM.dim, other=FORM.dim)
-        stored = tl.where(tl.arange(0, FORM.dim_block) < FORM.dim, channels, FORM.dim)
-        x = widen(load_own(rows, open_page, head, page, start, first_row, end, stored, FORM.key, FORM.dim))
-        quantize_mixed(x, channels, target, FORM)
-    elif FORM.kind == "blocks":
-        inner: tl.constexpr = FORM.inner
-        for block in range(FORM.dim // FORM.stride):
-            inside = block * FORM.stride + tl.arange(0, FORM.stride)
-            part = load_own(rows, open_page, head, page, start, first_row, end, inside, FORM.key, FORM.dim)
-            quantize_affine(widen(part), target + block * FORM.bytes, None, None, None, None, inner)
+            channels = tl.load(order + channels, mask=channels < FORMAT.dim, other=FORMAT.dim)
+        stored = tl.where(tl.arange(0, FORMAT.dim_block) < FORMAT.dim, channels, FORMAT.dim)
+        x = widen(load_own(rows, open_page, head, page, start, first_row, end, stored, FORMAT.key, FORMAT.dim))
+        quantize_mixed(x, channels, target, FORMAT)
+    elif FORMAT.kind == "blocks":
+        inner: tl.constexpr = FORMAT.inner
+        for block in range(FORMAT.dim // FORMAT.stride):
+            inside = block * FORMAT.stride + tl.arange(0, FORMAT.stride)
+            part = load_own(rows, open_page, head, page, start, first_row, end, inside, FORMAT.key, FORMAT.dim)
+            quantize_affine(widen(part), target + block * FORMAT.bytes, None, None, None, None, inner)
     else:
-        tl.static_assert(FORM.kind == "affine" or FORM.kind == "nibbles")
-        quantize_affine(x, target, clip, feedback, order, rank, FORM)
+        tl.static_assert(FORMAT.kind == "affine" or FORMAT.kind == "nibbles")
+        quantize_affine(x, target, clip, feedback, order, rank, FORMAT)

@@ -31,25 +31,25 @@ def logits(scores, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def accumulate(scores, visible, values, most, total, acc, DOT: tl.constexpr):
+def accumulate(scores, visible, values, m, total, acc, DOT: tl.constexpr):
     """Take in a block: ``scores`` ``[m, 64]``, ``values`` ``[64, dim]``; returns the new state."""
     scores = tl.where(visible, scores, float("-inf"))
-    peak = tl.maximum(most, tl.max(scores, 1))
+    m_new = tl.maximum(m, tl.max(scores, 1))
     # rows that have seen nothing yet have no maximum to subtract
-    base = tl.where(peak == float("-inf"), 0.0, peak)
+    base = tl.where(m_new == float("-inf"), 0.0, m_new)
     weights = tl.exp2(scores - base[:, None])
-    fade = tl.exp2(most - base)
-    total = total * fade + tl.sum(weights, 1)
-    acc = acc * fade[:, None] + product(convert(weights, DOT), values)
-    return peak, total, acc
+    alpha = tl.exp2(m - base)
+    total = total * alpha + tl.sum(weights, 1)
+    acc = acc * alpha[:, None] + product(convert(weights, DOT), values)
+    return m_new, total, acc
 
 
 @triton.jit
-def finish(most, total, acc, sinks, heads, SHAPE: tl.constexpr):
+def finish(m, total, acc, sinks, heads, SHAPE: tl.constexpr):
     """The weighted mean; ``sinks`` are logits of query heads that take weight and bring no value."""
     if SHAPE.sinks:
         sink = tl.load(sinks + heads) * _LOG2E
-        peak = tl.maximum(most, sink)
-        total = total * tl.exp2(most - peak) + tl.exp2(sink - peak)
-        acc = acc * tl.exp2(most - peak)[:, None]
+        m_new = tl.maximum(m, sink)
+        total = total * tl.exp2(m - m_new) + tl.exp2(sink - m_new)
+        acc = acc * tl.exp2(m - m_new)[:, None]
     return acc / total[:, None]

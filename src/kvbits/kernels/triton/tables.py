@@ -48,7 +48,7 @@ class Tiles:
 
 
 def step_tables(batch: BatchLayout, first_page_apart: bool, device: torch.device) -> StepTables:
-    """The tables of ``batch``; ``first_page_apart``: page 0 of a sequence has a form of its own."""
+    """The tables of ``batch``; ``first_page_apart``: page 0 of a sequence has a format of its own."""
     pages = [
         (s, page)
         for s, (start, count) in enumerate(zip(batch.starts.tolist(), batch.counts.tolist(), strict=True))

@@ -22,10 +22,10 @@ def tile_rows(tiles, index, head, SHAPE: tl.constexpr, M: tl.constexpr):
     first_row = tl.load(tiles + 4 * index + 1)
     count = tl.load(tiles + 4 * index + 2)
     first = tl.load(tiles + 4 * index + 3)
-    m = tl.arange(0, M)
-    query = m // SHAPE.group
+    row = tl.arange(0, M)
+    query = row // SHAPE.group
     valid = query < count
-    return sequence, first, count, first + query, first_row + query, head * SHAPE.group + m % SHAPE.group, valid
+    return sequence, first, count, first + query, first_row + query, head * SHAPE.group + row % SHAPE.group, valid
 
 
 @triton.jit
@@ -55,18 +55,18 @@ def _visible(positions, page, valid, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def _scores(q, rotated, page, query, rows, heads, valid, SHAPE: tl.constexpr, FORM: tl.constexpr):
+def _scores(q, rotated, page, query, rows, heads, valid, SHAPE: tl.constexpr, FORMAT: tl.constexpr):
     """Products ``[m, 64]`` with the keys of the page at ``page``."""
-    keys = dequantize(page, FORM)
-    if FORM.kind == "mixed":
+    keys = dequantize(page, FORMAT)
+    if FORMAT.kind == "mixed":
         # the page's order of channels, for the query too
-        channel = stored_channels(page, FORM)
-        stored = tl.where(tl.arange(0, FORM.dim_block) < FORM.dim, channel, FORM.dim)
+        channel = stored_channels(page, FORMAT)
+        stored = tl.where(tl.arange(0, FORMAT.dim_block) < FORMAT.dim, channel, FORMAT.dim)
         return product(load_query(query, rows, heads, valid, stored, SHAPE), keys)
-    elif FORM.kind == "codebook":
+    elif FORMAT.kind == "codebook":
         scores = product(rotated, keys)
-        if FORM.centered:
-            center = centers(page, FORM)
+        if FORMAT.centered:
+            center = centers(page, FORMAT)
             scores += tl.sum(convert(q, tl.float32) * center[None, :], 1)[:, None]
         return scores
     else:
@@ -74,7 +74,7 @@ def _scores(q, rotated, page, query, rows, heads, valid, SHAPE: tl.constexpr, FO
 
 
 @triton.jit
-def visit_sealed(q, rotated, query, rows, heads, valid, positions, page, block, most, total, acc,
+def visit_sealed(q, rotated, query, rows, heads, valid, positions, page, block, m, total, acc,
                  SHAPE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Take in one sealed page, whose head's block begins at the byte pointer ``block``."""
     KEYS: tl.constexpr = BLOCK.keys
@@ -82,13 +82,13 @@ def visit_sealed(q, rotated, query, rows, heads, valid, positions, page, block, 
     scores = _scores(q, rotated, block, query, rows, heads, valid, SHAPE, KEYS)
     visible = _visible(positions, page, valid, SHAPE)
     values = dequantize(block + BLOCK.values_at, VALUES)
-    return accumulate(logits(scores, SHAPE), visible, values, most, total, acc, q.dtype)
+    return accumulate(logits(scores, SHAPE), visible, values, m, total, acc, q.dtype)
 
 
 @triton.jit
 def attend_sealed(q, query, rows, heads, valid, positions, cache, head, sealed_row, sink_row, low, high,
-                  most, total, acc, SHAPE: tl.constexpr, SEALED: tl.constexpr, SINK: tl.constexpr):  # fmt: skip
-    """Take in the sealed pages ``low`` to ``high - 1``; ``SINK`` is the first page's form where it has its own.
+                  m, total, acc, SHAPE: tl.constexpr, SEALED: tl.constexpr, SINK: tl.constexpr):  # fmt: skip
+    """Take in the sealed pages ``low`` to ``high - 1``; ``SINK`` is the first page's format where it has its own.
 
     ``cache``: (bytes, bytes of a frame, bytes of the sealed, the open and the first page in their frames);
     ``sealed_row``: the sequence's frames, ``sink_row``: that of its first page. ``acc`` is 0 and goes unrotated.
@@ -101,8 +101,8 @@ def attend_sealed(q, query, rows, heads, valid, positions, cache, head, sealed_r
         if (low == 0) & (high > 0):
             frame = tl.load(sink_row).to(tl.int64)
             block = cache[0] + frame * cache[1] + cache[4] + head * SINK.bytes
-            most, total, acc = visit_sealed(
-                q, rotated, query, rows, heads, valid, positions, 0, block, most, total, acc, SHAPE, SINK
+            m, total, acc = visit_sealed(
+                q, rotated, query, rows, heads, valid, positions, 0, block, m, total, acc, SHAPE, SINK
             )
             if SINK.values.rotate > 0:
                 acc = rotate(acc, False, SINK.values.rotate, SINK.values.rotate_steps)
@@ -112,16 +112,16 @@ def attend_sealed(q, query, rows, heads, valid, positions, cache, head, sealed_r
     for page in range(low, high):
         frame = tl.load(sealed_row + page).to(tl.int64)
         block = cache[0] + frame * cache[1] + cache[2] + head * SEALED.bytes
-        most, total, acc = visit_sealed(
-            q, rotated, query, rows, heads, valid, positions, page, block, most, total, acc, SHAPE, SEALED
+        m, total, acc = visit_sealed(
+            q, rotated, query, rows, heads, valid, positions, page, block, m, total, acc, SHAPE, SEALED
         )
     if SEALED.values.rotate > 0:
         acc = rotate(acc, False, SEALED.values.rotate, SEALED.values.rotate_steps)
-    return most, total, acc
+    return m, total, acc
 
 
 @triton.jit
-def attend_own(q, key, value, valid, positions, open_block, head, page, start, first_row, end, most, total, acc,
+def attend_own(q, key, value, valid, positions, open_block, head, page, start, first_row, end, m, total, acc,
                SHAPE: tl.constexpr, OPEN: tl.constexpr):  # fmt: skip
     """Take in the page of the queries, in 16 bit. ``end``: the position after the last query."""
     channel = tl.arange(0, SHAPE.key_block)
@@ -131,4 +131,4 @@ def attend_own(q, key, value, valid, positions, open_block, head, page, start, f
     values = load_own(
         value, open_block + OPEN.values_at, head, page, start, first_row, end, channel, False, SHAPE.value_dim
     )
-    return accumulate(scores, _visible(positions, page, valid, SHAPE), values, most, total, acc, q.dtype)
+    return accumulate(scores, _visible(positions, page, valid, SHAPE), values, m, total, acc, q.dtype)

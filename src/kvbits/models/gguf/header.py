@@ -157,10 +157,10 @@ class Part:
             return Strings(self.data, at, count), self._behind_strings(at, count)
         if inner not in _SCALARS:
             raise ConfigError(f"cannot read the GGUF file '{self.path}': {key} is an array of type {inner}")
-        form = np.dtype(_SCALARS[inner])
-        if at + count * form.itemsize > len(self.data):
+        dtype = np.dtype(_SCALARS[inner])
+        if at + count * dtype.itemsize > len(self.data):
             raise IndexError(count)
-        return np.frombuffer(self.data, form, count, at), at + count * form.itemsize
+        return np.frombuffer(self.data, dtype, count, at), at + count * dtype.itemsize
 
     def _behind_strings(self, at: int, count: int) -> int:
         data, unpack = self.data, _LENGTH.unpack_from

@@ -2,69 +2,29 @@
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import AsyncIterator
-from typing import Any
-
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from kvbits.engine.params import SamplingParams
 from kvbits.server.completion_answer import CompletionAnswer, Wanted
 from kvbits.server.errors import ApiError
-from kvbits.server.http import EventStream, unless_gone
-from kvbits.server.keys import Client
-from kvbits.server.merge import merge
 from kvbits.server.openapi import takes
 from kvbits.server.protocol.completion import CompletionRequest
 from kvbits.server.protocol.limits import MAX_PROMPTS
+from kvbits.server.routes.generate import Endpoint, Prompts
 from kvbits.server.sampling import sampling_params
-from kvbits.server.service import Service, client_of, note, service_of
-from kvbits.server.stream import Stream
+from kvbits.server.service import Service
 
 router = APIRouter()
 
 DEFAULT_TOKENS = 16
 """OpenAI's ``max_tokens`` for this endpoint."""
 
-Prompts = list[tuple[str, list[int]]]
-
 
 @router.post("/v1/completions", openapi_extra=takes(CompletionRequest))
 async def completions(request: Request) -> Response:
     """Complete one prompt or several."""
-    service = service_of(request)
-    body = await service.read(request, CompletionRequest)
-    service.check_model(body.model)
-    request_id = f"cmpl-{uuid.uuid4().hex}"
-    client = client_of(request)
-    service.check_priority(body.priority, client)
-    with service.room(max(body.n or 1, 1) * len(body.prompts()), client):
-        prompts, params = await service.prepare(request, lambda: _prepare(service, body))
-        streams = await _submit(service, request_id, body, prompts, params, client)
-    wanted = Wanted(bool(body.echo), body.logprobs, body.max_tokens != 0)
-    answer = CompletionAnswer(
-        service.head(request_id),
-        prompts,
-        params.n,
-        wanted,
-        service.preparer.token_bytes,
-        body.include_usage,
-        service.preparer.hidden,
-    )
-
-    def done() -> None:
-        for stream in streams:
-            stream.close()
-        note(request, {"completion": request_id, "finish": answer.finish_reasons, **answer.usage.as_json()})
-
-    if body.stream:
-        return EventStream(_events(streams, answer), done)
-    try:
-        await unless_gone(request.receive, _collect(streams, answer))
-    finally:
-        done()
-    return JSONResponse(answer.whole())
+    return await _ENDPOINT(request)
 
 
 def _prepare(service: Service, body: CompletionRequest) -> tuple[Prompts, SamplingParams]:
@@ -93,36 +53,13 @@ def _prepare(service: Service, body: CompletionRequest) -> tuple[Prompts, Sampli
     return prompts, params
 
 
-async def _submit(
-    service: Service,
-    request_id: str,
-    body: CompletionRequest,
-    prompts: Prompts,
-    params: SamplingParams,
-    client: Client,
-) -> list[Stream]:
-    streams: list[Stream] = []
-    try:
-        for number, (_, tokens) in enumerate(prompts):
-            # Each prompt draws its own random numbers, also where they share a seed.
-            own = params if params.seed is None else params.with_seed(params.seed + number)
-            name = f"{request_id}-{number}"
-            streams.append(await service.submit(name, tokens, own, body.priority, body.cache_salt, client))
-    except BaseException:
-        for stream in streams:
-            stream.close()
-        raise
-    return streams
+def _answer(
+    service: Service, request_id: str, body: CompletionRequest, prompts: Prompts, params: SamplingParams
+) -> CompletionAnswer:
+    wanted = Wanted(bool(body.echo), body.logprobs, body.max_tokens != 0)
+    preparer = service.preparer
+    head = service.head(request_id)
+    return CompletionAnswer(head, prompts, params.n, wanted, preparer.token_bytes, body.include_usage, preparer.hidden)
 
 
-async def _events(streams: list[Stream], answer: CompletionAnswer) -> AsyncIterator[dict[str, Any]]:
-    async for number, delta in merge(streams):
-        for chunk in answer.push(number, delta):
-            yield chunk
-    for chunk in answer.last():
-        yield chunk
-
-
-async def _collect(streams: list[Stream], answer: CompletionAnswer) -> None:
-    async for number, delta in merge(streams):
-        answer.push(number, delta)
+_ENDPOINT = Endpoint(CompletionRequest, "cmpl", lambda body: len(body.prompts()), _prepare, _answer)

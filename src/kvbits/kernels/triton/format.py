@@ -5,32 +5,27 @@ Every derived size is a field and not a property: Triton tells compiled kernels 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from kvbits.codecs import Codec, Scheme, Side
-from kvbits.codecs.affine import Affine
-from kvbits.codecs.blocks import BLOCK, Blocks
-from kvbits.codecs.codebook import Codebook
-from kvbits.codecs.float8 import Float8
-from kvbits.codecs.hadamard import block_size
-from kvbits.codecs.mixed import Mixed
-from kvbits.codecs.nibbles import Nibbles
-from kvbits.codecs.raw import Raw
+from kvbits.codecs import Codec, PageFormat, Scheme, Side
 from kvbits.config import PAGE_TOKENS, LayerGeometry, align
 
 MAX_DIM = 256
 """The largest head size whose page fits the registers of one program."""
 
+KINDS = ("raw", "affine", "nibbles", "float8", "codebook", "mixed", "blocks")
+"""What ``dequantize`` and ``seal_pages`` know (:class:`kvbits.codecs.PageFormat`); sizes are no matter of theirs."""
+
 
 @dataclass(frozen=True)
-class Form:
+class Format:
     """One head's page of keys (``[dim, 64]``: channels are rows) or values (``[64, dim]``: tokens are rows).
 
     ``row_block``, ``lane_block``: the sizes padded to powers of two. ``params_at``: byte of the first parameter;
     ``per_row``: parameters belong to rows and not to lanes. ``second_at``: byte of the second part of a page (low
     nibbles; a mixed page's narrow channels, whose wide ones are the ``first`` ones stored, from byte ``first_at``).
     ``stride``: lanes that lie side by side. ``rotate``: channels that are rotated together, 0 for none. ``inner``: the
-    form of each block of channels, where values have several.
+    format of each block of channels, where values have several.
     """
 
     kind: str
@@ -55,15 +50,15 @@ class Form:
     first_at: int = 0
     second_at: int = 0
     draft: bool = False
-    inner: Form | None = None
+    inner: Format | None = None
 
 
 @dataclass(frozen=True)
 class Block:
     """One head's block of a layer in a frame: its keys, and its values ``values_at`` bytes later."""
 
-    keys: Form
-    values: Form
+    keys: Format
+    values: Format
     bytes: int
     values_at: int
 
@@ -87,75 +82,48 @@ class Shape:
     key_rotate_steps: int
 
 
-def form_of(codec: Codec, dim: int, side: Side, draft: bool = False) -> Form | None:
+def format_of(codec: Codec, dim: int, side: Side, draft: bool = False) -> Format | None:
     """``None`` for a codec that these kernels do not know."""
+    page = codec.page_format(dim, side)
+    if page is None or page.kind not in KINDS:
+        return None
+    return _format(page, dim, side, codec.page_bytes(dim), draft)
+
+
+def _format(page: PageFormat, dim: int, side: Side, size: int, draft: bool) -> Format:
     key, block = side == "key", _power(dim)
     rows, lanes = (dim, PAGE_TOKENS) if key else (PAGE_TOKENS, dim)
-    row_block, lane_block = (block, PAGE_TOKENS) if key else (PAGE_TOKENS, block)
-    plain = Form("raw", key, dim, block, rows, lanes, row_block, lane_block, lanes, codec.page_bytes(dim), 16, 0)
-    codes = PAGE_TOKENS * dim // 8
-    if isinstance(codec, Raw):
-        return plain
-    if isinstance(codec, Affine):
-        per_row = (codec.per == "channel") == key
-        bits = codec.bits
-        return replace(
-            plain, kind="affine", bits=bits, params_at=codes * bits, per_row=per_row, symmetric=codec.symmetric
-        )
-    if isinstance(codec, Nibbles):
-        return replace(
-            plain,
-            kind="nibbles",
-            bits=8,
-            params_at=codes * 4,
-            per_row=(codec.per == "channel") == key,
-            symmetric=codec.symmetric,
-            second_at=codec.draft_bytes(dim),
-            draft=draft,
-        )
-    if isinstance(codec, Float8):
-        return replace(plain, kind="float8", bits=codec.mantissa, params_at=codes * 8)
-    if isinstance(codec, Codebook):
-        return replace(
-            plain,
-            kind="codebook",
-            bits=codec.bits,
-            params_at=codes * codec.bits,
-            per_row=not key,
-            centered=codec.centered,
-            rotate=block_size(dim),
-            rotate_steps=block_size(dim).bit_length() - 1,
-        )
-    if isinstance(codec, Mixed) and key:
-        wide = Affine(codec.name, codec.high, per="channel").page_bytes(dim // 4)
-        return replace(
-            plain,
-            kind="mixed",
-            bits=codec.high,
-            low_bits=codec.low,
-            per_row=True,
-            first=dim // 4,
-            first_at=align(dim),
-            second_at=align(dim) + wide,
-        )
-    if isinstance(codec, Blocks) and not key:
-        return replace(
-            plain,
-            kind="blocks",
-            bits=codec.bits,
-            stride=BLOCK,
-            per_row=True,
-            params_at=PAGE_TOKENS * BLOCK * codec.bits // 8,
-            bytes=codec.page_bytes(dim) * BLOCK // dim,
-            inner=form_of(Affine(codec.name, codec.bits), BLOCK, side),
-        )
-    return None
+    return Format(
+        kind=page.kind,
+        key=key,
+        dim=dim,
+        dim_block=block,
+        rows=rows,
+        lanes=lanes,
+        row_block=block if key else PAGE_TOKENS,
+        lane_block=PAGE_TOKENS if key else block,
+        stride=page.block or lanes,
+        bytes=size * page.block // dim if page.block else size,
+        bits=page.bits,
+        params_at=page.params_at,
+        per_row=page.per == ("channel" if key else "token"),
+        symmetric=page.symmetric,
+        centered=page.centered,
+        rotate=page.rotate,
+        rotate_steps=max(page.rotate.bit_length() - 1, 0),
+        low_bits=page.low_bits,
+        first=page.first,
+        first_at=page.first_at,
+        second_at=page.second_at,
+        draft=draft and page.draft,
+        inner=None if page.inner is None else _format(page.inner, page.block, side, size * page.block // dim, False),
+    )
 
 
 def block_of(scheme: Scheme, layer: LayerGeometry, draft: bool = False) -> Block:
     """The block of a layer that :func:`refusal` has let through."""
-    key = form_of(scheme.key, layer.key_dim, "key", draft)
-    value = form_of(scheme.value, layer.value_dim, "value", draft)
+    key = format_of(scheme.key, layer.key_dim, "key", draft)
+    value = format_of(scheme.value, layer.value_dim, "value", draft)
     assert key is not None, scheme.key
     assert value is not None, scheme.value
     return Block(key, value, scheme.head_bytes(layer), align(scheme.key.page_bytes(layer.key_dim)))
@@ -189,9 +157,9 @@ def refusal(scheme: Scheme, layer: LayerGeometry) -> str | None:
     reason = scheme.supports(layer)
     if reason:
         return reason
-    if form_of(scheme.key, layer.key_dim, "key") is None:
+    if format_of(scheme.key, layer.key_dim, "key") is None:
         return f"the Triton kernels have no keys coded as '{scheme.key.name}'"
-    if form_of(scheme.value, layer.value_dim, "value") is None:
+    if format_of(scheme.value, layer.value_dim, "value") is None:
         return f"the Triton kernels have no values coded as '{scheme.value.name}'"
     return None
 
