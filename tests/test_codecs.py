@@ -84,7 +84,7 @@ def test_sizes_are_those_of_the_bytes(name: str, dim: int) -> None:
 
 
 def test_bits_per_element_of_head_size_64() -> None:
-    # codes, plus 16 bits of scale (and of zero) for every 64 elements; int8: zeros for keys only; int8h: a byte of scale
+    # codes, plus 16 bits of scale (and of zero) for every 64 elements; int8: zeros of keys only; int8h: bytes
     geometry = ModelGeometry("m", (LayerGeometry(9, 3, 64, 64, 0.125),) * 2, 4096, 100)
     expected = {
         "bf16": 16,
