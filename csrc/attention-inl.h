@@ -15,6 +15,6 @@
 // clang-format on
 
 const Kernels kKernels = {
-    kIsa,        codecs,     key_kernel, value_kernel, seal_key_kernel,  seal_value_kernel,
-    softmax_any, merge_rows, load_query, store_output, draft_key_kernel, draft_value_kernel,
+    kIsa,        codec_sides, key_kernel, value_kernel, seal_key_kernel,  seal_value_kernel,
+    softmax_any, merge_rows,  load_query, store_output, draft_key_kernel, draft_value_kernel,
 };

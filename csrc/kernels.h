@@ -108,8 +108,8 @@ struct CodecSides {
 
 struct Kernels {
   const char* isa;
-  std::vector<CodecSides> (*codecs)();
-  const KeyKernel* (*key)(int codec);  // null: no such codec
+  bool (*codec)(int index, CodecSides* out);  // the table's index-th codec; false: it has no more
+  const KeyKernel* (*key)(int codec);         // null: no such codec
   const ValueKernel* (*value)(int codec);
   SealKernel (*seal_key)(int codec);
   SealKernel (*seal_value)(int codec);

@@ -109,7 +109,10 @@ NB_MODULE(_native, m) {
       .def("codecs",
            [](const Cpu& self) {
              nb::list found;
-             for (const CodecSides& c : self.kernels().codecs()) found.append(nb::make_tuple(c.id, c.key, c.value));
+             CodecSides codec;
+             for (int i = 0; self.kernels().codec(i, &codec); ++i) {
+               found.append(nb::make_tuple(codec.id, codec.key, codec.value));
+             }
              return found;
            })
       .def("supports",

@@ -154,12 +154,11 @@ const CodecKernels* find_codec(int id) {
   return nullptr;
 }
 
-std::vector<CodecSides> codecs() {
-  std::vector<CodecSides> found;
-  for (const CodecKernels& codec : kCodecs) {
-    found.push_back({codec.id, codec.key.score && codec.seal_key, codec.value.accumulate && codec.seal_value});
-  }
-  return found;
+bool codec_sides(int index, CodecSides* out) {
+  if (index >= static_cast<int>(sizeof(kCodecs) / sizeof(kCodecs[0]))) return false;
+  const CodecKernels& codec = kCodecs[index];
+  *out = {codec.id, codec.key.score && codec.seal_key, codec.value.accumulate && codec.seal_value};
+  return true;
 }
 
 const KeyKernel* key_kernel(int id) {
