@@ -121,25 +121,26 @@ def evictions(manager: PageManager) -> list[int]:
     return order
 
 
-def test_the_deepest_page_of_the_oldest_text_goes_first() -> None:
-    manager = PageManager(12, 1)
+def two_cached_texts(manager: PageManager) -> tuple[list[int], list[list[int]]]:
+    """The older text of two, three pages each that nobody uses, and the frames of both."""
     old, new = text(12, 193), text(13, 193)
     store(manager, 0, old)
     store(manager, 1, new)
     pages = [list(manager.stored(i).sealed) for i in (0, 1)]
     manager.free(0)
     manager.free(1)
+    return old, pages
+
+
+def test_the_deepest_page_of_the_oldest_text_goes_first() -> None:
+    manager = PageManager(12, 1)
+    _, pages = two_cached_texts(manager)
     assert evictions(manager) == pages[0][::-1] + pages[1][::-1]
 
 
 def test_a_hit_renews_the_pages_that_it_uses_and_only_those() -> None:
     manager = PageManager(12, 1)
-    old, new = text(12, 193), text(13, 193)
-    store(manager, 0, old)
-    store(manager, 1, new)
-    pages = [list(manager.stored(i).sealed) for i in (0, 1)]
-    manager.free(0)
-    manager.free(1)
+    old, pages = two_cached_texts(manager)
     assert manager.open(2, old[:129]) == 128
     manager.free(2)
     assert evictions(manager) == [pages[0][2], *pages[1][::-1], pages[0][1], pages[0][0]]

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvbits.codecs import OPEN, Scheme
-from kvbits.config import PAGE_TOKENS, LayerGeometry
-from kvbits.kernels import Backend, BatchLayout
+from kvbits.codecs import OPEN
+from kvbits.config import PAGE_TOKENS
+from kvbits.kernels import BatchLayout
+from kvbits.kernels.base import Watcher
 from kvbits.kernels.reference import read_page, write_page
 from kvbits.pool import LayerView
 
 FACTOR = 1.05
 
 
-class Faulty(Backend):
+class Faulty(Watcher):
     """Another backend with every page's scale off by :data:`FACTOR` as soon as it is sealed; 16-bit pages are not.
 
     Steps of at most one page (``max_num_batched_tokens=64``) see the fault in every sealed page; in longer ones the
@@ -21,12 +22,6 @@ class Faulty(Backend):
     """
 
     name = "faulty"
-
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-
-    def supports(self, scheme: Scheme, layer: LayerGeometry) -> str | None:
-        return self._backend.supports(scheme, layer)
 
     def forward(
         self, view: LayerView, batch: BatchLayout, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from kvbits.attention import Forward
-from kvbits.codecs import Policy, Scheme
-from kvbits.config import PAGE_TOKENS, LayerGeometry
+from kvbits.codecs import Policy
+from kvbits.config import PAGE_TOKENS
 from kvbits.engine.batch import Piece, StepBatch, build
 from kvbits.engine.engine import Engine
 from kvbits.evaluation.compare import REFERENCE, engine_for
 from kvbits.kernels import Backend, BatchLayout, default_backend
+from kvbits.kernels.base import Watcher
 from kvbits.kernels.reference import read_page
 from kvbits.models import LoadedModel
 from kvbits.pool import LayerView, PagedPool
@@ -74,18 +75,15 @@ def layer_errors(parts: Sequence[Sequence[Sequence[float]]]) -> list[LayerError]
     return [LayerError(i, *row) for i, row in enumerate(torch.stack(columns, 1).tolist())]
 
 
-class _Listening(Backend):
+class _Listening(Watcher):
     """Answers from the 16-bit pool and compares with the others on the way."""
 
     name = "listening"
 
     def __init__(self, backend: Backend, sums: Mapping[str, Sums]) -> None:
-        self._backend = backend
+        super().__init__(backend)
         self._sums = sums
         self.others: dict[str, tuple[PagedPool, BatchLayout]] = {}
-
-    def supports(self, scheme: Scheme, layer: LayerGeometry) -> str | None:
-        return self._backend.supports(scheme, layer)
 
     def forward(
         self, view: LayerView, batch: BatchLayout, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None

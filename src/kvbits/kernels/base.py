@@ -100,3 +100,13 @@ class Backend(ABC):
         layer has them. Returns ``[rows, heads, value_dim]`` in the query's dtype. After the call the pool holds the
         step's tokens: full pages sealed in the frames ``batch.sealed``, the rest in ``batch.tail``.
         """
+
+
+class Watcher(Backend):
+    """Another backend's kernels, whose steps a subclass watches or spoils in its own :meth:`forward`."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def supports(self, scheme: Scheme, layer: LayerGeometry) -> str | None:
+        return self._backend.supports(scheme, layer)
