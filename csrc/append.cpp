@@ -1,4 +1,4 @@
-// Storing a step's rows: into 16-bit pages, and from a full one into its sealed form.
+// Storing a step's rows: into 16-bit pages, and from a full one into its sealed page.
 #include <cstring>
 #include <vector>
 

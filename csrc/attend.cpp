@@ -198,7 +198,7 @@ class Attention {
     return page == position(item) / kPage ? pages_.open(item.s, page, head) : pages_.sealed(item.s, page, head);
   }
 
-  // An accumulator may be kept in its codec's own form until the codec changes.
+  // An accumulator may be kept in its codec's own basis until the codec changes.
   void unrotate(const ValueKernel* kernel, QueryRow* state, int count) const {
     if (kernel == nullptr || kernel->unrotate == nullptr) return;
     for (int r = 0; r < count; ++r) kernel->unrotate(state[r], layer_.value_dim);
@@ -209,7 +209,7 @@ class Attention {
     for (int r = 0; r < count; ++r) reset(state[r], layer_.value_dim);
     const int from = split * kSplitPages > first_page ? split * kSplitPages : first_page;
     const int to = (split + 1) * kSplitPages - 1 < own ? (split + 1) * kSplitPages - 1 : own;
-    // A row holds the query in one codec's form: the sink's while its page is read, then the others'.
+    // A row holds the query in one codec's basis: the sink's while its page is read, then the others'.
     const bool begins_with_sink = from == 0 && layer_.has_sink;
     if (split == item.split || begins_with_sink) {
       const KeyKernel& first = *(begins_with_sink ? sink_ : sealed_).key;
@@ -239,7 +239,7 @@ class Attention {
     for (int head = item.head; head <= last_head; ++head, state += rows) {
       const uint8_t* keys = keys_of(item, page, head);
       const uint8_t* values = keys + (is_own ? layer_.open : pages_.sealed_place(page)).value_offset;
-      // The bytes to come, asked for while these are read. An own page of another form has other offsets: it is small
+      // The bytes to come, asked for while these are read. An own page of another format has other offsets: it is small
       // and recent, and asked for piece by piece all the same.
       const uint8_t* next = keys;
       if (head < last_head) {

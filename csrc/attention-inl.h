@@ -4,7 +4,7 @@
 #include "codecs/planes-inl.h"
 #include "codecs/quantize-inl.h"
 #include "codecs/raw-inl.h"
-#include "codecs/forms-inl.h"
+#include "codecs/formats-inl.h"
 #include "codecs/codebook-inl.h"
 #include "codecs/affine-inl.h"
 #include "codecs/seal-inl.h"

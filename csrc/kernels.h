@@ -26,7 +26,7 @@ struct Layer {
   int32_t heads, kv_heads, key_dim, value_dim;
   float scale, softcap;      // softcap 0: none
   int32_t window;            // 0: none
-  Place sealed, open, sink;  // sink: the first page of a sequence; equal to `sealed` where it has no form of its own
+  Place sealed, open, sink;  // sink: the first page of a sequence; equal to `sealed` where it has no format of its own
   bool has_sink;
   int64_t frame_bytes;
   uint8_t* buffer;
@@ -88,7 +88,7 @@ struct KeyKernel {
 struct ValueKernel {
   // row r: accumulator = accumulator * rescale[r] + sum over t of weights[r * kPage + t] * value t
   void (*accumulate)(const Block& block, int dim);
-  // Null, or what turns an accumulator into the form that `accumulate` adds to, and back.
+  // Null, or what turns an accumulator into the basis that `accumulate` adds to, and back.
   void (*unrotate)(QueryRow& row, int dim);
 };
 // How one head's codes are chosen (Rounding in codecs/base.py).
@@ -97,7 +97,7 @@ struct Rounding {
   const int32_t* order;   // [dim]: which channel is rounded when; null: as they come
   float clip;             // share of a group's range that the codes span; 1: all of it
 };
-// Encodes one head's page from its bfloat16 form.
+// Encodes one head's bfloat16 page.
 using SealKernel = void (*)(const uint8_t* open_page, int dim, const Rounding& rounding, uint8_t* sealed_page);
 
 // Which sides of a page a codec has kernels for.

@@ -37,10 +37,10 @@ class Pages {
     const int32_t frame = batch_.sealed[static_cast<size_t>(s) * batch_.max_pages + page];
     return at(layer_.sealed, frame, head);
   }
-  // A sequence's first page may be sealed in a form of its own.
+  // A sequence's first page may be sealed in a format of its own.
   bool is_sink(int page) const { return page == 0 && layer_.has_sink; }
   const Place& sealed_place(int page) const { return is_sink(page) ? layer_.sink : layer_.sealed; }
-  // The 16-bit form of a page that the step touches.
+  // The 16-bit format of a page that the step touches.
   uint8_t* open(int s, int page, int head) const;
   // Where the page with the next token ends up.
   uint8_t* tail(int s, int head) const { return in_open_frames(batch_.tail, s, head); }

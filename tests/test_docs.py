@@ -198,6 +198,13 @@ LISTS = {
         for name in SCHEMES
         if name != "fp8_e4m3"  # the long name of fp8
     ],
+    "A width of integer codes": [
+        named_in(
+            rf'"int{bits}"|`int{bits}`|affine<{bits}, false',
+            ("src/kvbits/codecs", "src/kvbits/kernels", "csrc", "tests/test_formats", "docs/formats"),
+        )
+        for bits in (6, 5, 4, 3, 2)
+    ],
     "A codec": [
         named_in(f"{name}|{name.title()}", ("src/kvbits/codecs", "src/kvbits/kernels", "csrc"), name, "NAME")
         for name in ("float8", "codebook")

@@ -1,4 +1,4 @@
-// Pages of integer codes with scales and zero points (forms-inl.h), attended by integer dot products on the packed
+// Pages of integer codes with scales and zero points (formats-inl.h), attended by integer dot products on the packed
 // codes. Included inside a per-ISA anonymous namespace.
 //
 // A key is k = s (u - o) + z with an unsigned code u; o is 128 for symmetric 8-bit codes and 0 else. Its product with a
@@ -42,19 +42,19 @@ inline void dot_lanes(const uint8_t* page, ptrdiff_t ahead, int reduction, int l
   });
 }
 
-template <class FORM>
+template <class FORMAT>
 struct AffineKey {
-  static constexpr int kT = FORM::kTerms;
-  static constexpr bool kPerChannel = FORM::kPerChannel;
+  static constexpr int kT = FORMAT::kTerms;
+  static constexpr bool kPerChannel = FORMAT::kPerChannel;
   // What the rounding of two terms loses against the codes' mean is a fiftieth of what the codes lose themselves.
-  static constexpr float kKeyMean = kT == 2 ? 0.0f : FORM::kKeyMean;
-  using Codes = typename FORM::KeyCodes;
-  static constexpr float kRadixValue = static_cast<float>(1 << FORM::kRadix);
+  static constexpr float kKeyMean = kT == 2 ? 0.0f : FORMAT::kKeyMean;
+  using Codes = typename FORMAT::KeyCodes;
+  static constexpr float kRadixValue = static_cast<float>(1 << FORMAT::kRadix);
 
   static void prepare(QueryRow& row, int dim) {
     const float* query = row.query;
-    alignas(64) float rotated[FORM::kRotated ? kMaxDim : 1];
-    if constexpr (FORM::kRotated) {
+    alignas(64) float rotated[FORMAT::kRotated ? kMaxDim : 1];
+    if constexpr (FORMAT::kRotated) {
       __builtin_memcpy(rotated, query, dim * sizeof(float));
       rotate(rotated, dim, 1, 1);
       query = rotated;
@@ -68,9 +68,9 @@ struct AffineKey {
     row.sum = f_reduce_add(sum);
     if constexpr (!kPerChannel) {
       F correction[1] = {f_mul(sum, f_set(kKeyMean))};
-      quantize_rows<1, kT, FORM::kRadix, true, 0>(rounded, dim / kWidth, largest, kKeyMean, row.codes, 2 * dim,
-                                                  &row.unit, correction);
-      row.correction = f_reduce_add(correction[0]) - FORM::kKeyOffset * row.sum;
+      quantize_rows<1, kT, FORMAT::kRadix, true, 0>(rounded, dim / kWidth, largest, kKeyMean, row.codes, 2 * dim,
+                                                    &row.unit, correction);
+      row.correction = f_reduce_add(correction[0]) - FORMAT::kKeyOffset * row.sum;
     }
   }
 
@@ -85,9 +85,9 @@ struct AffineKey {
   template <int ROWS>
   static void fold(const Block& block, int dim, Folded& folded_rows) {
     const QueryRow* rows = block.rows;
-    const auto params = FORM::params(block.keys, dim);
+    const auto params = FORMAT::params(block.keys, dim);
     params.prefetch(block.ahead);
-    static_assert(!(kPerChannel && FORM::kCentered));
+    static_assert(!(kPerChannel && FORMAT::kCentered));
     if constexpr (kPerChannel) {
       if constexpr (fixed_vectors(64) > 0) {
         if (dim == 64) return fold_channels<ROWS, fixed_vectors(64)>(block, dim, folded_rows);
@@ -101,7 +101,7 @@ struct AffineKey {
         folded_rows.bias[r] = rows[r].correction;
       }
     }
-    if constexpr (FORM::kCentered) {
+    if constexpr (FORMAT::kCentered) {
       F sum[ROWS];
       for (int r = 0; r < ROWS; ++r) sum[r] = f_set(0);
       for (int i = 0; i < dim; i += kWidth) {
@@ -114,7 +114,7 @@ struct AffineKey {
 
   template <int ROWS>
   static void score_rows(const Block& block, int dim, const Folded& folded) {
-    const auto params = FORM::params(block.keys, dim);
+    const auto params = FORMAT::params(block.keys, dim);
     constexpr int kVectors = lane_vectors(ROWS * kT, Codes::kQuads);
     static_assert(kPage % (kWidth * kVectors) == 0);
     for (int lane = 0; lane < kPage; lane += kWidth * kVectors) {
@@ -128,8 +128,8 @@ struct AffineKey {
           F score = f_fma(dot, f_set(folded.unit[r]), f_set(folded.bias[r]));
           if constexpr (!kPerChannel) {
             const F scale = params.scale(token);
-            score = FORM::kCentered ? f_fma(score, scale, f_set(folded.centers[r])) : f_mul(score, scale);
-            if constexpr (FORM::kZeros) score = f_fma(params.zero(token, scale), f_set(block.rows[r].sum), score);
+            score = FORMAT::kCentered ? f_fma(score, scale, f_set(folded.centers[r])) : f_mul(score, scale);
+            if constexpr (FORMAT::kZeros) score = f_fma(params.zero(token, scale), f_set(block.rows[r].sum), score);
           }
           f_store(block.scores + r * kPage + token, score);
         });
@@ -141,8 +141,8 @@ struct AffineKey {
   // `correction` gets the query's products with the zero points and with what the codes' mean stands for.
   template <int ROWS, int N>
   static void fold_channels(const Block& block, int dim, Folded& folded) {
-    static_assert(FORM::kZeros);
-    const auto params = FORM::params(block.keys, dim);
+    static_assert(FORMAT::kZeros);
+    const auto params = FORMAT::params(block.keys, dim);
     F product[ROWS][kVectorsOf<N>], largest[ROWS], correction[ROWS];
     unrolled<ROWS>([&](auto r) KVBITS_INLINE { largest[r] = correction[r] = f_set(0); });
     each_vector<N>(dim / kWidth, [&](auto i) KVBITS_INLINE {
@@ -156,19 +156,19 @@ struct AffineKey {
         correction[r] = f_fma(q, base, correction[r]);
       });
     });
-    quantize_rows<ROWS, kT, FORM::kRadix, true, N>(product, dim / kWidth, largest, kKeyMean, folded.own_codes, 2 * dim,
-                                                   folded.unit, correction);
+    quantize_rows<ROWS, kT, FORMAT::kRadix, true, N>(product, dim / kWidth, largest, kKeyMean, folded.own_codes,
+                                                     2 * dim, folded.unit, correction);
     f_reduce_add_rows<ROWS>(correction, folded.bias);
     for (int r = 0; r < ROWS; ++r) folded.codes[r] = folded.own_codes + r * 2 * dim;
   }
 };
 
-template <class FORM>
+template <class FORMAT>
 struct AffineValue {
-  static constexpr int kT = FORM::kTerms;
-  static constexpr bool kPerChannel = FORM::kPerChannel;
-  using Codes = typename FORM::ValueCodes;
-  static constexpr float kRadixValue = static_cast<float>(1 << FORM::kRadix);
+  static constexpr int kT = FORMAT::kTerms;
+  static constexpr bool kPerChannel = FORMAT::kPerChannel;
+  using Codes = typename FORMAT::ValueCodes;
+  static constexpr float kRadixValue = static_cast<float>(1 << FORMAT::kRadix);
 
   // The rows' weights in the page's units, as integers.
   struct Folded {
@@ -180,8 +180,8 @@ struct AffineValue {
   template <int ROWS>
   static void fold(const Block& block, int dim, Folded& folded_rows) {
     constexpr int kN = fixed_vectors(kPage);
-    constexpr float kMean = kT == 2 ? 0.0f : FORM::kValueMean;
-    const auto params = FORM::params(block.values, dim);
+    constexpr float kMean = kT == 2 ? 0.0f : FORMAT::kValueMean;
+    const auto params = FORMAT::params(block.values, dim);
     params.prefetch(block.ahead);
     F product[ROWS][kVectorsOf<kN>], largest[ROWS], correction[ROWS], sum[ROWS];
     unrolled<ROWS>([&](auto r) KVBITS_INLINE { largest[r] = correction[r] = sum[r] = f_set(0); });
@@ -190,21 +190,21 @@ struct AffineValue {
       if constexpr (!kPerChannel) {
         scale = params.scale(i * kWidth);
         if constexpr (kMean != 0) base = f_mul(scale, f_set(kMean));
-        if constexpr (FORM::kZeros) base = f_add(base, params.zero(i * kWidth, scale));
+        if constexpr (FORMAT::kZeros) base = f_add(base, params.zero(i * kWidth, scale));
       }
       unrolled<ROWS>([&](auto r) KVBITS_INLINE {
         const F p = f_load(block.scores + r * kPage + i * kWidth);
         product[r][i] = kPerChannel ? p : f_mul(p, scale);
         largest[r] = f_max_positive(largest[r], product[r][i]);
         if constexpr (kPerChannel) sum[r] = f_add(sum[r], p);
-        if constexpr (!kPerChannel && (FORM::kZeros || kMean != 0)) correction[r] = f_fma(p, base, correction[r]);
+        if constexpr (!kPerChannel && (FORMAT::kZeros || kMean != 0)) correction[r] = f_fma(p, base, correction[r]);
       });
     });
     if constexpr (kPerChannel) {
       unrolled<ROWS>([&](auto r) KVBITS_INLINE { correction[r] = f_mul(sum[r], f_set(kMean)); });
     }
-    quantize_rows<ROWS, kT, FORM::kRadix, false, kN>(product, kPage / kWidth, largest, kMean, folded_rows.codes[0],
-                                                     2 * kPage, folded_rows.unit, correction);
+    quantize_rows<ROWS, kT, FORMAT::kRadix, false, kN>(product, kPage / kWidth, largest, kMean, folded_rows.codes[0],
+                                                       2 * kPage, folded_rows.unit, correction);
     f_reduce_add_rows<ROWS>(correction, folded_rows.bias);
     if constexpr (kPerChannel) f_reduce_add_rows<ROWS>(sum, folded_rows.total);
   }
@@ -229,7 +229,7 @@ struct AffineValue {
  private:
   template <int ROWS, int VECTORS>
   static void accumulate_lanes(const Block& block, int dim, int lane, const Folded& folded) {
-    const auto params = FORM::params(block.values, dim);
+    const auto params = FORMAT::params(block.values, dim);
     const uint8_t* codes[ROWS];
     for (int r = 0; r < ROWS; ++r) codes[r] = folded.codes[r];
     I sum[ROWS][kT][VECTORS];
@@ -243,7 +243,7 @@ struct AffineValue {
         if constexpr (kPerChannel) {
           const F scale = params.scale(channel);
           gain = f_mul(gain, scale);
-          if constexpr (FORM::kZeros) gain = f_fma(params.zero(channel, scale), f_set(folded.total[r]), gain);
+          if constexpr (FORMAT::kZeros) gain = f_fma(params.zero(channel, scale), f_set(folded.total[r]), gain);
         }
         float* out = block.rows[r].accumulator + channel;
         f_store(out, f_fma(f_load(out), f_set(block.rescale[r]), gain));

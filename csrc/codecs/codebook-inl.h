@@ -1,4 +1,4 @@
-// Codebook pages of rotated heads (src/kvbits/codecs/codebook.py): forms for the kernels of affine-inl.h, whose codes
+// Codebook pages of rotated heads (src/kvbits/codecs/codebook.py): formats for the kernels of affine-inl.h, whose codes
 // are looked up while they are loaded. Included inside a per-ISA anonymous namespace.
 
 // Entries in units of the scale; 0 after the last.
@@ -39,7 +39,7 @@ struct EntryPlanes {
 };
 
 template <int BITS, bool CENTERED>
-struct CodebookForm {
+struct CodebookFormat {
   // Entries have seven bits, so that two products fit AVX2's 16 bits; one term's rounding is below the codes' own.
   static constexpr int kTerms = 1;
   static constexpr int kRadix = 8;

@@ -8,10 +8,10 @@ constexpr size_t channel_page_bytes(int dim) {
 // Key channels of two widths (src/kvbits/codecs/mixed.py): the page says in which order it stores them.
 template <int HIGH, int LOW>
 struct MixedKey {
-  using HighForm = PlainForm<HIGH, true, false>;
-  using LowForm = PlainForm<LOW, true, false>;
-  using High = AffineKey<HighForm>;
-  using Low = AffineKey<LowForm>;
+  using HighFormat = PlainFormat<HIGH, true, false>;
+  using LowFormat = PlainFormat<LOW, true, false>;
+  using High = AffineKey<HighFormat>;
+  using Low = AffineKey<LowFormat>;
 
   static void prepare(QueryRow&, int) {}
 
@@ -74,9 +74,9 @@ struct MixedKey {
     while ((end - out) % 64 != 0) *end++ = 0;
     const int first = dim / 4;
     const Rounding nearest{nullptr, nullptr, 1.0f};
-    seal_affine_key<HighForm>(reinterpret_cast<const uint8_t*>(permuted), first, nearest, end);
-    seal_affine_key<LowForm>(reinterpret_cast<const uint8_t*>(permuted + at(first, 0)), dim - first, nearest,
-                             end + channel_page_bytes<HIGH>(first));
+    seal_affine_key<HighFormat>(reinterpret_cast<const uint8_t*>(permuted), first, nearest, end);
+    seal_affine_key<LowFormat>(reinterpret_cast<const uint8_t*>(permuted + at(first, 0)), dim - first, nearest,
+                               end + channel_page_bytes<HIGH>(first));
   }
 
  private:
@@ -99,19 +99,19 @@ struct MixedKey {
 // Values with parameters for blocks of channels (src/kvbits/codecs/blocks.py): one page of affine-inl.h a block.
 template <int BITS>
 struct BlockValue {
-  using Form = PlainForm<BITS, false, false>;
+  using Format = PlainFormat<BITS, false, false>;
   static constexpr int kBlock = 32;
   static constexpr size_t kBytes = (static_cast<size_t>(kPage) * kBlock * BITS / 8 + 4 * kPage + 63) / 64 * 64;
 
   struct Folded {
-    typename AffineValue<Form>::Folded of[kMaxDim / kBlock];
+    typename AffineValue<Format>::Folded of[kMaxDim / kBlock];
   };
 
   template <int ROWS>
   static void fold(const Block& block, int dim, Folded& folded) {
     Block part = block;
     for (int i = 0; i < dim / kBlock; ++i, part.values += kBytes) {
-      AffineValue<Form>::template fold<ROWS>(part, kBlock, folded.of[i]);
+      AffineValue<Format>::template fold<ROWS>(part, kBlock, folded.of[i]);
     }
   }
 
@@ -122,7 +122,7 @@ struct BlockValue {
     part.rows = rows;
     for (int i = 0; i < dim / kBlock; ++i, part.values += kBytes) {
       for (int r = 0; r < ROWS; ++r) rows[r].accumulator = block.rows[r].accumulator + i * kBlock;
-      AffineValue<Form>::template accumulate_rows<ROWS>(part, kBlock, folded.of[i]);
+      AffineValue<Format>::template accumulate_rows<ROWS>(part, kBlock, folded.of[i]);
     }
   }
 
@@ -133,8 +133,8 @@ struct BlockValue {
         __builtin_memcpy(part + pair * kBlock, open_page + (static_cast<size_t>(pair) * dim + block * kBlock) * 4,
                          kBlock * 4);
       }
-      seal_affine_value<Form>(reinterpret_cast<const uint8_t*>(part), kBlock, {nullptr, nullptr, 1.0f},
-                              out + block * kBytes);
+      seal_affine_value<Format>(reinterpret_cast<const uint8_t*>(part), kBlock, {nullptr, nullptr, 1.0f},
+                                out + block * kBytes);
     }
   }
 };

@@ -1,4 +1,4 @@
-// Encoding pages of integer codes (forms-inl.h). Included inside a per-ISA anonymous namespace.
+// Encoding pages of integer codes (formats-inl.h). Included inside a per-ISA anonymous namespace.
 //
 // Once per page: plain loops over a matrix [reduction][lanes] that the compiler vectorizes. Every operation
 // is the one of the torch reference, in float32 and in its order, so the bytes agree.
@@ -20,10 +20,10 @@ inline uint16_t take_center(float* x) {
   return center;
 }
 
-template <class FORM>
+template <class FORMAT>
 struct AffineSeal {
-  static constexpr bool kSymmetric = FORM::kSymmetric;
-  static constexpr int kTop = (1 << FORM::kBits) - 1;
+  static constexpr bool kSymmetric = FORMAT::kSymmetric;
+  static constexpr int kTop = (1 << FORMAT::kBits) - 1;
 
   // kKey: keys, else values. kPerRow: one parameter per reduced element, else one per lane.
   template <bool kKey, bool kPerRow>
@@ -46,12 +46,12 @@ struct AffineSeal {
         matrix[i] = 0;
       }
     }
-    uint16_t center[FORM::kCentered ? kMaxDim : 1];
-    if constexpr (FORM::kCentered) {
-      static_assert(kKey || !FORM::kCentered);
+    uint16_t center[FORMAT::kCentered ? kMaxDim : 1];
+    if constexpr (FORMAT::kCentered) {
+      static_assert(kKey || !FORMAT::kCentered);
       for (int row = 0; row < reduction; ++row) center[row] = take_center(matrix + row * lanes);
     }
-    if constexpr (FORM::kRotated) {
+    if constexpr (FORMAT::kRotated) {
       for (int i = 0; i < reduction * lanes; ++i) {
         const float x = matrix[i];
         matrix[i] = x > kRotatedMost ? kRotatedMost : x < -kRotatedMost ? -kRotatedMost : x;
@@ -85,7 +85,7 @@ struct AffineSeal {
     for (int i = 0; i < n; ++i) {
       if constexpr (kSymmetric) {
         const float largest = high[i] > -low[i] ? high[i] : -low[i];
-        scale[i] = FORM::stored_scale((FORM::kRotated ? largest * rounding.clip : largest) / FORM::kLargestCode);
+        scale[i] = FORMAT::stored_scale((FORMAT::kRotated ? largest * rounding.clip : largest) / FORMAT::kLargestCode);
         low[i] = 0;
       } else {
         if (rounding.clip != 1.0f) {
@@ -95,12 +95,12 @@ struct AffineSeal {
         }
         low[i] = half_to_float(saturated_half(low[i]));
         const float range = high[i] > low[i] ? high[i] - low[i] : 0.0f;  // a saturated least may be the larger
-        scale[i] = FORM::stored_scale(range / FORM::kLargestCode);
+        scale[i] = FORMAT::stored_scale(range / FORMAT::kLargestCode);
       }
       inverse[i] = scale[i] > 0 ? 1.0f / scale[i] : 0.0f;
     }
-    const auto nearest = [&](float x, int i) { return FORM::nearest((x - low[i]) * inverse[i]); };
-    constexpr int kBias = kKey ? FORM::kKeyBias : FORM::kValueBias;
+    const auto nearest = [&](float x, int i) { return FORMAT::nearest((x - low[i]) * inverse[i]); };
+    constexpr int kBias = kKey ? FORMAT::kKeyBias : FORMAT::kValueBias;
     const auto stored = [&](float code) {
       if constexpr (kSymmetric) return static_cast<uint8_t>((static_cast<int>(code) + kBias) & kTop);
       return static_cast<uint8_t>(code);
@@ -120,7 +120,7 @@ struct AffineSeal {
           const int i = kPerRow ? row : lane;
           const float x = matrix[row * kPage + lane], code = nearest(x, i);
           codes[row * kPage + lane] = stored(code);
-          error[lane] = x - (FORM::meaning(code) * scale[i] + low[i]);
+          error[lane] = x - (FORMAT::meaning(code) * scale[i] + low[i]);
         }
         const float* factors = rounding.feedback + static_cast<size_t>(step) * reduction;
         for (int later = step + 1; later < reduction; ++later) {
@@ -137,7 +137,7 @@ struct AffineSeal {
           const int i = kPerRow ? row : lane;
           const float code = nearest(x[lane], i);
           codes[row * lanes + lane] = stored(code);
-          const float error = x[lane] - (FORM::meaning(code) * scale[i] + low[i]);
+          const float error = x[lane] - (FORMAT::meaning(code) * scale[i] + low[i]);
           const float* factors = rounding.feedback + static_cast<size_t>(step) * lanes;
           for (int later = step + 1; later < lanes; ++later) {
             x[rounding.order ? rounding.order[later] : later] -= error * factors[later];
@@ -148,8 +148,8 @@ struct AffineSeal {
     if (any_broken) {
       for (int i = 0; i < n; ++i) scale[i] = broken[i] ? __builtin_nanf("") : scale[i];
     }
-    uint8_t* end = FORM::write(codes, reduction, lanes, scale, low, n, out);
-    if constexpr (FORM::kCentered) {
+    uint8_t* end = FORMAT::write(codes, reduction, lanes, scale, low, n, out);
+    if constexpr (FORMAT::kCentered) {
       __builtin_memcpy(end, center, static_cast<size_t>(reduction) * 2);
       end += 2 * reduction;
     }
@@ -158,11 +158,11 @@ struct AffineSeal {
   }
 };
 
-template <class FORM>
+template <class FORMAT>
 void seal_affine_key(const uint8_t* open_page, int dim, const Rounding& rounding, uint8_t* out) {
-  AffineSeal<FORM>::template seal<true, FORM::kPerChannel>(open_page, dim, kPage, rounding, out);
+  AffineSeal<FORMAT>::template seal<true, FORMAT::kPerChannel>(open_page, dim, kPage, rounding, out);
 }
-template <class FORM>
+template <class FORMAT>
 void seal_affine_value(const uint8_t* open_page, int dim, const Rounding& rounding, uint8_t* out) {
-  AffineSeal<FORM>::template seal<false, !FORM::kPerChannel>(open_page, kPage, dim, rounding, out);
+  AffineSeal<FORMAT>::template seal<false, !FORMAT::kPerChannel>(open_page, kPage, dim, rounding, out);
 }

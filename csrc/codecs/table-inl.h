@@ -52,28 +52,29 @@ constexpr CodecKernels entry(int id, SealKernel seal_key, SealKernel seal_value)
 
 template <int BITS, bool PER_CHANNEL, bool SYMMETRIC>
 constexpr CodecKernels affine() {
-  using Form = PlainForm<BITS, PER_CHANNEL, SYMMETRIC>;
-  return entry<AffineKey<Form>, AffineValue<Form>>(BITS + 16 * PER_CHANNEL + 32 * SYMMETRIC, seal_affine_key<Form>,
-                                                   seal_affine_value<Form>);
+  using Format = PlainFormat<BITS, PER_CHANNEL, SYMMETRIC>;
+  return entry<AffineKey<Format>, AffineValue<Format>>(BITS + 16 * PER_CHANNEL + 32 * SYMMETRIC,
+                                                       seal_affine_key<Format>, seal_affine_value<Format>);
 }
 
 // 8 bits: asymmetric codes do not fit the signed operand that values are, symmetric ones are values only.
 constexpr CodecKernels affine8_key() {
-  using Form = PlainForm<8, true, false>;
-  using K = AffineKey<Form>;
-  return {8 + 16, {K::prepare, score_any<K>}, {}, seal_affine_key<Form>, nullptr, {K::prepare, score_any<K>}, {}};
+  using Format = PlainFormat<8, true, false>;
+  using K = AffineKey<Format>;
+  return {8 + 16, {K::prepare, score_any<K>}, {}, seal_affine_key<Format>, nullptr, {K::prepare, score_any<K>}, {}};
 }
 constexpr CodecKernels affine8_value() {
-  using Form = PlainForm<8, false, true>;
-  using V = AffineValue<Form>;
-  return {8 + 32, {}, {accumulate_any<V>, nullptr}, nullptr, seal_affine_value<Form>, {}, {accumulate_any<V>, nullptr}};
+  using Format = PlainFormat<8, false, true>;
+  using V = AffineValue<Format>;
+  return {
+      8 + 32, {}, {accumulate_any<V>, nullptr}, nullptr, seal_affine_value<Format>, {}, {accumulate_any<V>, nullptr}};
 }
 
 template <bool PER_CHANNEL, bool SYMMETRIC>
 constexpr CodecKernels nibbles() {
-  using Key = NibbleForm<PER_CHANNEL, SYMMETRIC, true>;
-  using Value = NibbleForm<PER_CHANNEL, SYMMETRIC, false>;
-  using Draft = DraftForm<PER_CHANNEL, SYMMETRIC>;
+  using Key = NibbleFormat<PER_CHANNEL, SYMMETRIC, true>;
+  using Value = NibbleFormat<PER_CHANNEL, SYMMETRIC, false>;
+  using Draft = DraftFormat<PER_CHANNEL, SYMMETRIC>;
   return entry<AffineKey<Key>, AffineValue<Value>, AffineKey<Draft>, AffineValue<Draft>>(
       64 + 16 * PER_CHANNEL + 32 * SYMMETRIC, seal_affine_key<Key>, seal_affine_value<Value>);
 }
@@ -81,19 +82,19 @@ constexpr CodecKernels nibbles() {
 // Keys take the centers out, values do not: each has one side only.
 template <int BITS>
 constexpr CodecKernels codebook_key() {
-  using Form = CodebookForm<BITS, true>;
-  return {256 + BITS + 16, {AffineKey<Form>::prepare, score_any<AffineKey<Form>>}, {}, seal_affine_key<Form>,
-          nullptr,         {AffineKey<Form>::prepare, score_any<AffineKey<Form>>}, {}};
+  using Format = CodebookFormat<BITS, true>;
+  return {256 + BITS + 16, {AffineKey<Format>::prepare, score_any<AffineKey<Format>>}, {}, seal_affine_key<Format>,
+          nullptr,         {AffineKey<Format>::prepare, score_any<AffineKey<Format>>}, {}};
 }
 template <int BITS>
 constexpr CodecKernels codebook_value() {
-  using Form = CodebookForm<BITS, false>;
-  using V = AffineValue<Form>;
+  using Format = CodebookFormat<BITS, false>;
+  using V = AffineValue<Format>;
   return {256 + BITS,
           {},
           {accumulate_any<V>, unrotate_accumulator},
           nullptr,
-          seal_affine_value<Form>,
+          seal_affine_value<Format>,
           {},
           {accumulate_any<V>, unrotate_accumulator}};
 }

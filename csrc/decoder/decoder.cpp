@@ -25,7 +25,7 @@ void each_row(Workers& workers, int rows, const std::function<void(int)>& task) 
   });
 }
 
-// Products of a tile of rows with two panels, of one weight or of two of the same form and inputs.
+// Products of a tile of rows with two panels, of one weight or of two of the same format and inputs.
 class Tile {
  public:
   Tile(const RowKernels& kernels, const Input& input) : kernels_(kernels), input_(input) {}

@@ -1,7 +1,7 @@
 // What the kernels of affine-inl.h are told of a page of integer codes: where codes and parameters lie and what they
 // mean. Included inside a per-ISA anonymous namespace.
 //
-// A form has
+// A format has
 //   kTerms, kRadix       byte terms of the small operand (query, weights) and the bits of each
 //   kPerChannel, kZeros  one parameter per channel, else per token; whether there is a zero point at all
 //   kKeyMean, kKeyOffset mean of the key's unsigned codes u, and what is taken from them: k = s (u - offset) + z
@@ -32,7 +32,7 @@ struct IntegerCodes {
 
 // Codes of BITS bits and float16 parameters (src/kvbits/codecs/affine.py).
 template <int BITS, bool PER_CHANNEL, bool SYMMETRIC>
-struct PlainForm : IntegerCodes<BITS, SYMMETRIC> {
+struct PlainFormat : IntegerCodes<BITS, SYMMETRIC> {
   static constexpr int kTerms = kTermsFor<BITS>;
   static constexpr int kRadix = BITS > 6 ? kRadixBits8 : 8;
   static constexpr bool kPerChannel = PER_CHANNEL;
@@ -104,7 +104,7 @@ struct NibbleLayout : IntegerCodes<8, SYMMETRIC> {
 
 // Both planes. KEY: the codes are the unsigned operand.
 template <bool PER_CHANNEL, bool SYMMETRIC, bool KEY>
-struct NibbleForm : NibbleLayout<PER_CHANNEL, SYMMETRIC> {
+struct NibbleFormat : NibbleLayout<PER_CHANNEL, SYMMETRIC> {
   using Layout = NibbleLayout<PER_CHANNEL, SYMMETRIC>;
   static constexpr int kTerms = 2;
   static constexpr int kRadix = kRadixBits8;
@@ -135,7 +135,7 @@ struct NibbleForm : NibbleLayout<PER_CHANNEL, SYMMETRIC> {
 
 // The high plane alone: u is about 16 h + 7.5.
 template <bool PER_CHANNEL, bool SYMMETRIC>
-struct DraftForm : NibbleLayout<PER_CHANNEL, SYMMETRIC> {
+struct DraftFormat : NibbleLayout<PER_CHANNEL, SYMMETRIC> {
   using Layout = NibbleLayout<PER_CHANNEL, SYMMETRIC>;
   static constexpr int kTerms = 1;
   static constexpr int kRadix = 8;
