@@ -336,7 +336,7 @@ def test_what_does_not_fit_is_refused(loaded: LoadedModel, saved: tuple[Path, Po
     with_json("has 2 layers; tiny has 3 layers", layers=document["layers"][:2])
     with_json("unknown KV cache dtype 'int9'", layers=["int9"] * 3)
     with_json("'layers' is no list of dtypes", layers="int4")
-    with_json("version 1", version=2)
+    with_json("version 2", version=1)
     with_json("has no 'sha256'", tensors={})
     json_file.write_text(json.dumps({k: v for k, v in document.items() if k != "sink"}))
     refused("has no 'sink'")

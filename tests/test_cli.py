@@ -119,8 +119,9 @@ def test_bench_measures_prefill_and_decode(model: str, text: str, tmp_path: Path
     assert found["decode_tokens_per_s"] == pytest.approx(3 / (found["decode_step_ms"] / 1000))
     assert found["prefill_tokens_per_s"] > 0
     assert found["peak_rss_bytes"] > found["pool_bytes"] > 0
-    # 3 layers x 2 heads x (16 + 16) elements at 8 bits and a 16-bit scale for each token, head and side.
-    assert found["kv_bytes_per_token"] == 3 * 2 * 2 * (16 + 2)
+    # 3 layers x 2 heads x (16 + 16) elements at 8 bits; of 64 tokens, keys have 16 bits of scale and of zero for each
+    # channel, values 16 bits of scale for each token
+    assert found["kv_bytes_per_token"] == 3 * 2 * ((16 + 4 * 16 / 64) + (16 + 2))
     assert {"threads", "isa", "dtype", "context", "batch"} <= set(found)
 
 

@@ -25,7 +25,7 @@ def test_a_long_context_model_from_16_bit_to_8(tmp_path: Path, capsys: pytest.Ca
     cache = (80 << 30) - 2 * 8030261248 - document["workspace_bytes"]
     assert half["sessions"] == cache // (2049 * (8 << 20)) == 4
     assert eight["sessions"] == 7
-    assert eight["gain_over_16bit"] == pytest.approx(16 / 8.125, rel=0.01)
+    assert eight["gain_over_16bit"] == pytest.approx(16 / 8.3125, rel=0.01)
     assert [c["context"] for c in eight["contexts"]] == [131072, 8192]
     assert half["longest_context"] == eight["longest_context"] == 131072
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -49,8 +49,8 @@ def test_a_policy_and_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     document = json.loads(out.read_text())
     names = [s["dtype"] for s in document["schemes"]]
     assert names == ["bf16", "mixed"]
-    # 64 tokens by 128: 4 bits and two float16 for each channel or token; 8 bits and one for each token
-    keys4, values4, keys8 = 4 + 32 / 64, 4 + 32 / 128, 8 + 16 / 128
+    # 64 tokens by 128: 4 or 8 bits and two float16 for each channel or token
+    keys4, values4, keys8 = 4 + 32 / 64, 4 + 32 / 128, 8 + 32 / 64
     expected = (16 * (keys4 + values4) + 16 * (keys8 + values4)) / 64
     assert document["schemes"][1]["bits_per_element"] == pytest.approx(expected)
     runs = {(r["dtype"], r["load"]): r for r in document["trace"]["runs"]}

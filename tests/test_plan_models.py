@@ -135,8 +135,8 @@ def test_a_plan_of_two_ranks_is_that_of_half_the_heads() -> None:
     assert facts is not None
     asked = Options(memory="24GiB", weights="bf16", contexts=(8192,), dtypes=("int8",), workspace="1GiB", ranks=2)
     (scheme,) = make_plan(facts, asked).plan.schemes
-    # int8: 130 bytes for 128 elements; 4 of 8 KV heads; one open page of 16 bit takes two frames
-    frame = 64 * 32 * 4 * 2 * 130
+    # int8: 136 bytes for 128 elements of keys, 130 of values; 4 of 8 KV heads; one open page of 16 bit takes two frames
+    frame = 64 * 32 * 4 * (136 + 130)
     cache = (24 << 30) - 8030261248 - (1 << 30)
     assert scheme.frame_bytes == frame
     assert scheme.contexts[0].sessions == cache // frame // (8192 // 64 + 2)

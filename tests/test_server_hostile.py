@@ -23,6 +23,9 @@ from schemathesis.generation import GenerationMode
 
 from kvbits.models import load_model
 
+# Here, not in the test: Python 3.11's compiler fails when other threads, here the server's, compile too.
+load_all_checks()
+
 MAX_BODY = SIZE
 WITNESS: Any = {
     "model": MODEL, "messages": [{"role": "user", "content": "what did you see? " * 8}], "max_tokens": 60,
@@ -110,7 +113,6 @@ def test_many_hostile_clients(server: Running, request: pytest.FixtureRequest) -
 
 def against_the_description(server: Running, examples: int) -> None:
     """Requests made from our own OpenAPI description, right ones and wrong ones, ``examples`` of each for each path."""
-    load_all_checks()
     described = schemathesis.openapi.from_url(server.url + "/openapi.json")
     session = requests.Session()
     operations = [found.ok() for found in described.get_all_operations()]

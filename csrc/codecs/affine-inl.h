@@ -147,8 +147,8 @@ struct AffineKey {
     unrolled<ROWS>([&](auto r) KVBITS_INLINE { largest[r] = correction[r] = f_set(0); });
     each_vector<N>(dim / kWidth, [&](auto i) KVBITS_INLINE {
       const F scale = params.scale(i * kWidth);
-      F base = params.zero(i * kWidth, scale);
-      if constexpr (kKeyMean != 0) base = f_fma(scale, f_set(kKeyMean), base);
+      // Where the mean is 0 too: a scale that is no number must reach the scores.
+      const F base = f_fma(scale, f_set(kKeyMean), params.zero(i * kWidth, scale));
       unrolled<ROWS>([&](auto r) KVBITS_INLINE {
         const F q = f_load(block.rows[r].query + i * kWidth);
         product[r][i] = f_mul(q, scale);
@@ -189,7 +189,7 @@ struct AffineValue {
       F scale = f_set(1), base = f_set(0);  // of the tokens; base: what a weight meets beside the rounded codes
       if constexpr (!kPerChannel) {
         scale = params.scale(i * kWidth);
-        if constexpr (kMean != 0) base = f_mul(scale, f_set(kMean));
+        if constexpr (FORMAT::kZeros || kMean != 0) base = f_mul(scale, f_set(kMean));
         if constexpr (FORMAT::kZeros) base = f_add(base, params.zero(i * kWidth, scale));
       }
       unrolled<ROWS>([&](auto r) KVBITS_INLINE {
