@@ -96,7 +96,7 @@ def test_sum_by_hand() -> None:
     assert scheme.frame_bytes == scheme.open_page_bytes == 8 << 20
     assert scheme.contexts[0].sessions == 80 * 128 // 2049
     assert scheme.contexts[0].gain_over_16bit == 1
-    # int8: one byte an element; keys two fp16 for each of 128 channels in 64 tokens, values one for each token and head.
+    # int8: one byte an element; keys two fp16 for each of 128 channels in 64 tokens, values one a token.
     scheme = one(LLAMA_8B, "int8", 80 * GIB, 131_072)
     assert scheme.bits_per_element == 8 * (136 + 130) / 256
     frame = 64 * 32 * 8 * (136 + 130)
