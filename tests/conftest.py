@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--stress-seed", type=int, default=None, help="which run of the engine's stress (-m soak)")
     group.addoption("--stress-method", default=None, help="its method of speculation")
     group.addoption("--page-screenshot", default=None, metavar="FILE", help="write the page's picture (-m browser)")
+
+
+@pytest.fixture(autouse=True)
+def loggers() -> Iterator[None]:
+    """``kvbits serve`` called inside a test leaves no handler behind: its stream is closed when the test ends."""
+    kept = [logging.getLogger(name) for name in ("kvbits", "uvicorn")]
+    before = [(logger.handlers, logger.propagate, logger.level) for logger in kept]
+    yield
+    for logger, (logger.handlers, logger.propagate, level) in zip(kept, before, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(params=sorted(BACKENDS))
