@@ -46,7 +46,7 @@ template <class FORMAT>
 struct AffineKey {
   static constexpr int kT = FORMAT::kTerms;
   static constexpr bool kPerChannel = FORMAT::kPerChannel;
-  // What the rounding of two terms loses against the codes' mean is a fiftieth of what the codes lose themselves.
+  // Two terms have 15 bits: what their rounding loses against the codes' mean is far below what the codes lose.
   static constexpr float kKeyMean = kT == 2 ? 0.0f : FORMAT::kKeyMean;
   using Codes = typename FORMAT::KeyCodes;
   static constexpr float kRadixValue = static_cast<float>(1 << FORMAT::kRadix);
