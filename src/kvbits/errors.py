@@ -23,7 +23,15 @@ class OutOfPages(KVBitsError):
 
 
 class RequestError(KVBitsError):
-    """One request cannot be served (too long, bad sampling parameters); others go on."""
+    """One request cannot be served (too long, bad sampling parameters); others go on. ``param`` names the field."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ContextLengthError(RequestError):
+    """A prompt, or a prompt and the answer wanted, is longer than the context or the pool."""
 
 
 class CacheError(KVBitsError, ValueError):

@@ -55,8 +55,12 @@ class Encoder:
 
         Raises ``RequestError`` as :meth:`check` does.
         """
-        self.check(self._loaded.control_tokens.restore(rendered) if split else rendered, add_special_tokens=False)
+        self.check_chat(rendered, split)
         return self.chat_ids(rendered, split)
+
+    def check_chat(self, rendered: str, split: bool) -> None:
+        """As :meth:`check`, of what a chat template gave."""
+        self.check(self._loaded.control_tokens.restore(rendered) if split else rendered, add_special_tokens=False)
 
     def chat_ids(self, rendered: str, split: bool) -> list[int]:
         """As :meth:`chat`, however long."""

@@ -26,7 +26,7 @@ from kvbits.engine.setup import check_invariance, context_of, limits_of, pages_o
 from kvbits.engine.speculation import SpeculativeConfig, Speculator
 from kvbits.engine.speculation.methods import proposer_of
 from kvbits.engine.stats import EngineLoad, EngineStats
-from kvbits.engine.text import decoder, end_tokens
+from kvbits.engine.text import Decoders, encode_plain, end_tokens
 from kvbits.errors import RequestError
 from kvbits.kernels import Backend, choose_backend
 from kvbits.models import LoadedModel
@@ -72,7 +72,7 @@ class Engine:
             proposer = proposer_of(speculative, loaded, config, self._runner, self.pages)
             self.speculator = Speculator(proposer, speculative, self.stats.speculation)
             self.stats.seconds["draft"] = 0.0
-        self._decode = decoder(loaded)
+        self._decoders = Decoders(loaded)
         self._ends = end_tokens(loaded)
         self._groups: dict[str, list[RequestState]] = {}
         self._states: dict[int, RequestState] = {}
@@ -103,6 +103,8 @@ class Engine:
             raise RequestError(f"a request with the id '{request_id}' is already running")
         self.limits.check_prompt(prompt, room=1)
         self.limits.check_params(params)
+        params.find_bans(lambda text: encode_plain(self.loaded, text))
+        decode = self._decoders.showing(params.skip_special_tokens, params.visible_tokens)
         deadline = None if timeout is None else time.monotonic() + timeout
         group: list[RequestState] = []
         shared, salted = list(prompt), salt.encode()
@@ -119,7 +121,7 @@ class Engine:
                 leader=group[0].request if group else None,
                 deadline=deadline,
             )
-            group.append(RequestState(request, self._decode, self._ends, self.max_model_len))
+            group.append(RequestState(request, decode, self._ends, self.max_model_len))
         # All of them, or none.
         for state in group:
             self._states[state.request.seq_id] = state

@@ -6,16 +6,20 @@ llguidance does the parsing; here a grammar becomes a mask over the model's voca
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from llguidance import LLMatcher, LLTokenizer
+from llguidance.gbnf_to_lark import gbnf_to_lark
 from torch import Tensor
 
 from kvbits.engine.text import end_tokens
 from kvbits.errors import RequestError
 from kvbits.models import LoadedModel
+from kvbits.models.control import BYTE, renamed
 
 WHITESPACE = r"\n? {0,16}"
 """Between the tokens of JSON: any usual layout, but no endless run of blanks."""
@@ -73,9 +77,16 @@ class GrammarCompiler:
             raise RequestError(f"grammars need a fast tokenizer; {loaded.name} has none")
         self._vocab = loaded.geometry.vocab_size
         ends = sorted(end_tokens(loaded))
+        inner = tokenizer.backend_tokenizer
+        # llguidance writes what a grammar spells with these tokens and then refuses them: under other names they are
+        # only what a grammar names by its id.
+        added = [(t.content, i) for i, t in inner.get_added_tokens_decoder().items() if _is_named(t)]
+        self._marks = dict(sorted(added, key=lambda item: -len(item[0])))
+        self._names = {token: name.encode() for name, token in added}
+        self._split = re.compile("|".join(map(re.escape, self._marks)) or "(?!)")
         try:
-            text = tokenizer.backend_tokenizer.to_str()
-            self._tokenizer = LLTokenizer(text, n_vocab=self._vocab, eos_token=ends or None)
+            copy = renamed(inner, {name: f"<|\U0010fff3{token}|>" for name, token in added})
+            self._tokenizer = LLTokenizer(json.dumps(copy), n_vocab=self._vocab, eos_token=ends or None)
         except ValueError as error:
             raise RequestError(f"grammars cannot use the tokenizer of {loaded.name}: {error}") from error
 
@@ -89,14 +100,47 @@ class GrammarCompiler:
 
     def lark(self, text: str) -> Grammar:
         """A grammar in llguidance's Lark. Raises ``RequestError`` with the reason when it does not compile."""
-        matcher = LLMatcher(self._tokenizer, LLMatcher.grammar_from_lark(text), log_level=0)
+        return self._compile(LLMatcher.grammar_from_lark(text))
+
+    def _compile(self, grammar: str) -> Grammar:
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise RequestError(f"the schema cannot be used: {_first_line(matcher.get_error())}")
         return Grammar(matcher, self._vocab)
 
+    def regex(self, pattern: str) -> Grammar:
+        """A text that matches all of a regular expression. Raises ``RequestError`` when it does not compile."""
+        return self._compile(LLMatcher.grammar_from_regex(pattern))
+
+    def choice(self, choices: Sequence[str]) -> Grammar:
+        """One of several texts."""
+        return self.lark("start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in choices))
+
+    def ebnf(self, text: str) -> Grammar:
+        """A grammar in Lark or, where it has ``::=``, in llama.cpp's GBNF; the start is ``start`` or ``root``."""
+        if "::=" in text:
+            try:
+                text = gbnf_to_lark(text)
+            # The converter raises what it likes.
+            except Exception as error:
+                raise RequestError(f"the grammar cannot be used: {_first_line(str(error))}") from error
+        return self.lark(text)
+
+    def literal(self, text: str) -> str:
+        """``text`` as part of a Lark rule: strings, and in their place the tokens that the vocabulary has for them."""
+        parts, start = [], 0
+        for match in self._split.finditer(text):
+            parts += [_quoted(text[start : match.start()]), f"<[{self._marks[match.group()]}]>"]
+            start = match.end()
+        return " ".join(part for part in [*parts, _quoted(text[start:])] if part)
+
+    def marks(self, text: str) -> list[int]:
+        """The tokens in the place of strings in ``text``."""
+        return [self._marks[match.group()] for match in self._split.finditer(text)]
+
     def token_bytes(self, token: int) -> bytes:
         """The bytes that ``token`` stands for; a special token's name."""
-        return bytes(self._tokenizer.decode_bytes([token]))
+        return self._names.get(token) or bytes(self._tokenizer.decode_bytes([token]))
 
 
 def json_rule(schema: Any, whitespace: str = WHITESPACE) -> str:
@@ -107,9 +151,14 @@ def json_rule(schema: Any, whitespace: str = WHITESPACE) -> str:
     return "%json " + json.dumps({**schema, "x-guidance": {"whitespace_pattern": whitespace}})
 
 
-def literal(text: str) -> str:
-    """``text`` as a Lark string."""
-    return json.dumps(text)
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False) if text else ""
+
+
+def _is_named(token: Any) -> bool:
+    """Whether llguidance takes an added token for a name rather than for a text."""
+    angled = token.content.startswith("<") and token.content.endswith(">")
+    return (token.special or angled) and not BYTE.fullmatch(token.content)
 
 
 def _first_line(message: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvbits.engine.params import SamplingParams
-from kvbits.errors import RequestError
+from kvbits.errors import ContextLengthError, RequestError
 
 
 @dataclass(frozen=True)
@@ -29,19 +29,25 @@ class RequestLimits:
             raise RequestError(f"the prompt holds token {bad}; the vocabulary is 0 to {self.vocab - 1}")
 
     def check_size(self, size: int, room: int = 0, at_least: bool = False) -> None:
-        """Raise ``RequestError`` unless ``size`` tokens, or ``at_least`` as many, and ``room`` more fit."""
-        tokens = f"at least {size}" if at_least else f"{size}"
-        if size + room > self.context:
-            rest = f" and must also hold {room} of the answer" if room else ""
-            raise RequestError(f"the prompt has {tokens} tokens; the context is {self.context} tokens{rest}")
-        if size + room > self.pool:
-            raise RequestError(
-                f"the prompt has {tokens} tokens; the KV cache of {self.memory} bytes holds at most {self.pool} tokens "
-                "of one request"
-            )
+        """Raise ``ContextLengthError`` unless ``size`` tokens, or ``at_least`` as many, and ``room`` more fit."""
+        if size + room > min(self.context, self.pool):
+            tokens = f"the prompt has at least {size} tokens" if at_least else f"the prompt has {size} tokens"
+            self._too_long(f"{tokens} and leaves no room for the answer" if size <= self.context and room else tokens)
+
+    def check_answer(self, prompt: int, max_tokens: int, param: str) -> None:
+        """Raise ``ContextLengthError`` unless ``max_tokens`` may follow ``prompt`` tokens."""
+        if prompt + max_tokens > min(self.context, self.pool):
+            self._too_long(f"the prompt has {prompt} tokens and {param} asks for {max_tokens} more", param)
+
+    def _too_long(self, found: str, param: str | None = None) -> None:
+        # Clients look for these words, to ask another model or to cut the prompt.
+        most = f"this model's maximum context length is {min(self.context, self.pool)} tokens"
+        why = f" (the KV cache of {self.memory} bytes holds no more)" if self.pool < self.context else ""
+        raise ContextLengthError(f"{most}{why}; {found}", param)
 
     def check_params(self, params: SamplingParams) -> None:
         """Raise ``RequestError`` for a token that the model does not have."""
-        outside = [t for t in params.logit_bias if t >= self.vocab]
-        if outside:
-            raise RequestError(f"logit_bias names token {outside[0]}; the vocabulary is 0 to {self.vocab - 1}")
+        for name in ("logit_bias", "allowed_token_ids"):
+            outside = next((t for t in getattr(params, name) or () if t >= self.vocab), None)
+            if outside is not None:
+                raise RequestError(f"{name} names token {outside}; the vocabulary is 0 to {self.vocab - 1}", name)

@@ -19,15 +19,15 @@ class RequestState:
     def __init__(self, request: Request, decode: TokenDecoder, ends: frozenset[int], max_model_len: int) -> None:
         params = request.params
         self.request = request
-        self.sampling = SamplingState(params, request.index, request.prompt)
-        self.prompt_logprobs: list[Logprobs | None] | None = None if params.prompt_logprobs is None else [None]
         self._ends = frozenset() if params.ignore_eos else ends
+        self.sampling = SamplingState(params, request.index, request.prompt, self._ends)
+        self.prompt_logprobs: list[Logprobs | None] | None = None if params.prompt_logprobs is None else [None]
         self._limit = max_model_len
         if params.max_tokens is not None:
             self._limit = min(self._limit, len(request.prompt) + params.max_tokens)
         self._context = max_model_len
         self._detokenizer = Detokenizer(decode, request.prompt)
-        self._stops = StopStrings(params.stops)
+        self._stops = StopStrings(params.stops, params.include_stop_str_in_output)
 
     @property
     def room(self) -> int:
@@ -46,7 +46,7 @@ class RequestState:
         if token in self._ends or token in request.params.stop_tokens:
             reason, stop = FinishReason.STOP, token
         else:
-            text, stop = self._stops.push(self._detokenizer.push(token))
+            text, stop = self._text(token)
             if stop is not None or self.sampling.complete:
                 reason = FinishReason.STOP
             elif len(request.tokens) >= self._limit:
@@ -73,6 +73,13 @@ class RequestState:
             log.exception("the last text of a request was lost")
             text = ""
         return self._delta(text)
+
+    def _text(self, token: int) -> tuple[str, str | None]:
+        """What ``token`` shows, and the stop string that it completes. One that begins too early is text."""
+        text = self._detokenizer.push(token)
+        if self.request.num_output < self.request.params.min_tokens:
+            return text, None
+        return self._stops.push(text)
 
     def _rest(self) -> tuple[str, str | None]:
         text, found = self._stops.push(self._detokenizer.flush())

@@ -91,12 +91,12 @@ def _sample_row(raw: Tensor, state: SamplingState) -> Sampled:
 
 
 def adjust(raw: Tensor, state: SamplingState) -> Tensor:
-    """Logits ``[vocab]`` with the request's bias, penalties and grammar; the input is left as it is.
+    """Logits ``[vocab]`` with the request's bias, penalties, bans and grammar; the input is left as it is.
 
-    Raises ``RequestError`` when the grammar allows no token.
+    Raises ``RequestError`` when no token is allowed.
     """
     params = state.params
-    if not params.penalised and not params.logit_bias and state.matcher is None:
+    if params.unchanged:
         return raw
     logits = raw.clone()
     if params.logit_bias:
@@ -109,8 +109,20 @@ def adjust(raw: Tensor, state: SamplingState) -> Tensor:
     if params.frequency_penalty or params.presence_penalty:
         tokens, counts = (torch.from_numpy(array).to(raw.device) for array in state.generated())
         logits.index_add_(0, tokens, -(params.frequency_penalty * counts + params.presence_penalty))
+    if params.allowed is not None:
+        kept = torch.from_numpy(params.allowed).to(raw.device)
+        logits = torch.full_like(logits, -torch.inf).index_copy_(0, kept, logits[kept])
+    free = logits
     if state.matcher is not None:
-        logits.masked_fill_(~state.matcher.allowed().to(raw.device), -torch.inf)
+        free = logits = logits.masked_fill(~state.matcher.allowed().to(raw.device), -torch.inf)
+    forbidden = state.forbidden()
+    if forbidden is not None:
+        logits = logits.index_fill(0, torch.from_numpy(forbidden).to(raw.device), -torch.inf)
+        # Where a grammar leaves nothing else, it goes before.
+        if state.matcher is not None and not torch.isfinite(logits.max()):
+            logits = free
+    if not torch.isfinite(logits.max()):
+        raise RequestError("no token is left that allowed_token_ids, bad_words, min_tokens and the grammar all allow")
     return logits
 
 

@@ -43,8 +43,12 @@ class SamplingState:
     index among the ``n``), so it depends on nothing but the seed and the logits.
     """
 
-    def __init__(self, params: SamplingParams, index: int, prompt: list[int]) -> None:
+    def __init__(
+        self, params: SamplingParams, index: int, prompt: list[int], ends: frozenset[int] = frozenset()
+    ) -> None:
         self.params = params
+        self._ends = np.array(sorted(ends | params.stop_tokens), dtype=np.int64)
+        self._output: list[int] = []
         seed = None if params.seed is None else params.seed % 2**64
         self._random = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(index,))))
         self._ahead: deque[float] = deque()
@@ -67,10 +71,20 @@ class SamplingState:
         """Count a sampled token."""
         if self.matcher is not None:
             self.matcher.accept(token)
+        self._output.append(token)
         if self.params.penalised:
             self._generated.add(token)
             if self._seen is not None:
                 self._seen.add(token)
+
+    def forbidden(self) -> NDArray[np.int64] | None:
+        """Tokens that must not come now: ends before ``min_tokens``, last tokens of bad words whose others came."""
+        output, bans = self._output, self.params.bans
+        early = len(output) < self.params.min_tokens
+        last = [ban[-1] for ban in bans if len(ban) == 1 or tuple(output[1 - len(ban) :]) == ban[:-1]]
+        if not last:
+            return self._ends if early else None
+        return np.concatenate([np.array(last, dtype=np.int64), self._ends if early else self._ends[:0]])
 
     @property
     def complete(self) -> bool:

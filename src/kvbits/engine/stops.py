@@ -69,10 +69,11 @@ class StopAutomaton:
 
 
 class StopStrings:
-    """Finds the first stop string in a growing text and holds back what may become one."""
+    """Finds the first stop string in a growing text and holds back what may become one; ``keep``: it is shown too."""
 
-    def __init__(self, stops: StopAutomaton) -> None:
+    def __init__(self, stops: StopAutomaton, keep: bool = False) -> None:
         self._automaton = stops
+        self._keep = keep
         self._state = 0
         self._held = ""
 
@@ -90,7 +91,7 @@ class StopStrings:
             state = automaton.step(state, character)
             stop = automaton.end(state)
             if stop is not None:
-                shown = (self._held + text[:place])[: -len(stop)]
+                shown = (self._held + text[:place])[: None if self._keep else -len(stop)]
                 self._state, self._held = 0, ""
                 return shown, stop
         self._state = state

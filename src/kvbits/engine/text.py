@@ -10,25 +10,63 @@ from kvbits.errors import RequestError
 from kvbits.models import LoadedModel, turn_ends
 
 
+class Decoders:
+    """A tokenizer's decoders: token ids to text, spaces as the vocabulary has them.
+
+    One for each set of special tokens that are shown; none of them is by default.
+    """
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._tokenizer: Any = loaded.tokenizer
+        self._special = frozenset(special_tokens(loaded))
+        self._known: dict[frozenset[int], TokenDecoder] = {}
+
+    def showing(self, skip_special_tokens: bool = True, visible: Sequence[int] = ()) -> TokenDecoder:
+        """The decoder that shows no special token but the ``visible`` ones, or all of them."""
+        shown = self._special.intersection(visible) if skip_special_tokens else self._special
+        if shown not in self._known:
+            self._known[shown] = self._make(self._special - shown)
+        return self._known[shown]
+
+    def _make(self, hidden: frozenset[int]) -> TokenDecoder:
+        tokenizer = self._tokenizer
+        if tokenizer is None:
+            return TokenDecoder(lambda ids: "")
+        skips = hidden == self._special
+
+        def kept(ids: list[int]) -> list[int]:
+            return ids if skips else [token for token in ids if token not in hidden]
+
+        if tokenizer.is_fast:
+            # The Rust tokenizer itself: the wrapper costs ten times as much, and this runs for every token.
+            inner = tokenizer.backend_tokenizer
+            return TokenDecoder(
+                lambda ids: str(inner.decode(kept(ids), skip_special_tokens=skips)), inner.id_to_token, hidden
+            )
+        size = len(tokenizer)
+
+        def decode(ids: list[int]) -> str:
+            return str(tokenizer.decode(kept(ids), skip_special_tokens=skips, clean_up_tokenization_spaces=False))
+
+        def name(token: int) -> str | None:
+            return str(tokenizer.convert_ids_to_tokens(token)) if token < size else None
+
+        return TokenDecoder(decode, name, hidden)
+
+
 def decoder(loaded: LoadedModel) -> TokenDecoder:
-    """The tokenizer's decoder: token ids to text without special tokens, spaces as the vocabulary has them."""
+    """The decoder that shows no special token."""
+    return Decoders(loaded).showing()
+
+
+def special_tokens(loaded: LoadedModel) -> list[int]:
+    """The ids of the tokens that a text does not show by default."""
     tokenizer: Any = loaded.tokenizer
     if tokenizer is None:
-        return TokenDecoder(lambda ids: "")
+        return []
     if tokenizer.is_fast:
-        # The Rust tokenizer itself: the wrapper costs ten times as much, and this runs for every token.
-        inner = tokenizer.backend_tokenizer
-        special = [token for token, added in inner.get_added_tokens_decoder().items() if added.special]
-        return TokenDecoder(lambda ids: str(inner.decode(ids, skip_special_tokens=True)), inner.id_to_token, special)
-    size = len(tokenizer)
-
-    def decode(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-    def name(token: int) -> str | None:
-        return str(tokenizer.convert_ids_to_tokens(token)) if token < size else None
-
-    return TokenDecoder(decode, name, tokenizer.all_special_ids)
+        return [t for t, added in tokenizer.backend_tokenizer.get_added_tokens_decoder().items() if added.special]
+    return list(tokenizer.all_special_ids)
 
 
 def end_tokens(loaded: LoadedModel) -> frozenset[int]:
@@ -48,6 +86,11 @@ def end_tokens(loaded: LoadedModel) -> frozenset[int]:
 def encode(loaded: LoadedModel, text: str) -> list[int]:
     """Token ids of a plain prompt, special tokens as the tokenizer adds them."""
     return list(_tokenizer(loaded)(text)["input_ids"])
+
+
+def encode_plain(loaded: LoadedModel, text: str) -> list[int]:
+    """Token ids of a text without special tokens around it."""
+    return list(_tokenizer(loaded)(text, add_special_tokens=False)["input_ids"])
 
 
 def encode_chat(

@@ -29,7 +29,7 @@ _MARK = 64
 _PIECE = 1 << 16
 """Characters that are searched at once: Python's lock is held for as long, by a text of eight MiB for a second."""
 
-_BYTE = re.compile("<0x[0-9A-F]{2}>")
+BYTE = re.compile("<0x[0-9A-F]{2}>")
 _SPELLED_AS_CONTROL = re.compile("<[|\uff5c].+[|\uff5c]>", re.DOTALL)
 
 
@@ -44,7 +44,7 @@ class ControlTokens:
         added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
         names = [name for name, token in added.items() if token.special or _SPELLED_AS_CONTROL.fullmatch(name)]
         # Bytes of a vocabulary that falls back to them are no control tokens, whatever their flags.
-        self._names = sorted((n for n in names if n and not _BYTE.fullmatch(n)), key=len, reverse=True)
+        self._names = sorted((n for n in names if n and not BYTE.fullmatch(n)), key=len, reverse=True)
         self._control = _any_of(self._names)
         # Marks in a text of somebody else's are hidden too, so that nobody can write one.
         self._hidden = [*self._names, _OPEN, _CLOSE, _WALL, *_ESCAPED]
@@ -121,22 +121,7 @@ class ControlTokens:
         """A copy of the tokenizer with other names for the control tokens, and these names."""
         nonce = secrets.token_hex(16)
         alias = {name: f"\U0010fff3{nonce}{number}\U0010fff4" for number, name in enumerate(self._names)}
-        description = json.loads(self._tokenizer.backend_tokenizer.to_str())
-        description["post_processor"] = description["truncation"] = description["padding"] = None
-        for token in description["added_tokens"]:
-            token["content"] = alias.get(token["content"], token["content"])
-        model = description["model"]
-        vocab = model["vocab"]
-        if isinstance(vocab, dict):
-            model["vocab"] = {alias.get(piece, piece): number for piece, number in vocab.items()}
-        else:
-            model["vocab"] = [[alias.get(piece, piece), score] for piece, score in vocab]
-        if "merges" in model:
-            # Some vocabularies can put a control token together from its letters.
-            pairs = [tuple(merge.split(" ", 1) if isinstance(merge, str) else merge) for merge in model["merges"]]
-            model["merges"] = [[a, b] for a, b in pairs if not {a, b, a + b} & alias.keys()]
-        if model.get("unk_token") is not None:
-            model["unk_token"] = alias.get(model["unk_token"], model["unk_token"])
+        description = renamed(self._tokenizer.backend_tokenizer, alias)
         copy = Tokenizer.from_str(json.dumps(description))
         for name, other in alias.items():
             if copy.token_to_id(other) != self._tokenizer.convert_tokens_to_ids(name):
@@ -154,6 +139,27 @@ class ControlTokens:
                 ids.append(int(self._tokenizer.convert_tokens_to_ids(match.group())))
                 start = match.end()
         return ids
+
+
+def renamed(tokenizer: Tokenizer, alias: Mapping[str, str]) -> dict[str, Any]:
+    """The JSON of ``tokenizer`` with other names for some of its tokens; it adds none to a text, nor pads or cuts."""
+    description: dict[str, Any] = json.loads(tokenizer.to_str())
+    description["post_processor"] = description["truncation"] = description["padding"] = None
+    for token in description["added_tokens"]:
+        token["content"] = alias.get(token["content"], token["content"])
+    model = description["model"]
+    vocab = model["vocab"]
+    if isinstance(vocab, dict):
+        model["vocab"] = {alias.get(piece, piece): number for piece, number in vocab.items()}
+    else:
+        model["vocab"] = [[alias.get(piece, piece), score] for piece, score in vocab]
+    if "merges" in model:
+        # Some vocabularies can put a control token together from its letters.
+        pairs = [tuple(merge.split(" ", 1) if isinstance(merge, str) else merge) for merge in model["merges"]]
+        model["merges"] = [[a, b] for a, b in pairs if not {a, b, a + b} & alias.keys()]
+    if model.get("unk_token") is not None:
+        model["unk_token"] = alias.get(model["unk_token"], model["unk_token"])
+    return description
 
 
 def _any_of(names: list[str]) -> re.Pattern[str]:

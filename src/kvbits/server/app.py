@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 import kvbits
 from kvbits.engine.engine import Engine
-from kvbits.errors import KVBitsError
+from kvbits.errors import ContextLengthError, KVBitsError
 from kvbits.server.errors import ApiError
 from kvbits.server.gate import Gate
 from kvbits.server.hosts import Hosts
@@ -71,7 +71,8 @@ def _known(request: Request, error: Exception) -> Response:
 
 
 def _refused(request: Request, error: Exception) -> Response:
-    return ApiError(400, str(error), code="invalid_value").response()
+    code = "context_length_exceeded" if isinstance(error, ContextLengthError) else "invalid_value"
+    return ApiError(400, str(error), param=getattr(error, "param", None), code=code).response()
 
 
 def _http(request: Request, error: Exception) -> Response:

@@ -62,7 +62,7 @@ def parse(body: bytes, kind: type[M], context: int) -> M:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise invalid(error) from None
+        raise invalid(error, data) from None
 
 
 def count_values(text: bytes, most: int) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvbits.engine.outputs import Delta
+from kvbits.server.extras import Extras, prompt_logprobs
 from kvbits.server.logprobs import TokenBytes, chat_logprobs
 from kvbits.server.tools import Call, CallParser
 from kvbits.server.usage import Usage
@@ -30,7 +31,10 @@ class ChatChoice:
     top: int | None
     name: TokenBytes
     several: bool
+    name_ids: bool = False
     text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    unsent_ids: list[int] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     finish_reason: str | None = None
@@ -43,11 +47,14 @@ class ChatChoice:
         if self.parser is not None:
             text, calls = self.parser.push(text)
             if delta.finish_reason is not None:
-                text += self.parser.flush()
+                rest, last = self.parser.flush(cut=delta.finish_reason == "length")
+                text, calls = text + rest, calls + last
         if not self.several:
             calls = calls[: max(0, 1 - len(self.calls))]
         piece = Piece(text, calls, self._logprobs(delta), delta.finish_reason)
         self.text += text
+        self.token_ids += delta.token_ids
+        self.unsent_ids += delta.token_ids
         self.calls += calls
         self.logprobs += piece.logprobs
         if self.calls and piece.finish_reason == "stop":
@@ -57,11 +64,11 @@ class ChatChoice:
 
     def message(self) -> dict[str, Any]:
         """The whole answer."""
-        message: dict[str, Any] = {"role": "assistant", "content": self.text or None, "refusal": None}
+        silent = self.calls or (self.parser is not None and self.parser.forced)
+        message: dict[str, Any] = {"role": "assistant", "content": (self.text or None) if silent else self.text}
+        message["refusal"] = None
         if self.calls:
             message["tool_calls"] = [call.as_json() for call in self.calls]
-        else:
-            message["content"] = self.text
         return message
 
     def _logprobs(self, delta: Delta) -> list[dict[str, Any]]:
@@ -69,27 +76,40 @@ class ChatChoice:
         ended = isinstance(delta.stop_reason, int)
         if self.top is None or delta.logprobs is None or ended:
             return []
-        return chat_logprobs(delta.token_ids, delta.logprobs, self.top, self.name)
+        return chat_logprobs(delta.token_ids, delta.logprobs, self.top, self.name, self.name_ids)
 
 
 class ChatAnswer:
-    """All choices of one request; ``head`` is what every object begins with."""
+    """All choices of one request; ``head`` is what every object begins with, ``echoed`` what the request said."""
 
-    def __init__(self, head: dict[str, Any], choices: list[ChatChoice], usage: Usage, include_usage: bool) -> None:
+    def __init__(
+        self,
+        head: dict[str, Any],
+        choices: list[ChatChoice],
+        prompt: list[int],
+        extras: Extras = Extras(),  # noqa: B008
+        echoed: dict[str, Any] | None = None,
+    ) -> None:
         self._head = head
         self._choices = choices
-        self._include_usage = include_usage
-        self.usage = usage
+        self._prompt = prompt
+        self._extras = extras
+        self._echoed = echoed or {}
+        self._prompt_logprobs: list[dict[str, Any] | None] | None = None
+        self.usage = Usage([len(prompt)])
 
     def push(self, prompt: int, delta: Delta) -> list[dict[str, Any]]:
         """Take in a delta of the only prompt; returns the chunks of a stream that it makes."""
         choice = self._choices[delta.index]
         self.usage.add(prompt, delta)
+        if self._extras.prompt_logprobs and delta.index == 0 and delta.prompt_logprobs is not None:
+            self._prompt_logprobs = prompt_logprobs(delta.prompt_logprobs, choice.name)
         piece = choice.push(delta)
         chunks = []
         if not choice.started:
             choice.started = True
-            chunks.append(self._chunk(choice, {"role": "assistant", "content": ""}))
+            first = self._chunk(choice, {"role": "assistant", "content": ""}, ids=False)
+            chunks.append({**first, "prompt_token_ids": self._prompt} if self._extras.token_ids else first)
         if piece.text or piece.logprobs:
             chunks.append(self._chunk(choice, {"content": piece.text}, piece.logprobs or None))
         for number, call in enumerate(piece.calls, start=len(choice.calls) - len(piece.calls)):
@@ -100,26 +120,40 @@ class ChatAnswer:
 
     def last(self) -> list[dict[str, Any]]:
         """The chunks after the last choice has ended."""
-        if not self._include_usage:
-            return []
-        return [{**self._head, "object": "chat.completion.chunk", "choices": [], "usage": self.usage.as_json()}]
+        return self._extras.last({**self._head, "object": "chat.completion.chunk"}, self.usage)
 
     def whole(self) -> dict[str, Any]:
         """The answer as one object."""
-        choices = [
-            {
-                "index": choice.index,
-                "message": choice.message(),
-                "logprobs": None if choice.top is None else {"content": choice.logprobs, "refusal": None},
-                "finish_reason": choice.finish_reason,
-            }
-            for choice in self._choices
-        ]
-        return {**self._head, "object": "chat.completion", "choices": choices, "usage": self.usage.as_json()}
+        choices = [self._whole(choice) for choice in self._choices]
+        found: dict[str, Any] = {
+            **self._head,
+            "object": "chat.completion",
+            "choices": choices,
+            "usage": self.usage.as_json(),
+        }
+        if self._extras.token_ids:
+            found["prompt_token_ids"] = self._prompt
+        if self._extras.prompt_logprobs:
+            found["prompt_logprobs"] = self._prompt_logprobs
+        return found | self._echoed
+
+    @property
+    def choices(self) -> list[ChatChoice]:
+        """The choices so far."""
+        return self._choices
 
     @property
     def finish_reasons(self) -> list[str | None]:
         return [choice.finish_reason for choice in self._choices]
+
+    def _whole(self, choice: ChatChoice) -> dict[str, Any]:
+        found = {
+            "index": choice.index,
+            "message": choice.message(),
+            "logprobs": None if choice.top is None else {"content": choice.logprobs, "refusal": None},
+            "finish_reason": choice.finish_reason,
+        }
+        return found | {"token_ids": choice.token_ids} if self._extras.token_ids else found
 
     def _chunk(
         self,
@@ -127,6 +161,7 @@ class ChatAnswer:
         delta: dict[str, Any],
         logprobs: list[dict[str, Any]] | None = None,
         finish_reason: str | None = None,
+        ids: bool = True,
     ) -> dict[str, Any]:
         found = {
             "index": choice.index,
@@ -134,5 +169,8 @@ class ChatAnswer:
             "logprobs": None if logprobs is None else {"content": logprobs, "refusal": None},
             "finish_reason": finish_reason,
         }
+        if self._extras.token_ids and ids:
+            # What showed no text of its own goes with the next piece that does.
+            found["token_ids"], choice.unsent_ids = choice.unsent_ids, []
         chunk = {**self._head, "object": "chat.completion.chunk", "choices": [found]}
-        return chunk | {"usage": None} if self._include_usage else chunk
+        return self._extras.chunk(chunk, self.usage, len(str(delta.get("content", ""))))

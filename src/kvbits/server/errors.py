@@ -60,18 +60,38 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, headers)
 
 
-def invalid(error: ValidationError) -> ApiError:
-    """What a client got wrong in its JSON: the first mistake, by the name of its field."""
+def invalid(error: ValidationError, data: Any = None) -> ApiError:
+    """What a client got wrong in its JSON ``data``: the first mistake, by the path of its field there."""
     first = error.errors(include_url=False, include_input=False)[0]
-    # Members of unions are classes of ours, not part of the path in the client's JSON.
-    path = ".".join(str(part) for part in first["loc"] if part not in ("str", "int") and "[" not in str(part))
+    path = _path(first["loc"], data, first["type"] == "missing")
+    at = first.get("ctx", {}).get("at")
+    if at is not None:
+        path = ".".join([*([path] if path else []), str(at)[:200]])
     if first["type"] == "unknown":
-        path = ".".join([*([path] if path else []), str(first["ctx"]["name"])[:200]])
         return ApiError(400, f"unknown field '{path}'", param=path, code="unknown_parameter")
-    if first["type"] == "unsupported":
-        return ApiError(400, first["msg"], param=first["ctx"]["name"], code="unsupported_parameter")
     if first["type"] == "missing":
         return ApiError(400, f"the field '{path}' is missing", param=path, code="missing_required_parameter")
     message = first["msg"].removeprefix("Value error, ")
-    where = f"{path}: " if path else ""
+    if first["type"] == "unsupported":
+        words = f"the field '{path}' is not supported" if at is not None else f"{path}: {message}"
+        return ApiError(400, words, param=path, code="unsupported_parameter")
+    where = f"{path}: " if path and str(at) not in message else ""
     return ApiError(400, f"{where}{message}", param=path or None, code="invalid_value")
+
+
+def _path(loc: tuple[int | str, ...], data: Any, missing: bool) -> str:
+    """Where in ``data`` a mistake is; the rest of ``loc`` names members of unions, which are ours."""
+    found: list[str] = []
+    for place, part in enumerate(loc):
+        # The role that tells messages apart may also be the name of a field that somebody added.
+        is_role = isinstance(data, dict) and data.get("role") == part
+        try:
+            inner = data[part]
+        except (TypeError, LookupError):
+            if not (missing and place == len(loc) - 1):
+                continue
+            inner = None
+        if not is_role:
+            found.append(str(part))
+            data = inner
+    return ".".join(found)

@@ -13,18 +13,25 @@ _LOWEST = -9999.0
 """What JSON gets for a probability of zero."""
 
 
-def chat_logprobs(tokens: Sequence[int], found: Sequence[Logprobs], top: int, name: TokenBytes) -> list[dict[str, Any]]:
-    """Entries of ``logprobs.content``: the chosen token and the ``top`` likeliest ones at each place."""
+def chat_logprobs(
+    tokens: Sequence[int], found: Sequence[Logprobs], top: int, name: TokenBytes, name_ids: bool = False
+) -> list[dict[str, Any]]:
+    """Entries of ``logprobs.content``: the chosen token and the ``top`` likeliest ones at each place.
+
+    ``name_ids``: a token's name is ``token_id:`` and its id.
+    """
+
+    def entry(token: int, logprob: Logprob) -> dict[str, Any]:
+        raw = name(token)
+        text = f"token_id:{token}" if name_ids else raw.decode("utf-8", "replace")
+        return {"token": text, "logprob": finite(logprob.logprob), "bytes": list(raw)}
+
     entries = []
     for token, at in zip(tokens, found, strict=True):
         best = sorted((item for item in at.items() if item[1].rank <= top), key=lambda item: item[1].rank)[:top]
-        alternatives = [_entry(name(other), logprob) for other, logprob in best]
-        entries.append({**_entry(name(token), at[token]), "top_logprobs": alternatives})
+        alternatives = [entry(other, logprob) for other, logprob in best]
+        entries.append({**entry(token, at[token]), "top_logprobs": alternatives})
     return entries
-
-
-def _entry(raw: bytes, logprob: Logprob) -> dict[str, Any]:
-    return {"token": raw.decode("utf-8", "replace"), "logprob": _finite(logprob.logprob), "bytes": list(raw)}
 
 
 class CompletionLogprobs:
@@ -34,8 +41,15 @@ class CompletionLogprobs:
     place. ``hidden`` tokens are named, but the text does not show them.
     """
 
-    def __init__(self, top: int, name: TokenBytes, hidden: Callable[[int], bool] = lambda token: False) -> None:
+    def __init__(
+        self,
+        top: int,
+        name: TokenBytes,
+        hidden: Callable[[int], bool] = lambda token: False,
+        name_ids: bool = False,
+    ) -> None:
         self._top = top
+        self._name_ids = name_ids
         self._name = name
         self._hidden = hidden
         self._offset = 0
@@ -51,7 +65,7 @@ class CompletionLogprobs:
         result: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token, at in zip(tokens, found, strict=True):
             result["tokens"].append(self._text(token))
-            result["token_logprobs"].append(None if at is None else _finite(at[token].logprob))
+            result["token_logprobs"].append(None if at is None else finite(at[token].logprob))
             result["top_logprobs"].append(None if at is None else self._likeliest(token, at))
             result["text_offset"].append(self._offset)
             self._offset += self._shown(token, text)
@@ -70,9 +84,11 @@ class CompletionLogprobs:
 
     def _likeliest(self, token: int, at: Logprobs) -> dict[str, float]:
         kept = [(t, p) for t, p in at.items() if p.rank <= self._top or t == token]
-        return {self._text(other): _finite(p.logprob) for other, p in sorted(kept, key=lambda item: item[1].rank)}
+        return {self._text(other): finite(p.logprob) for other, p in sorted(kept, key=lambda item: item[1].rank)}
 
     def _text(self, token: int) -> str:
+        if self._name_ids:
+            return f"token_id:{token}"
         raw = self._name(token)
         try:
             return raw.decode()
@@ -81,5 +97,6 @@ class CompletionLogprobs:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-def _finite(logprob: float) -> float:
+def finite(logprob: float) -> float:
+    """A number that JSON has."""
     return max(logprob, _LOWEST)

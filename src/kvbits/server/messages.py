@@ -1,12 +1,7 @@
-"""From OpenAI's messages to what chat templates take.
-
-A template that knows nothing of tools gets them as text, in the format that models of the Hermes kind were trained on:
-definitions in the system message, calls and results in ``<tool_call>`` and ``<tool_response>``.
-"""
+"""From OpenAI's messages to plain ones, which a chat template is then fitted with."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,19 +9,20 @@ from pydantic_core import from_json
 
 from kvbits.errors import RequestError
 from kvbits.server.body import count_values
-from kvbits.server.protocol.chat import AssistantMessage, Content, Message, RefusalPart, TextPart, Tool, ToolMessage
+from kvbits.server.protocol.chat import (
+    AnswerContent,
+    AssistantMessage,
+    Content,
+    Message,
+    TextPart,
+    Tool,
+    ToolMessage,
+)
 
 Plain = dict[str, Any]
 
 MAX_ARGUMENTS = 1 << 17
 """Values that the arguments of all calls of a conversation may hold."""
-
-_INSTRUCTIONS = (
-    "You may call one or more functions to help the user. Their signatures are between <tools></tools>:\n"
-    "<tools>\n{tools}\n</tools>\n\n"
-    "For each call, answer with its name and arguments as a JSON object between <tool_call></tool_call>:\n"
-    '<tool_call>\n{{"name": <function name>, "arguments": <arguments object>}}\n</tool_call>'
-)
 
 
 def plain_tools(tools: Sequence[Tool]) -> list[Plain]:
@@ -34,46 +30,35 @@ def plain_tools(tools: Sequence[Tool]) -> list[Plain]:
     return [tool.model_dump(exclude_none=True) for tool in tools]
 
 
-def plain_messages(messages: Sequence[Message], tools: Sequence[Plain], template: str) -> list[Plain]:
-    """The messages as ``template`` takes them. Raises ``RequestError`` for arguments of a call that are not JSON."""
-    knows_tools = "tools" in template
+def plain_messages(messages: Sequence[Message]) -> list[Plain]:
+    """The messages as :meth:`kvbits.server.templates.ChatTemplate.fit` takes them.
+
+    Raises ``RequestError`` for arguments of a call that are not JSON.
+    """
     _check_calls(messages)
-    plain: list[Plain] = []
-    for message in messages:
-        plain.append(_plain(message, as_text=not knows_tools))
-    if tools and not knows_tools:
-        text = _INSTRUCTIONS.format(tools="\n".join(json.dumps(tool) for tool in tools))
-        if plain[0]["role"] == "system":
-            plain[0]["content"] = f"{plain[0]['content']}\n\n{text}"
-        else:
-            plain.insert(0, {"role": "system", "content": text})
-    return plain
+    return [_plain(message, place) for place, message in enumerate(messages)]
 
 
-def _plain(message: Message, as_text: bool) -> Plain:
+def _plain(message: Message, place: int) -> Plain:
     role = "system" if message.role == "developer" else message.role
     found: Plain = {"role": role, "content": _text(message.content)}
     if message.name is not None:
         found["name"] = message.name
     if isinstance(message, AssistantMessage):
-        if message.reasoning_content is not None:
-            found["reasoning_content"] = message.reasoning_content
-        calls = [{"name": c.function.name, "arguments": _arguments(c.function.arguments)}
-                 for c in message.tool_calls or ()]  # fmt: skip
-        if calls and as_text:
-            parts = [found["content"]] if found["content"] else []
-            parts += [f"<tool_call>\n{json.dumps(call)}\n</tool_call>" for call in calls]
-            found["content"] = "\n".join(parts)
-        elif calls:
-            found["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+        reasoning = message.reasoning_content or message.reasoning
+        if isinstance(reasoning, str):
+            found["reasoning_content"] = reasoning
+        if message.tool_calls:
+            found["tool_calls"] = [
+                {"id": call.id, "name": call.function.name, "arguments": _arguments(call.function.arguments, place, n)}
+                for n, call in enumerate(message.tool_calls)
+            ]
     elif isinstance(message, ToolMessage):
-        if as_text:
-            return {"role": "user", "content": f"<tool_response>\n{found['content']}\n</tool_response>"}
         found["tool_call_id"] = message.tool_call_id
     return found
 
 
-def _text(content: Content | list[TextPart | RefusalPart] | None) -> str:
+def _text(content: Content | AnswerContent | None) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     return "".join(part.text if isinstance(part, TextPart) else part.refusal for part in content)
@@ -87,8 +72,9 @@ def _check_calls(messages: Sequence[Message]) -> None:
             left -= count_values(call.function.arguments.encode(), left)
 
 
-def _arguments(text: str) -> Any:
+def _arguments(text: str, message: int, call: int) -> Any:
     try:
         return from_json(text, allow_inf_nan=False) if text.strip() else {}
     except ValueError as error:
-        raise RequestError(f"the arguments of a tool call are not JSON: {error}") from error
+        where = f"messages.{message}.tool_calls.{call}.function.arguments"
+        raise RequestError(f"the arguments of a tool call are not JSON: {error}", where) from error

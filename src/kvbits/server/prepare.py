@@ -1,4 +1,4 @@
-"""What a request needs before the engine sees it: tokens, grammar, parameters.
+"""What a request needs before the engine sees it: tokens of its prompt, and what turns the answer's into text.
 
 Tokenizing and compiling take milliseconds to seconds, so they run in threads beside the event loop. Small requests have
 threads of their own and do not wait behind large ones.
@@ -7,39 +7,41 @@ threads of their own and do not wait behind large ones.
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from typing import Any, TypeVar
 
 from kvbits.engine.detokenize import Kind
 from kvbits.engine.encode import Encoder
-from kvbits.engine.grammar import Grammar, GrammarCompiler, json_rule
 from kvbits.engine.limits import RequestLimits
-from kvbits.engine.text import chat_text, decoder
-from kvbits.errors import RequestError
+from kvbits.engine.text import Decoders, chat_text
+from kvbits.errors import ContextLengthError, RequestError
 from kvbits.models import LoadedModel
+from kvbits.server.grammars import Grammars
 from kvbits.server.messages import plain_messages, plain_tools
-from kvbits.server.protocol.chat import (
-    ChatRequest,
-    JsonObjectFormat,
-    JsonSchemaFormat,
-    Message,
-    NamedTool,
-    ResponseFormat,
-    Tool,
-)
-from kvbits.server.protocol.limits import MAX_GRAMMAR
-from kvbits.server.tools import call_rules
+from kvbits.server.protocol.chat import ChatFields, ChatRequest, Message, Tool
+from kvbits.server.protocol.completion import TokenizeRequest
+from kvbits.server.protocol.limits import MAX_TOKENIZED
+from kvbits.server.templates import ChatTemplate
+from kvbits.server.tools import CallParser
 
 T = TypeVar("T")
 
 _THREADS = 4
 """For small requests, and as many for large ones."""
 
-_NO_OPTIONS = {"add_generation_prompt", "messages", "tools", "tokenize", "chat_template", "split_special_tokens"}
+_NO_OPTIONS = {
+    "add_generation_prompt", "chat_template", "continue_final_message", "messages", "split_special_tokens", "tokenize",
+    "tools",
+}  # fmt: skip
 """What ``chat_template_kwargs`` must not set."""
+
+
+class _Bounded(RequestLimits):
+    """Of texts that are tokenized and need not fit the context."""
+
+    def _too_long(self, found: str, param: str | None = None) -> None:
+        raise ContextLengthError(f"at most {self.context} tokens are counted; {found}", param)
 
 
 class Preparer:
@@ -48,10 +50,15 @@ class Preparer:
     def __init__(self, loaded: LoadedModel, limits: RequestLimits) -> None:
         self.loaded = loaded
         self.encoder = Encoder(loaded, limits)
-        self._decode = decoder(loaded)
+        most = max(MAX_TOKENIZED, limits.context)
+        self.bounded = Encoder(loaded, _Bounded(limits.vocab, most, most, limits.memory))
+        self.template = ChatTemplate(loaded)
+        self._limits = limits
+        self._decoders = Decoders(loaded)
+        self._decode = self._decoders.showing()
         self._small = ThreadPoolExecutor(_THREADS, "kvbits-prepare")
         self._large = ThreadPoolExecutor(_THREADS, "kvbits-prepare-large")
-        self._building = threading.Lock()
+        self.grammars = Grammars(loaded, self.template)
         self._names: dict[int, bytes] = {}
 
     async def run(self, function: Callable[[], T], large: bool) -> T:
@@ -64,32 +71,78 @@ class Preparer:
         for threads in (self._small, self._large):
             threads.shutdown(wait=False, cancel_futures=True)
 
-    def chat_tokens(
-        self, messages: Sequence[Message], tools: Sequence[Tool], template: Mapping[str, Any], split: bool = True
-    ) -> list[int]:
-        """Token ids of a chat; ``split``: special tokens in its texts are text.
+    def chat_tokens(self, request: ChatRequest, tools: Sequence[Tool]) -> list[int]:
+        """Token ids of a chat whose template gets ``tools``.
 
         Raises ``RequestError`` when the template refuses it or its options, or when it is too long.
         """
-        for name in template:
+        rendered = self._rendered(request.messages, tools, request, self._effort(request.reasoning_effort))
+        split, most = request.split_special_tokens, request.truncate_prompt_tokens
+        if most is None:
+            return self.encoder.chat(rendered, split)
+        self.bounded.check_chat(rendered, split)
+        return self.truncated(self.encoder.chat_ids(rendered, split), most)
+
+    def tokenize_chat(self, request: TokenizeRequest) -> list[int]:
+        """Token ids of a chat, which may be longer than the context."""
+        rendered = self._rendered(request.messages or [], request.tools or [], request, {})
+        return self.bounded.chat(rendered, request.split_special_tokens)
+
+    def prompt_tokens(self, prompt: str, add_special_tokens: bool, most: int | None) -> list[int]:
+        """Token ids of a text, the last ``most`` of them. Raises ``RequestError`` for one that is too long."""
+        if most is None:
+            return self.encoder.prompt(prompt, add_special_tokens)
+        return self.truncated(self.bounded.prompt(prompt, add_special_tokens), most)
+
+    def truncated(self, tokens: list[int], most: int) -> list[int]:
+        """The last ``most`` of ``tokens``, or with -1 as many as the context holds."""
+        context = min(self._limits.context, self._limits.pool)
+        if most > context:
+            raise RequestError(
+                f"truncate_prompt_tokens is {most}; this model's maximum context length is {context} tokens",
+                "truncate_prompt_tokens",
+            )
+        # One token is left for the answer.
+        most = context - 1 if most < 0 else most
+        return tokens[len(tokens) - most :] if 0 < most < len(tokens) else tokens[: most or 0]
+
+    def _rendered(
+        self, messages: Sequence[Message], tools: Sequence[Tool], fields: ChatFields, options: Mapping[str, Any]
+    ) -> str:
+        given = fields.chat_template_kwargs or {}
+        for name in given:
             if name in _NO_OPTIONS:
-                raise RequestError(f"chat_template_kwargs must not set '{name}'")
-        return self.encoder.chat(self._chat_text(messages, tools, split, **template), split)
-
-    def tokenize_chat(
-        self, messages: Sequence[Message], tools: Sequence[Tool], generation: bool, split: bool = True
-    ) -> list[int]:
-        """Token ids of a chat, with or without the start of an answer."""
-        text = self._chat_text(messages, tools, split, add_generation_prompt=generation)
-        return self.encoder.chat_ids(text, split)
-
-    def _chat_text(self, messages: Sequence[Message], tools: Sequence[Tool], split: bool, **options: Any) -> str:
+                raise RequestError(f"chat_template_kwargs must not set '{name}'", f"chat_template_kwargs.{name}")
+            if not self.template.knows(name):
+                words = f"the chat template of {self.loaded.name} does not read '{name[:80]}'"
+                raise RequestError(words, f"chat_template_kwargs.{name[:80]}")
+        options = {**options, **given, "add_generation_prompt": fields.add_generation_prompt}
+        if fields.continue_final_message:
+            if not messages or not messages[-1].content:
+                raise RequestError("continue_final_message needs a last message with text", "continue_final_message")
+            options["continue_final_message"] = True
         known = plain_tools(tools)
-        text = str(self._tokenizer.chat_template or "")
-        plain = plain_messages(messages, known, text)
-        if known and "tools" in text:
-            options["tools"] = known
-        return chat_text(self.loaded, plain, split_special_tokens=split, **options)
+        shown = self.template.tools(known)
+        if shown:
+            options["tools"] = shown
+        plain = self.template.fit(plain_messages(messages), known)
+        return chat_text(self.loaded, plain, split_special_tokens=fields.split_special_tokens, **options)
+
+    def _effort(self, effort: str | None) -> dict[str, Any]:
+        """The template's options for an effort of reasoning."""
+        if effort is None:
+            return {}
+        found: dict[str, Any] = {"reasoning_effort": effort} if self.template.knows("reasoning_effort") else {}
+        if self.template.knows("enable_thinking"):
+            found["enable_thinking"] = effort != "none"
+        if not found and effort != "none":
+            words = f"the chat template of {self.loaded.name} knows no effort of reasoning"
+            raise RequestError(f"reasoning_effort is not supported: {words}", "reasoning_effort")
+        return found
+
+    def call_parser(self, names: Sequence[str], forced: bool) -> CallParser:
+        """What finds calls in an answer."""
+        return CallParser(self.template.format, names, forced=forced, short_ids=self.template.short_ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, special ones included."""
@@ -115,75 +168,12 @@ class Preparer:
         if found is not None:
             return found
         try:
-            return self._compiler.token_bytes(token)
+            return self.grammars.compiler.token_bytes(token)
         except RequestError:
             return self.decode([token]).encode("utf-8", "replace")
-
-    def format_grammar(self, wanted: ResponseFormat | None) -> Grammar | None:
-        """The grammar of a response format."""
-        rule = format_rule(wanted)
-        return None if rule is None else self._grammar(f"start: {rule}")
-
-    def chat_grammar(self, request: ChatRequest) -> Grammar | None:
-        """The grammar of a response format and a tool choice together."""
-        rule = format_rule(request.response_format)
-        tools, forced = chosen_tools(request)
-        if not tools or (not forced and rule is None):
-            return self.format_grammar(request.response_format)
-        # A call or, where none is demanded, an answer in the wanted format.
-        start = "start: calls" if forced else "start: calls | answer"
-        rules = [start, call_rules(tools, request.parallel_tool_calls is not False)]
-        if not forced:
-            rules.append(f"answer: {rule}")
-        return self._grammar("\n".join(rules))
-
-    def _grammar(self, text: str) -> Grammar:
-        if len(text) > MAX_GRAMMAR:
-            raise RequestError(f"the schemas take {len(text):,} characters; at most {MAX_GRAMMAR:,} are allowed")
-        grammar = self._compiler.lark(text)
-        # Some grammars compile though no answer can follow them, a schema that is only a reference to itself for one.
-        grammar.start().allowed()
-        return grammar
-
-    @property
-    def _compiler(self) -> GrammarCompiler:
-        with self._building:
-            return self._only_compiler
-
-    @cached_property
-    def _only_compiler(self) -> GrammarCompiler:
-        return GrammarCompiler(self.loaded)
 
     @property
     def _tokenizer(self) -> Any:
         if self.loaded.tokenizer is None:
             raise RequestError(f"{self.loaded.name} has no tokenizer; give prompts as token ids")
         return self.loaded.tokenizer
-
-
-def format_rule(wanted: ResponseFormat | None) -> str | None:
-    """The right side of a Lark rule for a response format; ``None``: anything goes."""
-    if isinstance(wanted, JsonObjectFormat):
-        return json_rule({"type": "object"})
-    if isinstance(wanted, JsonSchemaFormat):
-        schema = wanted.json_schema.schema_
-        return json_rule({"type": "object"} if schema is None else schema)
-    return None
-
-
-def chosen_tools(request: ChatRequest) -> tuple[list[Tool], bool]:
-    """The tools that may be called, and whether one must be. Raises ``RequestError`` for a choice that is none."""
-    tools, choice = request.tools or [], request.tool_choice
-    if choice in (None, "auto"):
-        return tools, False
-    if choice == "none":
-        return [], False
-    if not tools:
-        raise RequestError("tool_choice demands a call, but tools is empty")
-    if isinstance(choice, NamedTool):
-        named = [tool for tool in tools if tool.function.name == choice.function.name]
-        if not named:
-            names = ", ".join(tool.function.name for tool in tools)
-            raise RequestError(f"tool_choice names '{choice.function.name}'; the tools are {names}")
-        return named[:1], True
-    return tools, True

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from typing import Any
 
 from kvbits.engine.grammar import Grammar
 from kvbits.engine.params import SamplingParams
 from kvbits.errors import RequestError
 from kvbits.server.protocol.base import SamplingFields
-from kvbits.server.protocol.limits import MAX_CHOICES, MAX_LOGIT_BIAS, MAX_STOP_LENGTH, MAX_STOP_TOKENS, MAX_STOPS
+from kvbits.server.protocol.limits import (
+    MAX_BAD_WORDS,
+    MAX_CHOICES,
+    MAX_LOGIT_BIAS,
+    MAX_STOP_LENGTH,
+    MAX_STOP_TOKENS,
+    MAX_STOPS,
+)
 
 _SAME_NAME = (
     "n", "seed", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
-    "repetition_penalty", "stop_token_ids", "ignore_eos",
+    "repetition_penalty", "stop_token_ids", "ignore_eos", "min_tokens", "include_stop_str_in_output",
+    "skip_special_tokens", "bad_words", "allowed_token_ids",
 )  # fmt: skip
 
 
@@ -23,6 +31,7 @@ def sampling_params(
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
     grammar: Grammar | None = None,
+    visible_tokens: Sequence[int] = (),
 ) -> SamplingParams:
     """The engine's parameters, with what they need prepared.
 
@@ -30,38 +39,43 @@ def sampling_params(
     """
     given: dict[str, Any] = {name: getattr(request, name) for name in _SAME_NAME}
     if (request.n or 1) > MAX_CHOICES:
-        raise RequestError(f"n is {request.n}; at most {MAX_CHOICES} are possible")
+        raise RequestError(f"n is {request.n}; at most {MAX_CHOICES} are possible", "n")
     _at_most("stop_token_ids", request.stop_token_ids, MAX_STOP_TOKENS, "tokens")
     _at_most("logit_bias", request.logit_bias, MAX_LOGIT_BIAS, "tokens")
+    _short("bad_words", request.bad_words or (), MAX_BAD_WORDS)
+    stop = (request.stop,) if isinstance(request.stop, str) else request.stop or ()
+    _short("stop", stop, MAX_STOPS)
+    wanted = [count for count in (prompt_logprobs, request.prompt_logprobs) if count is not None]
     return SamplingParams(
         max_tokens=max_tokens,
-        stop=_stops(request.stop),
+        stop=stop,
         logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs,
+        prompt_logprobs=max(wanted, default=None),
         logit_bias=_bias(request.logit_bias or {}),
         grammar=grammar,
+        visible_tokens=visible_tokens,
         **{name: value for name, value in given.items() if value is not None},
     ).prepare()
 
 
-def _stops(stop: str | list[str] | None) -> list[str]:
-    stops = [stop] if isinstance(stop, str) else stop or []
-    _at_most("stop", stops, MAX_STOPS, "strings")
-    longest = max((len(text) for text in stops), default=0)
+def _short(name: str, texts: Sequence[str], most: int) -> None:
+    _at_most(name, texts, most, "strings")
+    longest = max((len(text) for text in texts), default=0)
     if longest > MAX_STOP_LENGTH:
-        raise RequestError(f"stop holds a string of {longest} characters; at most {MAX_STOP_LENGTH} are possible")
-    return stops
+        raise RequestError(
+            f"{name} holds a string of {longest} characters; at most {MAX_STOP_LENGTH} are possible", name
+        )
 
 
 def _at_most(name: str, values: Sized | None, most: int, what: str) -> None:
     if values is not None and len(values) > most:
-        raise RequestError(f"{name} holds {len(values)} {what}; at most {most} are possible")
+        raise RequestError(f"{name} holds {len(values)} {what}; at most {most} are possible", name)
 
 
 def _bias(bias: dict[str, float]) -> dict[int, float]:
     found = {}
     for key, value in bias.items():
         if not (key.isascii() and key.isdigit() and len(key) < 12):
-            raise RequestError(f"logit_bias names {key[:40]!r}; each key must be a token id")
+            raise RequestError(f"logit_bias names {key[:40]!r}; each key must be a token id", "logit_bias")
         found[int(key)] = value
     return found

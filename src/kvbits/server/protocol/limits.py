@@ -37,3 +37,15 @@ MAX_PROMPTS = 256
 
 MAX_GRAMMAR = 1 << 16
 """Characters of a grammar. The time to compile grows with their square: 250 KB took 24 seconds, 57 KB under three."""
+
+MAX_BAD_WORDS = 128
+"""Entries of ``bad_words``, each as long as a stop string may be."""
+
+MAX_METADATA = 16
+"""Pairs of ``metadata``."""
+
+MAX_METADATA_TEXT = 512
+"""Characters of each text in them."""
+
+MAX_TOKENIZED = 1 << 17
+"""Tokens that ``/tokenize`` counts, or as many as the context holds."""

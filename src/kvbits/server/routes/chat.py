@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from kvbits.engine.params import SamplingParams
 from kvbits.server.chat_answer import ChatAnswer, ChatChoice
-from kvbits.server.errors import ApiError
+from kvbits.server.extras import Extras
+from kvbits.server.grammars import chosen_tools, several_calls
 from kvbits.server.openapi import takes
-from kvbits.server.prepare import chosen_tools
 from kvbits.server.protocol.chat import ChatRequest
 from kvbits.server.routes.generate import Endpoint, Prompts
 from kvbits.server.sampling import sampling_params
 from kvbits.server.service import Service
-from kvbits.server.tools import CallParser
-from kvbits.server.usage import Usage
 
 router = APIRouter()
 
@@ -26,29 +26,41 @@ async def chat_completions(request: Request) -> Response:
     return await _ENDPOINT(request)
 
 
-def _prepare(service: Service, body: ChatRequest) -> tuple[Prompts, SamplingParams]:
-    if body.top_logprobs is not None and not body.logprobs:
-        raise ApiError(400, "top_logprobs is only allowed when logprobs is true", param="top_logprobs")
-    chosen_tools(body)
+def prepare_chat(service: Service, body: ChatRequest) -> tuple[Prompts, SamplingParams]:
+    """The prompt and the parameters of a chat. Raises ``RequestError``."""
+    preparer = service.preparer
+    tools, _ = chosen_tools(body)
     offered = [] if body.tool_choice == "none" else body.tools or []
-    prompt = service.preparer.chat_tokens(
-        body.messages, offered, body.chat_template_kwargs or {}, body.split_special_tokens
-    )
-    limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    prompt = preparer.chat_tokens(body, offered)
+    name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    limit = getattr(body, name)
+    if limit is not None:
+        service.worker.engine.limits.check_answer(len(prompt), limit, name)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return [("", prompt)], sampling_params(body, limit, logprobs, grammar=service.preparer.chat_grammar(body))
+    visible = preparer.template.marks if tools else ()
+    params = sampling_params(body, limit, logprobs, grammar=preparer.grammars.of_chat(body), visible_tokens=visible)
+    return [("", prompt)], params
 
 
-def _answer(
+def chat_answer(
     service: Service, request_id: str, body: ChatRequest, prompts: Prompts, params: SamplingParams
 ) -> ChatAnswer:
-    calls = bool(chosen_tools(body)[0])
-    several = body.parallel_tool_calls is not False
-    name = service.preparer.token_bytes
-    choices = [ChatChoice(i, CallParser() if calls else None, params.logprobs, name, several) for i in range(params.n)]
-    return ChatAnswer(
-        service.head(request_id), choices, Usage([len(tokens) for _, tokens in prompts]), body.include_usage
-    )
+    """The answer of a chat, still empty."""
+    tools, forced = chosen_tools(body)
+    extras = Extras.of(body)
+    preparer = service.preparer
+    names = [tool.function.name for tool in tools]
+
+    def choice(index: int) -> ChatChoice:
+        parser = preparer.call_parser(names, forced) if tools else None
+        return ChatChoice(index, parser, params.logprobs, preparer.token_bytes, several_calls(body), extras.name_ids)
+
+    echoed: dict[str, Any] = {} if body.metadata is None else {"metadata": body.metadata}
+    if body.store is not None:
+        # Nothing is kept, whatever was asked for.
+        echoed["store"] = False
+    choices = [choice(index) for index in range(params.n)]
+    return ChatAnswer(service.head(request_id), choices, prompts[0][1], extras, echoed)
 
 
-_ENDPOINT = Endpoint(ChatRequest, "chatcmpl", lambda body: 1, _prepare, _answer)
+_ENDPOINT = Endpoint(ChatRequest, "chatcmpl", lambda body: 1, prepare_chat, chat_answer)

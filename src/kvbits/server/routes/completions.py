@@ -8,6 +8,7 @@ from starlette.responses import Response
 from kvbits.engine.params import SamplingParams
 from kvbits.server.completion_answer import CompletionAnswer, Wanted
 from kvbits.server.errors import ApiError
+from kvbits.server.extras import Extras
 from kvbits.server.openapi import takes
 from kvbits.server.protocol.completion import CompletionRequest
 from kvbits.server.protocol.limits import MAX_PROMPTS
@@ -33,14 +34,19 @@ def _prepare(service: Service, body: CompletionRequest) -> tuple[Prompts, Sampli
     given = body.prompts()
     if not 0 < len(given) <= MAX_PROMPTS:
         raise ApiError(400, f"prompt holds {len(given)} prompts; 1 to {MAX_PROMPTS} are possible", param="prompt")
-    preparer = service.preparer
+    preparer, limits = service.preparer, service.worker.engine.limits
     prompts: Prompts = []
     for prompt in given:
         if isinstance(prompt, str):
-            prompts.append((prompt, preparer.encoder.prompt(prompt, body.add_special_tokens)))
+            found = preparer.prompt_tokens(prompt, body.add_special_tokens, body.truncate_prompt_tokens)
+            prompts.append((prompt, found))
         else:
-            service.worker.engine.limits.check_prompt(prompt, room=1)
+            if body.truncate_prompt_tokens is not None:
+                prompt = preparer.truncated(prompt, body.truncate_prompt_tokens)
+            limits.check_prompt(prompt, room=1)
             prompts.append((preparer.decode(prompt) if body.echo else "", prompt))
+    for _, tokens in prompts if body.max_tokens else ():
+        limits.check_answer(len(tokens), body.max_tokens or 0, "max_tokens")
     # The engine always samples one token; a client that wants none gets the prompt's probabilities alone.
     limit = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens or 1
     params = sampling_params(
@@ -48,7 +54,7 @@ def _prepare(service: Service, body: CompletionRequest) -> tuple[Prompts, Sampli
         limit,
         body.logprobs,
         body.logprobs if body.echo else None,
-        preparer.format_grammar(body.response_format),
+        preparer.grammars.of_format(body.response_format, body.structured_outputs),
     )
     return prompts, params
 
@@ -59,7 +65,7 @@ def _answer(
     wanted = Wanted(bool(body.echo), body.logprobs, body.max_tokens != 0)
     preparer = service.preparer
     head = service.head(request_id)
-    return CompletionAnswer(head, prompts, params.n, wanted, preparer.token_bytes, body.include_usage, preparer.hidden)
+    return CompletionAnswer(head, prompts, params.n, wanted, preparer.token_bytes, Extras.of(body), preparer.hidden)
 
 
 _ENDPOINT = Endpoint(CompletionRequest, "cmpl", lambda body: len(body.prompts()), _prepare, _answer)
