@@ -105,7 +105,7 @@ def test_only_what_is_too_long_is_refused(name: str, text: str, special: bool) -
         found, refusal = right, str(error)
     assert found == right
     if refusal:
-        least = re.match(rf"the prompt has at least (\d+) tokens; the context is {CONTEXT} tokens", refusal)
+        least = re.match(rf"this model's maximum context length is {CONTEXT} tokens; the prompt has at least (\d+) tokens", refusal)
         assert least is not None
         assert CONTEXT < int(least[1]) <= len(right)
 
@@ -138,7 +138,7 @@ class Watched(Encoder):
 def test_a_text_of_eight_mebibytes_is_refused_after_a_little_of_it(name: str) -> None:
     encoder = encoder_of(ALL[name])
     watched = Watched(encoder._loaded, encoder._limits)
-    with pytest.raises(RequestError, match=r"at least \d+ tokens; the context is 500 tokens"):
+    with pytest.raises(RequestError, match=r"length is 500 tokens; the prompt has at least \d+ tokens"):
         watched.prompt("w5 ab " * ((8 << 20) // 6), False)
     assert watched.seen <= 1 << 16
 

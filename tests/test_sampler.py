@@ -253,7 +253,7 @@ def test_masked_tokens_are_fine() -> None:
         ("temperature", -0.1),
         ("temperature", math.nan),
         ("temperature", "hot"),
-        ("top_p", 0.0),
+        ("top_p", -0.1),
         ("top_p", 1.1),
         ("top_k", -2),
         ("min_p", 2),

@@ -194,7 +194,7 @@ def test_json_objects(client: openai.OpenAI) -> None:
 
 
 def test_a_demanded_tool_is_called(client: openai.OpenAI) -> None:
-    options: Any = {"model": MODEL, "messages": ASK, "tools": TOOLS, "seed": 1, "max_tokens": 400}
+    options: Any = {"model": MODEL, "messages": ASK, "tools": TOOLS, "seed": 1, "max_tokens": 300}
     named: Any = {"type": "function", "function": {"name": "paint"}}
     answer = client.chat.completions.create(tool_choice=named, parallel_tool_calls=False, **options).choices[0]
     assert answer.finish_reason == "tool_calls"

@@ -64,9 +64,10 @@ def test_the_first_mistake_is_named() -> None:
         return caught.value
 
     good = {"role": "user", "content": "x"}
-    assert refused({"messages": [good] * 30 + [{"role": "user"}] * 500}).param == "messages.30.user.content"
+    assert refused({"messages": [good] * 30 + [{"role": "user"}] * 500}).param == "messages.30.content"
     assert refused({"messages": [good], "b": 1, "a": 2}).param == "b"
-    assert refused({"messages": [good | {"odd": 1}]}).message == "unknown field 'messages.0.user.odd'"
+    tool = {"type": "function", "function": {"name": "f", "odd": 1}}
+    assert refused({"messages": [good], "tools": [tool]}).message == "unknown field 'tools.0.function.odd'"
     assert "'7'" in refused({"messages": [good], "logit_bias": {"5": 1, "6": -1.5, "7": "1"}}).message
     assert refused({"tokens": [0] * 4000 + ["x"]}, DetokenizeRequest).param == "tokens.4000"
     assert refused({"prompt": ["x"] * 300}, CompletionRequest).message.endswith("300 prompts; 1 to 256 are possible")
@@ -168,7 +169,7 @@ def test_arguments_of_calls_are_json_in_json(arguments: str, words: str) -> None
     chat = {"messages": [{"role": "assistant", "tool_calls": [call]}]}
     messages = parse(json.dumps(chat).encode(), ChatRequest, 1024).messages
     with pytest.raises((RequestError, ApiError), match=words):
-        plain_messages(messages, [], "")
+        plain_messages(messages)
 
 
 def test_many_calls_share_one_bound() -> None:
@@ -176,5 +177,5 @@ def test_many_calls_share_one_bound() -> None:
     chat = {"messages": [{"role": "assistant", "tool_calls": [call] * 6}]}
     messages = parse(json.dumps(chat).encode(), ChatRequest, 1024).messages
     with pytest.raises(ApiError, match="values"):
-        plain_messages(messages, [], "")
-    assert len(plain_messages(messages[:0], [], "")) == 0
+        plain_messages(messages)
+    assert len(plain_messages(messages[:0])) == 0

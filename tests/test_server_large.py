@@ -127,7 +127,7 @@ def test_right_prompts_that_are_too_long_are_refused_for_their_length(server: tu
         ):
             message = error_of(httpx.post(url + path, content=body.encode(), headers=JSON, timeout=300))
             assert words in message
-            assert "values" in words or f"the context is {CONTEXT}" in message
+            assert "values" in words or f"maximum context length is {CONTEXT}" in message
     assert watch.memory - before < 500 << 20
     assert max(watch.seconds) < blocked_seconds(SIZE // 2) / 8
 

@@ -28,7 +28,8 @@ def parse(pieces: list[str]) -> tuple[str, list[tuple[str, str]]]:
         text, found = parser.push(piece)
         said += text
         calls += [(call.name, call.arguments) for call in found]
-    return said + parser.flush(), calls
+    rest, found = parser.flush()
+    return said + rest, calls + [(call.name, call.arguments) for call in found]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,12 @@ PROBE_IDS = ("probe0001", "probe0002")
 _ARGUMENTS = re.compile(rf'\{{\s*"{PROBE_KEY}"\s*:\s*"{PROBE_VALUE}"\s*\}}')
 _THOUGHT = re.compile(r"^\s*(?:<think>)?\s*</think>\s*")
 _JSON_HEAD = re.compile(r'\[?\s*\{\s*(?:"\w+"\s*:\s*"[^"]*"\s*,\s*)*"\w+"\s*:\s*"$')
+MOST_CALLS = 8
+"""In an answer that must be calls."""
+
+_LONGEST = 200
+"""Characters of each text of a format."""
+
 _CLOSERS = re.compile(r"^[\s}\]]*")
 
 
@@ -45,12 +51,12 @@ class CallFormat:
     @cached_property
     def begin(self) -> str:
         """What a call begins with and an answer's text does not; empty: a brace at the answer's start."""
-        return (_JSON_HEAD.sub("", self.prefix) if self.as_json else self.prefix).strip()
+        return (_JSON_HEAD.sub("", self.prefix) if self.as_json else self.prefix).partition(ID)[0].strip()
 
     @cached_property
     def end(self) -> str:
         """What stands behind the call, or behind all of them; empty: the end of the answer."""
-        return _CLOSERS.sub("", self.suffix).strip()
+        return "" if ID in self.suffix else _CLOSERS.sub("", self.suffix).strip()
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -61,12 +67,12 @@ class CallFormat:
     def head(self) -> re.Pattern[str]:
         """A call from its begin to its arguments; the name and, where the format has it, the id are groups."""
         start = self.prefix[self.prefix.find(self.begin) + len(self.begin) :]
-        return re.compile(f"{_loose(start)}(?P<name>[^\\s\"']+?){_loose(self.middle)}")
+        return _written(start, self.middle)
 
     @cached_property
     def next(self) -> re.Pattern[str]:
         """What leads from one call's arguments to the next call's name."""
-        return re.compile(f"{_loose(self.between or '')}(?P<name>[^\\s\"']+?){_loose(self.middle)}")
+        return _written(self.between or "", self.middle)
 
 
 HERMES = CallFormat(
@@ -78,10 +84,8 @@ def probe_tool(described: bool = True) -> dict[str, Any]:
     """The definition of a tool that does not exist."""
     field = {"type": "string", "description": "a text"} if described else {"type": "string"}
     parameters = {"type": "object", "properties": {PROBE_KEY: field}, "required": [PROBE_KEY]}
-    return {
-        "type": "function",
-        "function": {"name": PROBE_NAME, "description": "a tool", "parameters": parameters},
-    }
+    function = {"name": PROBE_NAME, "parameters": parameters}
+    return {"type": "function", "function": {**function, "description": "a tool"} if described else function}
 
 
 def probe_call(call_id: str, as_text: bool = False) -> dict[str, Any]:
@@ -112,7 +116,10 @@ def derive(start: str, one: str, two: str | None, ends: Iterable[str]) -> CallFo
         second = None if again is None else _call(two, again[3])
         if again is not None and second is not None and _ids(two[second[1] : second[2]]) == middle:
             between = _ids(two[again[3] : second[0]])
-    return CallFormat(prefix.lstrip("\n"), middle, between, _ids(suffix))
+    found = CallFormat(prefix.lstrip("\n"), middle, between, _ids(suffix))
+    # A format without a mark of its own is only told from text by its brace; what is long is another turn.
+    told = found.begin or found.as_json
+    return found if told and max(map(len, found.texts)) <= _LONGEST else None
 
 
 def _call(text: str, start: int) -> tuple[int, int, int, int] | None:
@@ -133,8 +140,17 @@ def _ids(text: str) -> str:
 
 
 def _common(one: str, other: str) -> int:
+    """Characters that both begin with, of marks in angles whole ones only."""
     size = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    return size
+    opened = one.rfind("<", 0, size)
+    return opened if opened > one.rfind(">", 0, size) else size
+
+
+def _written(before: str, middle: str) -> re.Pattern[str]:
+    first, second = _loose(before), _loose(middle)
+    if "(?P<id>" in first:
+        second = second.replace("(?P<id>", "(?:")
+    return re.compile(f"{first}(?P<name>[^\\s\"'<>{{}}]+?){second}")
 
 
 def _loose(text: str) -> str:
@@ -164,7 +180,8 @@ def call_rules(
     def around(text: str) -> str:
         return " CALL_ID ".join(literal(part) if part else "" for part in text.split(ID))
 
-    more = f" ({around(form.between)} call)*" if several and form.between is not None else ""
+    # Small models that may go on do so for ever.
+    more = f" ({around(form.between)} call){{0,{MOST_CALLS - 1}}}" if several and form.between is not None else ""
     lines = [
         f"calls: {around(form.prefix)} call{more} {around(form.suffix)}",
         f"call: {' | '.join(f'tool_{i}' for i in range(len(tools)))}",

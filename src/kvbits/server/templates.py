@@ -18,6 +18,7 @@ from kvbits.engine.text import end_tokens, special_tokens
 from kvbits.models import LoadedModel
 from kvbits.server.callformat import (
     HERMES,
+    ID,
     PROBE_IDS,
     PROBE_NAME,
     PROBE_VALUE,
@@ -32,8 +33,7 @@ Plain = dict[str, Any]
 _INSTRUCTIONS = (
     "You may call one or more functions to help the user. Their signatures are between <tools></tools>:\n"
     "<tools>\n{tools}\n</tools>\n\n"
-    "For each call, answer with its name and arguments as a JSON object between <tool_call></tool_call>:\n"
-    '<tool_call>\n{{"name": <function name>, "arguments": <arguments object>}}\n</tool_call>'
+    "For each call, answer with its name and its arguments, a JSON object, like this:\n{call}"
 )
 _ASK: Plain = {"role": "user", "content": "probe question"}
 _LONG_ID = "call_0123456789abcdef01234567"
@@ -56,8 +56,8 @@ class ChatTemplate:
     @cached_property
     def takes_system(self) -> bool:
         """Whether a system message is shown."""
-        found = self._render([{"role": "system", "content": "probe rule"}, _ASK])
-        return found is not None and "probe rule" in found
+        messages = [{"role": "system", "content": "probe rule"}, _ASK]
+        return self._shows("probe rule", messages) or self._shows("probe rule", messages, tools=[probe_tool()])
 
     @cached_property
     def takes_tools(self) -> bool:
@@ -72,9 +72,11 @@ class ChatTemplate:
     @cached_property
     def arguments_as_text(self) -> bool | None:
         """Whether arguments of calls must be text rather than objects; ``None``: it shows no calls."""
-        shown = [text for text in (False, True) if self._shows_calls([probe_call(PROBE_IDS[0], text)])]
-        proper = [text for text in shown if self._format_of(text) is not None]
-        return next(iter([*proper, *shown]), None)
+        found = self._render_calls([probe_call(PROBE_IDS[0])])
+        if found is not None and f"'{PROBE_VALUE}'" not in found:
+            return False
+        # Only joined to other text, or in Python's notation.
+        return True if self._shows_calls([probe_call(PROBE_IDS[0], as_text=True)]) else None if found is None else False
 
     @cached_property
     def takes_several(self) -> bool:
@@ -86,14 +88,12 @@ class ChatTemplate:
         """Whether ids of calls must be nine letters and digits."""
         if self.arguments_as_text is None:
             return False
-        return not self._shows_calls([probe_call(_LONG_ID, self.arguments_as_text)], _LONG_ID)
+        return not self._shows_calls([probe_call(_LONG_ID, self.arguments_as_text)])
 
     @cached_property
     def format(self) -> CallFormat:
         """How the model writes calls."""
-        if self.arguments_as_text is None or not self.takes_tools:
-            return HERMES
-        return self._format_of(self.arguments_as_text) or HERMES
+        return HERMES if self.arguments_as_text is None else self._format_of(self.arguments_as_text) or HERMES
 
     @cached_property
     def marks(self) -> tuple[int, ...]:
@@ -113,9 +113,17 @@ class ChatTemplate:
         native = self.arguments_as_text is not None
         found = [dict(message) for message in messages]
         if tools and not self.takes_tools:
-            found = _with_instructions(found, tools)
+            found = self._with_instructions(found, tools)
         found = self._native_calls(found) if native else _calls_as_text(found)
         return found if self.takes_system else _system_into_user(found)
+
+    def _with_instructions(self, messages: list[Plain], tools: Sequence[Plain]) -> list[Plain]:
+        form = self.format
+        call = f"{form.prefix}<function name>{form.middle}<arguments object>{form.suffix}".replace(ID, "<id>")
+        text = _INSTRUCTIONS.format(tools="\n".join(json.dumps(tool) for tool in tools), call=call)
+        if messages and messages[0]["role"] == "system":
+            return [{**messages[0], "content": f"{messages[0]['content']}\n\n{text}"}, *messages[1:]]
+        return [{"role": "system", "content": text}, *messages]
 
     def _native_calls(self, messages: list[Plain]) -> list[Plain]:
         names = {call["id"]: call["name"] for message in messages for call in message.get("tool_calls", ())}
@@ -153,18 +161,23 @@ class ChatTemplate:
         if start is None or one is None:
             return None
         tokenizer: Any = self._loaded.tokenizer
-        ends = [tokenizer.convert_ids_to_tokens(token) for token in end_tokens(self._loaded)]
-        return derive(start, one, two, [end for end in ends if isinstance(end, str)])
+        ends = [str(tokenizer.convert_ids_to_tokens(token)) for token in end_tokens(self._loaded)]
+        said = self._render([_ASK, {"role": "assistant", "content": "probe answer"}], tools=[probe_tool()]) or ""
+        return derive(start, one, two, [*ends, said.partition("probe answer")[2].strip()])
 
-    def _shows_calls(self, calls: list[Plain], call_id: str = PROBE_IDS[0]) -> bool:
+    def _shows_calls(self, calls: list[Plain]) -> bool:
+        return self._render_calls(calls) is not None
+
+    def _render_calls(self, calls: list[Plain]) -> str | None:
+        """What the template makes of calls and their results, if it shows them all."""
         results = [
             {"role": "tool", "tool_call_id": call["id"], "name": PROBE_NAME, "content": f"probe result {i}"}
             for i, call in enumerate(calls)
         ]
         found = self._render([_ASK, _answer(calls), *results], tools=[probe_tool()])
         if found is None or any(f"probe result {i}" not in found for i in range(len(calls))):
-            return False
-        return found.count(PROBE_VALUE) >= len(calls)
+            return None
+        return found if found.count(PROBE_VALUE) >= len(calls) else None
 
     def _shows(self, what: str, messages: list[Plain], **options: Any) -> bool:
         found = self._render(messages, **options)
@@ -190,13 +203,6 @@ def _described(tool: Plain) -> Plain:
         for name, field in (parameters.get("properties") or {}).items()
     }
     return {**tool, "function": {"description": "", **function, "parameters": {**parameters, "properties": fields}}}
-
-
-def _with_instructions(messages: list[Plain], tools: Sequence[Plain]) -> list[Plain]:
-    text = _INSTRUCTIONS.format(tools="\n".join(json.dumps(tool) for tool in tools))
-    if messages and messages[0]["role"] == "system":
-        return [{**messages[0], "content": f"{messages[0]['content']}\n\n{text}"}, *messages[1:]]
-    return [{"role": "system", "content": text}, *messages]
 
 
 def _calls_as_text(messages: list[Plain]) -> list[Plain]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import re
 import secrets
@@ -18,7 +19,17 @@ _ARGUMENTS = r'"(?:arguments|parameters)"\s*:\s*'
 _CUT = re.compile(
     rf'"(?:name|tool_name)"\s*:\s*"(?P<name>[^"\\]+)"(?:\s*,\s*{_ARGUMENTS}(?P<arguments>.*))?', re.DOTALL
 )
+_FENCE = "```json"
+_FENCED = re.compile(r"```json\s*(.*?)\s*```", re.DOTALL)
 _DECODER = json.JSONDecoder()
+
+
+class _Bare(enum.Enum):
+    """Whether the answer so far may be a call without marks."""
+
+    MAYBE = enum.auto()
+    YES = enum.auto()
+    NO = enum.auto()
 
 
 def _new_id() -> str:
@@ -48,8 +59,9 @@ class CallParser:
     """Splits a growing text into what is said and what is called.
 
     A call is what stands between the format's begin and end, if it is one; anything else stays text, tags included.
-    Blanks before and after calls belong to neither. ``names`` are those of the tools: where a format has no mark of its
-    own, an object is a call only of one of these. ``forced``: the whole text is calls, whatever it looks like.
+    Blanks before and after calls belong to neither. An answer that is nothing but the JSON of a call is one too, if it
+    names one of the tools (``names``): some families write no marks, and small models forget them. ``forced``: the
+    whole text is calls, whatever it looks like.
     """
 
     def __init__(
@@ -63,24 +75,23 @@ class CallParser:
         self._inside = False
         self._searched = 0
         self._skip_blanks = True
-        self._started = False
+        self._bare = _Bare.MAYBE if self._names else _Bare.NO
 
     def push(self, text: str) -> tuple[str, list[Call]]:
         """The text and the calls that are certain after ``text`` came."""
         self._held += text
         said = ""
         calls: list[Call] = []
-        while True:
-            if not self._inside and not self._begin():
-                keep = overlap(self._held, self._form.begin) if self._form.begin else 0
-                cut = len(self._held) - keep
-                said += self._say(self._held[:cut])
-                self._held = self._held[cut:]
-                return said, calls
+        while not self._held_back():
             if not self._inside:
-                before = self._held[: self._place]
-                said += self._say(before)
-                self._held = self._held[self._place + len(self._form.begin) :]
+                place = self._held.find(self._form.begin) if self._form.begin else -1
+                if place < 0:
+                    cut = len(self._held) - (overlap(self._held, self._form.begin) if self._form.begin else 0)
+                    said += self._say(self._held[:cut])
+                    self._held = self._held[cut:]
+                    return said, calls
+                said += self._say(self._held[:place])
+                self._held = self._held[place + len(self._form.begin) :]
                 self._inside, self._searched = True, 0
             end = self._form.end
             place = self._held.find(end, self._searched) if end else -1
@@ -95,30 +106,44 @@ class CallParser:
             else:
                 calls += found
                 self._skip_blanks = True
+        return said, calls
 
     def flush(self, cut: bool = False) -> tuple[str, list[Call]]:
         """What was still held back when the answer ended; ``cut``: at a limit, maybe inside a call."""
+        said = ""
+        if self._bare is not _Bare.NO:
+            found = self._read_bare(self._held)
+            if found:
+                self._held = ""
+                return "", found
+            self._bare = _Bare.NO
+            said, calls = self.push("")
+            if calls:
+                return said, calls + self.flush(cut)[1]
         rest, inside = self._held, self._inside
         self._held, self._inside = "", False
+        if self.forced and (not inside or not self._form.begin):
+            return "", self._read(rest) or self._read_cut(rest)
         if not inside:
-            return ("", []) if self.forced else (self._say(rest), [])
+            return said + self._say(rest), []
         found = self._read(rest)
-        if found:
-            return "", found
-        if self.forced or (cut and self._form.begin):
-            return "", self._read_cut(rest)
-        return self._say(self._form.begin + rest), []
+        if found or self.forced or cut:
+            return said, found or self._read_cut(rest)
+        return said + self._say(self._form.begin + rest), []
 
-    def _begin(self) -> bool:
-        """Whether a call begins in what is held, and where."""
-        if self._form.begin:
-            self._place = self._held.find(self._form.begin)
-            return self._place >= 0
-        # Only at the start of the answer, since a brace may stand anywhere.
-        self._place = len(self._held) - len(self._held.lstrip())
-        began = not self._started and self._held[self._place :].startswith("{")
-        self._started = self._started or bool(self._held.strip())
-        return began
+    def _held_back(self) -> bool:
+        """Whether all of the answer so far may be a call without marks."""
+        if self.forced and not self._form.begin:
+            return True
+        if self._bare is _Bare.MAYBE:
+            text = self._held.lstrip()
+            if text.startswith(("{", _FENCE)):
+                self._bare = _Bare.YES
+            elif text and not _FENCE.startswith(text):
+                self._bare = _Bare.NO
+        if self._bare is _Bare.YES and self._form.begin and self._form.begin in self._held:
+            self._bare = _Bare.NO
+        return self._bare is not _Bare.NO
 
     def _say(self, text: str) -> str:
         if self._skip_blanks:
@@ -128,11 +153,13 @@ class CallParser:
 
     def _read(self, body: str) -> list[Call]:
         """The calls in ``body``; none where it is no call from its beginning to its end."""
-        found = self._read_json(body) if self._form.as_json else []
-        found = found or self._read_written(body)
-        if not self._form.begin and self._names and any(call.name not in self._names for call in found):
-            return []
-        return found
+        return (self._read_json(body) if self._form.as_json else []) or self._read_written(body)
+
+    def _read_bare(self, text: str) -> list[Call]:
+        """The calls of an answer that is nothing else."""
+        fenced = _FENCED.fullmatch(text.strip())
+        found = self._read_json(text if fenced is None else fenced[1])
+        return found if all(call.name in self._names for call in found) else []
 
     def _read_json(self, body: str) -> list[Call]:
         try:
@@ -149,7 +176,7 @@ class CallParser:
         name = row.get("name", row.get("tool_name")) if isinstance(row, dict) else None
         if not isinstance(name, str):
             return None
-        if not self._form.begin and not {"arguments", "parameters"} & row.keys():
+        if self._bare is not _Bare.NO and not {"arguments", "parameters"} & row.keys():
             return None
         given = row.get("id")
         return self._call(

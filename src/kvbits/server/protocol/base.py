@@ -9,7 +9,6 @@ from functools import cache
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -59,14 +58,15 @@ Text = Annotated[StrictStr, Tag("<text>")]
 Stop = Annotated[Text | Annotated[Items[StrictStr], Tag("<list>")], TextOrList]
 
 
-def _few_pairs(data: dict[str, str]) -> dict[str, str]:
-    if len(data) > MAX_METADATA or any(len(text) > MAX_METADATA_TEXT for pair in data.items() for text in pair):
+def _few_pairs(data: Any) -> Any:
+    texts = [text for pair in data.items() for text in pair] if isinstance(data, dict) else []
+    if len(texts) > 2 * MAX_METADATA or any(not isinstance(t, str) or len(t) > MAX_METADATA_TEXT for t in texts):
         words = f"holds at most {MAX_METADATA} pairs of texts of {MAX_METADATA_TEXT} characters"
         raise PydanticCustomError("too_many", words)
     return data
 
 
-Metadata = Annotated[dict[StrictStr, StrictStr], AfterValidator(_few_pairs)]
+Metadata = Annotated[dict[StrictStr, StrictStr], BeforeValidator(_few_pairs)]
 
 
 class Strict(BaseModel):
