@@ -16,6 +16,7 @@ from llguidance import LLMatcher, LLTokenizer
 from llguidance.gbnf_to_lark import gbnf_to_lark
 from torch import Tensor
 
+from kvbits.engine.schemas import fit
 from kvbits.engine.text import end_tokens
 from kvbits.errors import RequestError
 from kvbits.models import LoadedModel
@@ -148,7 +149,7 @@ def json_rule(schema: Any, whitespace: str = WHITESPACE) -> str:
     if not isinstance(schema, dict):
         raise RequestError(f"a JSON schema must be an object, not {type(schema).__name__}")
     # The pattern is ours: a schema must not choose how its answer is laid out.
-    return "%json " + json.dumps({**schema, "x-guidance": {"whitespace_pattern": whitespace}})
+    return "%json " + json.dumps({**fit(schema), "x-guidance": {"whitespace_pattern": whitespace}})
 
 
 def _quoted(text: str) -> str:

@@ -14,15 +14,15 @@ from kvbits.engine.engine import Engine
 from kvbits.engine.outputs import CompletionOutput, Delta, RequestOutput
 from kvbits.engine.params import SamplingParams
 from kvbits.engine.progress import Progress
+from kvbits.engine.prompts import Given, Prompt, read_chats, read_params, read_prompts
 from kvbits.engine.setup import check_room
 from kvbits.engine.speculation import SpeculationStats, SpeculativeConfig
 from kvbits.engine.text import encode, encode_chat
 from kvbits.engine.transfer import PageBundle, export_pages, load_pages
-from kvbits.errors import CacheError, ConfigError, RequestError
+from kvbits.errors import CacheError, RequestError
 from kvbits.kernels import Backend
 from kvbits.models import LoadedModel, load_model
 
-Prompt = str | Sequence[int]
 OnToken = Callable[[int, Delta], None]
 Message = Mapping[str, Any]
 
@@ -94,21 +94,21 @@ class LLM:
 
     def generate(
         self,
-        prompts: str | Sequence[int] | Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         on_token: OnToken | None = None,
         use_tqdm: bool | None = None,
     ) -> list[RequestOutput]:
-        """Complete one or many prompts (text or token ids); the results are in the prompts' order.
+        """Complete one or many prompts (:data:`Prompt`); the results are in the prompts' order.
 
         ``sampling_params``: one for all, or one for each prompt. ``on_token(prompt_index, delta)`` is called for every
         piece of text as it comes; it must not call this ``LLM`` itself. A prompt that cannot be served gets a result
-        with ``error`` set and the finish reason ``error``; the others are complete. Raises ``ConfigError`` when there
-        are not as many parameters as prompts.
+        with ``error`` set and the finish reason ``error``; the others are complete. Raises ``RequestError`` for what is
+        no prompt, ``ConfigError`` when there are not as many parameters as prompts.
         """
-        many = _as_list(prompts)
-        params = _per_prompt(sampling_params, len(many))
+        many = read_prompts(prompts)
+        params = read_params(sampling_params, len(many))
         with self._alone():
             return self._generate(many, params, on_token, self._progress if use_tqdm is None else use_tqdm)
 
@@ -124,18 +124,16 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer one conversation or many, in the model's chat template; ``template`` goes to it (``tools=`` ...).
 
-        A message is a mapping with ``role`` and ``content``. Special tokens that it spells are text, unless
-        ``split_special_tokens`` is off. Raises ``RequestError`` when the template refuses them.
+        A message is a mapping with ``role`` and ``content``, text or parts. Special tokens that it spells are text if
+        ``split_special_tokens`` is on. Raises ``RequestError`` when the template refuses them.
         """
-        chats: list[Sequence[Message]] = (
-            [messages] if messages and isinstance(messages[0], Mapping) else list(messages)  # type: ignore[list-item, arg-type]
-        )
         prompts = [
-            encode_chat(self.loaded, chat, split_special_tokens=split_special_tokens, **template) for chat in chats
+            encode_chat(self.loaded, chat, split_special_tokens=split_special_tokens, **template)
+            for chat in read_chats(messages)
         ]
         return self.generate(prompts, sampling_params, on_token=on_token, use_tqdm=use_tqdm)
 
-    def save_cache(self, path: str | Path, prompt: Prompt, *, salt: str = "") -> PageBundle:
+    def save_cache(self, path: str | Path, prompt: str | Sequence[int], *, salt: str = "") -> PageBundle:
         """Write the full pages of ``prompt`` that are cached, for :meth:`load_cache` here or on another machine.
 
         Raises ``ConfigError`` when the file cannot be written, ``CacheError`` when no page of the prompt is cached.
@@ -172,16 +170,18 @@ class LLM:
                 self._caller = None
 
     def _generate(
-        self, prompts: list[Prompt], params: list[SamplingParams], on_token: OnToken | None, show: bool
+        self, prompts: list[Given], params: list[SamplingParams], on_token: OnToken | None, show: bool
     ) -> list[RequestOutput]:
         results: list[RequestOutput] = []
         index_of: dict[str, int] = {}
         for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
-            result = RequestOutput("", prompt if isinstance(prompt, str) else None, [], [])
+            result = RequestOutput("", prompt.text, [], [])
             results.append(result)
             try:
-                result.prompt_token_ids = encode(self.loaded, prompt) if isinstance(prompt, str) else list(prompt)
-                result.request_id = self.engine.add_request(result.prompt_token_ids, param)
+                result.prompt_token_ids = prompt.token_ids
+                if prompt.text is not None and not prompt.token_ids:
+                    result.prompt_token_ids = encode(self.loaded, prompt.text)
+                result.request_id = self.engine.add_request(result.prompt_token_ids, param, salt=prompt.salt)
             except RequestError as error:
                 _refuse(result, error)
             else:
@@ -212,22 +212,6 @@ class LLM:
             finally:
                 for request_id in running:
                     self.engine.abort(request_id)
-
-
-def _as_list(prompts: str | Sequence[int] | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if prompts and all(isinstance(p, int) for p in prompts):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def _per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if len(params) != count:
-        raise ConfigError(f"there are {len(params)} sampling parameters for {count} prompts; give one, or one for each")
-    return list(params)
 
 
 def _refuse(result: RequestOutput, error: RequestError) -> None:

@@ -24,7 +24,7 @@ from kvbits.server.observe import Observer
 from kvbits.server.openapi import describe
 from kvbits.server.options import ServerOptions
 from kvbits.server.prepare import Preparer
-from kvbits.server.routes import chat, completions, operations, tokens
+from kvbits.server.routes import chat, completions, messages, operations, responses, tokens
 from kvbits.server.service import Service
 from kvbits.server.worker import EngineWorker
 
@@ -48,7 +48,7 @@ def create_app(engine: Engine, options: ServerOptions) -> FastAPI:
     app = FastAPI(title="kvbits", version=kvbits.__version__, lifespan=life, docs_url=None, redoc_url=None)
     app.state.service = service
     app.state.registry = registry
-    for module in (chat, completions, tokens, operations):
+    for module in (chat, completions, responses, messages, tokens, operations):
         app.include_router(module.router)
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     app.add_exception_handler(ApiError, _known)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from pydantic import ValidationError
 from starlette.responses import JSONResponse
+
+from kvbits.errors import RequestError
 
 _TYPES = {
     400: "invalid_request_error",
@@ -58,6 +62,17 @@ class ApiError(Exception):
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse(self.body(), self.status, headers)
+
+
+@contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors raised inside name fields as the client does: ``names`` of ours, and what they are called there."""
+    try:
+        yield
+    except (ApiError, RequestError) as error:
+        first, dot, rest = (error.param or "").partition(".")
+        error.param = f"{names[first]}{dot}{rest}" if first in names else error.param
+        raise
 
 
 def invalid(error: ValidationError, data: Any = None) -> ApiError:

@@ -66,6 +66,11 @@ class Gate:
 
     def _client(self, scope: Scope, headers: Headers) -> Client | None:
         """Who asks; ``None``: somebody who must not."""
-        if scope["method"] == "OPTIONS" or not scope["path"].startswith(_PROTECTED):
+        open_to_all = scope["path"] == "/v1/health" or not scope["path"].startswith(_PROTECTED)
+        if scope["method"] == "OPTIONS" or open_to_all:
             return ANYBODY
-        return self._keys.client(headers.get("authorization", "").encode("latin-1"))
+        given = headers.get("authorization")
+        if given is None and "x-api-key" in headers:
+            # How Anthropic's clients send it.
+            given = f"Bearer {headers['x-api-key']}"
+        return self._keys.client((given or "").encode("latin-1"))

@@ -72,18 +72,19 @@ async def disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events: each object of ``events`` as JSON, then ``[DONE]``.
+    """Server-sent events: each object of ``events`` as JSON, then ``[DONE]``; or ``named``, each by its type, alone.
 
     An ``ApiError`` becomes the last event. ``done`` is called once, however the stream ends.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[dict[str, Any]], done: Callable[[], None]) -> None:
+    def __init__(self, events: AsyncIterator[dict[str, Any]], done: Callable[[], None], named: bool = False) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
         self._done = done
+        self._named = named
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -95,13 +96,19 @@ class EventStream(Response):
             self._done()
 
     async def _send(self, send: Send) -> None:
-        async def line(text: str, more: bool = True) -> None:
-            await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": more})
+        async def write(text: str, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
 
         try:
             async for event in self._events:
-                await line(_encode(event))
+                await write(self._line(event))
         except ApiError as error:
-            await line(_encode(error.body()), more=False)
+            # Streams of named events have their errors by a type of their own, beside the object that all errors are.
+            body = {"type": "error", **error.body(), **error.body()["error"]} if self._named else error.body()
+            await write(self._line({**body, "type": "error"} if self._named else body), more=False)
             return
-        await line("[DONE]", more=False)
+        await write("" if self._named else "data: [DONE]\n\n", more=False)
+
+    def _line(self, event: dict[str, Any]) -> str:
+        name = f"event: {event['type']}\n" if self._named else ""
+        return f"{name}data: {_encode(event)}\n\n"

@@ -11,8 +11,13 @@ from pydantic.json_schema import models_json_schema
 
 from kvbits.server.protocol.chat import ChatRequest
 from kvbits.server.protocol.completion import CompletionRequest, DetokenizeRequest, TokenizeRequest
+from kvbits.server.protocol.messages import CountRequest, MessagesRequest
+from kvbits.server.protocol.responses import ResponsesRequest
 
-_BODIES: tuple[type[BaseModel], ...] = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+_BODIES: tuple[type[BaseModel], ...] = (
+    ChatRequest, CompletionRequest, ResponsesRequest, MessagesRequest, CountRequest, TokenizeRequest,
+    DetokenizeRequest,
+)  # fmt: skip
 _ERROR = {
     "type": "object",
     "required": ["error"],

@@ -42,25 +42,24 @@ def prepare_chat(service: Service, body: ChatRequest) -> tuple[Prompts, Sampling
     return [("", prompt)], params
 
 
-def chat_answer(
+def chat_choice(service: Service, body: ChatRequest, params: SamplingParams, index: int) -> ChatChoice:
+    """One of a chat's answers, still empty."""
+    tools, forced = chosen_tools(body)
+    preparer = service.preparer
+    parser = preparer.call_parser([tool.function.name for tool in tools], forced) if tools else None
+    name_ids = bool(body.return_tokens_as_token_ids)
+    return ChatChoice(index, parser, params.logprobs, preparer.token_bytes, several_calls(body), name_ids)
+
+
+def _answer(
     service: Service, request_id: str, body: ChatRequest, prompts: Prompts, params: SamplingParams
 ) -> ChatAnswer:
-    """The answer of a chat, still empty."""
-    tools, forced = chosen_tools(body)
-    extras = Extras.of(body)
-    preparer = service.preparer
-    names = [tool.function.name for tool in tools]
-
-    def choice(index: int) -> ChatChoice:
-        parser = preparer.call_parser(names, forced) if tools else None
-        return ChatChoice(index, parser, params.logprobs, preparer.token_bytes, several_calls(body), extras.name_ids)
-
     echoed: dict[str, Any] = {} if body.metadata is None else {"metadata": body.metadata}
     if body.store is not None:
         # Nothing is kept, whatever was asked for.
         echoed["store"] = False
-    choices = [choice(index) for index in range(params.n)]
-    return ChatAnswer(service.head(request_id), choices, prompts[0][1], extras, echoed)
+    choices = [chat_choice(service, body, params, index) for index in range(params.n)]
+    return ChatAnswer(service.head(request_id), choices, prompts[0][1], Extras.of(body), echoed)
 
 
-_ENDPOINT = Endpoint(ChatRequest, "chatcmpl", lambda body: 1, prepare_chat, chat_answer)
+_ENDPOINT = Endpoint(ChatRequest, "chatcmpl-", lambda body: 1, prepare_chat, _answer)

@@ -68,4 +68,4 @@ def _answer(
     return CompletionAnswer(head, prompts, params.n, wanted, preparer.token_bytes, Extras.of(body), preparer.hidden)
 
 
-_ENDPOINT = Endpoint(CompletionRequest, "cmpl", lambda body: len(body.prompts()), _prepare, _answer)
+_ENDPOINT = Endpoint(CompletionRequest, "cmpl-", lambda body: len(body.prompts()), _prepare, _answer)

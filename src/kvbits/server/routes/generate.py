@@ -17,11 +17,13 @@ from kvbits.server.keys import Client
 from kvbits.server.merge import merge
 from kvbits.server.protocol.chat import ChatRequest
 from kvbits.server.protocol.completion import CompletionRequest
+from kvbits.server.protocol.messages import MessagesRequest
+from kvbits.server.protocol.responses import ResponsesRequest
 from kvbits.server.service import Service, client_of, note, service_of
 from kvbits.server.stream import Stream
 from kvbits.server.usage import Usage
 
-B = TypeVar("B", ChatRequest, CompletionRequest)
+B = TypeVar("B", ChatRequest, CompletionRequest, ResponsesRequest, MessagesRequest)
 
 Prompts = list[tuple[str, list[int]]]
 """Text (for an echo) and tokens of each prompt."""
@@ -50,7 +52,8 @@ class Answer(Protocol):
 class Endpoint(Generic[B]):
     """What an endpoint has of its own: its body, the prefix of its ids, and how a body becomes prompts and an answer.
 
-    ``count`` says how many prompts a body holds before it is prepared; ``answer`` gets the request's id.
+    ``count`` says how many prompts a body holds before it is prepared; ``answer`` gets the request's id. ``named``:
+    events of a stream have names.
     """
 
     body: type[B]
@@ -58,13 +61,14 @@ class Endpoint(Generic[B]):
     count: Callable[[B], int]
     prepare: Callable[[Service, B], tuple[Prompts, SamplingParams]]
     answer: Callable[[Service, str, B, Prompts, SamplingParams], Answer]
+    named: bool = False
 
     async def __call__(self, request: Request) -> Response:
         """Read, check, prepare, submit; then events, or the whole answer when it is there."""
         service = service_of(request)
         body = await service.read(request, self.body)
         service.check_model(body.model)
-        request_id = f"{self.prefix}-{uuid.uuid4().hex}"
+        request_id = f"{self.prefix}{uuid.uuid4().hex}"
         client = client_of(request)
         service.check_priority(body.priority, client)
         with service.room(max(body.n or 1, 1) * self.count(body), client):
@@ -78,7 +82,7 @@ class Endpoint(Generic[B]):
             note(request, {"completion": request_id, "finish": answer.finish_reasons, **answer.usage.as_json()})
 
         if body.stream:
-            return EventStream(_events(streams, answer), done)
+            return EventStream(_events(streams, answer), done, self.named)
         try:
             await unless_gone(request.receive, _collect(streams, answer))
         finally:
@@ -89,7 +93,7 @@ class Endpoint(Generic[B]):
 async def _submit(
     service: Service,
     request_id: str,
-    body: ChatRequest | CompletionRequest,
+    body: ChatRequest | CompletionRequest | ResponsesRequest | MessagesRequest,
     prompts: Prompts,
     params: SamplingParams,
     client: Client,

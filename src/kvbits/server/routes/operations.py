@@ -31,7 +31,11 @@ async def model(request: Request, name: str) -> Response:
     return JSONResponse(_model(service))
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
+@router.get("/v1/health", include_in_schema=False)
+@router.get("/ping", include_in_schema=False)
+@router.post("/ping", include_in_schema=False)
 async def health(request: Request) -> Response:
     """200 while requests are taken."""
     service_of(request).worker.check_ready()
