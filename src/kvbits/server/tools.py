@@ -112,7 +112,7 @@ class CallParser:
         """What was still held back when the answer ended; ``cut``: at a limit, maybe inside a call."""
         said = ""
         if self._bare is not _Bare.NO:
-            found = self._read_bare(self._held)
+            found = self._read_bare(self._held, cut)
             if found:
                 self._held = ""
                 return "", found
@@ -155,10 +155,13 @@ class CallParser:
         """The calls in ``body``; none where it is no call from its beginning to its end."""
         return (self._read_json(body) if self._form.as_json else []) or self._read_written(body)
 
-    def _read_bare(self, text: str) -> list[Call]:
-        """The calls of an answer that is nothing else."""
+    def _read_bare(self, text: str, cut: bool) -> list[Call]:
+        """The calls of an answer that is nothing else; of one that was ``cut``, the whole ones."""
         fenced = _FENCED.fullmatch(text.strip())
         found = self._read_json(text if fenced is None else fenced[1])
+        if not found and cut:
+            head, _, rest = text.rstrip().rpartition("}\n{")
+            found = self._read_json(head + "}") if head and rest else []
         return found if all(call.name in self._names for call in found) else []
 
     def _read_json(self, body: str) -> list[Call]:

@@ -1,0 +1,71 @@
+"""Other servers' own tests of chat, completions and tokenizing, from their source distributions, against ours.
+
+``make test-foreign`` runs it. Nothing of them is copied: the distribution is downloaded, unpacked beside the
+environment that they need, and a plugin stands in for their engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tarfile
+import tomllib
+import venv
+from pathlib import Path
+
+HERE = Path(__file__).parent
+VERSIONS = {"vllm": "0.33.0"}
+
+
+def environment(directory: Path) -> Path:
+    """The Python of an environment that has what the tests import."""
+    python, stamp = directory / "bin" / "python", directory / ".installed"
+    wanted = (HERE / "requirements.txt").read_text()
+    if not stamp.exists() or stamp.read_text() != wanted:
+        venv.create(directory, with_pip=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", HERE / "requirements.txt"], check=True)
+        stamp.write_text(wanted)
+    return python
+
+
+def sources(python: Path, project: str, directory: Path) -> Path:
+    """The unpacked source distribution of ``project``."""
+    name = f"{project}-{VERSIONS[project]}"
+    if not (directory / name).exists():
+        command = [python, "-m", "pip", "download", "--no-deps", "--no-binary", project, "-d", directory]
+        # Only its name and version are asked for, not a build.
+        settings = {"VLLM_VERSION_OVERRIDE": VERSIONS[project], "VLLM_TARGET_DEVICE": "empty"}
+        subprocess.run([*command, f"{project}=={VERSIONS[project]}"], check=True, env={**os.environ, **settings})
+        with tarfile.open(directory / f"{name}.tar.gz") as archive:
+            archive.extractall(directory, [m for m in archive if m.name.startswith(f"{name}/tests/")])
+    return directory / name
+
+
+def main() -> int:
+    """Run the tests in scope; what pytest returned."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, help="a model whose template knows tools")
+    parser.add_argument("--environment", type=Path, required=True, help="where environment and sources are")
+    parser.add_argument("pytest", nargs="*", help="options of pytest")
+    options = parser.parse_args()
+    directory = options.environment.resolve()
+    python = environment(directory)
+    result = 0
+    for project, files in tomllib.loads((HERE / "scope.toml").read_text())["files"].items():
+        root = sources(python, project, directory)
+        # Without the package that its tests are, so that its own conftest and helpers are not found.
+        for file in (root / "tests").rglob("conftest.py"):
+            file.unlink()
+        settings = {"FOREIGN_KVBITS": str(Path(sys.executable).with_name("kvbits")), "FOREIGN_MODEL": options.model,
+                    "PYTHONPATH": str(HERE)}  # fmt: skip
+        command = [python, "-m", "pytest", "-q", "-p", "plugin", "-p", "no:cacheprovider", "-c", os.devnull]
+        command += ["--import-mode", "importlib", "--rootdir", root, "--tb", "short", *options.pytest]
+        run = subprocess.run([*command, *(root / file for file in files)], check=False, env={**os.environ, **settings})
+        result = result or run.returncode
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())
