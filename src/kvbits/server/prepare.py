@@ -51,7 +51,8 @@ class Preparer:
         self.loaded = loaded
         self.encoder = Encoder(loaded, limits)
         most = max(MAX_TOKENIZED, limits.context)
-        self.bounded = Encoder(loaded, _Bounded(limits.vocab, most, most, limits.memory))
+        self._most = _Bounded(limits.vocab, most, most, limits.memory)
+        self.bounded = Encoder(loaded, self._most)
         self.template = ChatTemplate(loaded)
         self._limits = limits
         self._decoders = Decoders(loaded)
@@ -86,7 +87,15 @@ class Preparer:
     def tokenize_chat(self, request: TokenizeRequest) -> list[int]:
         """Token ids of a chat, which may be longer than the context."""
         rendered = self._rendered(request.messages or [], request.tools or [], request, {})
-        return self.bounded.chat(rendered, request.split_special_tokens)
+        return self._counted(self.bounded.chat(rendered, request.split_special_tokens))
+
+    def tokenize_text(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text, which may be longer than the context."""
+        return self._counted(self.bounded.prompt(text, add_special_tokens))
+
+    def _counted(self, tokens: list[int]) -> list[int]:
+        self._most.check_size(len(tokens))
+        return tokens
 
     def prompt_tokens(self, prompt: str, add_special_tokens: bool, most: int | None) -> list[int]:
         """Token ids of a text, the last ``most`` of them. Raises ``RequestError`` for one that is too long."""

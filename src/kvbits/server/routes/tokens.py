@@ -65,7 +65,7 @@ def _tokens(service: Service, body: TokenizeRequest) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "give either prompt or messages", param="prompt")
     if body.prompt is not None:
-        return service.preparer.bounded.prompt(body.prompt, body.add_special_tokens)
+        return service.preparer.tokenize_text(body.prompt, body.add_special_tokens)
     if not body.messages:
         raise ApiError(400, "messages is empty", param="messages")
     return service.preparer.tokenize_chat(body)
