@@ -105,7 +105,9 @@ def test_only_what_is_too_long_is_refused(name: str, text: str, special: bool) -
         found, refusal = right, str(error)
     assert found == right
     if refusal:
-        least = re.match(rf"this model's maximum context length is {CONTEXT} tokens; the prompt has at least (\d+) tokens", refusal)
+        least = re.match(
+            rf"this model's maximum context length is {CONTEXT} tokens; the prompt has at least (\d+) tokens", refusal
+        )
         assert least is not None
         assert CONTEXT < int(least[1]) <= len(right)
 

@@ -87,7 +87,7 @@ def test_text_ends_at_what_ends_it(server: Running) -> None:
     kept = write(server, max_tokens=40, stop=stop, include_stop_str_in_output=True)["choices"][0]
     assert kept["text"] == whole[: place + 1]
     later = write(server, max_tokens=40, stop=stop, min_tokens=30)["choices"][0]["text"]
-    assert later.startswith(whole[:place + 1])
+    assert later.startswith(whole[: place + 1])
 
 
 def test_min_tokens_hold_back_the_end(server: Running, byte_loaded: LoadedModel) -> None:

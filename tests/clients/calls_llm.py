@@ -46,6 +46,8 @@ def test_tools(chat: Any) -> None:
         asked.append(city)
         return "22 degrees"
 
-    found = chat.chain("What is the weather in Paris?", tools=[get_weather], options={"temperature": 0, "max_tokens": 200})
+    found = chat.chain(
+        "What is the weather in Paris?", tools=[get_weather], options={"temperature": 0, "max_tokens": 200}
+    )
     assert found.text()
     assert asked

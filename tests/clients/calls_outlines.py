@@ -32,7 +32,9 @@ def test_a_type(generate: Any) -> None:
     Person.model_validate_json(generate("Ann is 30 and happy.", Person, max_tokens=200))
 
 
-@pytest.mark.parametrize("wanted", [Literal["yes", "no"], outlines.regex("[0-9]{3}"), Person], ids=["choice", "regex", "type"])
+@pytest.mark.parametrize(
+    "wanted", [Literal["yes", "no"], outlines.regex("[0-9]{3}"), Person], ids=["choice", "regex", "type"]
+)
 def test_as_vllm(vllm: Any, wanted: Any) -> None:
     found = vllm("Ann is 30 and happy. Is she?", wanted, max_tokens=200)
     if wanted is Person:

@@ -15,7 +15,6 @@ import socket
 import subprocess
 import sys
 import time
-import tomllib
 import types
 from fnmatch import fnmatch
 from pathlib import Path
@@ -25,6 +24,7 @@ from unittest.mock import MagicMock
 import httpx
 import openai
 import pytest
+import tomllib
 
 SCOPE = tomllib.loads((Path(__file__).parent / "scope.toml").read_text())
 SERVERS = {"server", "client", "default_server", "tool_use_client", "base_url"}
@@ -45,7 +45,7 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds stand-ins for the packages that are not installed."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        known = name.split(".")[0] in SCOPE["packages"] or name in ("tests.utils", "tests")
+        known = name.split(".")[0] in SCOPE["packages"] or name == "tests.utils"
         return importlib.machinery.ModuleSpec(name, self, is_package=True) if known else None
 
     def create_module(self, spec: Any) -> types.ModuleType:
@@ -97,7 +97,9 @@ class Server:
         return "/".join([self.url_root, *parts])
 
     def get_client(self, **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.url_for("v1"), api_key="none", **{"max_retries": 0, "timeout": 600, **options})
+        return openai.OpenAI(
+            base_url=self.url_for("v1"), api_key="none", **{"max_retries": 0, "timeout": 600, **options}
+        )
 
     def get_async_client(self, **options: Any) -> openai.AsyncOpenAI:
         options = {"max_retries": 0, "timeout": 600, **options}
@@ -147,7 +149,7 @@ PARTS: dict[str, Any] = {
     "get_tokenizer": lambda *args, **options: Tokenizer(),
     "ModelConfig": lambda *args, **options: types.SimpleNamespace(get_vocab_size=lambda: Tokenizer.vocab_size),
 }
-sys.meta_path.append(Finder())
+sys.meta_path.insert(0, Finder())
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:

@@ -11,9 +11,10 @@ import os
 import subprocess
 import sys
 import tarfile
-import tomllib
 import venv
 from pathlib import Path
+
+import tomllib
 
 HERE = Path(__file__).parent
 VERSIONS = {"vllm": "0.33.0"}
@@ -55,13 +56,14 @@ def main() -> int:
     result = 0
     for project, files in tomllib.loads((HERE / "scope.toml").read_text())["files"].items():
         root = sources(python, project, directory)
-        # Without the package that its tests are, so that its own conftest and helpers are not found.
+        # Without their own fixtures, which start their own engine.
         for file in (root / "tests").rglob("conftest.py"):
             file.unlink()
+        (root / "tests" / "__init__.py").touch()
         settings = {"FOREIGN_KVBITS": str(Path(sys.executable).with_name("kvbits")), "FOREIGN_MODEL": options.model,
                     "PYTHONPATH": str(HERE)}  # fmt: skip
         command = [python, "-m", "pytest", "-q", "-p", "plugin", "-p", "no:cacheprovider", "-c", os.devnull]
-        command += ["--import-mode", "importlib", "--rootdir", root, "--tb", "short", *options.pytest]
+        command += ["--rootdir", root, "--tb", "short", *options.pytest]
         run = subprocess.run([*command, *(root / file for file in files)], check=False, env={**os.environ, **settings})
         result = result or run.returncode
     return result

@@ -23,21 +23,21 @@ class Gone(Exception):
     """The client closed its connection before it had its answer."""
 
 
-async def read(request: Request, limit: int, timeout: float) -> bytes:
-    """The request's body.
+async def read(request: Request, limit: int, timeout: float, take: Callable[[int], None] = lambda size: None) -> bytes:
+    """The request's body; ``take`` is told of bytes as they come.
 
     Raises ``ApiError`` for one that is larger than ``limit`` bytes or comes slower than ``timeout`` seconds, and
     ``Gone``.
     """
     try:
-        return await asyncio.wait_for(_body(request, limit), timeout)
+        return await asyncio.wait_for(_body(request, limit, take), timeout)
     except asyncio.TimeoutError:
         raise ApiError(408, f"the request's body did not come within {timeout:g} seconds") from None
     except ClientDisconnect:
         raise Gone from None
 
 
-async def _body(request: Request, limit: int) -> bytes:
+async def _body(request: Request, limit: int, take: Callable[[int], None]) -> bytes:
     too_large = ApiError(413, f"the request's body is larger than {limit} bytes", code="request_too_large")
     stated = request.headers.get("content-length", "")
     if stated.isdigit() and int(stated[:20]) > limit:
@@ -47,6 +47,7 @@ async def _body(request: Request, limit: int) -> bytes:
         body += part
         if len(body) > limit:
             raise too_large
+        take(len(part))
     return bytes(body)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 
 from kvbits.engine.params import SamplingParams
+from kvbits.server.bodies import Bodies
 from kvbits.server.body import SMALL, M, check_type, parse
 from kvbits.server.errors import ApiError
 from kvbits.server.http import read, unless_gone
@@ -23,6 +24,9 @@ from kvbits.server.stream import Stream
 from kvbits.server.worker import EngineWorker
 
 T = TypeVar("T")
+
+_BODIES = 8
+"""Bodies of the greatest size that are held at once."""
 
 RETRY_SECONDS = 5
 """What a client is told to wait when the queue is full."""
@@ -39,15 +43,21 @@ class Service:
         self.started = int(time.time())
         self.before_submit: Callable[[list[int], str], Awaitable[None]] | None = None
         self._coming: Counter[str] = Counter()
+        self.bodies = Bodies(_BODIES * options.max_body)
         engine = worker.engine
         self.model = options.served_model_name
         self.fingerprint = f"{engine.loaded.fingerprint}-{engine.pool.policy.name}"
 
-    async def read(self, request: Request, kind: type[M]) -> M:
-        """The request's body; raises ``ApiError``."""
+    @asynccontextmanager
+    async def reading(self, request: Request, kind: type[M]) -> AsyncIterator[M]:
+        """The request's body, which counts as held until it is made use of; raises ``ApiError``."""
         check_type(request.headers)
-        body = await read(request, self.options.max_body, self.options.body_timeout)
-        request.state.size = len(body)
+        with self.bodies.holding(client_of(request).id) as take:
+            body = await read(request, self.options.max_body, self.options.body_timeout, take)
+            request.state.size = len(body)
+            yield await self._parsed(request, body, kind)
+
+    async def _parsed(self, request: Request, body: bytes, kind: type[M]) -> M:
         context = self.worker.engine.max_model_len
         if len(body) <= SMALL:
             return parse(body, kind, context)

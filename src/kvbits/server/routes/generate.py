@@ -66,14 +66,14 @@ class Endpoint(Generic[B]):
     async def __call__(self, request: Request) -> Response:
         """Read, check, prepare, submit; then events, or the whole answer when it is there."""
         service = service_of(request)
-        body = await service.read(request, self.body)
-        service.check_model(body.model)
         request_id = f"{self.prefix}{uuid.uuid4().hex}"
         client = client_of(request)
-        service.check_priority(body.priority, client)
-        with service.room(max(body.n or 1, 1) * self.count(body), client):
-            prompts, params = await service.prepare(request, lambda: self.prepare(service, body))
-            streams = await _submit(service, request_id, body, prompts, params, client)
+        async with service.reading(request, self.body) as body:
+            service.check_model(body.model)
+            service.check_priority(body.priority, client)
+            with service.room(max(body.n or 1, 1) * self.count(body), client):
+                prompts, params = await service.prepare(request, lambda: self.prepare(service, body))
+                streams = await _submit(service, request_id, body, prompts, params, client)
         answer = self.answer(service, request_id, body, prompts, params)
 
         def done() -> None:

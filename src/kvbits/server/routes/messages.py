@@ -31,14 +31,14 @@ async def messages(request: Request) -> Response:
 async def count_tokens(request: Request) -> Response:
     """The tokens of a conversation."""
     service = service_of(request)
-    body = await service.read(request, CountRequest)
-    service.check_model(body.model)
+    async with service.reading(request, CountRequest) as body:
+        service.check_model(body.model)
 
-    def count() -> int:
-        with renamed(_NAMES):
-            return len(prepare_chat(service, chat_of(body.prompt_fields()))[0][0][1])
+        def count() -> int:
+            with renamed(_NAMES):
+                return len(prepare_chat(service, chat_of(body.prompt_fields()))[0][0][1])
 
-    return JSONResponse({"input_tokens": await service.prepare(request, count)})
+        return JSONResponse({"input_tokens": await service.prepare(request, count)})
 
 
 def _prepare(service: Service, body: MessagesRequest) -> tuple[Prompts, SamplingParams]:

@@ -23,18 +23,18 @@ _PIECE = 10_000
 async def tokenize(request: Request) -> Response:
     """Token ids of a prompt or a chat."""
     service = service_of(request)
-    body = await service.read(request, TokenizeRequest)
-    service.check_model(body.model)
-    return Response(await service.prepare(request, lambda: _answer(service, body)), media_type="application/json")
+    async with service.reading(request, TokenizeRequest) as body:
+        service.check_model(body.model)
+        return Response(await service.prepare(request, lambda: _answer(service, body)), media_type="application/json")
 
 
 @router.post("/detokenize", openapi_extra=takes(DetokenizeRequest))
 async def detokenize(request: Request) -> Response:
     """The text of token ids."""
     service = service_of(request)
-    body = await service.read(request, DetokenizeRequest)
-    service.check_model(body.model)
-    return JSONResponse({"prompt": await service.prepare(request, lambda: _text(service, body.tokens))})
+    async with service.reading(request, DetokenizeRequest) as body:
+        service.check_model(body.model)
+        return JSONResponse({"prompt": await service.prepare(request, lambda: _text(service, body.tokens))})
 
 
 def _text(service: Service, tokens: list[int]) -> str:
