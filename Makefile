@@ -77,6 +77,14 @@ soak: $(INSTALLED) ## hostile requests, mixed load, the engine with faults put i
 	  tests/test_engine_stress.py \
 	  --hostile-requests $(HOSTILE_REQUESTS) --soak-minutes $(SOAK_MINUTES) --soak-model $(MODEL)
 
+# A small model whose template knows tools, such as a GGUF file of Qwen2.5-Coder-0.5B-Instruct.
+CLIENTS_MODEL ?= $(MODEL)
+test-clients: $(INSTALLED) ## other people's clients, in an environment apart (CLIENTS_MODEL)
+	$(BIN)/python tests/clients/run.py --model $(CLIENTS_MODEL) --environment build/clients
+
+test-foreign: $(INSTALLED) ## vLLM's own tests of its API against this server (CLIENTS_MODEL)
+	$(BIN)/python tests/foreign/run.py --model $(CLIENTS_MODEL) --environment build/foreign
+
 lint: $(INSTALLED) ## ruff, mypy, import contracts, clang-format
 	$(BIN)/ruff check src tests benchmarks examples
 	$(BIN)/ruff format --check src tests benchmarks examples

@@ -59,7 +59,7 @@ def main() -> int:
         wait(url, server)
         ask = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", HERE]
         ask += ["--confcutdir", HERE, "--override-ini", "python_files=calls_*.py"]
-    ask += [HERE, "--url", url, "--served-model", "model"]
+        ask += [HERE, "--url", url, "--served-model", "model"]
         return subprocess.run([*ask, *options.pytest], check=False).returncode
     finally:
         server.terminate()

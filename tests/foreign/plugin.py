@@ -18,7 +18,7 @@ import time
 import types
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import MagicMock
 
 import httpx
@@ -33,7 +33,7 @@ SERVERS = {"server", "client", "default_server", "tool_use_client", "base_url"}
 class Stand(types.ModuleType):
     """A module in which everything is there and nothing does anything."""
 
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

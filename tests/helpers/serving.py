@@ -48,7 +48,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def byte_model(**changes: object) -> LoadedModel:
-    model = tiny_model("llama", vocab_size=259, max_position_embeddings=CONTEXT, **changes)
+    model = tiny_model("llama", **{"vocab_size": 259, "max_position_embeddings": CONTEXT, **changes})
     return wrap(model, byte_tokenizer(), MODEL)
 
 
