@@ -60,8 +60,8 @@ TEMPLATES = {
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('order') }}"
     "{% endif %}{% endfor %}" + HEAD + TAIL,
     "descriptions": "{% for t in tools or [] %}{{ t.function.name + t.function.description }}{% endfor %}"
-    + HEAD + CALLS + "{{ '<tool_call>{\"name\": \"' + c.function.name + '\", \"arguments\": ' }}" + ARGUMENTS + "{{ '}</tool_call>' }}"
-    + END + TAIL,
+    + HEAD + CALLS + "{{ '<tool_call>{\"name\": \"' + c.function.name + '\", \"arguments\": ' }}" + ARGUMENTS
+    + "{{ '}</tool_call>' }}" + END + TAIL,
 }  # fmt: skip
 MARKS = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|calls|>", "<|call|>", "<|end|>", "<|done|>")
 
