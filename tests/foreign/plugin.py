@@ -145,6 +145,7 @@ class Tokenizer:
 
 PARTS: dict[str, Any] = {
     "RemoteOpenAIServer": Server,
+    "iinfo": lambda kind: types.SimpleNamespace(min=-(2**63), max=2**63 - 1),
     "ROCM_EXTRA_ARGS": [],
     "get_tokenizer": lambda *args, **options: Tokenizer(),
     "ModelConfig": lambda *args, **options: types.SimpleNamespace(get_vocab_size=lambda: Tokenizer.vocab_size),
@@ -182,7 +183,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
 
 def _name(node: str) -> str:
     # Brackets mean something else in a pattern.
-    return re.sub(r"[\[\]]", "|", node.rpartition("/")[2])
+    return re.sub(r"[\[\]]", "|", re.sub(r"^.*/(?=test_\w+\.py)", "", node))
 
 
 @pytest.fixture(scope="module")

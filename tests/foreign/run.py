@@ -57,8 +57,7 @@ def main() -> int:
     for project, files in tomllib.loads((HERE / "scope.toml").read_text())["files"].items():
         root = sources(python, project, directory)
         # Without their own fixtures, which start their own engine.
-        for file in (root / "tests").rglob("conftest.py"):
-            file.unlink()
+        (root / "tests" / "conftest.py").unlink(missing_ok=True)
         (root / "tests" / "__init__.py").touch()
         settings = {"FOREIGN_KVBITS": str(Path(sys.executable).with_name("kvbits")), "FOREIGN_MODEL": options.model,
                     "PYTHONPATH": str(HERE)}  # fmt: skip

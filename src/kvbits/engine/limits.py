@@ -50,4 +50,4 @@ class RequestLimits:
         for name in ("logit_bias", "allowed_token_ids"):
             outside = next((t for t in getattr(params, name) or () if t >= self.vocab), None)
             if outside is not None:
-                raise RequestError(f"{name} names token {outside}; the vocabulary is 0 to {self.vocab - 1}", name)
+                raise RequestError(f"{name} names token {outside}; the vocabulary has {self.vocab} tokens", name)

@@ -101,15 +101,15 @@ class ChatAnswer:
     def push(self, prompt: int, delta: Delta) -> list[dict[str, Any]]:
         """Take in a delta of the only prompt; returns the chunks of a stream that it makes."""
         choice = self._choices[delta.index]
-        self.usage.add(prompt, delta)
-        if self._extras.prompt_logprobs and delta.index == 0 and delta.prompt_logprobs is not None:
-            self._prompt_logprobs = prompt_logprobs(delta.prompt_logprobs, choice.name)
-        piece = choice.push(delta)
         chunks = []
         if not choice.started:
             choice.started = True
             first = self._chunk(choice, {"role": "assistant", "content": ""}, ids=False)
             chunks.append({**first, "prompt_token_ids": self._prompt} if self._extras.token_ids else first)
+        self.usage.add(prompt, delta)
+        if self._extras.prompt_logprobs and delta.index == 0 and delta.prompt_logprobs is not None:
+            self._prompt_logprobs = prompt_logprobs(delta.prompt_logprobs, choice.name)
+        piece = choice.push(delta)
         if piece.text or piece.logprobs:
             chunks.append(self._chunk(choice, {"content": piece.text}, piece.logprobs or None))
         for number, call in enumerate(piece.calls, start=len(choice.calls) - len(piece.calls)):
