@@ -81,11 +81,15 @@ HERMES = CallFormat(
 
 
 def probe_tool(described: bool = True) -> dict[str, Any]:
-    """The definition of a tool that does not exist."""
-    field = {"type": "string", "description": "a text"} if described else {"type": "string"}
+    """The definition of a tool that does not exist; not ``described``, by its name alone."""
+    if not described:
+        return {"type": "function", "function": {"name": PROBE_NAME}}
+    field = {"type": "string", "description": "a text"}
     parameters = {"type": "object", "properties": {PROBE_KEY: field}, "required": [PROBE_KEY]}
-    function = {"name": PROBE_NAME, "parameters": parameters}
-    return {"type": "function", "function": {**function, "description": "a tool"} if described else function}
+    return {
+        "type": "function",
+        "function": {"name": PROBE_NAME, "description": "a tool", "parameters": parameters},
+    }
 
 
 def probe_call(call_id: str, as_text: bool = False) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class ChatTemplate:
 
     @cached_property
     def needs_descriptions(self) -> bool:
-        """Whether it fails on a parameter without a description."""
+        """Whether it fails on a tool without description or parameters."""
         return self.takes_tools and not self._shows(PROBE_NAME, [_ASK], tools=[probe_tool(described=False)])
 
     @cached_property
@@ -197,7 +197,7 @@ def _answer(calls: list[Plain]) -> Plain:
 
 def _described(tool: Plain) -> Plain:
     function = tool["function"]
-    parameters = function.get("parameters") or {}
+    parameters = function.get("parameters") or {"type": "object"}
     fields = {
         name: {"description": "", **field} if isinstance(field, dict) else field
         for name, field in (parameters.get("properties") or {}).items()
