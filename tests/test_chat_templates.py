@@ -52,7 +52,7 @@ TEMPLATES = {
     "mistral-named": TOOLS + HEAD + CALLS + "{{ '[TOOL_CALLS]' + c.function.name + '[ARGS]' }}" + ARGUMENTS
     + END + TAIL,
     "sections": TOOLS + HEAD + "{% if m.tool_calls %}{{ '<|calls|>' }}" + CALLS
-    + "{{ '<|call|>' + c.function.name + '\n```json\n' }}" + ARGUMENTS + "{{ '\n```<|called|>' }}" + END
+    + "{{ '<|one|>' + c.function.name + '\n```json\n' }}" + ARGUMENTS + "{{ '\n```<|called|>' }}" + END
     + "{{ '<|done|>' }}{% endif %}" + TAIL,
     "text-arguments": TOOLS + HEAD + CALLS + "{{ '<function=' + c.function.name + '>' + c.function.arguments }}"
     "{{ '</function>' }}" + END + TAIL,
@@ -63,7 +63,7 @@ TEMPLATES = {
     + HEAD + CALLS + "{{ '<tool_call>{\"name\": \"' + c.function.name + '\", \"arguments\": ' }}" + ARGUMENTS
     + "{{ '}</tool_call>' }}" + END + TAIL,
 }  # fmt: skip
-MARKS = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|calls|>", "<|call|>", "<|called|>", "<|done|>")
+MARKS = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|calls|>", "<|one|>", "<|called|>", "<|done|>")
 
 
 def loaded_with(template: str, marks: bool | None = None) -> LoadedModel:
