@@ -51,9 +51,9 @@ TEMPLATES = {
     "{% if m.role == 'tool' %}{{ m.tool_call_id }}{% endif %}" + TAIL,
     "mistral-named": TOOLS + HEAD + CALLS + "{{ '[TOOL_CALLS]' + c.function.name + '[ARGS]' }}" + ARGUMENTS
     + END + TAIL,
-    "sections": TOOLS + HEAD + "{% if m.tool_calls %}{{ '<|calls|>' }}" + CALLS
-    + "{{ '<|one|>' + c.function.name + '\n```json\n' }}" + ARGUMENTS + "{{ '\n```<|called|>' }}" + END
-    + "{{ '<|done|>' }}{% endif %}" + TAIL,
+    "sections": TOOLS + HEAD + "{% if m.tool_calls %}{{ '<|a_list|>' }}" + CALLS
+    + "{{ '<|one|>' + c.function.name + '\n```json\n' }}" + ARGUMENTS + "{{ '\n```<|one_ends|>' }}" + END
+    + "{{ '<|a_list_ends|>' }}{% endif %}" + TAIL,
     "text-arguments": TOOLS + HEAD + CALLS + "{{ '<function=' + c.function.name + '>' + c.function.arguments }}"
     "{{ '</function>' }}" + END + TAIL,
     "no-system": "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
@@ -63,7 +63,16 @@ TEMPLATES = {
     + HEAD + CALLS + "{{ '<tool_call>{\"name\": \"' + c.function.name + '\", \"arguments\": ' }}" + ARGUMENTS
     + "{{ '}</tool_call>' }}" + END + TAIL,
 }  # fmt: skip
-MARKS = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|calls|>", "<|one|>", "<|called|>", "<|done|>")
+MARKS = (
+    "<tool_call>",
+    "</tool_call>",
+    "[TOOL_CALLS]",
+    "[ARGS]",
+    "<|a_list|>",
+    "<|one|>",
+    "<|one_ends|>",
+    "<|a_list_ends|>",
+)
 
 
 def loaded_with(template: str, marks: bool | None = None) -> LoadedModel:
