@@ -31,6 +31,7 @@ def answer(
 ) -> list[str]:
     """The text after every prompt (token ids); ``progress`` is told the prompt tokens done since its last call."""
     where = [kind, kvbits.__version__, loaded.fingerprint, policy.name, compute_dtype]
+    assert params.max_tokens is not None
     left = sum(map(len, prompts))
     key = key_of(*where, params.max_tokens, [list(prompt) for prompt in prompts])
     if key not in resume_cache:
