@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kvbits.lazy import lazily
 
 if TYPE_CHECKING:
     from kvbits.codecs import Codec, Policy, Scheme
@@ -43,11 +44,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used, so that ``import kvbits`` stays quick and without side effects."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'kvbits' has no attribute '{name}'; it has {', '.join(__all__)}")
-    return getattr(import_module(_HOME[name]), name)
+__getattr__ = lazily(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

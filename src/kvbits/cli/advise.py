@@ -24,9 +24,9 @@ def advise(
     sessions: Annotated[int, typer.Option(min=1, metavar="N", help="Sessions at once.")] = 1,
     kv_cache_dtype: options.KVCacheDtypes = None,
     kv_policy: options.KVPolicies = None,
-    windows: Annotated[int, typer.Option(metavar="N", help="Windows of the text for KL.")] = 2,
-    window: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens of one window.")] = 2048,
-    samples: Annotated[int, typer.Option(metavar="N", help="Documents of each long-context task.")] = 1,
+    windows: Annotated[int, typer.Option(min=1, metavar="N", help="Windows of the text for KL.")] = 2,
+    window: Annotated[int, typer.Option(min=4, metavar="TOKENS", help="Tokens of one window.")] = 2048,
+    samples: Annotated[int, typer.Option(min=1, metavar="N", help="Documents of each long-context task.")] = 1,
     speed_context: Annotated[
         int, typer.Option(min=1, metavar="TOKENS", help="Context at which decoding is timed, at most --context.")
     ] = 1024,
@@ -51,6 +51,10 @@ def advise(
     from kvbits.evaluation.windows import read_text
 
     content, size = read_text(text), parse_bytes(memory)
+    from kvbits.engine.precheck import check_model
+
+    asked = options.named(kv_cache_dtype, kv_policy)
+    check_model(model, asked, dtype="float32", context=max(context, window))
     from kvbits.evaluation.advice import advice, ladder
     from kvbits.evaluation.compare import policies_of
     from kvbits.evaluation.laboratory import Laboratory
@@ -60,7 +64,6 @@ def advise(
 
     resume_cache = ResumeCache(resume)
     loaded = load(model, "float32", threads, trust_remote_code=trust_remote_code)
-    asked = options.named(kv_cache_dtype, kv_policy)
     rungs = ["bf16"] if kv_cache_dtype else ladder(loaded.geometry)
     policies = policies_of(loaded, list(dict.fromkeys([*rungs, *asked])), max(context, window))
     served = load(model, "bfloat16", threads, trust_remote_code=trust_remote_code)

@@ -107,7 +107,14 @@ def plan(
         _check_picture(picture)
     if mla not in ("latent", "expanded"):
         raise ConfigError(f"--mla is '{mla}'; choose from latent, expanded")
-    from kvbits.config import WATERMARK
+    from kvbits.codecs.names import parse_names
+    from kvbits.config import WATERMARK, parse_bytes
+
+    for size in (memory, workspace, bandwidth):
+        if size is not None:
+            parse_bytes(size)
+    for name in kv_cache_dtype or ():
+        parse_names(name, None)
     from kvbits.planning.request import Options, make_plan
 
     facts = _facts(model, "latent" if mla == "latent" else "expanded", trust_remote_code)

@@ -13,8 +13,8 @@ from kvbits.engine.config import EngineConfig
 from kvbits.engine.engine import Engine
 from kvbits.engine.outputs import CompletionOutput, Delta, RequestOutput
 from kvbits.engine.params import SamplingParams
+from kvbits.engine.precheck import check_engine
 from kvbits.engine.progress import Progress
-from kvbits.engine.setup import check_room
 from kvbits.engine.speculation import SpeculationStats, SpeculativeConfig
 from kvbits.engine.text import encode, encode_chat
 from kvbits.engine.transfer import PageBundle, export_pages, load_pages
@@ -74,7 +74,7 @@ class LLM:
         )
         speculative = SpeculativeConfig.of(speculative_config)
         if not isinstance(model, LoadedModel):
-            check_room(config, device)
+            check_engine(model, config, speculative, dtype=dtype, weights=weights, device=device)
             model = load_model(model, dtype, weights=weights, device=device, trust_remote_code=trust_remote_code)
         self.loaded = model
         self.engine = Engine(self.loaded, config, backend, speculative)
@@ -86,6 +86,10 @@ class LLM:
     def tokenizer(self) -> Any:
         """The model's Hugging Face tokenizer."""
         return self.loaded.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Parameters of the model's generation configuration; what it does not say has the default of the field."""
+        return SamplingParams(**self.loaded.sampling_defaults)  # type: ignore[arg-type]
 
     @property
     def speculation(self) -> SpeculationStats | None:
@@ -102,13 +106,15 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete one or many prompts (text or token ids); the results are in the prompts' order.
 
-        ``sampling_params``: one for all, or one for each prompt. ``on_token(prompt_index, delta)`` is called for every
+        ``sampling_params``: one for all, or one for each prompt; ``None``: what the model's generation configuration
+        says, as :meth:`get_default_sampling_params`. ``on_token(prompt_index, delta)`` is called for every
         piece of text as it comes; it must not call this ``LLM`` itself. A prompt that cannot be served gets a result
         with ``error`` set and the finish reason ``error``; the others are complete. Raises ``ConfigError`` when there
         are not as many parameters as prompts.
         """
         many = _as_list(prompts)
-        params = _per_prompt(sampling_params, len(many))
+        default = self.get_default_sampling_params() if sampling_params is None else None
+        params = _per_prompt(default or sampling_params, len(many))
         with self._alone():
             return self._generate(many, params, on_token, self._progress if use_tqdm is None else use_tqdm)
 

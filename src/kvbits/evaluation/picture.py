@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kvbits.evaluation.demo import Showing
+from kvbits.files import replacing
 
 _COLOURS = ("#8a8f98", "#3b78b8", "#2a9d6f", "#c8763a", "#8b5fbf")
 
@@ -25,7 +26,8 @@ def draw(shown: Sequence[Showing], memory: int, path: Path) -> None:
     _bars(next(axes), shown, "KL to 16 bit, nats (mean)", [s.kl_mean for s in shown], "{:.2g}")
     _bars(next(axes), shown, "same top token, %", [100 * s.top1_agreement for s in shown], "{:.1f}")
     _bars(next(axes), shown, "answers found", [s.answers_found for s in shown], "{:.0f}", shown[0].answers_total)
-    figure.savefig(path, dpi=140)
+    with replacing(path) as place:
+        figure.savefig(place, dpi=140)
 
 
 def _bars(

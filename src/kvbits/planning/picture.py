@@ -6,6 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from kvbits.files import replacing
 from kvbits.planning.core import Plan
 
 GIB = 1 << 30
@@ -29,4 +30,5 @@ def draw(plan: Plan, path: Path) -> None:
     axes.set_title(f"{plan.model}: {plan.cache_bytes / GIB:,.1f} GiB of KV cache")
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=140)
+    with replacing(path) as place:
+        figure.savefig(place, dpi=140)
