@@ -18,8 +18,8 @@ _KEYS = {
 }  # fmt: skip
 
 _PUBLISHED: tuple[tuple[str, dict[str, float]], ...] = (
-    # the example of the models' cards
-    ("smollm2", {"temperature": 0.2, "top_p": 0.9}),
+    # the example of the models' cards, and a penalty without which the small one often ends in a loop
+    ("smollm2", {"temperature": 0.2, "top_p": 0.9, "repetition_penalty": 1.1}),
     # generation_config.json of the instruct models
     ("qwen2.5-coder", {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1}),
     ("qwen2.5", {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}),
