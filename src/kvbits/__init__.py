@@ -8,6 +8,7 @@ from kvbits.lazy import lazily
 
 if TYPE_CHECKING:
     from kvbits.codecs import Codec, Policy, Scheme
+    from kvbits.engine.async_llm import AsyncLLM
     from kvbits.engine.config import EngineConfig
     from kvbits.engine.engine import Engine
     from kvbits.engine.llm import LLM
@@ -19,6 +20,7 @@ __version__ = "0.2.0"
 
 _HOME = {
     "LLM": "kvbits.engine.llm",
+    "AsyncLLM": "kvbits.engine.async_llm",
     "SamplingParams": "kvbits.engine.params",
     "RequestOutput": "kvbits.engine.outputs",
     "CompletionOutput": "kvbits.engine.outputs",
@@ -32,6 +34,7 @@ _HOME = {
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "Codec",
     "CompletionOutput",
     "Engine",
