@@ -97,21 +97,19 @@ def test_async_requests_that_are_left_aborted_or_refused_leave_no_page() -> None
             with pytest.raises(RequestError, match="context"):
                 async for _ in llm.generate("x" * 5000, GREEDY):
                     pass
-            seen = 0
+            endless = SamplingParams(max_tokens=900, ignore_eos=True)
+            mine = llm.generate("x", endless, "mine")
+            await anext(mine)
+            await llm.abort("mine")
             with pytest.raises(RequestError, match="'mine' was aborted"):
-                async for _ in llm.generate("x", SamplingParams(max_tokens=900, ignore_eos=True), "mine"):
-                    seen += 1
-                    await llm.abort("mine")
-            assert seen >= 1
+                [None async for _ in mine]
+            first = llm.generate("x", endless, "two")
+            await anext(first)
             with pytest.raises(RequestError, match="already running"):
-                running = llm.generate("x", SamplingParams(max_tokens=900, ignore_eos=True), "two")
-                await anext(running)
-                async for _ in llm.generate("y", GREEDY, "two"):
-                    pass
-            await running.aclose()
-            async for output in llm.chat([{"role": "user", "content": "hi"}], GREEDY):
-                pass
-            assert output.finished
+                await anext(llm.generate("y", GREEDY, "two"))
+            await first.aclose()
+            said = [output async for output in llm.chat([{"role": "user", "content": "hi"}], GREEDY)]
+            assert said[-1].finished
             await llm.reset_prefix_cache()
             engine = llm.llm.engine
             while engine.has_unfinished():

@@ -150,11 +150,15 @@ def test_a_phone_shows_the_chat_first_and_a_server_that_ends_leaves_old_figures(
         page = watched.page
         page.wait_for_function("document.getElementById('legend').textContent.includes('free')", timeout=10_000)
         page.set_viewport_size({"width": 390, "height": 844})
-        tops = page.evaluate("[...document.querySelectorAll('section')].map(s => [s.getBoundingClientRect().top, s.id])")
+        tops = page.evaluate(
+            "[...document.querySelectorAll('section')].map(s => [s.getBoundingClientRect().top, s.id])"
+        )
         assert min(tops)[1] == "chat"
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         server.service.worker.draining = True
-        page.wait_for_function("document.getElementById('trouble').textContent.includes('shutting down')", timeout=10_000)
+        page.wait_for_function(
+            "document.getElementById('trouble').textContent.includes('shutting down')", timeout=10_000
+        )
         assert not page.evaluate("document.body.classList.contains('stale')")
     page.wait_for_function("document.body.classList.contains('stale')", timeout=10_000)
     assert re.search(r"cannot be reached; figures are of \d", watched.text("#trouble"))

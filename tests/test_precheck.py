@@ -91,7 +91,7 @@ def mistakes(model: str) -> list[tuple[str, str]]:
             (f"{command} --speculative-config eagle", "choose from ngram, draft_model, self"),
             (f"{command} --speculative-config {{", "is no JSON"),
         ]
-    return found + [
+    found += [
         ("generate MODEL -p ''", "a prompt is empty"),
         ("generate MODEL", "there is no prompt"),
         ("generate MODEL -p x --temperature -1", "temperature is -1"),
@@ -123,6 +123,7 @@ def mistakes(model: str) -> list[tuple[str, str]]:
         ("plan llama-3.1-8b --memory 80GiB --kv-cache-dtype int7", "unknown KV cache dtype 'int7'"),
         ("plan llama-3.1-8b --memory lots", "'lots' is not a size"),
     ]  # fmt: skip
+    return found
 
 
 def test_mistakes_are_told_before_torch_is_loaded(model: str, tmp_path: Path) -> None:
@@ -155,10 +156,12 @@ def test_the_names_are_those_of_the_schemes() -> None:
     assert tuple(DTYPES) == tuple(SCHEMES)
     for name, scheme in SCHEMES.items():
         assert DTYPES[name] == (scheme.key.dim_multiple, scheme.value.dim_multiple), name
-    assert NAMES == ("fidelity", "layers", *TASKS, "generation", "tools")
+    assert ("fidelity", "layers", *TASKS, "generation", "tools") == NAMES
 
 
-@pytest.mark.parametrize("text", [*SCHEMES, "int8,int4", "0:int8,1-2:nf3/mix8_4", "int4+sink:int8", "0-2:int5+sink:bf16"])
+@pytest.mark.parametrize(
+    "text", [*SCHEMES, "int8,int4", "0:int8,1-2:nf3/mix8_4", "int4+sink:int8", "0-2:int5+sink:bf16"]
+)
 def test_names_and_policies_refuse_the_same_heads(text: str) -> None:
     for dims in (16, 32, 48, 64, 80, 96, 128):
         geometry = geometry_of(tiny_config("llama", head_dim=dims))
@@ -189,7 +192,7 @@ def test_an_outline_of_a_gguf_file(family: str, tmp_path: Path) -> None:
     data = path.read_bytes()
     for size in (40, len(data) // 3, len(data) - 1):
         path.write_bytes(data[:size])
-        with pytest.raises(KVBitsError, match="model.gguf.*(ends inside its header|it is cut off; tensor)"):
+        with pytest.raises(KVBitsError, match=r"model\.gguf.*(ends inside its header|it is cut off; tensor)"):
             outline_of(str(path))
 
 

@@ -36,7 +36,6 @@ USER_ERROR = 2
 INTERRUPTED = 130
 
 
-
 def _version(asked: bool) -> None:
     if asked:
         print(f"kvbits {__version__}")

@@ -41,7 +41,8 @@ class LLM:
     ``backend`` (``"auto"``, ``"cpu"``, ``"triton"``) goes by it. ``trust_remote_code`` runs Python code that comes with
     the model. ``progress`` shows a bar on stderr for work that takes more than two seconds. Threads may share an
     ``LLM``: one call runs after another. ``with`` or :meth:`close` gives its memory back. Options of vLLM's that ask
-    for nothing here are accepted, others refused with what to use instead. Raises ``ConfigError`` or ``UnsupportedError`` at once for what cannot work.
+    for nothing here are accepted, others refused with what to use instead. Raises ``ConfigError`` or
+    ``UnsupportedError`` at once for what cannot work.
     """
 
     def __init__(

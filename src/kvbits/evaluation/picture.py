@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 
 from kvbits.evaluation.demo import Showing
 from kvbits.files import replacing
-
-_COLOURS = ("#8a8f98", "#3b78b8", "#2a9d6f", "#c8763a", "#8b5fbf")
+from kvbits.planning.colours import colour_of
 
 
 def draw(shown: Sequence[Showing], memory: int, path: Path) -> None:
@@ -33,7 +32,7 @@ def draw(shown: Sequence[Showing], memory: int, path: Path) -> None:
 def _bars(
     axes: Axes, shown: Sequence[Showing], title: str, values: Sequence[float], label: str, top: float | None = None
 ) -> None:
-    bars = axes.bar([s.dtype for s in shown], values, color=_COLOURS[: len(shown)], width=0.6)
+    bars = axes.bar([s.dtype for s in shown], values, color=[colour_of(s.dtype) for s in shown], width=0.6)
     axes.bar_label(bars, [label.format(v) for v in values], padding=2)
     axes.set_title(title, fontsize=10)
     axes.set_ylim(0, 1.18 * (top or max(*values, 1e-9)))

