@@ -163,11 +163,14 @@ def test_an_interrupt_ends_an_answer_and_keeps_what_it_said(
     assert steps == 20
     assert [m["role"] for m in conversation.messages] == ["user", "assistant"]
     assert conversation.messages[1]["content"] + "\n" == capsys.readouterr().out
+    assert all(delta.finish_reason == "abort" for delta in step())
     assert not llm.engine.has_unfinished()
     llm.engine.pages.check()
     assert signal.getsignal(signal.SIGINT) is before
     # An error after some text keeps nothing.
-    monkeypatch.setattr(llm.engine, "step", lambda: [Delta("request-1", 0, (1,), "half"), Delta("x", 0, error="no")])
+    monkeypatch.setattr(
+        llm.engine, "step", lambda: [Delta("request-1", 0, (1,), "half"), Delta("request-1", 0, error="no")]
+    )
     with pytest.raises(RequestError, match="no"):
         _answer(conversation, "again", asker)
     assert len(conversation.messages) == 2

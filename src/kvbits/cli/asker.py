@@ -51,6 +51,8 @@ class Local:
             with _held_interrupts() as interrupted:
                 while engine.has_unfinished():
                     for delta in engine.step():
+                        if delta.request_id != request_id:  # the end of one that was interrupted
+                            continue
                         if delta.error is not None:
                             raise RequestError(delta.error)
                         turn.prompt_tokens, turn.cached_tokens = delta.num_prompt_tokens, delta.num_cached_tokens
