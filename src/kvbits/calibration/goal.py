@@ -20,7 +20,7 @@ class Goal:
 
     def __post_init__(self) -> None:
         if sum(x is not None for x in (self.bits, self.max_kl, self.memory)) != 1:
-            raise ConfigError("give exactly one of --bits, --max-kl and --memory")
+            raise ConfigError("give exactly one of --bits, --max-kl and --kv-cache-memory")
         for name in ("bits", "max_kl"):
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 def advise(
     model: options.Model,
     text: Annotated[Path, typer.Option(metavar="FILE", help="A UTF-8 text like those that will be served.")],
-    memory: Annotated[str, typer.Option(metavar="SIZE", help="Bytes of the KV cache, for example 1GiB.")],
+    memory: Annotated[
+        str, typer.Option("--kv-cache-memory", "--memory", metavar="SIZE", help="Bytes of the KV cache, such as 1GiB.")
+    ],
     context: Annotated[int, typer.Option(min=1, metavar="TOKENS", help="Tokens of one session.")],
     sessions: Annotated[int, typer.Option(min=1, metavar="N", help="Sessions at once.")] = 1,
     kv_cache_dtype: options.KVCacheDtypes = None,

@@ -63,8 +63,9 @@ def demo(
     documents = hide_facts(sessions, document_tokens, lambda part: len(tokens_of(loaded, part)))
     note(f"{sessions} conversations over documents of {document_tokens}+ tokens; each cache has {kv_cache_memory}.")
     shown = []
+    prompts = sum(len(tokens_of(loaded, d.text + d.question)) for d in documents)
     for policy in policies:
-        with Bar(sessions * (document_tokens + new_tokens), f"{policy.label} conversations") as advance:
+        with Bar(prompts + sessions * new_tokens, f"{policy.label} conversations") as advance:
             summary = fidelity[policy.label]
             shown.append(show(loaded, policy, memory, documents, summary, new_tokens, max_num_batched_tokens, advance))
     picture = output / "demo.png"

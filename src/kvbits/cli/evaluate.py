@@ -24,7 +24,9 @@ def evaluate(
     kv_cache_dtype: options.KVCacheDtypes = None,
     kv_policy: options.KVPolicies = None,
     tasks: Annotated[str, typer.Option(metavar="NAMES", help=f"With commas between: {_PARTS}.")] = "fidelity",
-    context: Annotated[int, typer.Option(min=4, metavar="TOKENS", help="Tokens of one window of the text.")] = 2048,
+    window: Annotated[
+        int, typer.Option("--window", "--context", min=4, metavar="TOKENS", help="Tokens of one window of the text.")
+    ] = 2048,
     windows: Annotated[int, typer.Option(min=1, metavar="N", help="Windows, one after another, not overlapping.")] = 8,
     all_positions: Annotated[
         bool, typer.Option(help="Results by position from the window's start on; the second half is what is compared.")
@@ -88,7 +90,7 @@ def evaluate(
     check_formats(task_dtype)
     content = None if text is None else read_text(text)
     book = content if haystack is None else read_text(haystack)
-    check_model(model, dtypes, dtype=dtype, context=None if text is None else context)
+    check_model(model, dtypes, dtype=dtype, context=None if text is None else window)
     from kvbits.evaluation.compare import policies_of
     from kvbits.evaluation.laboratory import Laboratory
     from kvbits.evaluation.resume import ResumeCache
@@ -97,11 +99,11 @@ def evaluate(
 
     selection = choose(tasks, text is not None, data_dir)
     sizes = Sizes(
-        context, windows, task_context, depths, samples, texts, new_tokens, tool_questions, all_positions
+        window, windows, task_context, depths, samples, texts, new_tokens, tool_questions, all_positions
     )  # fmt: skip
     resume_cache = ResumeCache(resume)
     loaded = load(model, dtype, threads, trust_remote_code=trust_remote_code)
-    policies = policies_of(loaded, dtypes, context if content is not None else 0)
+    policies = policies_of(loaded, dtypes, window if content is not None else 0)
     tokens = [] if content is None else tokens_of(loaded, content)
     only_text = set(selection.parts) <= {FIDELITY, LAYERS}
     again = not only_text and task_dtype != dtype

@@ -41,7 +41,9 @@ def export(
     per: Annotated[
         str, typer.Option(metavar="WHAT", help="One scale per 'tensor' or per 'head' of a layer.")
     ] = "tensor",
-    context: Annotated[int, typer.Option(min=4, metavar="TOKENS", help="Tokens of one window.")] = 2048,
+    window: Annotated[
+        int, typer.Option("--window", "--context", min=4, metavar="TOKENS", help="Tokens of one window.")
+    ] = 2048,
     windows: Annotated[int, typer.Option(min=1, metavar="N", help="Windows, spread over the text.")] = 4,
     kv_cache_dtype: Annotated[
         str | None, typer.Option(metavar="DTYPE", help="With --to flags: as for generate.")
@@ -78,9 +80,9 @@ def export(
     from kvbits.evaluation.windows import read_text
 
     texts = [(path.name, read_text(path)) for path in text]
-    check_model(model, dtype="float32", context=context)
+    check_model(model, dtype="float32", context=window)
     granularity: Granularity = "head" if per == "head" else "tensor"
-    report = _checkpoint(model, _LAYOUTS[to], granularity, output, texts, context, windows, threads, trust_remote_code)
+    report = _checkpoint(model, _LAYOUTS[to], granularity, output, texts, window, windows, threads, trust_remote_code)
     results.write(report)
 
 

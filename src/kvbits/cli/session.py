@@ -78,6 +78,8 @@ class Bar(AbstractContextManager[Callable[[int], None]]):
         return self._advance
 
     def _advance(self, tokens: int) -> None:
+        # What is computed again, after a preemption, was not foreseen.
+        self._bar.total = max(self._bar.total or 0, self._bar.n + tokens)
         self._bar.update(tokens)
 
     def __exit__(self, *exception: Any) -> None:
