@@ -33,7 +33,11 @@ def calibrate(
     memory: Annotated[
         str | None,
         typer.Option(
-            "--kv-cache-memory", "--memory", metavar="SIZE", help="Bytes in which --sessions of --session-tokens must fit.")
+            "--kv-cache-memory",
+            "--memory",
+            metavar="SIZE",
+            help="Bytes in which --sessions of --session-tokens must fit.",
+        ),
     ] = None,
     sessions: Annotated[int, typer.Option(min=1, metavar="N", help="With --kv-cache-memory.")] = 1,
     session_tokens: Annotated[int, typer.Option(min=1, metavar="TOKENS", help="With --kv-cache-memory.")] = 4096,
