@@ -366,7 +366,7 @@ def test_advice_fits_the_sessions_asked_for(
         (("--tasks", "babi"), "the task 'babi' needs a file"),
         (("--tasks", "babi", "--data-dir", "/no/such/dir"), "does not exist"),
         ((), "needs a text"),
-        (("--tasks", "lines", "--samples", "0"), "samples is 0"),
+        (("--tasks", "lines", "--samples", "0"), "'--samples'"),
         (("--tasks", "lines", "--task-context", "9999"), "the task context is 9999 tokens"),
         (("--tasks", "lines", "--resume", "/no/such/dir/x"), "cannot use the file"),
         (("--tasks", "lines", "--html", "/no/such/dir/x"), "cannot write to"),

@@ -12,17 +12,13 @@ from kvbits.errors import ConfigError
 from kvbits.evaluation import arithmetic, toolcalls
 from kvbits.evaluation.documents import reference_text
 from kvbits.evaluation.laboratory import Laboratory, plant_fault
+from kvbits.evaluation.parts import ARITHMETIC, FIDELITY, GENERATION, LAYERS, TOOLS, parts_of
 from kvbits.evaluation.speed import distinct_prompts
 from kvbits.evaluation.tasks import TASKS, Material
 from kvbits.evaluation.tasks.files import find
 from kvbits.evaluation.windows import cut_windows
 from kvbits.models import LoadedModel
 
-FIDELITY, LAYERS, GENERATION, TOOLS, ARITHMETIC = "fidelity", "layers", "generation", "tools", "gsm8k"
-NAMES = (FIDELITY, LAYERS, *TASKS, GENERATION, TOOLS, ARITHMETIC)
-"""Every part of the laboratory, in the order in which they run."""
-
-_NEEDS_TEXT = (FIDELITY, LAYERS, GENERATION)
 _FILES = {TOOLS: (toolcalls.FILE,), ARITHMETIC: (arithmetic.FILE,)}
 _LAYER_WINDOWS = 2
 _PROMPT_TOKENS = 256
@@ -67,15 +63,7 @@ def choose(tasks: str, has_text: bool, data_dir: Path | None) -> TaskSelection:
 
     Raises ``ConfigError`` for an unknown name, a text that is missing or a file that is.
     """
-    asked = [name.strip() for name in tasks.split(",") if name.strip()]
-    unknown = [name for name in asked if name not in (*NAMES, "all")]
-    if unknown or not asked:
-        what = f"unknown task '{unknown[0]}'" if unknown else "there is no task"
-        raise ConfigError(f"{what}; choose from {', '.join(NAMES)}, or all")
-    parts = NAMES if "all" in asked else tuple(name for name in NAMES if name in asked)
-    lacking = [name for name in parts if name in _NEEDS_TEXT and not has_text]
-    if lacking:
-        raise ConfigError(f"the task '{lacking[0]}' needs a text; give --text FILE")
+    parts = parts_of(tasks, has_text)
     files: dict[str, Path] = {}
     for name in parts:
         for pattern in TASKS[name].needs if name in TASKS else _FILES.get(name, ()):
