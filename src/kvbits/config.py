@@ -17,6 +17,9 @@ ALIGNMENT = 64
 POLICY_PREFIX = "policy:"
 """What a KV cache dtype begins with when it names the directory of a calibrated policy."""
 
+AUTO = "auto"
+"""The KV cache dtype that stands for one that is chosen by measuring (:mod:`kvbits.auto`)."""
+
 WATERMARK = 100
 """One frame in so many stays free at admission, so that a newcomer does not push out running sequences at once."""
 

@@ -14,10 +14,11 @@ from kvbits.cli import options
 from kvbits.cli.keys import client_key
 from kvbits.cli.remote import Remote
 from kvbits.cli.session import load, note
+from kvbits.config import AUTO
 from kvbits.errors import ConfigError, KVBitsError
 
 if TYPE_CHECKING:
-    from kvbits.engine.llm import LLM
+    from kvbits.llm import LLM
 
 Messages = list[dict[str, str]]
 
@@ -45,7 +46,9 @@ def chat(
     split_special_tokens: Annotated[
         bool, typer.Option(help="Special tokens that you type, such as <|im_end|>, are text.")
     ] = True,
-    kv_cache_dtype: options.KVCacheDtype = "int8",
+    kv_cache_dtype: options.KVCacheDtype = AUTO,
+    max_kl: options.MaxKL = None,
+    text: options.MeasuredText = None,
     kv_policy: options.KVPolicy = None,
     kv_cache_memory: options.KVCacheMemory = "1GiB",
     dtype: options.Dtype = "bfloat16",
@@ -62,20 +65,21 @@ def chat(
         asker = _Remote(Remote(url, client_key(api_key, api_key_file)), split_special_tokens)
     else:
         assert model is not None
-        from kvbits.engine.llm import LLM
+        from kvbits.auto.wanted import Wanted
+        from kvbits.llm import LLM
 
         dtype_name = options.cache_dtype(kv_cache_dtype, kv_policy)
+        Wanted(dtype_name, max_kl, text)
         loaded = load(model, dtype, threads, weights, device, trust_remote_code, kv_cache_memory=kv_cache_memory)
-        asker = _Local(
-            LLM(loaded, kv_cache_dtype=dtype_name, kv_cache_memory=kv_cache_memory, progress=False),
-            split_special_tokens,
-        )
+        llm = LLM(loaded, kv_cache_dtype=dtype_name, max_kl=max_kl, text=text, kv_cache_memory=kv_cache_memory)
+        note(llm.choice.line)
+        asker = _Local(llm, split_special_tokens)
     messages: Messages = [] if system is None else [{"role": "system", "content": system}]
     while True:
-        text = _line()
-        if not text:
+        said = _line()
+        if not said:
             return
-        messages.append({"role": "user", "content": text})
+        messages.append({"role": "user", "content": said})
         turn = Turn()
         begin = time.perf_counter()
         answer = ""

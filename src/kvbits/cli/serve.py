@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kvbits.cli import options
+from kvbits.cli.choosing import chosen
 from kvbits.cli.cluster import check_ray, serve_cluster
 from kvbits.cli.extras import require
 from kvbits.cli.keys import server_keys
 from kvbits.cli.session import load, note
+from kvbits.config import AUTO
 from kvbits.errors import ConfigError
 
 
@@ -19,7 +22,9 @@ def serve(
     model: options.Model,
     host: Annotated[str, typer.Option(metavar="HOST", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(metavar="PORT", help="Port to listen on.")] = 8000,
-    kv_cache_dtype: options.KVCacheDtype = "int8",
+    kv_cache_dtype: options.KVCacheDtype = AUTO,
+    max_kl: options.MaxKL = None,
+    text: options.MeasuredText = None,
     kv_policy: options.KVPolicy = None,
     kv_cache_memory: options.KVCacheMemory = "1GiB",
     max_model_len: options.MaxModelLen = None,
@@ -106,6 +111,7 @@ def serve(
 ) -> None:
     """Serve the model over HTTP as OpenAI does; a live page is at /, metrics are at /metrics."""
     require("server")
+    from kvbits.auto.wanted import Wanted
     from kvbits.config import parse_bytes
     from kvbits.engine.config import EngineConfig
     from kvbits.server.hosts import names_of
@@ -126,8 +132,9 @@ def serve(
         drain_timeout=drain_timeout,
         max_body=parse_bytes(max_body),
     )
+    wanted = Wanted(options.cache_dtype(kv_cache_dtype, kv_policy), max_kl, text)
     config = EngineConfig.of(
-        kv_cache_dtype=options.cache_dtype(kv_cache_dtype, kv_policy),
+        kv_cache_dtype=wanted.dtype,
         kv_cache_memory=kv_cache_memory,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
@@ -152,6 +159,8 @@ def serve(
         from kvbits.ray.options import ReplicaOptions
 
         replica = ReplicaOptions(model, config, served, dtype, threads, device, trust_remote_code)
+        if wanted.auto:
+            replica = replica.with_choice(chosen(replica.load(note), wanted))
         serve_cluster(replica, ray_replicas, ray_routing, host, port, ray_address)
         return
     from kvbits.server.address import check_address
@@ -161,15 +170,16 @@ def serve(
 
     check_room(config, device)
     loaded = load(model, dtype, threads, weights, device, trust_remote_code)
+    choice = chosen(loaded, wanted)
     from kvbits.engine.engine import Engine
     from kvbits.engine.transfer import load_pages
     from kvbits.server.run import serve as run
     from kvbits.server.run import start_line
 
-    engine = Engine(loaded, config, speculative=speculative)
+    engine = Engine(loaded, replace(config, kv_cache_dtype=choice.policy), speculative=speculative)
     for path in cache_file or ():
         # Where clients are kept apart, each one needs them under its own salt.
         tokens = [load_pages(engine, path, salt) for salt in served.salts]
         note(f"Loaded {tokens[0]} tokens from '{path}'" + (f" for {len(tokens)} clients" if len(tokens) > 1 else ""))
     note(start_line(engine, served, host, port))
-    run(engine, served, host, port)
+    run(engine, served, host, port, choice.loss)

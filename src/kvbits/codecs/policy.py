@@ -13,7 +13,7 @@ from kvbits.codecs.float8 import Float8
 from kvbits.codecs.mixed import Mixed
 from kvbits.codecs.nibbles import Nibbles
 from kvbits.codecs.raw import Raw
-from kvbits.config import PAGE_TOKENS, ModelGeometry
+from kvbits.config import AUTO, PAGE_TOKENS, ModelGeometry
 from kvbits.errors import ConfigError, UnsupportedError
 
 OPEN = Scheme(key=Raw(), value=Raw())
@@ -149,6 +149,11 @@ def _scheme(text: str, policy: str) -> Scheme:
 
 
 def _lookup(name: str, policy: str) -> Scheme:
+    if name == AUTO:
+        raise ConfigError(
+            f"the KV cache dtype '{AUTO}' is chosen when serve, generate, chat, cache or kvbits.LLM start, and "
+            f"stands alone; here name one: {', '.join(SCHEMES)}"
+        )
     if name not in SCHEMES:
         where = "" if policy == name else f" in '{policy}'"
         raise ConfigError(f"unknown KV cache dtype '{name}'{where}; choose from {', '.join(SCHEMES)}")

@@ -10,6 +10,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from kvbits.auto.loss import Loss
 from kvbits.engine.engine import Engine
 from kvbits.errors import ConfigError
 from kvbits.server.app import create_app
@@ -82,9 +83,12 @@ def start_line(engine: Engine, options: ServerOptions, host: str, port: int) -> 
     )
 
 
-def serve(engine: Engine, options: ServerOptions, host: str, port: int) -> None:
-    """Serve until a signal ends it. Raises ``ConfigError`` when the port cannot be had."""
-    server = Server(create_app(engine, options), host, port, options)
+def serve(engine: Engine, options: ServerOptions, host: str, port: int, loss: Loss | None = None) -> None:
+    """Serve until a signal ends it; ``loss`` as for :func:`~kvbits.server.app.create_app`.
+
+    Raises ``ConfigError`` when the port cannot be had.
+    """
+    server = Server(create_app(engine, options, loss), host, port, options)
     log.info(start_line(engine, options, host, port))
     # What is there now stays. Without this the collector looks at all of it, for a second, when a request makes many
     # objects, and nobody is answered meanwhile.

@@ -1,4 +1,4 @@
-"""Calibration text that the model writes itself, where the user has none.
+"""Text that the model writes itself, to calibrate or measure on where the user has none.
 
 A model's own samples follow the distribution that a Fisher information asks for (data-free quantization does the same:
 LLM-QAT, Liu et al., 2023, arXiv:2305.17888).
@@ -6,9 +6,11 @@ LLM-QAT, Liu et al., 2023, arXiv:2305.17888).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 from kvbits.engine.params import SamplingParams
+from kvbits.errors import UnsupportedError
 from kvbits.evaluation.compare import REFERENCE, engine_for
 from kvbits.models import LoadedModel
 
@@ -19,25 +21,31 @@ def write_windows(
     count: int,
     seed: int = 0,
     progress: Callable[[int], None] = lambda tokens: None,
+    texts: int = 1,
 ) -> list[list[int]]:
     """``count`` windows of ``context`` token ids, sampled at temperature 1 from the token that begins a text.
 
-    Where the model ends a text it begins another one in the same window. The same ``seed`` gives the same windows.
-    ``progress`` is told the tokens written since its last call.
+    A window holds ``texts`` texts of equal length, one after another: more of them are more starts, in fewer steps.
+    Where the model ends a text it begins another one. The same ``seed`` gives the same windows. ``progress`` is told
+    the tokens written since its last call. Raises ``UnsupportedError`` when the model cannot write.
     """
-    engine = engine_for(loaded, loaded.policy(REFERENCE), count, context)
+    lengths = [context // texts + (i < context % texts) for i in range(texts)] * count
+    assert min(lengths) > 0, (context, texts)
+    engine = engine_for(loaded, loaded.policy(REFERENCE), len(lengths), max(lengths))
     begin = _first_token(loaded)
     written: dict[str, list[int]] = {}
-    for index in range(count):
-        params = SamplingParams(max_tokens=context - 1, temperature=1.0, seed=seed + index, ignore_eos=True)
+    for index, length in enumerate(lengths):
+        params = SamplingParams(max_tokens=max(length - 1, 1), temperature=1.0, seed=seed + index, ignore_eos=True)
         written[engine.add_request([begin], params, request_id=str(index))] = [begin]
     while engine.has_unfinished():
         before = sum(map(len, written.values()))
         for delta in engine.step():
-            assert delta.error is None, delta.error
+            if delta.error is not None:
+                raise UnsupportedError(f"{loaded.name} cannot write a text to measure on: {delta.error}")
             written[delta.request_id].extend(delta.token_ids)
         progress(sum(map(len, written.values())) - before)
-    windows = list(written.values())
+    parts = [text[:length] for text, length in zip(written.values(), lengths, strict=True)]
+    windows = [list(itertools.chain(*parts[i : i + texts])) for i in range(0, len(parts), texts)]
     assert all(len(window) == context for window in windows), [len(window) for window in windows]
     return windows
 
