@@ -20,12 +20,12 @@ from kvbits.engine.engine import Engine
 from kvbits.engine.outputs import CompletionOutput, Delta, RequestOutput
 from kvbits.engine.params import SamplingParams
 from kvbits.engine.progress import Progress
-from kvbits.engine.setup import check_room
+from kvbits.engine.setup import check_fit, check_room
 from kvbits.engine.speculation import SpeculationStats, SpeculativeConfig
 from kvbits.engine.text import encode, encode_chat
 from kvbits.engine.transfer import PageBundle, export_pages, load_pages
 from kvbits.errors import CacheError, ConfigError, RequestError
-from kvbits.kernels import Backend
+from kvbits.kernels import Backend, choose_backend
 from kvbits.models import LoadedModel, load_model
 
 log = logging.getLogger(__name__)
@@ -91,6 +91,7 @@ class LLM:
             check_room(config, device)
             model = load_model(model, dtype, weights=weights, device=device, trust_remote_code=trust_remote_code)
         self.loaded = model
+        check_fit(model, config, choose_backend(backend, model.device.type))
         self.choice = choose(model, wanted, Bar if progress else no_bar, log.warning, backend)
         log.info(self.choice.line)
         config = replace(config, kv_cache_dtype=self.choice.policy)

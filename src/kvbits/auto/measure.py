@@ -61,14 +61,16 @@ def measure(
     """
     context = len(windows[0])
     found: dict[str, list[Floats]] = {rung.label: [] for rung in rungs}
-    running = list(rungs)
+    running, left = list(rungs), passes(len(windows), len(rungs)) * context
     for number, window in enumerate(windows):
         if number == 1:
             running = [rung for rung in rungs if _interval(found[rung.label]).low <= bound][:CONTENDERS]
         if not running:
             break
+        left -= (len(running) + 1) * context
         for label, kl in _read(loaded, running, window, backend, advance).items():
             found[label].append(kl)
+    advance(left)  # what was not needed
     arithmetic = str(loaded.model.dtype).removeprefix("torch.")
     losses = []
     for rung in rungs:

@@ -166,10 +166,12 @@ def serve(
     from kvbits.server.address import check_address
 
     check_address(host, port)
-    from kvbits.engine.setup import check_room
+    from kvbits.engine.setup import check_fit, check_room
+    from kvbits.kernels import choose_backend
 
     check_room(config, device)
     loaded = load(model, dtype, threads, weights, device, trust_remote_code)
+    check_fit(loaded, config, choose_backend(None, loaded.device.type))
     choice = chosen(loaded, wanted)
     from kvbits.engine.engine import Engine
     from kvbits.engine.transfer import load_pages

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from kvbits.codecs import Policy
+from kvbits.config import PAGE_TOKENS
 from kvbits.engine.config import EngineConfig
 from kvbits.engine.limits import RequestLimits
 from kvbits.engine.offload import tier_of
@@ -43,6 +44,18 @@ def context_of(loaded: LoadedModel, config: EngineConfig) -> int:
     if asked > longest:
         raise ConfigError(f"max_model_len is {asked}; the context of {loaded.name} is {longest} tokens")
     return asked
+
+
+def check_fit(loaded: LoadedModel, config: EngineConfig, backend: Backend) -> None:
+    """Raise ``ConfigError`` or ``UnsupportedError`` for what no cache dtype can mend; before one is measured."""
+    check_invariance(loaded, config, backend)
+    context_of(loaded, config)
+    # A sequence's newest page has 16 bits, whatever the others have.
+    least = PAGE_TOKENS * loaded.geometry.bytes_per_token_16bit()
+    if config.kv_cache_memory < least:
+        raise ConfigError(
+            f"a KV cache of {config.kv_cache_memory} bytes holds no page; one session needs {least} bytes"
+        )
 
 
 def policy_of(loaded: LoadedModel, config: EngineConfig, backend: Backend) -> Policy:
