@@ -354,4 +354,7 @@ def test_windows_of_several_texts(byte_loaded: LoadedModel) -> None:
     # the token that begins a text stands where each of the three begins: 24 + 23 + 23
     assert [w[i] for w in windows for i in (0, 24, 47)] == [1] * 6
     assert windows == write_windows(byte_loaded, 70, 2, texts=3)
+    starts = write_windows(byte_loaded, 70, 2, texts=3, starts=("one", "a start that is longer than a text"))
+    assert [byte_loaded.tokenizer.decode(w[i + 1 : i + 4]) for w in starts for i in (0, 24, 47)] == ["one", "a s"] * 3
+    assert byte_loaded.tokenizer.decode(starts[0][25:46]) == "a start that is longe"
     assert CONTEXT % 64 == 0

@@ -62,7 +62,7 @@ def test_generate_chooses_once_and_says_what(
         raise AssertionError
 
     monkeypatch.setattr(choosing, "measure", never)
-    monkeypatch.setattr(choosing, "write_windows", never)
+    monkeypatch.setattr(choosing, "own_windows", never)
     assert status(*ask, "--max-kl", 0.05) == 0
     assert "auto takes " in capsys.readouterr().err
     loose = json.loads(out.read_text())

@@ -14,11 +14,11 @@ from kvbits.auto import store
 from kvbits.auto.ladder import identity, is_reference, rungs
 from kvbits.auto.loss import OWN_TEXT, Loss, known_line, nats
 from kvbits.auto.measure import measure, passes
+from kvbits.auto.owntext import STARTS, own_windows
 from kvbits.auto.wanted import Wanted
 from kvbits.codecs import Policy
 from kvbits.errors import ConfigError
 from kvbits.evaluation.compare import REFERENCE
-from kvbits.evaluation.selftext import write_windows
 from kvbits.kernels import Backend, choose_backend
 from kvbits.models import LoadedModel
 
@@ -26,9 +26,6 @@ CONTEXT = 768
 """Tokens of a window that is measured on (the model's context where that is shorter)."""
 
 WINDOWS = 2
-TEXTS = 6
-"""Texts that the model writes for one window."""
-
 Bar = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]
 """A progress bar: from a total in tokens and a label to a context that gives the function to advance it."""
 
@@ -100,11 +97,11 @@ def _conditions(
     loaded: LoadedModel, ladder: Sequence[Policy], kernels: Backend, tokens: Sequence[int] | None
 ) -> dict[str, Any]:
     """All that decides what is measured on a model, but for the bound."""
-    text = "own" if tokens is None else hashlib.sha256(json.dumps(list(tokens)).encode()).hexdigest()
+    text = ["own", *STARTS] if tokens is None else list(tokens)
     return {
         "ladder": [rung.name for rung in ladder],
-        "text": text,
-        "windows": [WINDOWS, _context(loaded), TEXTS],
+        "text": hashlib.sha256(json.dumps(text).encode()).hexdigest(),
+        "windows": [WINDOWS, _context(loaded)],
         "arithmetic": str(loaded.model.dtype),
         "weights": loaded.weights,
         "backend": kernels.name,
@@ -146,7 +143,7 @@ def _measure(
     context = _context(loaded)
     if tokens is None:
         with bar(WINDOWS * context, f"{loaded.name} writes a text to measure cache dtypes on") as advance:
-            windows = write_windows(loaded, context, WINDOWS, progress=advance, texts=min(TEXTS, context))
+            windows = own_windows(loaded, context, WINDOWS, advance)
     else:
         # Spread over the text, which may change its subject.
         step = len(tokens) // WINDOWS
