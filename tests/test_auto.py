@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.serving import byte_model, byte_tokenizer
+from helpers.serving import byte_model, byte_tokenizer, packed_byte_model
 from helpers.tiny import tiny_model
 
 from kvbits import LLM, SamplingParams, user_cache
 from kvbits.auto import choose as choosing
 from kvbits.auto import store
 from kvbits.auto.choose import CONTEXT, WINDOWS, Choice, choose, fewest_bits
-from kvbits.auto.ladder import LADDER, identity, rungs
+from kvbits.auto.ladder import LADDER, almost_nothing, identity, rungs
 from kvbits.auto.loss import Loss, known_line
 from kvbits.auto.measure import divergence, first_scored, measure, passes
 from kvbits.auto.wanted import BOUND, MOST, Wanted
@@ -112,6 +112,19 @@ def test_the_ladder_measured_is_the_laboratorys_side_by_side(byte_loaded: Loaded
     assert own[0].kl > 20 * own[1].kl
 
 
+def test_what_the_arithmetic_rounds_by_itself_is_taken_off() -> None:
+    loaded = packed_byte_model(head_dim=32)
+    window = torch.randint(3, 259, (257,), generator=torch.Generator().manual_seed(3)).tolist()
+    first = first_scored(256)
+    side_by_side = SideBySide(loaded, [loaded.policy("int4"), loaded.policy("0:int8,1-2:bf16")], 257)
+    four, almost = (np.concatenate(record.kl) for record in side_by_side.run(window, first).values())
+    assert almost.mean() > 0
+    (loss,) = measure(loaded, [loaded.policy("int4")], [window[:256]], "noise", 1.0, default_backend)
+    assert loss.kl == pytest.approx((four - almost).mean(), rel=1e-3)
+    assert almost_nothing(byte_model()) is None  # float32 has nothing of the kind
+    assert almost_nothing(packed_byte_model(num_hidden_layers=1)) is None
+
+
 def test_only_what_may_be_under_the_bound_reads_more_than_one_window(byte_loaded: LoadedModel) -> None:
     windows = write_windows(byte_loaded, 256, 3, texts=2)
     ladder = rungs(byte_loaded, default_backend())
@@ -124,7 +137,7 @@ def test_only_what_may_be_under_the_bound_reads_more_than_one_window(byte_loaded
     assert more == {loss.dtype for loss in one if loss.low <= bound}
     assert {loss.tokens for loss in three if loss.dtype not in more} == {scored}
     assert [a for a in three if a.dtype not in more] == [a for a in one if a.dtype not in more]
-    assert sum(computed) == 256 * passes(3, len(ladder))
+    assert sum(computed) == 256 * passes(byte_loaded, 3, len(ladder))
 
 
 def test_the_ladder_goes_by_effective_bits(byte_loaded: LoadedModel) -> None:

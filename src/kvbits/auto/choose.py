@@ -22,7 +22,7 @@ from kvbits.evaluation.compare import REFERENCE
 from kvbits.kernels import Backend, choose_backend
 from kvbits.models import LoadedModel
 
-CONTEXT = 768
+CONTEXT = 640
 """Tokens of a window that is measured on (the model's context where that is shorter)."""
 
 WINDOWS = 2
@@ -149,7 +149,7 @@ def _measure(
         step = len(tokens) // WINDOWS
         windows = [list(tokens[i * step : i * step + context]) for i in range(WINDOWS)]
     name = OWN_TEXT if wanted.text is None else Path(wanted.text).name
-    total = passes(WINDOWS, len(ladder)) * context
+    total = passes(loaded, WINDOWS, len(ladder)) * context
     with bar(total, "measuring " + ", ".join(rung.label for rung in ladder)) as advance:
         return measure(
             loaded, ladder, windows, name, wanted.bound, lambda: choose_backend(backend, loaded.device.type), advance

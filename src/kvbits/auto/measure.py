@@ -2,19 +2,21 @@
 
 The 16-bit cache and all dtypes read a window side by side, chunk by chunk, so one chunk's logits are all that is held.
 The first window is for all; the others are for those of the fewest bits that may still be under the bound, since more
-tokens decide nothing about the rest. Nothing is taken for granted about the order of losses.
+tokens decide nothing about the rest. Nothing is taken for granted about the order of losses. What the arithmetic's
+rounding gives by itself (:func:`kvbits.auto.ladder.almost_nothing`) is taken off, token by token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvbits.auto.ladder import identity
+from kvbits.auto.ladder import almost_nothing, identity
 from kvbits.auto.loss import Loss
 from kvbits.codecs import Policy
 from kvbits.config import PAGE_TOKENS
@@ -40,9 +42,10 @@ def first_scored(context: int) -> int:
     return context // 4
 
 
-def passes(windows: int, rungs: int) -> int:
-    """Windows that are computed in all, the 16-bit cache's included, at most."""
-    return rungs + 1 + (windows - 1) * (min(rungs, CONTENDERS) + 1)
+def passes(loaded: LoadedModel, windows: int, rungs: int) -> int:
+    """Windows that are computed in all, at most."""
+    beside = 1 if almost_nothing(loaded) is None else 2
+    return rungs + beside + (windows - 1) * (min(rungs, CONTENDERS) + beside)
 
 
 def measure(
@@ -61,15 +64,18 @@ def measure(
     """
     context = len(windows[0])
     found: dict[str, list[Floats]] = {rung.label: [] for rung in rungs}
-    running, left = list(rungs), passes(len(windows), len(rungs)) * context
+    running, left = list(rungs), passes(loaded, len(windows), len(rungs)) * context
+    beside = [policy for policy in [almost_nothing(loaded)] if policy is not None]
     for number, window in enumerate(windows):
         if number == 1:
             running = [rung for rung in rungs if _interval(found[rung.label]).low <= bound][:CONTENDERS]
         if not running:
             break
-        left -= (len(running) + 1) * context
-        for label, kl in _read(loaded, running, window, backend, advance).items():
-            found[label].append(kl)
+        left -= (len(running) + len(beside) + 1) * context
+        read = _read(loaded, [*running, *beside], window, backend, advance)
+        rounding = sum((read.pop(policy.label) for policy in beside), np.zeros(1))
+        for label, kl in read.items():
+            found[label].append(kl - np.where(np.isfinite(rounding), rounding, 0))
     advance(left)  # what was not needed
     arithmetic = str(loaded.model.dtype).removeprefix("torch.")
     losses = []
@@ -142,4 +148,6 @@ def _interval(windows: Sequence[Floats]) -> Interval:
     kl = np.concatenate(windows)
     if not np.isfinite(kl).all():
         return Interval(np.inf, np.inf, np.inf, len(kl), 0)
-    return interval(kl, [(w, i // PAGE_TOKENS) for w, part in enumerate(windows) for i in range(len(part))])
+    found = interval(kl, [(w, i // PAGE_TOKENS) for w, part in enumerate(windows) for i in range(len(part))])
+    # Nothing loses less than nothing, but a mean of differences may.
+    return replace(found, mean=max(found.mean, 0.0), low=max(found.low, 0.0), high=max(found.high, 0.0))

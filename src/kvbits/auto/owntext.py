@@ -14,7 +14,7 @@ from kvbits.models import LoadedModel
 TEXTS = 8
 """Texts in a window, each from another start."""
 
-REPETITION_PENALTY = 1.2
+REPETITION_PENALTY = 1.1
 
 STARTS = (
     "The history of the town begins in",

@@ -29,8 +29,8 @@ def write_windows(
 
     A window holds ``texts`` texts of equal length, one after another: more of them are more starts, in fewer steps.
     Each text goes on from the next of ``starts``, if there are any; a ``repetition_penalty`` over 1 keeps it from
-    loops. Where the model ends a text it begins another one. The same ``seed`` gives the same windows. ``progress`` is told the tokens written since its last call. Raises
-    ``UnsupportedError`` when the model cannot write.
+    loops. Where the model ends a text it begins another one. The same ``seed`` gives the same windows. ``progress`` is
+    told the tokens written since its last call. Raises ``UnsupportedError`` when the model cannot write.
     """
     lengths = [context // texts + (i < context % texts) for i in range(texts)] * count
     assert min(lengths) > 0, (context, texts)
