@@ -9,6 +9,7 @@ import httpx
 import jsonschema
 import pytest
 from helpers.command import complaint, status
+from helpers.process import SMALL, saved_byte_model, serving
 from helpers.serving import MODEL, byte_model, engine_of, running
 from helpers.tiny import VOCAB, save, tiny_model
 from prometheus_client.parser import text_string_to_metric_families
@@ -16,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from kvbits.auto import choose as choosing
 from kvbits.auto.choose import Choice, named
 from kvbits.auto.loss import Loss
-from kvbits.auto.wanted import Wanted
+from kvbits.auto.wanted import BOUND, Wanted
 from kvbits.cli import choosing as lines
 from kvbits.engine.config import EngineConfig
 from kvbits.errors import ConfigError
@@ -94,6 +95,17 @@ def test_evaluate_is_remembered(model: str, text: Path, tmp_path: Path, capsys: 
     loss = json.loads(out.read_text())["loss"]
     assert loss["kl"] == pytest.approx(kl)
     assert (loss["text"], loss["arithmetic"], loss["tokens"]) == ("words.txt", "float32", 2 * 127)
+
+
+def test_serve_chooses_and_tells_its_clients(tmp_path: Path) -> None:
+    model = saved_byte_model(tmp_path / "model")
+    with serving(model, *SMALL[:-2]) as (process, url):
+        one = httpx.get(url + "/v1/models", timeout=30).json()["data"][0]
+        said = process.said()
+    line = next(line for line in said.splitlines() if "auto takes " in line)
+    assert f"auto takes {one['kv_cache_dtype']} (" in line
+    assert "measuring " in said
+    assert one["kv_cache_loss"]["kl_high"] <= BOUND or one["kv_cache_dtype"] == "bf16"
 
 
 @pytest.mark.parametrize("command", [("generate", "-p", "w5"), ("serve",), ("chat",)])

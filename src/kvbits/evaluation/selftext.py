@@ -47,6 +47,7 @@ def write_windows(
             ignore_eos=True,
         )
         written[engine.add_request(prompt, params, request_id=str(index))] = prompt
+    progress(sum(map(len, written.values())))
     while engine.has_unfinished():
         before = sum(map(len, written.values()))
         for delta in engine.step():
