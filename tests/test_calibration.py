@@ -20,13 +20,13 @@ from kvbits.calibration.collect import Statistics, TensorSample, collect
 from kvbits.calibration.dense import DenseBackend, _attention
 from kvbits.calibration.fit import FittedCodec, fit, ordered_feedback
 from kvbits.calibration.policy import NAMES, Planner
-from kvbits.calibration.selftext import write_windows
 from kvbits.calibration.texts import split_windows
 from kvbits.codecs import SCHEMES, LayerRounding, Policy, PoolLayout, Rounding, parse_policy, policy_of
 from kvbits.codecs.hadamard import rotate
 from kvbits.codecs.policy_file import load_policy, save_policy
 from kvbits.config import ModelGeometry
 from kvbits.errors import ConfigError
+from kvbits.evaluation.selftext import write_windows
 from kvbits.kernels import BatchLayout, SequencePages
 from kvbits.kernels.reference import ReferenceBackend
 from kvbits.models import LoadedModel

@@ -9,7 +9,6 @@ from kvbits.calibration.collect import collect
 from kvbits.calibration.fit import fit
 from kvbits.calibration.goal import Goal, Sizes
 from kvbits.calibration.policy import Planner, candidates, check_bits, check_memory
-from kvbits.calibration.selftext import write_windows
 from kvbits.calibration.sensitivity import sensitivity
 from kvbits.calibration.texts import check_counts, split_windows
 from kvbits.codecs import Policy
@@ -17,6 +16,7 @@ from kvbits.codecs.policy_file import save_policy
 from kvbits.errors import ConfigError
 from kvbits.evaluation.compare import Comparison, compare, policies_of
 from kvbits.evaluation.laboratory import Bar
+from kvbits.evaluation.selftext import write_windows
 from kvbits.models import LoadedModel
 
 ROUNDS = 4

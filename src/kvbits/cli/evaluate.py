@@ -115,6 +115,10 @@ def evaluate(
     laboratory = Laboratory(loaded, policies, resume_cache, Bar, dtype, served, task_dtype, max_num_batched_tokens)
     run_tasks(laboratory, selection, tokens, book, sizes)
     rows = laboratory.results()
+    if text is not None:
+        from kvbits.auto.record import remember
+
+        remember(laboratory, text.name, tokens, note)
     from kvbits.cli.tables import print_results
 
     print_results(rows)
