@@ -38,11 +38,13 @@ def attention(
     later pages read; a token reads its own page without. They are zeros, so only the gradients by them matter.
     """
     groups = query.unflatten(1, (layer.num_kv_heads, -1)).movedim(0, 2)
-    rows = (key.movedim(0, 1), value.movedim(0, 1), *(e.movedim(0, 1) for e in errors))
-    bias = None if sinks is None else sinks.float().view(layer.num_kv_heads, -1, 1, 1)
-    found = _forward(layer, *(x.detach() for x in (groups, *rows[:2])), bias) if known is None else known
-    out: Tensor = _Attention.apply(layer, groups, *rows, *found)
-    return out.movedim(2, 0).flatten(1, 2), found
+    rows = [x.movedim(0, 1) for x in (key, value, *errors)]
+    if known is None:
+        bias = None if sinks is None else sinks.float().view(layer.num_kv_heads, -1, 1, 1)
+        with torch.no_grad():
+            known = _forward(layer, groups, rows[0], rows[1], bias)
+    out: Tensor = _Attention.apply(layer, groups, *rows, *known)  # type: ignore[no-untyped-call]
+    return out.movedim(2, 0).flatten(1, 2), known
 
 
 def _forward(layer: LayerGeometry, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Known:
@@ -150,4 +152,5 @@ def _together(x: Tensor) -> Tensor:
 
 def _apart(x: Tensor, query: Tensor) -> Tensor:
     """Undo :func:`_together`."""
-    return x.unflatten(1, (query.shape[1], -1))
+    apart: Tensor = x.unflatten(1, (query.shape[1], -1))
+    return apart

@@ -57,15 +57,12 @@ class DenseBackend(Backend):
         assert len(batch.counts) == 1, batch.counts
         assert batch.starts[0] == 0, batch.starts
         key, value = key.float(), value.float()
-        errors = torch.zeros_like(key), torch.zeros_like(value)
+        wanted = torch.is_grad_enabled()
+        errors = torch.zeros_like(key, requires_grad=wanted), torch.zeros_like(value, requires_grad=wanted)
         if self.keeps:
             shared = query.detach().float().unflatten(1, (view.geometry.num_kv_heads, -1))
-            self.windows[view.index] = Window(
-                key.detach(),
-                value.detach(),
-                *(error.requires_grad_(torch.is_grad_enabled()) for error in errors),
-                queries=torch.einsum("tkgc,tkgd->kcd", shared, shared),
-            )
+            moment = torch.einsum("tkgc,tkgd->kcd", shared, shared)
+            self.windows[view.index] = Window(key.detach(), value.detach(), *errors, moment)
         known = None if self.known is None else self.known.pop(view.index, None)
         out, found = attention(view.geometry, query.float(), key, value, errors, sinks, known)
         if self.known is not None and known is None:
@@ -85,7 +82,7 @@ def dense_step(loaded: LoadedModel, backend: Backend, count: int) -> Forward:
 def model_inputs(loaded: LoadedModel, window: Sequence[int]) -> dict[str, object]:
     """What a model is called with to read ``window`` (token ids) from its first token on."""
     return {
-        "input_ids": torch.tensor([list(window)], device=loaded.device),
+        "input_ids": torch.tensor([list(window)]).to(loaded.device),
         "position_ids": torch.arange(len(window), device=loaded.device).unsqueeze(0),
         "use_cache": False,
     }
@@ -95,7 +92,7 @@ def run_dense(loaded: LoadedModel, window: Sequence[int]) -> list[Window]:
     """Every layer's rows of ``window`` (token ids), all at once; without gradients."""
     backend = DenseBackend()
     with torch.no_grad():
-        last = torch.tensor([len(window) - 1], device=loaded.device)
+        last = torch.arange(len(window) - 1, len(window)).to(loaded.device)
         step = dense_step(loaded, backend, len(window))
         loaded.model(**model_inputs(loaded, window), logits_to_keep=last, kvbits=step)
     return [backend.windows[i] for i in range(loaded.geometry.num_layers)]

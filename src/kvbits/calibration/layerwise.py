@@ -20,8 +20,11 @@ from kvbits.calibration.dense import DenseBackend, Window, dense_step, model_inp
 from kvbits.errors import UnsupportedError
 from kvbits.models import LoadedModel
 
+_LOGITS = 1 << 24
+"""Logits that are turned into gradients at once, 64 MB of float32, ..."""
+
 _LOGIT_ROWS = 128
-"""Rows of logits that are turned into gradients at once: 25 MB of float32 for 49,152 words."""
+"""... of so many rows at most."""
 
 Gradients = tuple[int, Window, Tensor, Tensor]
 """A layer's index, what its attention saw, and the gradients by ``key_error`` and ``value_error``."""
@@ -42,6 +45,7 @@ class Layers:
     def __init__(self, loaded: LoadedModel) -> None:
         """Raises ``UnsupportedError`` for a model that has no list of such layers."""
         self._loaded = loaded
+        self._rows = max(1, min(_LOGIT_ROWS, _LOGITS // loaded.geometry.vocab_size))
         self._layers = _layers_of(loaded.model, loaded.geometry.num_layers, loaded.name)
 
     def gradients(
@@ -94,7 +98,7 @@ class Layers:
         hooks += [layer.register_forward_hook(after) for layer in self._layers]
         try:
             with torch.no_grad():
-                self._logits(window, step, torch.tensor([len(window) - 1]))
+                self._logits(window, step, torch.arange(len(window) - 1, len(window)))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -107,7 +111,7 @@ class Layers:
         leaf = _hidden(output).detach().requires_grad_()
         total = torch.zeros_like(leaf)
         with _answering(self._layers, leaf, isinstance(output, tuple)), torch.enable_grad():
-            for rows in torch.arange(len(window) // 2, len(window)).split(_LOGIT_ROWS):
+            for rows in torch.arange(len(window) // 2, len(window)).split(self._rows):
                 logits = self._logits(window, step, rows)
                 total += torch.autograd.grad(logits, leaf, _slope(logits.detach(), generator))[0]
         return total

@@ -130,9 +130,9 @@ def planner_of(
 
     What is in ``parts`` is not computed again.
     """
-    with bar(sum(map(len, windows)), "gradients") as advance:
+    with bar(sum(map(len, windows)), "1/3 gradients") as advance:
         statistics = collect(loaded, windows, progress=advance, parts=parts)
-    with bar(len(statistics.samples), "fitting") as advance:
+    with bar(len(statistics.samples), "2/3 fitting") as advance:
         table = fit(statistics, _dtypes(loaded), advance, parts)
     return Planner(loaded.geometry, table, sink)
 
@@ -170,7 +170,7 @@ def _measure(
     bits = policy.bits_per_element(loaded.geometry)
     side_by_side = SideBySide(loaded, [policy], len(windows[0]))
     record = Fidelity()
-    with bar(2 * sum(map(len, windows)), f"checking {bits:.3g} bits") as advance:
+    with bar(2 * sum(map(len, windows)), f"3/3 checking {bits:.3g} bits") as advance:
         for index, window in enumerate(windows):
             name = "check-" + key_of(index, *([s.name for s in some] for some in (policy.layers, policy.sink or ())))
             part = parts.get(name)

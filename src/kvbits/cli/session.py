@@ -28,14 +28,20 @@ def load(
 ) -> LoadedModel:
     """Set the number of threads and load the model, naming each long stage on stderr.
 
-    Raises ``ConfigError`` first when the machine has not enough memory for the cache that will follow.
+    Raises ``ConfigError`` first when the machine has not enough memory for the cache that will follow, or cannot use
+    the device.
     """
     if kv_cache_memory is not None and device == "cpu":
         check_host({"--kv-cache-memory": parse_bytes(kv_cache_memory)})
     import torch
 
+    from kvbits.kernels import default_backend
     from kvbits.models import load_model
+    from kvbits.models.load import device_of
 
+    place = device_of(device).type
+    if place != "cpu":
+        default_backend(place)  # one without kernels is refused before the model is read
     if threads is not None:
         torch.set_num_threads(threads)
     return load_model(

@@ -114,7 +114,7 @@ def load_model(
         raise ConfigError(f"unknown weights '{weights}'; choose from {', '.join(WEIGHT_FORMATS)}")
     if weights != "bf16" and dtype != "bfloat16":
         raise ConfigError(f"weights '{weights}' go with the model dtype bfloat16, not {dtype}")
-    place = _device(device)
+    place = device_of(device)
     if weights != "bf16" and place.type != "cpu":
         raise UnsupportedError(f"weights '{weights}' are multiplied on the CPU; the device is '{device}'")
     source = locate(name)
@@ -142,8 +142,8 @@ def load_model(
     return loaded
 
 
-def _device(name: str) -> torch.device:
-    """Raises ``ConfigError`` for a device that torch does not know or this machine does not have."""
+def device_of(name: str) -> torch.device:
+    """A device by torch's name. Raises ``ConfigError`` for what torch does not know or this machine does not have."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
