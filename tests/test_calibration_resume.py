@@ -171,6 +171,14 @@ def test_parts_of_another_calibration_are_refused(
         calibrated(loaded, tmp_path)
 
 
+def test_files_of_somebody_else_s_are_left_alone(loaded: LoadedModel, tmp_path: Path) -> None:
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "novel.txt").write_text("Call me")
+    with pytest.raises(ConfigError, match="is not empty and no unfinished calibration"):
+        calibrated(loaded, tmp_path)
+    assert (tmp_path / "unfinished" / "novel.txt").exists()
+
+
 def test_a_damaged_part_is_done_again(loaded: LoadedModel, tmp_path: Path) -> None:
     windows = [text_of(i, 256) for i in range(2)]
     parts = Parts(tmp_path / "parts", {})

@@ -64,7 +64,10 @@ class Parts:
             directory.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 _refuse_other(directory, path.read_text(encoding="utf-8"), text)
-            path.write_text(text, encoding="utf-8")
+            elif any(directory.iterdir()):
+                raise ConfigError(f"'{directory}' is not empty and no unfinished calibration; give another output")
+            else:
+                path.write_text(text, encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot keep finished parts in '{directory}': {error}") from error
 
