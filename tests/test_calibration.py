@@ -137,6 +137,27 @@ def test_a_rotated_dtype_is_fed_back_in_its_own_channels(statistics: Statistics)
     assert choice.cost > 0
 
 
+@pytest.mark.parametrize("name", ["nf3", "int2"])
+def test_the_range_is_the_one_of_least_error(name: str) -> None:
+    """Independent gradients feel the squared error alone, which is least for less than the whole range."""
+    generator = torch.Generator().manual_seed(6)
+    rows, gradients = (torch.randn(48, 2, 64, 64, generator=generator).bfloat16() for _ in range(2))
+    sample = TensorSample(0, "value", rows, gradients, 8)
+    (choice,) = fit(Statistics((sample,), (torch.zeros(2, 64, 64),), 100), [name])[0]
+    codec = SCHEMES[name].value
+
+    def error(share: float) -> torch.Tensor:
+        page = codec.encode(rows.float(), "value", Rounding(clip=torch.full((2,), share)))
+        return (codec.decode(page, 64, "value") - rows.float()).square().mean((0, 2, 3))
+
+    errors = {share: error(share) for share in (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)}
+    assert choice.rounding.clip is not None
+    for head, share in enumerate(choice.rounding.clip.tolist()):
+        chosen = errors[round(share, 2)][head]
+        assert chosen <= 1.03 * min(e[head] for e in errors.values())
+        assert chosen < errors[1.0][head]
+
+
 def test_the_model_writes_windows(loaded: LoadedModel) -> None:
     windows = write_windows(loaded, 70, 3)
     assert [len(w) for w in windows] == [70] * 3
