@@ -144,6 +144,21 @@ def test_a_killed_command_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert not (tmp_path / "out" / "unfinished").exists()
 
 
+def test_ctrl_c_says_where_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    model = save(tiny_model("llama", head_dim=32), tmp_path / "model")
+    (tmp_path / "words.txt").write_text(" ".join(f"w{w}" for w in text_of()))
+    monkeypatch.setattr(Layers, "gradients", interrupted)
+    small = ("--context", 256, "--windows", 2, "--check-windows", 1)
+    options = ("--text", tmp_path / "words.txt", "--bits", 6, "-o", tmp_path / "out", *small)
+    assert status("calibrate", model, *options) == 130
+    assert f"is kept in '{tmp_path / 'out' / 'unfinished'}'; the same command goes on" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
