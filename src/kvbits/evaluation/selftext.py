@@ -14,6 +14,9 @@ from kvbits.errors import UnsupportedError
 from kvbits.evaluation.compare import REFERENCE, engine_for
 from kvbits.models import LoadedModel
 
+KEEP = 256
+"""Tokens of each text after which all that is written is kept."""
+
 
 def write_windows(
     loaded: LoadedModel,
@@ -24,38 +27,47 @@ def write_windows(
     texts: int = 1,
     starts: Sequence[str] = (),
     repetition_penalty: float = 1.0,
+    begun: Sequence[Sequence[int]] = (),
+    keep: Callable[[list[list[int]]], object] = lambda texts: None,
 ) -> list[list[int]]:
     """``count`` windows of ``context`` token ids, sampled at temperature 1 from the token that begins a text.
 
     A window holds ``texts`` texts of equal length, one after another: more of them are more starts, in fewer steps.
     Each text goes on from the next of ``starts``, if there are any; a ``repetition_penalty`` over 1 keeps it from
     loops. Where the model ends a text it begins another one. The same ``seed`` gives the same windows. ``progress`` is
-    told the tokens written since its last call. Raises ``UnsupportedError`` when the model cannot write.
+    told the tokens written since its last call, ``keep`` now and then all texts: given as ``begun`` they are continued,
+    though not with the same tokens. Raises ``UnsupportedError`` when the model cannot write.
     """
     lengths = [context // texts + (i < context % texts) for i in range(texts)] * count
     assert min(lengths) > 0, (context, texts)
     engine = engine_for(loaded, loaded.policy(REFERENCE), len(lengths), max(lengths))
-    begin = _first_token(loaded)
-    written: dict[str, list[int]] = {}
-    for index, length in enumerate(lengths):
-        prompt = [begin, *(_tokens(loaded, starts[index % len(starts)]) if starts else ())][: max(length - 1, 1)]
+    written = [list(text) for text in begun] or [
+        [_first_token(loaded), *(_tokens(loaded, starts[i % len(starts)]) if starts else ())][: max(length - 1, 1)]
+        for i, length in enumerate(lengths)
+    ]
+    for index, (text, length) in enumerate(zip(written, lengths, strict=True)):
         params = SamplingParams(
-            max_tokens=max(length - len(prompt), 1),
+            max_tokens=max(length - len(text), 1),
             temperature=1.0,
             repetition_penalty=repetition_penalty,
-            seed=seed + index,
+            seed=seed + index + (len(text) if begun else 0),
             ignore_eos=True,
         )
-        written[engine.add_request(prompt, params, request_id=str(index))] = prompt
-    progress(sum(map(len, written.values())))
+        if len(text) < length or not begun:
+            engine.add_request(text, params, request_id=str(index))
+    kept = min(map(len, written))
+    progress(sum(map(len, written)))
     while engine.has_unfinished():
-        before = sum(map(len, written.values()))
+        before = sum(map(len, written))
         for delta in engine.step():
             if delta.error is not None:
                 raise UnsupportedError(f"{loaded.name} cannot write a text to measure on: {delta.error}")
-            written[delta.request_id].extend(delta.token_ids)
-        progress(sum(map(len, written.values())) - before)
-    parts = [text[:length] for text, length in zip(written.values(), lengths, strict=True)]
+            written[int(delta.request_id)].extend(delta.token_ids)
+        progress(sum(map(len, written)) - before)
+        if min(map(len, written)) >= min(kept + KEEP, min(lengths)):
+            kept = min(map(len, written))
+            keep(written)
+    parts = [text[:length] for text, length in zip(written, lengths, strict=True)]
     windows = [list(itertools.chain(*parts[i : i + texts])) for i in range(0, len(parts), texts)]
     assert all(len(window) == context for window in windows), [len(window) for window in windows]
     return windows
