@@ -16,7 +16,6 @@ import pytest
 import torch
 from helpers.command import complaint, status
 from helpers.tiny import save, tiny_model, tiny_tokenizer
-from kvbits.evaluation.selftext import write_windows
 
 from kvbits.calibration import fit as fitting
 from kvbits.calibration import run as whole
@@ -28,6 +27,7 @@ from kvbits.calibration.run import Goal, Sizes, calibrate
 from kvbits.cli.session import Bar
 from kvbits.codecs.policy_file import load_policy
 from kvbits.errors import ConfigError
+from kvbits.evaluation.selftext import write_windows
 from kvbits.models import LoadedModel
 from kvbits.models.load import wrap
 
