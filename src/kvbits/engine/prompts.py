@@ -35,6 +35,11 @@ def read_prompts(prompts: Any) -> list[Given]:
     return [_read(item, f"prompt {place}") for place, item in enumerate(items)]
 
 
+def read_prompt(prompt: Any) -> Given:
+    """One prompt. Raises ``RequestError`` for what is none, or several."""
+    return _read(prompt, "the prompt")
+
+
 def read_params(params: Any, count: int) -> list[SamplingParams]:
     """Sampling parameters for each of ``count`` prompts. Raises ``ConfigError`` for anything else."""
     if params is None or isinstance(params, SamplingParams):
@@ -52,11 +57,12 @@ def read_params(params: Any, count: int) -> list[SamplingParams]:
 def read_chats(messages: Any) -> list[list[dict[str, Any]]]:
     """One conversation or many, each message with its text in one piece. Raises ``RequestError`` for what is none."""
     items = _items(messages, "the messages", "a list of messages, or a list of such lists")
-    chats = [items] if items and isinstance(items[0], Mapping) else items
-    return [
-        [_message(message, place) for place, message in enumerate(_items(chat, "a chat", "a list of messages"))]
-        for chat in chats
-    ]
+    return [read_chat(chat) for chat in ([items] if items and isinstance(items[0], Mapping) else items)]
+
+
+def read_chat(messages: Any) -> list[dict[str, Any]]:
+    """One conversation, as :func:`read_chats` reads many."""
+    return [_message(message, place) for place, message in enumerate(_items(messages, "a chat", "a list of messages"))]
 
 
 def _read(prompt: Any, where: str) -> Given:

@@ -1,8 +1,11 @@
-"""From a request's fields to the engine's parameters. A field left out has OpenAI's default."""
+"""From a request's fields to the engine's parameters.
+
+A field left out has the value of the model's generation configuration, or else OpenAI's default.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 from kvbits.engine.grammar import Grammar
@@ -32,8 +35,9 @@ def sampling_params(
     prompt_logprobs: int | None = None,
     grammar: Grammar | None = None,
     visible_tokens: Sequence[int] = (),
+    defaults: Mapping[str, Any] | None = None,
 ) -> SamplingParams:
-    """The engine's parameters, with what they need prepared.
+    """The engine's parameters, with what they need prepared; ``defaults`` are the model's.
 
     Raises ``RequestError`` for a value out of range, naming the field and its limit.
     """
@@ -46,15 +50,16 @@ def sampling_params(
     stop = (request.stop,) if isinstance(request.stop, str) else request.stop or ()
     _short("stop", stop, MAX_STOPS)
     wanted = [count for count in (prompt_logprobs, request.prompt_logprobs) if count is not None]
-    return SamplingParams(
-        max_tokens=max_tokens,
+    return SamplingParams.of(
+        defaults or {},
+        max_tokens,
         stop=stop,
         logprobs=logprobs,
         prompt_logprobs=max(wanted, default=None),
         logit_bias=_bias(request.logit_bias or {}),
         grammar=grammar,
         visible_tokens=visible_tokens,
-        **{name: value for name, value in given.items() if value is not None},
+        **given,
     ).prepare()
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
+from kvbits.auto.loss import Loss
 from kvbits.engine.params import SamplingParams
 from kvbits.server.bodies import Bodies
 from kvbits.server.body import SMALL, M, check_type, parse
@@ -41,6 +42,7 @@ class Service:
         self.observer = observer
         self.options = options
         self.started = int(time.time())
+        self.loss: Loss | None = None
         self.before_submit: Callable[[list[int], str], Awaitable[None]] | None = None
         self._coming: Counter[str] = Counter()
         self.bodies = Bodies(_BODIES * options.max_body)

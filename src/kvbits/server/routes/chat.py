@@ -38,7 +38,14 @@ def prepare_chat(service: Service, body: ChatRequest) -> tuple[Prompts, Sampling
         service.worker.engine.limits.check_answer(len(prompt), limit, name)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     visible = preparer.template.marks if tools else ()
-    params = sampling_params(body, limit, logprobs, grammar=preparer.grammars.of_chat(body), visible_tokens=visible)
+    params = sampling_params(
+        body,
+        limit,
+        logprobs,
+        grammar=preparer.grammars.of_chat(body),
+        visible_tokens=visible,
+        defaults=preparer.loaded.sampling_defaults,
+    )
     return [("", prompt)], params
 
 

@@ -55,6 +55,7 @@ def _prepare(service: Service, body: CompletionRequest) -> tuple[Prompts, Sampli
         body.logprobs,
         body.logprobs if body.echo else None,
         preparer.grammars.of_format(body.response_format, body.structured_outputs),
+        defaults=preparer.loaded.sampling_defaults,
     )
     return prompts, params
 
