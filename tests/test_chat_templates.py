@@ -153,7 +153,7 @@ def test_a_forced_call_is_a_call(name: str, marks: bool | None) -> None:
     """Whatever the model: these are random weights. Marks may be text, tokens of the vocabulary, or special ones."""
     loaded = loaded_with(TEMPLATES[name], marks)
     preparer = Preparer(loaded, RequestLimits(loaded.geometry.vocab_size, 1024, 1024, 1 << 22))
-    llm = LLM(loaded, kv_cache_memory="4MiB", progress=False)
+    llm = LLM(loaded, kv_cache_dtype="int8", kv_cache_memory="4MiB", progress=False)
     asks: list[dict[str, Any]] = [
         {"tool_choice": {"type": "function", "function": {"name": "get_weather"}}},
         {"tool_choice": "required", "parallel_tool_calls": False},
@@ -247,7 +247,7 @@ def test_a_call_without_marks_is_one_if_it_is_all_there_is(text: str, calls: lis
 def test_texts_that_spell_tokens_are_grammar_all_the_same() -> None:
     """Values of a schema, too: the tokens of the vocabulary must not be taken for them."""
     loaded = loaded_with(TEMPLATES["hermes"], marks=False)
-    llm = LLM(loaded, kv_cache_memory="4MiB", progress=False)
+    llm = LLM(loaded, kv_cache_dtype="int8", kv_cache_memory="4MiB", progress=False)
     grammar = GrammarCompiler(loaded).json_schema({"enum": ["<tool_call>", "[TOOL_CALLS]</s>"]})
     output = llm.generate("say:", SamplingParams(max_tokens=40, grammar=grammar))[0].outputs[0]
     assert json.loads(output.text) in ("<tool_call>", "[TOOL_CALLS]</s>")

@@ -21,8 +21,12 @@ from kvbits.server.messages import MAX_ARGUMENTS, plain_messages
 from kvbits.server.protocol.base import Strict
 from kvbits.server.protocol.chat import ChatRequest
 from kvbits.server.protocol.completion import CompletionRequest, DetokenizeRequest, TokenizeRequest
+from kvbits.server.protocol.messages import CountRequest, MessagesRequest
+from kvbits.server.protocol.responses import ResponsesRequest
 
-KINDS: tuple[type[Strict], ...] = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+KINDS: tuple[type[Strict], ...] = (
+    ChatRequest, CompletionRequest, ResponsesRequest, MessagesRequest, CountRequest, TokenizeRequest, DetokenizeRequest,
+)  # fmt: skip
 MANY = 20_000
 NAMES = {str(i): "x" for i in range(MANY)}
 WRONG: dict[str, Any] = {
@@ -80,8 +84,10 @@ def test_the_first_mistake_is_named() -> None:
 def test_integers_of_many_digits_are_refused_in_few_words(kind: type[Strict], size: int) -> None:
     """No float holds them, and Python writes none of more than 4,300 digits."""
     number = "9" * size
-    needed = {ChatRequest: '"messages":[{"role":"user","content":"x"}]', CompletionRequest: '"prompt":"x"',
-              DetokenizeRequest: '"tokens":[]'}.get(kind, '"model":"x"')  # fmt: skip
+    chat = '"messages":[{"role":"user","content":"x"}]'
+    needed = {ChatRequest: chat, CompletionRequest: '"prompt":"x"', DetokenizeRequest: '"tokens":[]',
+              ResponsesRequest: '"input":"x"', CountRequest: chat,
+              MessagesRequest: f'{chat},"max_tokens":1'}.get(kind, '"model":"x"')  # fmt: skip
     parse(f"{{{needed}}}".encode(), kind, 1024)
     # What a template gets may be anything.
     for field in kind.model_fields.keys() - {"chat_template_kwargs"}:

@@ -31,7 +31,10 @@ WITNESS: Any = {
     "model": MODEL, "messages": [{"role": "user", "content": "what did you see? " * 8}], "max_tokens": 60,
     "temperature": 0, "ignore_eos": True,
 }  # fmt: skip
-PATHS = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize", "/v1/models", "/v1/models/{name}")
+PATHS = (
+    "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens", "/tokenize",
+    "/detokenize", "/v1/models", "/v1/models/{name}",
+)  # fmt: skip
 ALLOWED = {200, 400, 403, 404, 405, 408, 413, 415, 429, 503}
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvbits.engine.outputs import Delta
+from kvbits.engine.params import SamplingParams
 from kvbits.server.chat_answer import ChatChoice
 from kvbits.server.protocol.responses import ResponsesRequest
 from kvbits.server.tools import Call
@@ -34,11 +35,20 @@ class _Open:
 class ResponsesAnswer:
     """One answer; ``choice`` finds text and calls in it."""
 
-    def __init__(self, response_id: str, model: str, body: ResponsesRequest, choice: ChatChoice, prompt: int) -> None:
+    def __init__(
+        self,
+        response_id: str,
+        model: str,
+        body: ResponsesRequest,
+        choice: ChatChoice,
+        prompt: int,
+        params: SamplingParams,
+    ) -> None:
         self._id = response_id
         self._model = model
         self._body = body
         self._choice = choice
+        self._params = params
         self._created = int(time.time())
         self._items: list[dict[str, Any]] = []
         self._open: _Open | None = None
@@ -154,12 +164,12 @@ class ResponsesAnswer:
             "service_tier": "default",
             # Nothing is kept, whatever was asked for.
             "store": False,
-            "temperature": 1.0 if body.temperature is None else body.temperature,
+            "temperature": self._params.temperature,
             "text": {"format": {"type": "text"} if wanted is None else wanted.model_dump(by_alias=True)},
             "tool_choice": "auto" if body.tool_choice is None else _plain(body.tool_choice),
             "tools": [_plain(tool) for tool in body.tools or ()],
             "top_logprobs": body.top_logprobs or 0,
-            "top_p": 1.0 if body.top_p is None else body.top_p,
+            "top_p": self._params.top_p,
             "truncation": "disabled",
             "usage": None if usage is None else _usage(usage),
             "user": body.user,

@@ -77,6 +77,12 @@ class MessageToolChoice(Strict):
     disable_parallel_tool_use: StrictBool | None = None
 
 
+class MessageMetadata(Strict):
+    """``metadata``."""
+
+    user_id: StrictStr | None = None
+
+
 class CountRequest(Strict):
     """The body of ``/v1/messages/count_tokens``: what makes the prompt."""
 
@@ -109,7 +115,7 @@ class MessagesRequest(ChatLike, CountRequest):
 
     max_tokens: Integer
     stop_sequences: Items[StrictStr] | None = None
-    metadata: dict[StrictStr, Any] | None = None
+    metadata: MessageMetadata | None = None
 
     @cached_property
     def chat(self) -> ChatRequest:

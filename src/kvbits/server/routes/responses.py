@@ -40,7 +40,7 @@ def _answer(
     service: Service, request_id: str, body: ResponsesRequest, prompts: Prompts, params: SamplingParams
 ) -> ResponsesAnswer:
     choice = chat_choice(service, body.chat, params, 0)
-    return ResponsesAnswer(request_id, service.model, body, choice, len(prompts[0][1]))
+    return ResponsesAnswer(request_id, service.model, body, choice, len(prompts[0][1]), params)
 
 
 _ENDPOINT = Endpoint(ResponsesRequest, "resp_", lambda body: 1, _prepare, _answer, named=True)
