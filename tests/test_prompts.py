@@ -86,8 +86,8 @@ def test_messages_in_parts_or_whole(llm: LLM) -> None:
         assert [o.prompt_token_ids for o in found] == [expected.prompt_token_ids] * 2
     image = {"type": "image_url", "image_url": {"url": "x"}}
     wrong: list[tuple[Any, str]] = [
-        (5, "the messages"), ([5], "a chat must be"), ([{"content": "x"}], "message 0"), ([{"role": "user"}], "no 'content'"),
-        ([{"role": "user", "content": 5}], "content of message 0"),
+        (5, "the messages"), ([5], "a chat must be"), ([{"content": "x"}], "message 0"),
+        ([{"role": "user"}], "no 'content'"), ([{"role": "user", "content": 5}], "content of message 0"),
         ([{"role": "user", "content": [image]}], "part 0 of message 0 is of type 'image_url'"),
     ]  # fmt: skip
     for messages, words in wrong:

@@ -32,8 +32,8 @@ WITNESS: Any = {
     "temperature": 0, "ignore_eos": True,
 }  # fmt: skip
 PATHS = (
-    "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens", "/tokenize",
-    "/detokenize", "/v1/models", "/v1/models/{name}",
+    "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens",
+    "/tokenize", "/detokenize", "/v1/models", "/v1/models/{name}",
 )  # fmt: skip
 ALLOWED = {200, 400, 403, 404, 405, 408, 413, 415, 429, 503}
 

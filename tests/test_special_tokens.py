@@ -173,8 +173,10 @@ def test_no_text_makes_a_control_token(loaded: Any, texts: list[str]) -> None:
     # a character that the vocabulary lacks is the unknown token's, whoever writes it
     assert [i for i in found if i != unknown] == [i for i in wanted if i != unknown]
     rendered = loaded.tokenizer.apply_chat_template(chat(*texts), tokenize=False, add_generation_prompt=True)
-    # byte-level: the ids say exactly what the template wrote (SmolLM2's vocabulary lacks some bytes of rare characters)
-    if loaded.kind in ("qwen", "llama3") or (loaded.kind == "smollm2" and rendered.isascii()):
+    # byte-level: the ids say exactly what the template wrote (SmolLM2's vocabulary lacks some bytes of rare characters,
+    # and six of ASCII's control characters: 4, 6, 19, 20, 22 and 29)
+    usual = all(c.isascii() and (c.isprintable() or c == "\n") for c in rendered)
+    if loaded.kind in ("qwen", "llama3") or (loaded.kind == "smollm2" and usual):
         assert loaded.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) == rendered
 
 
