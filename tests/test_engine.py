@@ -242,7 +242,7 @@ def test_statistics(loaded: LoadedModel, backend: Backend) -> None:
     [
         ({"max_model_len": 5000}, "max_model_len is 5000"),
         ({"kv_cache_dtype": "int99"}, "int99"),
-        ({"kv_cache_memory": "1KiB"}, "1024 bytes"),
+        ({"kv_cache_memory": "1KiB"}, "1 KiB"),
         ({"kv_cache_memory": "lots"}, "lots"),
         ({"kv_cache_memory": 0}, "0"),
         ({"max_num_seqs": 0}, "max_num_seqs is 0"),
