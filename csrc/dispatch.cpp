@@ -27,12 +27,13 @@ const struct {
   bool (*runs)();
   const Kernels& (*kernels)();
   const RowKernels& (*rows)();
+  const ProductKernels& (*products)();
 } kIsas[] = {
 #if defined(__x86_64__)
-    {"avx512", has_avx512, avx512_kernels, best_avx512_rows},
-    {"avx2", has_avx2, avx2_kernels, avx2_rows},
+    {"avx512", has_avx512, avx512_kernels, best_avx512_rows, avx512_products},
+    {"avx2", has_avx2, avx2_kernels, avx2_rows, avx2_products},
 #endif
-    {"scalar", always, scalar_kernels, scalar_rows},
+    {"scalar", always, scalar_kernels, scalar_rows, scalar_products},
 };
 }  // namespace
 
@@ -49,6 +50,13 @@ const RowKernels& rows_for(const char* isa) {
     if (std::strcmp(isa, known.name) == 0 && known.runs()) return known.rows();
   }
   return scalar_rows();
+}
+
+const ProductKernels& products_for(const char* isa) {
+  for (const auto& known : kIsas) {
+    if (std::strcmp(isa, known.name) == 0 && known.runs()) return known.products();
+  }
+  return scalar_products();
 }
 
 std::vector<const char*> available_isas() {
