@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 from report import COLOURS, Row, facts_of, model_parser, note, publish
 
 from kvbits.evaluation.speed import WARM_UP
-from kvbits.kernels.decoder import WEIGHT_FORMATS
 from kvbits.models import LoadedModel, load_model
+from kvbits.weights import WEIGHTS
 
 
 def step_times(loaded: LoadedModel, samples: dict[str, Sample], args: argparse.Namespace) -> list[Row]:
@@ -149,7 +149,7 @@ def picture(rows: list[Row], fits: list[Row], held: list[Row], args: argparse.Na
 
 def main() -> None:
     parser = model_parser(__doc__)
-    parser.add_argument("--weights", default="bf16", choices=WEIGHT_FORMATS)
+    parser.add_argument("--weights", default="bf16", choices=WEIGHTS)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--context", nargs="+", type=int, default=[512, 1536, 2560, 3584, 4608, 5632, 6656, 7680])
     parser.add_argument("--steps", type=int, default=24, help="timed steps at each context")

@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from report import COLOURS, Row, facts_of, model_parser, note, publish, spread
 
 from kvbits.evaluation.speed import WARM_UP, distinct_prompts, measure_speed
-from kvbits.kernels.decoder import WEIGHT_FORMATS
 from kvbits.models import LoadedModel, load_model
+from kvbits.weights import WEIGHTS
 
 
 def prefill(loaded: LoadedModel, dtype: str, prompts: int, context: int, args: argparse.Namespace) -> float:
@@ -115,7 +115,7 @@ def main() -> None:
     parser = model_parser(__doc__)
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--context", nargs="+", type=int, default=[512, 4096, 7680])
-    parser.add_argument("--weights", nargs="+", default=["bf16"], choices=WEIGHT_FORMATS)
+    parser.add_argument("--weights", nargs="+", default=["bf16"], choices=WEIGHTS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=16, help="timed decode steps of a round")
     parser.add_argument("--prefill-tokens", type=int, default=8192, help="most prompt tokens computed at once")

@@ -24,8 +24,8 @@ from report import COLOURS, Row, facts_of, model_parser, note, publish
 
 from kvbits.engine.params import SamplingParams
 from kvbits.evaluation.speed import WARM_UP, distinct_prompts
-from kvbits.kernels.decoder import WEIGHT_FORMATS
 from kvbits.models import LoadedModel, load_model
+from kvbits.weights import WEIGHTS
 
 ALONE = 0
 """Stands for a run without prompts."""
@@ -160,7 +160,7 @@ def picture(rows: list[Row], args: argparse.Namespace) -> Figure:
 
 def main() -> None:
     parser = model_parser(__doc__)
-    parser.add_argument("--weights", default="bf16", choices=WEIGHT_FORMATS)
+    parser.add_argument("--weights", default="bf16", choices=WEIGHTS)
     parser.add_argument("--decoding", type=int, default=8, metavar="N", help="sequences that decode")
     parser.add_argument("--context", type=int, default=2048, help="tokens that each of them has")
     parser.add_argument("--prompt-tokens", type=int, default=4096)

@@ -35,8 +35,8 @@ from step_parts import Attention, Clock, Evict, Linears, Storing, median_of
 
 from kvbits.evaluation.speed import WARM_UP
 from kvbits.kernels.cpu import CpuBackend
-from kvbits.kernels.decoder import WEIGHT_FORMATS
 from kvbits.models import LoadedModel, load_model
+from kvbits.weights import WEIGHTS
 
 PARTS = (
     "attention",
@@ -146,7 +146,7 @@ def _parts(
 def measure(args: argparse.Namespace, weights: str) -> dict[tuple[str, str], list[dict[str, float]]]:
     """The parts of every repeat, by phase and dtype."""
     loaded, clocks = clocked(load_model(args.model, weights=weights, progress=note))
-    linears = Linears(loaded, weights)
+    linears = Linears(loaded)
     evict = Evict(args.evict_mib << 20)
     subjects = {dtype: Subject(loaded, dtype, clocks, args) for dtype in args.dtype}
     found: dict[tuple[str, str], list[dict[str, float]]] = {
@@ -213,7 +213,7 @@ def picture(rows: Sequence[Row], args: argparse.Namespace) -> Figure:
 
 def main() -> None:
     parser = model_parser(__doc__)
-    parser.add_argument("--weights", nargs="+", default=["bf16"], choices=WEIGHT_FORMATS)
+    parser.add_argument("--weights", nargs="+", default=["bf16"], choices=WEIGHTS)
     parser.add_argument("--phase", nargs="+", default=["decode", "prefill"], choices=["decode", "prefill"])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--context", type=int, default=7680, help="tokens of each decoding sequence")

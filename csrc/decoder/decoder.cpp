@@ -8,11 +8,13 @@ namespace kvbits {
 
 Decoder::Decoder(const DecoderShape& shape, std::vector<DecoderLayer> layers, std::vector<float> final_norm,
                  const Linear& head)
-    : shape_(shape), layers_(std::move(layers)), final_norm_(std::move(final_norm)), head_(head),
+    : shape_(shape),
+      layers_(std::move(layers)),
+      final_norm_(std::move(final_norm)),
+      head_(head),
       grouped_(head.grouped()) {
   for (const DecoderLayer& layer : layers_) {
-    for (const Linear* part :
-         {layer.query, layer.key, layer.value, layer.output, layer.gate, layer.up, layer.down}) {
+    for (const Linear* part : {layer.query, layer.key, layer.value, layer.output, layer.gate, layer.up, layer.down}) {
       grouped_ = grouped_ || part->grouped();
     }
   }
@@ -123,11 +125,10 @@ void Decoder::forward(Cpu& cpu, const std::vector<const Layer*>& caches, const B
     norm(layer.mlp_norm);
     workers.run(layer.gate->strips(), [&](int strip, int) {
       const int column = strip * kStrip, columns = layer.gate->columns(strip);
-      multiply_pair(linear_kernels, *layer.gate, *layer.up, strip, room.normed,
-                    [&](int row, const float* gate, const float* up) {
-                      kernels.gate(gate, up, columns, shape_.activation,
-                                   gated + static_cast<size_t>(row) * inner + column);
-                    });
+      multiply_pair(
+          linear_kernels, *layer.gate, *layer.up, strip, room.normed, [&](int row, const float* gate, const float* up) {
+            kernels.gate(gate, up, columns, shape_.activation, gated + static_cast<size_t>(row) * inner + column);
+          });
     });
     add_to_residual(*layer.down, room.gated);
   }

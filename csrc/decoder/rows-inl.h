@@ -38,9 +38,8 @@ inline void multiply_pairs(const InputRows& x, int pairs, const uint8_t* strip, 
       unrolled<kVectorsAtOnce>([&](auto v) { sums[r][v] = add_pair_products(sums[r][v], weights[v], pair); });
     });
   }
-  unrolled<ROWS>([&](auto r) {
-    unrolled<kVectorsAtOnce>([&](auto v) { f_store(out + r * kStrip + v * kWidth, sums[r][v]); });
-  });
+  unrolled<ROWS>(
+      [&](auto r) { unrolled<kVectorsAtOnce>([&](auto v) { f_store(out + r * kStrip + v * kWidth, sums[r][v]); }); });
 }
 
 template <int ROWS>
@@ -127,5 +126,4 @@ void round_any(const float* x, int count, uint16_t* out) {
   for (int i = 0; i < count; ++i) out[i] = bf16_from_float(x[i]);
 }
 
-const RowKernels kRows = {kIsa,       {kRowsAtOnce, false, multiply_any}, norm_any, rotate_any, gate_any,
-                          round_any};
+const RowKernels kRows = {kIsa, {kRowsAtOnce, false, multiply_any}, norm_any, rotate_any, gate_any, round_any};

@@ -1,7 +1,7 @@
 // How weights lie in memory, format by format. Plain data; no inline code.
 //
-// A weight [out, in] is cut into strips of kStrip outputs. The formats in bits are ggml's, without loss: a strip is a
-// sequence of blocks (of one group of kGroup inputs, or of eight that share a header), in which what belongs to the
+// A weight [out, in] is cut into strips of kStrip outputs. The formats in bits are ggml's, and one of ours: a strip is
+// a sequence of blocks (of one group of kGroup inputs, or of eight that share a header), in which what belongs to the
 // strip's outputs lies side by side, ready for vectors of outputs:
 //
 //   header (blocks of eight only): the outputs' float16 scales, then the scales of their minima where there are any
@@ -26,7 +26,7 @@ enum class Params {
   kSuperHalves,    // eight groups: w = (d * scale) * (code - offset), a signed scale of 8 bits for each half of a group
 };
 
-// ID is ggml's number of the type.
+// ID is ggml's number of the type; our own begin at 1000.
 template <int ID, int BITS, Params PARAMS>
 struct Format {
   static constexpr int kId = ID;
@@ -54,16 +54,16 @@ using Formats = FormatList<Format<8, 8, Params::kScale>,           // Q8_0
                            Format<7, 5, Params::kScaleMin>,        // Q5_1
                            Format<12, 4, Params::kSuperScaleMin>,  // Q4_K
                            Format<13, 5, Params::kSuperScaleMin>,  // Q5_K
-                           Format<14, 6, Params::kSuperHalves>>;   // Q6_K
+                           Format<14, 6, Params::kSuperHalves>,    // Q6_K
+                           Format<1008, 8, Params::kScaleMin>>;    // int8
 
-// A group of one row's inputs: x = scale * code, and what the weights' offsets add to sums of products with codes.
+// A group of one row's inputs, in two halves with a scale each: x = scale * code.
 struct alignas(64) InputGroup {
   int8_t codes[kGroup];
-  float scale;
-  float sum;                          // of the rounded inputs: scale times the sum of the codes
-  int32_t minus8, minus16, minus128;  // so many times the sum of the codes
-  int32_t minus32[2];                 // of each half
-  int32_t unused;
+  float scale[2];
+  float sum;         // of the rounded inputs
+  int32_t minus[2];  // the halves' sums of codes, negative: what offsets of the weights' codes take
+  int32_t unused[3];
 };
 static_assert(sizeof(InputGroup) == 64, "a cache line");
 
@@ -95,6 +95,7 @@ struct ProductKernels {
 const ProductKernels& scalar_products();
 const ProductKernels& avx2_products();
 const ProductKernels& avx512_products();
+const ProductKernels& amx_products();
 
 // The best for the instruction set `isa` of the attention kernels on this processor.
 const ProductKernels& products_for(const char* isa);

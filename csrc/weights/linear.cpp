@@ -21,8 +21,7 @@ void each_row(Workers& workers, int rows, const std::function<void(int)>& task) 
   });
 }
 
-Linear::Linear(int format, const float* bias, int out, int in)
-    : format_(*weight_format(format)), out_(out), in_(in) {
+Linear::Linear(int format, const float* bias, int out, int in) : format_(*weight_format(format)), out_(out), in_(in) {
   data_.reset(static_cast<uint8_t*>(std::aligned_alloc(64, bytes())));
   if (data_ == nullptr) throw std::bad_alloc();
   if (bias != nullptr) bias_.assign(bias, bias + out);
@@ -77,8 +76,7 @@ void Input::borrow(const uint16_t* x, ptrdiff_t stride, int rows, int width) {
 }
 
 void Input::reserve_codes() {
-  codes_ = reinterpret_cast<InputGroup*>(
-      code_memory_.get(static_cast<size_t>(rows_) * groups() * sizeof(InputGroup)));
+  codes_ = reinterpret_cast<InputGroup*>(code_memory_.get(static_cast<size_t>(rows_) * groups() * sizeof(InputGroup)));
 }
 
 void Input::quantize(const ProductKernels& kernels, int row) {
@@ -103,8 +101,7 @@ void apply_linear(Cpu& cpu, const Linear& linear, const uint16_t* x, ptrdiff_t s
   }
   cpu.workers().run(linear.strips(), [&](int strip, int) {
     multiply_strip(kernels, linear, strip, input, [&](int row, const float* products) {
-      kernels.rows.round(products, linear.columns(strip),
-                         y + static_cast<size_t>(row) * linear.out() + strip * kStrip);
+      kernels.rows.round(products, linear.columns(strip), y + static_cast<size_t>(row) * linear.out() + strip * kStrip);
     });
   });
 }

@@ -1,6 +1,6 @@
 // Scales and minima of a group as vectors of outputs.
 
-// Of the outputs from `lane` on; PART: which half of the group, where these have scales of their own.
+// Of the outputs from `lane` on; PART: which half of the group.
 template <class Format, int PART>
 inline F load_scale(const uint8_t* header, const uint8_t* group, int lane) {
   const uint8_t* scales = group + Format::kCodeBytes;
@@ -25,9 +25,8 @@ inline F load_min(const uint8_t* header, const uint8_t* group, int lane) {
 // What the sums of products of codes begin at.
 template <class Format, int PART>
 inline I first_sum(const InputGroup& x) {
-  if constexpr (Format::kHasMin) return i_zero();
-  if constexpr (Format::kParams == Params::kSuperHalves) return i_set(x.minus32[PART]);
-  if constexpr (Format::kBits == 4) return i_set(x.minus8);
-  if constexpr (Format::kBits == 5) return i_set(x.minus16);
-  return kDotCentred ? i_zero() : i_set(x.minus128);
+  constexpr int kTaken = Format::kBits == 8 && kDotCentred ? 128 : 0;  // by the products themselves
+  if constexpr (Format::kOffset == kTaken) return i_zero();
+  const I minus = i_sll<Format::kBits - 1>(i_set(x.minus[PART]));
+  return kTaken > 0 ? i_sub(i_zero(), minus) : minus;
 }

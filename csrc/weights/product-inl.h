@@ -1,25 +1,23 @@
 // Products of weights in bits with inputs of 8 bits, for one instruction set.
 //
-// The sum over a group (or a half of it) is exact, in int32; a result is the float32 sum, group after group, of
-// fused(sum, weight scale * input scale, before) and, with a minimum, fused(minimum, sum of the inputs, before).
+// The sums over the halves of a group are exact, in int32. A group's product is fused(second sum, its inputs' scale,
+// first sum * its inputs' scale); a result is, group after group, fused(product, weights' scale, before) and, with a
+// minimum, fused(minimum, sum of the inputs, before). Where the halves' weights have scales of their own, they multiply
+// the sums, and the product is added.
 
 constexpr int kStripVectors = kStrip / kWidth;
 // Vectors of outputs that a group's sums are kept for, and most rows beside them.
 constexpr int kVectorsAtOnce = 2;
-constexpr int kProductRows = kRegisters >= 32 ? 8 : 4;
+constexpr int kProductRows = kRegisters >= 32 ? 6 : 4;
 constexpr int kAheadBytes = 2048;  // of what is read, asked for into the second-level cache
 
+// sums[r][v]: over the codes of one half of a group.
 template <class Format, int PART, int ROWS>
-inline void add_part(const InputGroup* x, const uint8_t* header, const uint8_t* group, int lane,
-                     F (&results)[ROWS][kVectorsAtOnce]) {
-  constexpr int kParts = Format::kParams == Params::kSuperHalves ? 2 : 1;
-  constexpr int kSteps = 4 / kParts;
-  I sums[ROWS][kVectorsAtOnce];
-  unrolled<ROWS>([&](auto r) {
-    unrolled<kVectorsAtOnce>([&](auto v) { sums[r][v] = first_sum<Format, PART>(x[r]); });
-  });
-  unrolled<kSteps>([&](auto s) {
-    constexpr int kStep = PART * kSteps + decltype(s)::value;
+inline void sum_half(const InputGroup* x, const uint8_t* group, int lane, I (&sums)[ROWS][kVectorsAtOnce]) {
+  unrolled<ROWS>(
+      [&](auto r) { unrolled<kVectorsAtOnce>([&](auto v) { sums[r][v] = first_sum<Format, PART>(x[r]); }); });
+  unrolled<2>([&](auto s) {
+    constexpr int kStep = 2 * PART + decltype(s)::value;
     B quads[kVectorsAtOnce][2];
     unrolled<kVectorsAtOnce>(
         [&](auto v) { load_quads<Format::kBits, kStep>(group, lane + decltype(v)::value * kWidth, quads[v]); });
@@ -36,11 +34,36 @@ inline void add_part(const InputGroup* x, const uint8_t* header, const uint8_t* 
       });
     });
   });
-  unrolled<kVectorsAtOnce>([&](auto v) {
-    const F scale = load_scale<Format, PART>(header, group, lane + decltype(v)::value * kWidth);
-    unrolled<ROWS>([&](auto r) {
-      results[r][v] = f_fused(f_from(sums[r][v]), f_mul(scale, f_set(x[r].scale)), results[r][v]);
+}
+
+template <class Format, int ROWS>
+inline void add_group(const InputGroup* x, const uint8_t* header, const uint8_t* group, int lane,
+                      F (&results)[ROWS][kVectorsAtOnce]) {
+  constexpr bool kOwnScales = Format::kParams == Params::kSuperHalves;
+  F halves[ROWS][kVectorsAtOnce];
+  I sums[ROWS][kVectorsAtOnce];
+  const auto scale_of = [&](auto part, auto v) {
+    return load_scale<Format, decltype(part)::value>(header, group, lane + decltype(v)::value * kWidth);
+  };
+  unrolled<2>([&](auto part) {
+    sum_half<Format, decltype(part)::value, ROWS>(x, group, lane, sums);
+    unrolled<kVectorsAtOnce>([&](auto v) {
+      F scale = f_set(1);
+      if constexpr (kOwnScales) scale = scale_of(part, v);
+      unrolled<ROWS>([&](auto r) {
+        const F sum = kOwnScales ? f_mul(f_from(sums[r][v]), scale) : f_from(sums[r][v]);
+        const F unit = f_set(x[r].scale[decltype(part)::value]);
+        halves[r][v] = decltype(part)::value == 0 ? f_mul(sum, unit) : f_fused(sum, unit, halves[r][v]);
+      });
     });
+  });
+  unrolled<kVectorsAtOnce>([&](auto v) {
+    if constexpr (kOwnScales) {
+      unrolled<ROWS>([&](auto r) { results[r][v] = f_add(halves[r][v], results[r][v]); });
+    } else {
+      const F scale = scale_of(std::integral_constant<int, 0>{}, v);
+      unrolled<ROWS>([&](auto r) { results[r][v] = f_fused(halves[r][v], scale, results[r][v]); });
+    }
     if constexpr (Format::kHasMin) {
       const F least = load_min<Format>(header, group, lane + decltype(v)::value * kWidth);
       unrolled<ROWS>([&](auto r) { results[r][v] = f_fused(least, f_set(x[r].sum), results[r][v]); });
@@ -60,8 +83,7 @@ inline void multiply_groups(const InputGroup* x, int groups, const uint8_t* stri
       group += Format::kHeaderBytes;
     }
     for (int at = 0; at < Format::kGroupBytes; at += 64) __builtin_prefetch(group + at + kAheadBytes, 0, 2);
-    add_part<Format, 0, ROWS>(x, header, group, lane, results);
-    if constexpr (Format::kParams == Params::kSuperHalves) add_part<Format, 1, ROWS>(x, header, group, lane, results);
+    add_group<Format, ROWS>(x, header, group, lane, results);
   }
   unrolled<ROWS>([&](auto r) {
     unrolled<kVectorsAtOnce>([&](auto v) {
@@ -93,33 +115,30 @@ void quantize_groups(const uint16_t* x, int in, ptrdiff_t stride, InputGroup* ou
       __builtin_memcpy(last, from, (in - begin) * sizeof(uint16_t));
       from = last;
     }
-    uint16_t largest = 0;  // magnitudes are ordered like their bits, with NaN above all
-    for (int i = 0; i < kGroup; ++i) {
-      const uint16_t magnitude = from[i] & 0x7fff;
-      largest = magnitude > largest ? magnitude : largest;
-    }
-    const float scale = bf16_to_float(largest) / 127;  // NaN makes every product with the codes NaN
-    const float factor = scale > 0 ? 1 / scale : 0;
-    int32_t halves[2] = {};
+    float sum = 0;
     for (int h = 0; h < 2; ++h) {
-      for (int i = h * kGroup / 2; i < (h + 1) * kGroup / 2; ++i) {
+      const int first = h * kGroup / 2, last = first + kGroup / 2;
+      uint16_t largest = 0;  // magnitudes are ordered like their bits, with NaN above all
+      for (int i = first; i < last; ++i) {
+        const uint16_t magnitude = from[i] & 0x7fff;
+        largest = magnitude > largest ? magnitude : largest;
+      }
+      const float scale = bf16_to_float(largest) / 127;  // NaN makes every product with the codes NaN
+      const float factor = scale > 0 ? 1 / scale : 0;
+      int32_t codes = 0;
+      for (int i = first; i < last; ++i) {
         const float code = bf16_to_float(from[i]) * factor + 12582912.0f;  // 1.5 * 2^23: rounds to nearest even
         int32_t bits;
         __builtin_memcpy(&bits, &code, 4);
         const auto byte = static_cast<int8_t>(bits);
         out->codes[i] = byte;
-        halves[h] += byte;
+        codes += byte;
       }
+      out->scale[h] = scale;
+      out->minus[h] = -codes;
+      sum += scale * static_cast<float>(codes);
     }
-    const int32_t sum = halves[0] + halves[1];
-    out->scale = scale;
-    out->sum = scale * static_cast<float>(sum);
-    out->minus8 = -8 * sum;
-    out->minus16 = -16 * sum;
-    out->minus128 = -128 * sum;
-    out->minus32[0] = -32 * halves[0];
-    out->minus32[1] = -32 * halves[1];
-    out->unused = 0;
+    out->sum = sum;
   }
 }
 

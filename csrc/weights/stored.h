@@ -43,7 +43,7 @@ inline void read_six_bits(const uint8_t* p, uint8_t* scales, uint8_t* mins) {
 template <class F>
 struct Stored;  // kBytes, and read(bytes, block)
 
-// Q8_0, Q4_0, Q4_1, Q5_0, Q5_1: scale, perhaps minimum, perhaps fifth bits, codes.
+// Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, int8: scale, perhaps minimum, perhaps fifth bits, codes.
 template <int ID, int BITS, Params PARAMS>
 struct Stored<Format<ID, BITS, PARAMS>> {
   static constexpr bool kMin = PARAMS == Params::kScaleMin;
@@ -53,7 +53,7 @@ struct Stored<Format<ID, BITS, PARAMS>> {
     if (kMin) block.min = read_half(p + 2);
     p += kMin ? 4 : 2;
     if constexpr (BITS == 8) {
-      for (int i = 0; i < kGroup; ++i) block.codes[i] = p[i] ^ 0x80;
+      for (int i = 0; i < kGroup; ++i) block.codes[i] = kMin ? p[i] : p[i] ^ 0x80;
       return;
     }
     read_nibbles(BITS == 5 ? p + 4 : p, block.codes);

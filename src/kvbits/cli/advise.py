@@ -34,6 +34,7 @@ def advise(
         int, typer.Option(min=1, metavar="N", help="Sequences that are timed, at most --sessions.")
     ] = 4,
     new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Decode steps that are timed.")] = 32,
+    weights: options.Weights = "auto",
     threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
     resume: Annotated[
@@ -59,11 +60,11 @@ def advise(
     from kvbits.evaluation.survey import survey
 
     resume_cache = ResumeCache(resume)
-    loaded = load(model, "float32", threads, trust_remote_code=trust_remote_code)
+    loaded = load(model, "float32", threads, weights, trust_remote_code=trust_remote_code)
     asked = options.named(kv_cache_dtype, kv_policy)
     rungs = ["bf16"] if kv_cache_dtype else ladder(loaded.geometry)
     policies = policies_of(loaded, list(dict.fromkeys([*rungs, *asked])), max(context, window))
-    served = load(model, "bfloat16", threads, trust_remote_code=trust_remote_code)
+    served = load(model, "bfloat16", threads, weights, trust_remote_code=trust_remote_code)
     laboratory = Laboratory(loaded, policies, resume_cache, Bar, served=served, served_dtype="bfloat16")
     sizes = Sizes(window, windows, task_context=context, samples=samples)
     shape = (min(speed_context, context), min(speed_batch, sessions), new_tokens)

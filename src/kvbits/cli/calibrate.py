@@ -41,6 +41,7 @@ def calibrate(
     context: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens of one window.")] = 2048,
     windows: Annotated[int, typer.Option(metavar="N", help="Windows to calibrate on, spread over the text.")] = 8,
     check_windows: Annotated[int, typer.Option(metavar="N", help="Other windows, to measure the result on.")] = 2,
+    weights: options.Weights = "auto",
     threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
@@ -58,7 +59,7 @@ def calibrate(
     goal = Goal(bits, max_kl, None if memory is None else parse_bytes(memory), sessions, session_tokens)
     folder(output)
     contents = [(path.name, read_text(path)) for path in text or ()]
-    loaded = load(model, "float32", threads, trust_remote_code=trust_remote_code)
+    loaded = load(model, "float32", threads, weights, trust_remote_code=trust_remote_code)
     texts = [(name, tokens_of(loaded, content)) for name, content in contents]
     sizes = Sizes(context, windows, check_windows)
     policy, found = run(loaded, texts, output, goal, None if sink == "none" else sink, sizes, Bar, note)

@@ -59,6 +59,7 @@ def evaluate(
     task_dtype: Annotated[
         str, typer.Option(metavar="DTYPE", help="The same for tasks, generation and tools, which run as served.")
     ] = "bfloat16",
+    weights: options.Weights = "auto",
     threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
     resume: Annotated[
@@ -93,12 +94,12 @@ def evaluate(
         context, windows, task_context, depths, samples, texts, new_tokens, tool_questions, all_positions
     )  # fmt: skip
     resume_cache = ResumeCache(resume)
-    loaded = load(model, dtype, threads, trust_remote_code=trust_remote_code)
+    loaded = load(model, dtype, threads, weights, trust_remote_code=trust_remote_code)
     policies = policies_of(loaded, dtypes, context if content is not None else 0)
     tokens = [] if content is None else tokens_of(loaded, content)
     only_text = set(selection.parts) <= {FIDELITY, LAYERS}
     again = not only_text and task_dtype != dtype
-    served = load(model, task_dtype, threads, trust_remote_code=trust_remote_code) if again else loaded
+    served = load(model, task_dtype, threads, weights, trust_remote_code=trust_remote_code) if again else loaded
     laboratory = Laboratory(loaded, policies, resume_cache, Bar, dtype, served, task_dtype, max_num_batched_tokens)
     run_tasks(laboratory, selection, tokens, book, sizes)
     rows = laboratory.results()

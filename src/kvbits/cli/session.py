@@ -20,7 +20,7 @@ def load(
     model: str,
     dtype: str,
     threads: int | None,
-    weights: str = "bf16",
+    weights: str = "auto",
     device: str = "cpu",
     trust_remote_code: bool = False,
     *,

@@ -31,7 +31,8 @@ class LLM:
     """A model with a quantized KV cache.
 
     ``model`` is a name that :func:`kvbits.models.load_model` knows, or what it returned. ``kv_cache_dtype`` is a dtype,
-    ``policy:DIR`` or a policy that was read already. ``kv_cache_memory`` is bytes or text such as ``"256MiB"``.
+    ``policy:DIR`` or a policy that was read already; ``weights`` is as for :func:`~kvbits.models.load_model`.
+    ``kv_cache_memory`` is bytes or text such as ``"256MiB"``.
     ``kv_offload_size`` bytes of host memory, or of ``kv_offload_path`` (a file or a directory), keep the pages that the
     pool gives up. ``speculative_config`` (the options of :class:`~kvbits.engine.speculation.SpeculativeConfig`) guesses
     tokens ahead; answers stay the same. ``device`` (``"cpu"``, ``"cuda"``, ...) is where a model that is named runs;
@@ -50,7 +51,7 @@ class LLM:
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 512,
         dtype: str = "bfloat16",
-        weights: str = "bf16",
+        weights: str = "auto",
         device: str = "cpu",
         trust_remote_code: bool = False,
         enable_prefix_caching: bool = True,

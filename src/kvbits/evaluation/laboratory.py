@@ -110,7 +110,7 @@ class Laboratory:
         with self.bar(total * len(self._all), task) as advance:
             answers = {
                 d: ask(
-                    self._served, p, probes, self.resume_cache, self.served_dtype, self.max_num_batched_tokens, advance
+                    self._served, p, probes, self.resume_cache, self._served_as, self.max_num_batched_tokens, advance
                 )
                 for d, p in self._all.items()
             }
@@ -125,7 +125,7 @@ class Laboratory:
         with self.bar(total, "generation") as advance:
             texts = {
                 d: write(
-                    self._served, p, prompts, new_tokens, self.resume_cache, self.served_dtype,
+                    self._served, p, prompts, new_tokens, self.resume_cache, self._served_as,
                     self.max_num_batched_tokens, advance,
                 )
                 for d, p in self._all.items()
@@ -139,7 +139,7 @@ class Laboratory:
         with self.bar(total * len(self._all), "tools") as advance:
             calls = {
                 d: call_tools(
-                    self._served, p, cases, self.resume_cache, self.served_dtype, self.max_num_batched_tokens, advance
+                    self._served, p, cases, self.resume_cache, self._served_as, self.max_num_batched_tokens, advance
                 )
                 for d, p in self._all.items()
             }
@@ -168,6 +168,7 @@ class Laboratory:
             {
                 **(self.fidelity[dtype].as_json() if dtype in self.fidelity else {"dtype": dtype}),
                 "compute_dtype": self.compute_dtype,
+                "weights": self.loaded.weights,
                 **({"kl_interval": self.kl[dtype].as_json()} if dtype in self.kl else {}),
                 **self.figures.get(dtype, {}),
                 **verdicts[dtype].as_json(),
@@ -189,6 +190,11 @@ class Laboratory:
     def _served(self) -> LoadedModel:
         return self.served or self.loaded
 
+    @property
+    def _served_as(self) -> str:
+        """What the served model's results depend on beside its fingerprint."""
+        return f"{self.served_dtype}, weights {self._served.weights}"
+
     def _backend(self) -> Backend:
         return Faulty(default_backend()) if self.faulty else default_backend()
 
@@ -200,6 +206,7 @@ class Laboratory:
             self.loaded.fingerprint,
             policy.name,
             self.compute_dtype,
+            self.loaded.weights,
             step,
             self.faulty,
             *content,

@@ -24,7 +24,7 @@ from kvbits.models.fused import FusedModel, fuse
 from kvbits.models.geometry import geometry_of
 from kvbits.models.hugepages import collapse_to_huge_pages
 from kvbits.models.locate import locate
-from kvbits.models.packed import depends_on_rows, pack_linears, packed_weights
+from kvbits.models.packed import depends_on_rows, pack_linears, packed_weights, round_linears
 from kvbits.models.reader import Reader
 from kvbits.weights import WEIGHTS
 
@@ -50,6 +50,8 @@ class LoadedModel:
     fused: FusedModel | None = None
     trust_remote_code: bool = False
     """Whether code that comes with a model was allowed to run; a draft model's is then too."""
+    weights: str = "auto"
+    """The form that was asked for (:data:`kvbits.weights.WEIGHTS`)."""
 
     @property
     def device(self) -> torch.device:
@@ -104,7 +106,8 @@ def load_model(
 
     ``dtype`` is ``"bfloat16"`` or ``"float32"``. ``weights`` are those of linear layers and embeddings: ``"auto"``, a
     GGUF file's own bits (unpacked for ``float32`` and on a GPU); ``"bf16"``, unpacked; ``"int8"`` and ``"int4"``,
-    rounded in groups of 32 with a scale each, for ``bfloat16`` on the CPU only. ``device`` is a torch device; ``progress``
+    rounded in groups of 32 with a scale each, on the CPU only (in ``float32`` the rounded values are unpacked again).
+    ``device`` is a torch device; ``progress``
     gets a line of text before each long stage; ``trust_remote_code`` runs Python code that comes with the model, which
     is refused otherwise. Raises ``ConfigError`` when the model cannot be found or read or the
     device cannot be used, ``UnsupportedError`` when kvbits cannot run the model.
@@ -115,8 +118,6 @@ def load_model(
     if weights not in WEIGHTS:
         raise ConfigError(f"unknown weights '{weights}'; choose from {', '.join(WEIGHTS)}")
     rounded = weights not in ("auto", "bf16")
-    if rounded and dtype != "bfloat16":
-        raise ConfigError(f"weights '{weights}' go with the model dtype bfloat16, not {dtype}")
     place = _device(device)
     if rounded and place.type != "cpu":
         raise UnsupportedError(f"weights '{weights}' are multiplied on the CPU; the device is '{device}'")
@@ -129,11 +130,14 @@ def load_model(
     weights_of = reader.weights(_DTYPES[dtype], IMPLEMENTATION, native)
     tokenizer = reader.tokenizer()
     model = weights_of()
-    loaded = replace(wrap(model, tokenizer, name, geometry), trust_remote_code=trust_remote_code)
+    loaded = replace(wrap(model, tokenizer, name, geometry), trust_remote_code=trust_remote_code, weights=weights)
     if place.type != "cpu":
         model.to(place)
         return loaded
-    packed = pack_linears(model, weights if rounded else "bf16")  # after the fingerprint, which reads the plain weights
+    if rounded and dtype == "float32":
+        round_linears(model, weights)  # after the fingerprint, which reads the plain weights
+        return loaded
+    packed = pack_linears(model, weights if rounded else "bf16")
     if rounded and not packed:
         raise UnsupportedError(f"the model '{name}' has no linear layer that can be stored as {weights}")
     if packed or any(packed_weights(model)):

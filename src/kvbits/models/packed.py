@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kvbits.kernels.products import PackedWeight, Products
 from kvbits.weights import ROUNDED
 
+_ROUNDED_ROWS = 4096
 _TRIED_ROWS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 48, 64, 65, 127, 200, 512)
 
 
@@ -32,6 +33,8 @@ class PackedLinear(nn.Module):
 
 class PackedEmbedding(nn.Module):
     """``nn.Embedding`` whose rows are unpacked when they are asked for, as ``bfloat16``, times ``scale``."""
+
+    scale: Tensor | None
 
     def __init__(self, weight: PackedWeight, scale: Tensor | None = None) -> None:
         super().__init__()
@@ -81,6 +84,18 @@ def pack_linears(model: nn.Module, weights: str = "bf16") -> int:
         if found is not None:
             setattr(parent, name, packed_embedding(layer, found))
     return len(places)
+
+
+@torch.no_grad()
+def round_linears(model: nn.Module, weights: str) -> None:
+    """Give linear layers and embeddings of ``model`` the values that :func:`pack_linears` would, in their own dtype."""
+    weight_format = ROUNDED[weights]
+    seen: set[int] = set()
+    for module in model.modules():
+        if (type(module) is nn.Linear or is_embedding(module)) and id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            for part in module.weight.split(_ROUNDED_ROWS):
+                part.copy_(weight_format.decode(weight_format.encode(part))[:, : part.shape[1]])
 
 
 def _places(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[tuple[nn.Module, str]]:

@@ -26,6 +26,7 @@ class ReplicaOptions:
     threads: int | None = None
     device: str = "cpu"
     trust_remote_code: bool = False
+    weights: str = "auto"
 
     @property
     def most_requests(self) -> int:

@@ -41,7 +41,11 @@ class Replica:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         loaded = load_model(
-            options.model, dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code
+            options.model,
+            dtype=options.dtype,
+            weights=options.weights,
+            device=options.device,
+            trust_remote_code=options.trust_remote_code,
         )
         self._engine = Engine(loaded, options.engine)
         self._app = create_app(self._engine, options.server)

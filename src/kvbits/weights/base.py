@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 GROUP = 32
-"""Inputs that share a scale, in weights and in the inputs' own codes."""
+"""Inputs whose weights share a scale."""
 
 
 @dataclass(frozen=True)
 class WeightFormat(ABC):
     """A format whose bytes are those of ggml (layouts: ``ggml-common.h``; bits: ``gguf.quants``).
 
-    ``native_id`` is ggml's number of the type, by which ``csrc/weights`` knows it; ``block`` is how many inputs of one
-    output lie together, in ``block_bytes`` bytes.
+    ``native_id`` is ggml's number of the type (our own begin at 1000), by which ``csrc/weights`` knows it; ``block`` is
+    how many inputs of one output lie together, in ``block_bytes`` bytes.
     """
 
     name: str
@@ -41,7 +41,7 @@ class WeightFormat(ABC):
         return self._decode(rows.reshape(-1, self.block_bytes)).reshape(len(rows), -1)
 
     def encode(self, weight: Tensor) -> Tensor:
-        """``[out, in]`` in any dtype to ``uint8 [out, n * block_bytes]``; inputs are filled up with zeros to ``n * block``.
+        """``[out, in]`` in any dtype to ``uint8 [out, n * block_bytes]``; zeros fill up the inputs to ``n * block``.
 
         Raises ``NotImplementedError`` for a format that is only read from files.
         """

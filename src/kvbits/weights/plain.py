@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kvbits.weights.base import GROUP, WeightFormat, as_bytes, halves
 
-_SEARCH = torch.linspace(0.8, 1.1, 13)
-"""Factors of the scale that reaches the largest weight; the one with the least squared error is taken."""
+_SEARCH = (1.0, 0.98, 0.96, 0.94, 0.92, 0.9, 0.87, 0.84, 0.8)
+"""Parts of a group's range that 4 bits may span; the one with the least squared error is taken."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,11 @@ class Group8(WeightFormat):
     def _decode(self, blocks: Tensor) -> Tensor:
         return halves(blocks, 0) * blocks[:, 2:].view(torch.int8).float()
 
-    def _encode(self, blocks: Tensor) -> Tensor:
-        wide = blocks.float()
-        scale = (wide.abs().amax(dim=1, keepdim=True) / 127).half()
-        codes = _codes(wide, scale.float(), -127, 127).to(torch.int8)
-        return torch.cat([as_bytes(scale), codes.view(torch.uint8)], dim=1)
-
 
 @dataclass(frozen=True)
 class Group(WeightFormat):
     """``scale * code`` (with half of the codes below zero) or, ``with_min``, ``scale * code + min``; codes of ``width``
-    bits, 4 or 5."""
+    bits, 4, 5 or (with a minimum) 8."""
 
     width: int = 4
     with_min: bool = False
@@ -57,6 +51,8 @@ class Group(WeightFormat):
 
     def _read(self, blocks: Tensor) -> Tensor:
         at = 4 if self.with_min else 2
+        if self.width == 8:
+            return blocks[:, at:].float()
         high = 0 if self.width == 4 else 4
         nibbles = blocks[:, at + high :]
         codes = torch.cat([nibbles & 15, nibbles >> 4], dim=1)
@@ -66,22 +62,32 @@ class Group(WeightFormat):
         return codes.float()
 
     def _encode(self, blocks: Tensor) -> Tensor:
-        """Without minimum, 4 bits: of several scales the one with the least squared error. The largest weight gets the
-        code that has no opposite, as in ggml."""
-        if self.with_min or self.width != 4:
+        """With a minimum, and 4 or 8 bits. Of several ranges in 4 bits the one with the least squared error."""
+        if not self.with_min or self.width == 5:
             return super()._encode(blocks)
         wide = blocks.float()
-        largest = wide.gather(1, wide.abs().argmax(dim=1, keepdim=True))
-        best, least = torch.zeros_like(largest), torch.full_like(largest, float("inf"))
-        for factor in _SEARCH.tolist():
-            scale = (largest / -8 * factor).half().float()
-            error = (wide - scale * _codes(wide, scale, -8, 7)).square().sum(dim=1, keepdim=True)
-            best = torch.where(error < least, scale, best)
+        low, high = wide.amin(dim=1, keepdim=True), wide.amax(dim=1, keepdim=True)
+        best: tuple[Tensor, Tensor, Tensor] | None = None
+        least = torch.full_like(low, float("inf"))
+        for part in _SEARCH if self.width == 4 else (1.0,):
+            cut = (high - low) * (1 - part) / 2
+            tried = self._round(wide, low + cut, high - cut)
+            scale, bottom, codes = tried
+            error = (wide - scale.float() * codes - bottom.float()).square().sum(dim=1, keepdim=True)
+            if best is None:
+                best = tried
+            else:
+                best = tuple(torch.where(error < least, new, old) for new, old in zip(tried, best, strict=True))  # type: ignore[assignment]
             least = torch.minimum(error, least)
-        codes = (_codes(wide, best, -8, 7) + 8).to(torch.uint8)
-        return torch.cat([as_bytes(best.half()), codes[:, : GROUP // 2] | codes[:, GROUP // 2 :] << 4], dim=1)
+        assert best is not None
+        scale, bottom, codes = best[0], best[1], best[2].to(torch.uint8)
+        packed = codes if self.width == 8 else codes[:, : GROUP // 2] | codes[:, GROUP // 2 :] << 4
+        return torch.cat([as_bytes(scale), as_bytes(bottom), packed], dim=1)
 
-
-def _codes(wide: Tensor, scale: Tensor, least: int, most: int) -> Tensor:
-    """Nearest codes; 0 where the scale is."""
-    return torch.where(scale == 0, 0.0, wide / scale).round().clamp(least, most)
+    def _round(self, wide: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale and minimum as float16, and codes."""
+        most = (1 << self.width) - 1
+        scale, bottom = ((high - low) / most).half(), low.half()
+        step = scale.float()
+        codes = torch.where(step == 0, 0.0, (wide - bottom.float()) / step).round().clamp(0, most)
+        return scale, bottom, codes

@@ -43,7 +43,8 @@ def place(sources: Sequence[Source], biases: dict[str, Tensor], model: Any) -> N
     for source in sources:
         owner, found = source.name.rpartition(".")[0], native_format(source, model)
         assert found is not None, source.name
-        packed[owner] = PackedWeight.empty(*source.tensor.shape, found, biases.get(owner))
+        rows, columns = source.tensor.shape
+        packed[owner] = PackedWeight.empty(rows, columns, found, biases.get(owner))
     _fill(sources, packed)
     embedding = model.get_input_embeddings()
     for owner, weight in packed.items():
