@@ -79,7 +79,7 @@ void Decoder::forward(Cpu& cpu, const std::vector<const Layer*>& caches, const B
   };
   const auto add_to_residual = [&](const Linear& linear, Input& x) {
     if (grouped_) each_row(workers, rows, [&](int r) { quantize(x, r); });
-    workers.run(linear.strips(), [&](int strip, int) {
+    each_strip(workers, linear.strips(), linear.strip_bytes(), [&](int strip) {
       const int column = strip * kStrip, columns = linear.columns(strip);
       multiply_strip(linear_kernels, linear, strip, x, [&](int row, const float* products) {
         float* to = residual + static_cast<size_t>(row) * hidden + column;
@@ -99,7 +99,7 @@ void Decoder::forward(Cpu& cpu, const std::vector<const Layer*>& caches, const B
     const Linear* parts[] = {layer.query, layer.key, layer.value};
     const int starts[] = {0, key_at, value_at};
     const int first[] = {0, parts[0]->strips(), parts[0]->strips() + parts[1]->strips()};
-    workers.run(first[2] + parts[2]->strips(), [&](int task, int) {
+    each_strip(workers, first[2] + parts[2]->strips(), parts[0]->strip_bytes(), [&](int task) {
       const int part = task >= first[2] ? 2 : task >= first[1] ? 1 : 0, strip = task - first[part];
       multiply_strip(linear_kernels, *parts[part], strip, room.normed, [&](int row, const float* products) {
         std::memcpy(projected + static_cast<size_t>(row) * width + starts[part] + strip * kStrip, products,
@@ -123,7 +123,7 @@ void Decoder::forward(Cpu& cpu, const std::vector<const Layer*>& caches, const B
                      attended});
     add_to_residual(*layer.output, room.attended);
     norm(layer.mlp_norm);
-    workers.run(layer.gate->strips(), [&](int strip, int) {
+    each_strip(workers, layer.gate->strips(), layer.gate->strip_bytes(), [&](int strip) {
       const int column = strip * kStrip, columns = layer.gate->columns(strip);
       multiply_pair(
           linear_kernels, *layer.gate, *layer.up, strip, room.normed, [&](int row, const float* gate, const float* up) {
@@ -139,7 +139,7 @@ void Decoder::forward(Cpu& cpu, const std::vector<const Layer*>& caches, const B
     quantize(room.normed, i);
   }
   const size_t vocabulary = head_.out();
-  workers.run(head_.strips(), [&](int strip, int) {
+  each_strip(workers, head_.strips(), head_.strip_bytes(), [&](int strip) {
     multiply_strip(linear_kernels, head_, strip, room.normed, [&](int row, const float* products) {
       std::memcpy(logits + row * vocabulary + strip * kStrip, products, head_.columns(strip) * sizeof(float));
     });

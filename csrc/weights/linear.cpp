@@ -6,9 +6,21 @@
 
 namespace kvbits {
 namespace {
-constexpr int kSerialRows = 16;  // up to so many rows, work on rows alone is not worth waking the threads
-constexpr int kRowsTask = 8;     // rows of such work that a thread takes at once
+constexpr int kSerialRows = 16;            // up to so many rows, work on rows alone is not worth waking the threads
+constexpr int kRowsTask = 8;               // rows of such work that a thread takes at once
+constexpr size_t kStripsTask = 256 << 10;  // bytes of strips that a thread takes at once, at most,
+constexpr int kTasks = 8;                  // unless that leaves fewer tasks for each thread
 }  // namespace
+
+void each_strip(Workers& workers, int strips, size_t strip_bytes, const std::function<void(int)>& task) {
+  const int by_bytes = static_cast<int>(kStripsTask / (strip_bytes + 1)),
+            by_count = strips / (workers.threads() * kTasks);
+  const int smaller = by_bytes < by_count ? by_bytes : by_count, count = smaller > 1 ? smaller : 1;
+  workers.run((strips + count - 1) / count, [&](int index, int) {
+    const int last = (index + 1) * count < strips ? (index + 1) * count : strips;
+    for (int s = index * count; s < last; ++s) task(s);
+  });
+}
 
 void each_row(Workers& workers, int rows, const std::function<void(int)>& task) {
   if (rows <= kSerialRows) {
@@ -99,7 +111,7 @@ void apply_linear(Cpu& cpu, const Linear& linear, const uint16_t* x, ptrdiff_t s
     input.reserve_codes();
     each_row(cpu.workers(), rows, [&](int r) { input.quantize(kernels.coded, r); });
   }
-  cpu.workers().run(linear.strips(), [&](int strip, int) {
+  each_strip(cpu.workers(), linear.strips(), linear.strip_bytes(), [&](int strip) {
     multiply_strip(kernels, linear, strip, input, [&](int row, const float* products) {
       kernels.rows.round(products, linear.columns(strip), y + static_cast<size_t>(row) * linear.out() + strip * kStrip);
     });

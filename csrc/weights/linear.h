@@ -38,6 +38,7 @@ class Linear {
   int blocks() const { return (in_ + format_.block_inputs - 1) / format_.block_inputs; }
   int block_inputs() const { return format_.block_inputs; }
   int strips() const { return (out_ + kStrip - 1) / kStrip; }
+  size_t strip_bytes() const { return static_cast<size_t>(blocks()) * format_.strip_bytes; }
   size_t bytes() const { return strip_bytes() * strips(); }
   const uint8_t* strip(int index) const { return data_.get() + index * strip_bytes(); }
   int columns(int strip) const { return out_ - strip * kStrip < kStrip ? out_ - strip * kStrip : kStrip; }
@@ -47,8 +48,6 @@ class Linear {
   struct Free {
     void operator()(uint8_t* p) const;
   };
-  size_t strip_bytes() const { return static_cast<size_t>(blocks()) * format_.strip_bytes; }
-
   const WeightFormat& format_;
   int out_, in_;
   std::unique_ptr<uint8_t, Free> data_;
@@ -135,6 +134,9 @@ void multiply_pair(const LinearKernels& kernels, const Linear& a, const Linear& 
 
 // The weights of `count` outputs: float out[count][in].
 void unpack_rows(const Linear& linear, const int64_t* rows, int count, float* out);
+
+// task(strip) for every strip, neighbours by the same thread: what it asks for ahead of its products is its own.
+void each_strip(Workers& workers, int strips, size_t strip_bytes, const std::function<void(int)>& task);
 
 // task(row) for every row.
 void each_row(Workers& workers, int rows, const std::function<void(int)>& task);

@@ -20,7 +20,8 @@ def round_inputs(x: Tensor) -> Tensor:
     groups = torch.nn.functional.pad(x.float(), (0, missing)).unflatten(1, (-1, HALF))
     scale = groups.abs().amax(dim=-1, keepdim=True) / 127
     codes = (groups * torch.where(scale > 0, 1 / scale, 0.0)).round()
-    return (codes.double() * scale.double()).flatten(1)[:, : x.shape[1]]
+    rounded: Tensor = (codes.double() * scale.double()).flatten(1)
+    return rounded[:, : x.shape[1]]
 
 
 def product(x: Tensor, weight: Tensor, weight_format: WeightFormat) -> Tensor:

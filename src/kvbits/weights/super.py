@@ -42,7 +42,8 @@ class SuperHalves(WeightFormat):
         top = high.unsqueeze(2) >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8)[:, None] & 3
         codes = (nibbles | top << 4).float().sub(32).reshape(len(blocks), 16, GROUP // 2)
         scale = halves(blocks, 208) * blocks[:, 192:208].view(torch.int8).float()
-        return (scale.unsqueeze(-1) * codes).flatten(1)
+        values: Tensor = scale.unsqueeze(-1) * codes
+        return values.flatten(1)
 
 
 def _six_bits(packed: Tensor) -> tuple[Tensor, Tensor]:
