@@ -51,6 +51,7 @@ void Decoder::forward(Cpu& cpu, const std::vector<const Layer*>& caches, const B
   const LinearKernels linear_kernels(cpu.kernels().isa);
   const RowKernels& kernels = linear_kernels.rows;
   Workers& workers = cpu.workers();
+  const Workers::Burst burst(workers);
   const int hidden = shape_.hidden, dim = shape_.dim, inner = shape_.intermediate;
   const int key_at = shape_.heads * dim, value_at = key_at + shape_.kv_heads * dim;
   const int width = value_at + shape_.kv_heads * dim;

@@ -12,7 +12,10 @@ from kvbits.cli.extras import require
 from kvbits.cli.output import JsonFile, writable
 from kvbits.cli.session import Bar, load, machine, note, tokens_of
 
-_PARTS = "fidelity, layers, passkey, needle, kv-retrieval, lines, multikey, variables, babi, generation, tools, or all"
+_PARTS = (
+    "fidelity, layers, passkey, needle, kv-retrieval, lines, multikey, variables, babi, generation, tools, gsm8k, "
+    "or all"
+)
 
 
 def evaluate(
@@ -44,6 +47,7 @@ def evaluate(
     texts: Annotated[int, typer.Option(metavar="N", help="Prompts for generation.")] = 4,
     new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to generate after each.")] = 256,
     tool_questions: Annotated[int, typer.Option(metavar="N", help="Questions that call for a tool.")] = 20,
+    problems: Annotated[int, typer.Option(metavar="N", help="Problems of school arithmetic (gsm8k).")] = 100,
     self_check: Annotated[
         bool, typer.Option(help="Run each dtype also with its scales off by 5 %, to see that the verdict notices.")
     ] = False,
@@ -91,7 +95,7 @@ def evaluate(
 
     selection = choose(tasks, text is not None, data_dir)
     sizes = Sizes(
-        context, windows, task_context, depths, samples, texts, new_tokens, tool_questions, all_positions
+        context, windows, task_context, depths, samples, texts, new_tokens, tool_questions, problems, all_positions
     )  # fmt: skip
     resume_cache = ResumeCache(resume)
     loaded = load(model, dtype, threads, weights, trust_remote_code=trust_remote_code)
