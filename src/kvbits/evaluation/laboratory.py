@@ -153,7 +153,7 @@ class Laboratory:
         with self.bar(total * len(self._all), "gsm8k") as advance:
             step = self.max_num_batched_tokens
             solved = {
-                d: solve(self._served, p, problems, self.resume_cache, self.served_dtype, step, advance)
+                d: solve(self._served, p, problems, self.resume_cache, self._served_as, step, advance)
                 for d, p in self._all.items()
             }
         for dtype in self.dtypes:
