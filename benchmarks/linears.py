@@ -93,13 +93,15 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8, 16, 64, 512])
     parser.add_argument("--out-features", type=int, default=8960)
     parser.add_argument("--in-features", type=int, default=1536)
-    parser.add_argument("--mib", type=int, default=256, help="of weights in a format")
+    parser.add_argument(
+        "--mib", type=int, default=256, help="of weights in a format, and of the plain read, a multiple of 4"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cpu-time", action="store_true", help="time by this process's processor time, one thread")
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    yardsticks = Yardsticks(args.threads, cpu_time=args.cpu_time)
+    yardsticks = Yardsticks(args.threads, args.mib, args.cpu_time)
     shape = (args.out_features, args.in_features)
     rows: list[Row] = []
     for isa in args.isa:

@@ -1,5 +1,4 @@
 /* Yardsticks of the products: a plain read, and the fastest dot products of bytes that the processor has. */
-#include <immintrin.h>
 #include <stddef.h>
 #include <stdint.h>
 
