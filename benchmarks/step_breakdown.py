@@ -146,7 +146,7 @@ def _parts(
 def measure(args: argparse.Namespace, weights: str) -> dict[tuple[str, str], list[dict[str, float]]]:
     """The parts of every repeat, by phase and dtype."""
     loaded, clocks = clocked(load_model(args.model, weights=weights, progress=note))
-    linears = Linears(loaded, weights)
+    linears = Linears(loaded)
     evict = Evict(args.evict_mib << 20)
     subjects = {dtype: Subject(loaded, dtype, clocks, args) for dtype in args.dtype}
     found: dict[tuple[str, str], list[dict[str, float]]] = {

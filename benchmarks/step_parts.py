@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from linears import random_weight
 
 from kvbits.config import PAGE_TOKENS, ModelGeometry, pages_of
 from kvbits.kernels import BatchLayout, SequencePages
 from kvbits.kernels.cpu import CpuBackend
-from kvbits.kernels.decoder import Products
+from kvbits.kernels.products import Products
 from kvbits.models import LoadedModel
 from kvbits.models.hugepages import collapse_to_huge_pages
 from kvbits.pool import PagedPool
@@ -149,15 +150,15 @@ def _first_tokens(pool: PagedPool, heads: int, sequences: int, start: int, count
 
 
 class Linears:
-    """The linear layers of all decoder layers, one after another, on weights of their own (random, of the same shapes).
+    """The linear layers of all decoder layers, one after another, on weights of their own (random, of the same shapes
+    and formats).
 
-    Query, key and value are one product, and gate and up, as in the decoder; each layer has its own weights, so that
-    they come from memory.
+    Query, key and value of one format are one product, and gate and up; each layer has its own weights, so that they
+    come from memory.
     """
 
-    def __init__(self, loaded: LoadedModel, weight_format: str) -> None:
+    def __init__(self, loaded: LoadedModel) -> None:
         self._products = Products()
-        generator = torch.Generator().manual_seed(0)
         self._weights = []
         for layer in loaded.model.get_decoder().layers:
             attention, mlp = layer.self_attn, layer.mlp
@@ -167,9 +168,10 @@ class Linears:
                 (mlp.gate_proj, mlp.up_proj),
                 (mlp.down_proj,),
             ):
-                out, wide = sum(part.weight.out_features for part in parts), parts[0].weight.in_features
-                weight = torch.randn(out, wide, generator=generator).to(torch.bfloat16)
-                self._weights.append(self._products.pack(weight, None, weight_format))
+                for form in {part.weight.weight_format.name: part.weight.weight_format for part in parts}.values():
+                    same = [part.weight for part in parts if part.weight.weight_format == form]
+                    out = sum(weight.out_features for weight in same)
+                    self._weights.append(random_weight(form, out, same[0].in_features))
         collapse_to_huge_pages()  # as loading a model does with its weights
         self._head = loaded.model.get_output_embeddings().weight
 

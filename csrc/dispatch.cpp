@@ -1,4 +1,12 @@
 // Which kernels this processor runs.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstring>
 
 #include "decoder/rows.h"
@@ -16,6 +24,22 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vnni");
 }
+// Linux lets a process use tiles only after it asked.
+bool has_tiles() {
+#if defined(__linux__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTile) == 0 || (d & kInt8) == 0) return false;
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+const ProductKernels& best_avx512_products() {
+  static const bool tiles = has_tiles();
+  return tiles ? amx_products() : avx512_products();
+}
 const RowKernels& best_avx512_rows() {
   return __builtin_cpu_supports("avx512bf16") ? avx512bf16_rows() : avx512_rows();
 }
@@ -27,12 +51,13 @@ const struct {
   bool (*runs)();
   const Kernels& (*kernels)();
   const RowKernels& (*rows)();
+  const ProductKernels& (*products)();
 } kIsas[] = {
 #if defined(__x86_64__)
-    {"avx512", has_avx512, avx512_kernels, best_avx512_rows},
-    {"avx2", has_avx2, avx2_kernels, avx2_rows},
+    {"avx512", has_avx512, avx512_kernels, best_avx512_rows, best_avx512_products},
+    {"avx2", has_avx2, avx2_kernels, avx2_rows, avx2_products},
 #endif
-    {"scalar", always, scalar_kernels, scalar_rows},
+    {"scalar", always, scalar_kernels, scalar_rows, scalar_products},
 };
 }  // namespace
 
@@ -49,6 +74,13 @@ const RowKernels& rows_for(const char* isa) {
     if (std::strcmp(isa, known.name) == 0 && known.runs()) return known.rows();
   }
   return scalar_rows();
+}
+
+const ProductKernels& products_for(const char* isa) {
+  for (const auto& known : kIsas) {
+    if (std::strcmp(isa, known.name) == 0 && known.runs()) return known.products();
+  }
+  return scalar_products();
 }
 
 std::vector<const char*> available_isas() {

@@ -52,7 +52,7 @@ def test_generate_chooses_once_and_says_what(
     model: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out.json"
-    ask = ("generate", model, "-p", "w5 w6", "--max-tokens", 4, "--dtype", "float32", "--json", out)
+    ask = ("generate", model, "-p", "w5 w6", "--max-tokens", 4, "--temperature", 0, "--dtype", "float32", "--json", out)
     assert status(*ask) == 0
     first = capsys.readouterr()
     line = next(line for line in first.err.splitlines() if line.startswith("auto takes "))

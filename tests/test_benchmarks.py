@@ -107,6 +107,14 @@ def test_elsewhere(name: str) -> None:
 # Without a model
 
 
+def test_linears(run: Run, tmp_path: Path) -> None:
+    sizes = ("--out-features", 64, "--in-features", 256, "--rows", 1, 20, "--mib", 4, "--repeats", 1, "--threads", 1)
+    run("linears", *sizes, "--format", "q4_k", "bf16", "--json", tmp_path / "r.json")
+    found = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert [(row["format"], row["rows"]) for row in found] == [(f, n) for f in ("q4_k", "bf16") for n in (1, 20)]
+    assert all(row["read_share"] > 0 for row in found)
+
+
 def test_bandwidth(run: Run, tmp_path: Path) -> None:
     run("bandwidth", "--mib", 4, "--repeats", 1, "--threads", 1, "--json", tmp_path / "r.json")
     found = results(tmp_path / "r.json")

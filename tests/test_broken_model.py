@@ -23,7 +23,7 @@ from kvbits.kernels.cpu import CpuBackend, available_isas
 from kvbits.models import LoadedModel
 from kvbits.models.fused import FusedModel, fuse
 from kvbits.models.load import wrap
-from kvbits.models.packed import pack_linears
+from kvbits.models.packed import PackedEmbedding, pack_linears
 
 BROKEN = 50
 """The token whose embedding is no number."""
@@ -53,7 +53,7 @@ def transformers_model() -> LoadedModel:
     return wrap(tiny_model("llama"), None, "tiny")
 
 
-def fused_model(weight_format: str) -> LoadedModel:
+def fused_model(weights: str) -> LoadedModel:
     torch.manual_seed(1)
     config = LlamaConfig(
         hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -64,8 +64,12 @@ def fused_model(weight_format: str) -> LoadedModel:
         with torch.no_grad():
             parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.1)
     found = wrap(model.to(torch.bfloat16), None, "tiny")
-    pack_linears(found.model, weight_format)
-    fused = fuse(found.model, found.geometry, weight_format)
+    pack_linears(found.model, weights)
+    embedding = found.model.get_input_embeddings()
+    if isinstance(embedding, PackedEmbedding):  # one that can be broken
+        rows = embedding(torch.arange(config.vocab_size))
+        found.model.set_input_embeddings(torch.nn.Embedding.from_pretrained(rows))
+    fused = fuse(found.model, found.geometry)
     assert isinstance(fused, FusedModel), fused
     return replace(found, fused=fused)
 
@@ -74,6 +78,7 @@ MODELS = {
     "transformers": transformers_model,
     "fused": lambda: fused_model("bf16"),
     "fused, int8 weights": lambda: fused_model("int8"),
+    "fused, int4 weights": lambda: fused_model("int4"),
 }
 
 

@@ -20,6 +20,7 @@ from kvbits.cli.main import app
 from kvbits.codecs.policy import SCHEMES
 from kvbits.evaluation.verdict import LIMITS
 from kvbits.models.gguf.families import FAMILIES
+from kvbits.weights import FORMATS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -208,6 +209,11 @@ LISTS = {
     "A codec": [
         named_in(f"{name}|{name.title()}", ("src/kvbits/codecs", "src/kvbits/kernels", "csrc"), name, "NAME")
         for name in ("float8", "codebook")
+    ],
+    "A format of weights": [
+        named_in(rf"\b({name}|{name.upper()})\b", ("src/kvbits/weights", "csrc/weights"))
+        for name in FORMATS
+        if name != "bf16"  # has no scales
     ],
     "A measure of quality": [named_in(f'"{name}"', ("src",)) for name in LIMITS],
     "A metric of the server": [

@@ -156,7 +156,7 @@ def test_the_names_are_those_of_the_schemes() -> None:
     assert tuple(DTYPES) == tuple(SCHEMES)
     for name, scheme in SCHEMES.items():
         assert DTYPES[name] == (scheme.key.dim_multiple, scheme.value.dim_multiple), name
-    assert ("fidelity", "layers", *TASKS, "generation", "tools") == NAMES
+    assert ("fidelity", "layers", *TASKS, "generation", "tools", "gsm8k") == NAMES
 
 
 @pytest.mark.parametrize(

@@ -29,24 +29,31 @@ T* pointer(uintptr_t address) {
 }  // namespace
 
 void bind_decoder(nb::module_& m) {
+  m.attr("STRIP_OUTPUTS") = kStrip;
   m.def("row_kernels", [](const std::string& isa) { return std::string(rows_for(isa.c_str()).isa); });
+
+  m.def("product_kernels", [](const std::string& isa) { return std::string(products_for(isa.c_str()).isa); });
 
   nb::class_<Linear>(m, "Linear")
       .def(
           "__init__",
-          [](Linear* self, uintptr_t weight, std::optional<Floats> bias, int out, int in) {
-            new (self) Linear(pointer<uint16_t>(weight), bias ? bias->data() : nullptr, out, in);
+          [](Linear* self, int format, std::optional<Floats> bias, int out, int in) {
+            if (weight_format(format) == nullptr) throw nb::value_error("no such format");
+            new (self) Linear(format, bias ? bias->data() : nullptr, out, in);
           },
-          nb::arg("weight"), nb::arg("bias").none(), nb::arg("out_features"), nb::arg("in_features"))
-      .def(
-          "__init__",
-          [](Linear* self, const Cpu& cpu, uintptr_t codes, Floats scales, std::optional<Floats> bias, int out,
-             int in) {
-            new (self) Linear(pointer<int8_t>(codes), scales.data(), bias ? bias->data() : nullptr, out, in,
-                              rows_for(cpu.kernels().isa).code_zero);
-          },
-          nb::arg("cpu"), nb::arg("codes"), nb::arg("scales"), nb::arg("bias").none(), nb::arg("out_features"),
-          nb::arg("in_features"))
+          nb::arg("format"), nb::arg("bias").none(), nb::arg("out_features"), nb::arg("in_features"))
+      .def_prop_ro("strips", &Linear::strips)
+      .def_prop_ro("bytes", &Linear::bytes)
+      .def("fill",
+           [](Linear& self, uintptr_t stored, size_t row_bytes, uintptr_t order, int first, int last) {
+             nb::gil_scoped_release release;
+             self.fill(pointer<uint8_t>(stored), row_bytes, pointer<int64_t>(order), first, last);
+           })
+      .def("unpack",
+           [](const Linear& self, uintptr_t rows, int count, uintptr_t out) {
+             nb::gil_scoped_release release;
+             unpack_rows(self, pointer<int64_t>(rows), count, pointer<float>(out));
+           })
       .def("apply", [](const Linear& self, Cpu& cpu, uintptr_t x, int64_t stride, int rows, uintptr_t y) {
         nb::gil_scoped_release release;
         apply_linear(cpu, self, pointer<uint16_t>(x), stride, rows, pointer<uint16_t>(y));

@@ -14,97 +14,46 @@ inline F add_pair_products(F sum, B a, uint32_t x) {
 #endif
 }
 
-// Elements ahead that a weight is asked for: 2 KiB, into the second-level cache (27 to 30 GB/s with 8 rows on Zen 4).
-constexpr int kAhead = 1024;
+// Bytes ahead that a weight is asked for, into the second-level cache (27 to 30 GB/s with 8 rows on Zen 4).
+constexpr int kAhead = 4096;
 
-constexpr int kPanelVectors = kPanel / kWidth;
+// As many rows and vectors of outputs at once as the registers hold sums for.
+constexpr int kVectorsAtOnce = 2;
+constexpr int kRowsAtOnce = kRegisters >= 32 ? 12 : 4;
 
-template <int ROWS, int PANELS>
-inline void multiply_tile(const uint16_t* x, ptrdiff_t stride, int pairs, const uint16_t* const* panels, float* out) {
-  F sums[ROWS][PANELS * kPanelVectors];
-  unrolled<ROWS>([&](auto r) { unrolled<PANELS * kPanelVectors>([&](auto v) { sums[r][v] = f_set(0); }); });
+template <int ROWS>
+inline void multiply_pairs(const InputRows& x, int pairs, const uint8_t* strip, float* out) {
+  F sums[ROWS][kVectorsAtOnce];
+  unrolled<ROWS>([&](auto r) { unrolled<kVectorsAtOnce>([&](auto v) { sums[r][v] = f_set(0); }); });
   for (int k = 0; k < pairs; ++k) {
-    B weights[PANELS * kPanelVectors];
-    unrolled<PANELS * kPanelVectors>([&](auto v) {
-      const uint16_t* panel = panels[v / kPanelVectors] + k * 2 * kPanel + (v % kPanelVectors) * 2 * kWidth;
-      weights[v] = b_load(reinterpret_cast<const uint8_t*>(panel));
-      __builtin_prefetch(panel + kAhead, 0, 2);
+    B weights[kVectorsAtOnce];
+    unrolled<kVectorsAtOnce>([&](auto v) {
+      const uint8_t* from = strip + (k * kStrip + v * kWidth) * 4;
+      weights[v] = b_load(from);
+      __builtin_prefetch(from + kAhead, 0, 2);
     });
     unrolled<ROWS>([&](auto r) {
       uint32_t pair;
-      __builtin_memcpy(&pair, x + r * stride + 2 * k, 4);
-      unrolled<PANELS * kPanelVectors>([&](auto v) { sums[r][v] = add_pair_products(sums[r][v], weights[v], pair); });
+      __builtin_memcpy(&pair, x.x + r * x.stride + 2 * k, 4);
+      unrolled<kVectorsAtOnce>([&](auto v) { sums[r][v] = add_pair_products(sums[r][v], weights[v], pair); });
     });
   }
-  unrolled<ROWS>([&](auto r) {
-    unrolled<PANELS * kPanelVectors>([&](auto v) { f_store(out + r * kTwoPanels + v * kWidth, sums[r][v]); });
-  });
+  unrolled<ROWS>(
+      [&](auto r) { unrolled<kVectorsAtOnce>([&](auto v) { f_store(out + r * kStrip + v * kWidth, sums[r][v]); }); });
 }
 
-// As many rows and panels at once as the registers hold sums for.
-constexpr int kPanelsAtOnce = kRegisters >= 32 ? 2 : 1;
-constexpr int kRowsAtOnce = kRegisters >= 32 ? kRowTile : 4;
-
-template <int ROWS, int PANELS>
-inline void multiply_tile(const uint8_t* x, ptrdiff_t stride, int quads, const int8_t* const* panels, int32_t* out) {
-  I sums[ROWS][PANELS * kPanelVectors];
-  unrolled<ROWS>([&](auto r) { unrolled<PANELS * kPanelVectors>([&](auto v) { sums[r][v] = i_zero(); }); });
-  for (int k = 0; k < quads; ++k) {
-    B weights[PANELS * kPanelVectors];
-    unrolled<PANELS * kPanelVectors>([&](auto v) {
-      const int8_t* panel = panels[v / kPanelVectors] + k * 4 * kPanel + (v % kPanelVectors) * 4 * kWidth;
-      weights[v] = b_load(reinterpret_cast<const uint8_t*>(panel));
-      __builtin_prefetch(panel + 2 * kAhead, 0, 2);
-    });
-    unrolled<ROWS>([&](auto r) {
-      const B quad = b_quad(x + r * stride + 4 * k);
-      unrolled<PANELS * kPanelVectors>([&](auto v) { sums[r][v] = i_dot(sums[r][v], quad, weights[v]); });
-    });
-  }
-  unrolled<ROWS>([&](auto r) {
-    unrolled<PANELS * kPanelVectors>(
-        [&](auto v) { __builtin_memcpy(out + r * kTwoPanels + v * kWidth, &sums[r][v], sizeof(I)); });
-  });
-}
-
-// X, W, S: bfloat16 and float sums, or codes and integer sums.
-template <int ROWS, class X, class W, class S>
-void multiply_rows(const X* x, ptrdiff_t stride, int rows, int steps, const W* const* panels, S* out) {
+template <int ROWS>
+void multiply_rows(const InputRows& x, int rows, int pairs, const uint8_t* strip, float* out) {
   if constexpr (ROWS > 0) {
-    if (rows < ROWS) return multiply_rows<ROWS - 1>(x, stride, rows, steps, panels, out);
-    multiply_tile<ROWS, kPanelsAtOnce>(x, stride, steps, panels, out);
-  }
-}
-
-template <class X, class W, class S>
-void multiply_any(const X* x, ptrdiff_t stride, int rows, int steps, const W* a, const W* b, S* out) {
-  const W* panels[] = {a, b};
-  for (int row = 0; row < rows; row += kRowsAtOnce) {
-    const int count = rows - row < kRowsAtOnce ? rows - row : kRowsAtOnce;
-    for (int p = 0; p < 2; p += kPanelsAtOnce) {
-      multiply_rows<kRowsAtOnce>(x + row * stride, stride, count, steps, panels + p,
-                                 out + row * kTwoPanels + p * kPanel);
+    if (rows < ROWS) return multiply_rows<ROWS - 1>(x, rows, pairs, strip, out);
+    for (int lane = 0; lane < kStrip; lane += kVectorsAtOnce * kWidth) {
+      multiply_pairs<ROWS>(x, pairs, strip + lane * 4, out + lane);
     }
   }
 }
 
-constexpr int kCodeZero = 1 << (kRadixBits8 - 1);
-
-float quantize_any(const uint16_t* x, int count, uint8_t* codes) {
-  uint16_t largest = 0;  // magnitudes are ordered like their bits, with NaN above all
-  for (int i = 0; i < count; ++i) {
-    const uint16_t magnitude = x[i] & 0x7fff;
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  const float step = bf16_to_float(largest) / (kCodeZero - 1);  // NaN makes every product with the codes NaN
-  const float factor = step > 0 ? 1 / step : 0;
-  for (int i = 0; i < count; ++i) {  // adding 1.5 * 2^23 rounds to nearest even
-    const float code = bf16_to_float(x[i]) * factor + 12582912.0f;
-    int32_t bits;
-    __builtin_memcpy(&bits, &code, 4);
-    codes[i] = static_cast<uint8_t>((bits & 0xff) + kCodeZero);
-  }
-  return step;
+void multiply_any(const InputRows& x, int rows, int in, const uint8_t* strip, float* out) {
+  multiply_rows<kRowsAtOnce>(x, rows, (in + 1) / 2, strip, out);
 }
 
 // Sixteen partial sums, added pairwise: the compiler makes vectors of them, and their order is fixed.
@@ -177,5 +126,4 @@ void round_any(const float* x, int count, uint16_t* out) {
   for (int i = 0; i < count; ++i) out[i] = bf16_from_float(x[i]);
 }
 
-const RowKernels kRows = {kIsa,     multiply_any, multiply_any, quantize_any, kCodeZero,
-                          norm_any, rotate_any,   gate_any,     round_any};
+const RowKernels kRows = {kIsa, {kRowsAtOnce, false, multiply_any}, norm_any, rotate_any, gate_any, round_any};

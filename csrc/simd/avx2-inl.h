@@ -15,6 +15,7 @@ inline F f_sub(F a, F b) { return _mm256_sub_ps(a, b); }
 inline F f_mul(F a, F b) { return _mm256_mul_ps(a, b); }
 inline F f_div(F a, F b) { return _mm256_div_ps(a, b); }
 inline F f_fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+inline F f_fused(F a, F b, F c) { return f_fma(a, b, c); }
 inline F f_max(F a, F b) { return _mm256_max_ps(a, b); }
 inline F f_abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 inline F f_max_abs(F a, F b) { return f_max(f_abs(a), f_abs(b)); }
@@ -61,6 +62,12 @@ inline F f_scale2_from(F a, F n, float least) {
 }
 inline F f_load_half(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline F f_load_u8(const uint8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+inline F f_load_s8(const uint8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 inline F f_load_scale8(const uint8_t* p) {
   const __m128i halves = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
@@ -114,6 +121,11 @@ inline void w_store_terms(uint8_t* high, uint8_t* low, const W (&x)[2]) {
 }
 inline I i_dot(I sum, B u, B s) {
   return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
+}
+constexpr bool kDotCentred = true;
+inline I i_dot_any(I sum, B u, B s) {
+  const B centred = _mm256_xor_si256(u, _mm256_set1_epi8(static_cast<char>(0x80)));
+  return i_dot(sum, _mm256_abs_epi8(centred), _mm256_sign_epi8(s, centred));  // 2 * 128 * 127 fits
 }
 
 inline B b_load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }

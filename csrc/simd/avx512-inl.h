@@ -15,6 +15,7 @@ inline F f_sub(F a, F b) { return _mm512_sub_ps(a, b); }
 inline F f_mul(F a, F b) { return _mm512_mul_ps(a, b); }
 inline F f_div(F a, F b) { return _mm512_div_ps(a, b); }
 inline F f_fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+inline F f_fused(F a, F b, F c) { return f_fma(a, b, c); }  // rounded once on every processor
 inline F f_max(F a, F b) { return _mm512_max_ps(a, b); }
 inline F f_abs(F a) { return _mm512_abs_ps(a); }
 inline F f_max_abs(F a, F b) { return _mm512_range_ps(a, b, 0xb); }  // the larger magnitude, without its sign
@@ -62,6 +63,12 @@ inline F f_scale2_from(F a, F n, float least) {
 }
 inline F f_load_half(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline F f_load_u8(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+inline F f_load_s8(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 // Scales of one byte (scale8_from_float).
 inline F f_load_scale8(const uint8_t* p) {
@@ -139,6 +146,9 @@ inline I i_dot(I sum, B u, B s) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(s));
   return sum;
 }
+// For all unsigned bytes; where kDotCentred, of the unsigned byte less 128. Signed bytes are at least -127.
+constexpr bool kDotCentred = false;
+inline I i_dot_any(I sum, B u, B s) { return i_dot(sum, u, s); }
 
 inline B b_load(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline B b_quad(const uint8_t* p) {

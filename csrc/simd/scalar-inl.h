@@ -16,6 +16,7 @@ inline F f_sub(F a, F b) { return a - b; }
 inline F f_mul(F a, F b) { return a * b; }
 inline F f_div(F a, F b) { return a / b; }
 inline F f_fma(F a, F b, F c) { return a * b + c; }
+inline F f_fused(F a, F b, F c) { return __builtin_fmaf(a, b, c); }
 inline F f_max(F a, F b) { return a > b ? a : b; }
 inline F f_abs(F a) { return a < 0 ? -a : a; }
 inline F f_max_abs(F a, F b) { return f_max(f_abs(a), f_abs(b)); }
@@ -45,6 +46,8 @@ inline F f_scale2_from(F a, F n, float least) {
   return a * power;
 }
 inline F f_load_half(const uint16_t* p) { return half_to_float(*p); }
+inline F f_load_u8(const uint8_t* p) { return *p; }
+inline F f_load_s8(const uint8_t* p) { return static_cast<int8_t>(*p); }
 inline F f_load_scale8(const uint8_t* p) { return half_to_float(static_cast<uint16_t>(*p << 7)); }
 inline F f_load_bf16(const uint16_t* p) { return bf16_to_float(*p); }
 
@@ -99,6 +102,8 @@ inline I i_dot(I sum, B u, B s) {
   }
   return sum;
 }
+constexpr bool kDotCentred = false;
+inline I i_dot_any(I sum, B u, B s) { return i_dot(sum, u, s); }
 
 inline B b_load(const uint8_t* p) {
   B word;

@@ -20,8 +20,8 @@ POLICY_PREFIX = "policy:"
 MODEL_DTYPES = ("bfloat16", "float32")
 """What a model's layers compute in."""
 
-WEIGHT_FORMATS = ("bf16", "int8")
-"""What the weights of linear layers are stored as."""
+WEIGHT_FORMATS = ("auto", "bf16", "int8", "int4")
+"""What the weights of linear layers and embeddings are stored as; ``auto``: as the model's files have them."""
 AUTO = "auto"
 """The KV cache dtype that stands for one that is chosen by measuring (:mod:`kvbits.auto`)."""
 

@@ -46,7 +46,8 @@ class LLM:
     ``policy:DIR``, a policy that was read already, or ``"auto"``: of a ladder of dtypes the one of the fewest bits
     whose measured KL to 16 bit stays under ``max_kl`` nats a token (default 0.001), on a text that the model writes or
     the file ``text``; that is measured once for a model and kept in the user's cache directory. :attr:`choice` says
-    what was taken and what it loses. ``kv_cache_memory`` is bytes or text such as ``"256MiB"``.
+    what was taken and what it loses. ``weights`` is as for :func:`~kvbits.models.load_model`. ``kv_cache_memory`` is
+    bytes or text such as ``"256MiB"``.
     ``kv_offload_size`` bytes of host memory, or of ``kv_offload_path`` (a file or a directory), keep the pages that the
     pool gives up. ``speculative_config`` (the options of :class:`~kvbits.engine.speculation.SpeculativeConfig`) guesses
     tokens ahead; answers stay the same. ``device`` (``"cpu"``, ``"cuda"``, ...) is where a model that is named runs;
@@ -69,7 +70,7 @@ class LLM:
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 512,
         dtype: str = "bfloat16",
-        weights: str = "bf16",
+        weights: str = "auto",
         device: str = "cpu",
         trust_remote_code: bool = False,
         enable_prefix_caching: bool = True,

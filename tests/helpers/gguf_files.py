@@ -98,7 +98,7 @@ def write(
     tensors: dict[str, np.ndarray],
     kinds: dict[str, GGMLQuantizationType] | None = None,
 ) -> Path:
-    """One GGUF file; ``kinds`` quantizes the tensors that it names."""
+    """One GGUF file; ``kinds`` quantizes the tensors that it names, or says what their bytes are."""
     writer = GGUFWriter(path, arch)
     for key, value in metadata.items():
         if isinstance(value, bool):
@@ -113,7 +113,9 @@ def write(
             writer.add_array(key, value)
     for name, values in tensors.items():
         kind = (kinds or {}).get(name)
-        if kind is None:
+        if kind is not None and values.dtype == np.uint8:
+            writer.add_tensor(name, values, raw_dtype=kind)
+        elif kind is None:
             writer.add_tensor(name, np.ascontiguousarray(values, np.float32))
         else:
             writer.add_tensor(name, quants.quantize(np.ascontiguousarray(values, np.float32), kind), raw_dtype=kind)

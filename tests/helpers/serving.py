@@ -64,7 +64,7 @@ def packed_byte_model(weight_format: str = "bf16", fused: bool = True, **changes
         pytest.skip("this processor has only portable kernels: layers are torch's")
     if not fused:
         return loaded
-    found = fuse(loaded.model, loaded.geometry, weight_format)
+    found = fuse(loaded.model, loaded.geometry)
     assert isinstance(found, FusedModel), found
     return dataclasses.replace(loaded, fused=found)
 

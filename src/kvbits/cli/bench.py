@@ -28,7 +28,7 @@ def bench(
     max_num_batched_tokens: options.MaxNumBatchedTokens = 512,
     speculative_config: options.Speculative = None,
     dtype: options.Dtype = "bfloat16",
-    weights: options.Weights = "bf16",
+    weights: options.Weights = "auto",
     device: options.Device = "cpu",
     threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,

@@ -49,6 +49,7 @@ def calibrate(
     ] = 2048,
     windows: Annotated[int, typer.Option(min=1, metavar="N", help="Windows to calibrate on, all over the text.")] = 8,
     check_windows: Annotated[int, typer.Option(min=1, metavar="N", help="Other windows, to measure the result.")] = 2,
+    weights: options.Weights = "auto",
     device: options.Device = "cpu",
     threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -66,12 +67,14 @@ def calibrate(
 
     goal = Goal(bits, max_kl, None if memory is None else parse_bytes(memory), sessions, session_tokens)
     contents = [(path.name, read_text(path)) for path in text or ()]
-    check_model(model, [] if sink == "none" else [sink], dtype="float32", device=device, context=window)
     folder(output)
+    check_model(
+        model, [] if sink == "none" else [sink], dtype="float32", weights=weights, device=device, context=window
+    )
     from kvbits.calibration.run import UNFINISHED
     from kvbits.calibration.run import calibrate as run
 
-    loaded = load(model, "float32", threads, device=device, trust_remote_code=trust_remote_code)
+    loaded = load(model, "float32", threads, weights, device, trust_remote_code)
     texts = [(name, tokens_of(loaded, content)) for name, content in contents]
     sizes = Sizes(window, windows, check_windows)
     try:

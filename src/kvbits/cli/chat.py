@@ -46,7 +46,7 @@ def chat(
     kv_policy: options.KVPolicy = None,
     kv_cache_memory: options.KVCacheMemory = "1GiB",
     dtype: options.Dtype = "bfloat16",
-    weights: options.Weights = "bf16",
+    weights: options.Weights = "auto",
     device: options.Device = "cpu",
     threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,

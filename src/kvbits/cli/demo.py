@@ -33,6 +33,7 @@ def demo(
     windows: Annotated[int, typer.Option(min=1, metavar="N", help="Windows of 2,048 tokens for KL and top-1.")] = 1,
     max_num_batched_tokens: options.MaxNumBatchedTokens = 512,
     dtype: options.Dtype = "bfloat16",
+    weights: options.Weights = "auto",
     threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
     output: Annotated[Path, typer.Option(metavar="DIR", help="Where demo.png and demo.json go.")] = Path("out"),
@@ -49,17 +50,17 @@ def demo(
     memory = parse_bytes(kv_cache_memory)
     check_host({"--kv-cache-memory": memory})
     dtypes = options.cache_dtypes(list(DTYPES), kv_policy)
-    check_model(model, dtypes, dtype=dtype, context=max(WINDOW, document_tokens + new_tokens))
+    check_model(model, dtypes, dtype=dtype, weights=weights, context=max(WINDOW, document_tokens + new_tokens))
     results = JsonFile(folder(output) / "demo.json" if json_file is None else json_file)
     from kvbits.evaluation.demo import show
     from kvbits.evaluation.picture import draw
 
     # Fidelity in float32, as evaluate does it: bfloat16 layers add noise of their own that INT8 would be blamed for.
-    exact = load(model, "float32", threads, trust_remote_code=trust_remote_code)
+    exact = load(model, "float32", threads, weights, trust_remote_code=trust_remote_code)
     policies = [exact.policy(name) for name in dtypes]
     fidelity = _fidelity(exact, policies, windows, max_num_batched_tokens)
     del exact
-    loaded = load(model, dtype, threads, trust_remote_code=trust_remote_code)
+    loaded = load(model, dtype, threads, weights, trust_remote_code=trust_remote_code)
     documents = hide_facts(sessions, document_tokens, lambda part: len(tokens_of(loaded, part)))
     note(f"{sessions} conversations over documents of {document_tokens}+ tokens; each cache has {kv_cache_memory}.")
     shown = []

@@ -66,6 +66,7 @@ def evaluate(
     task_dtype: Annotated[
         str, typer.Option(metavar="DTYPE", help="The same for tasks, generation and tools, which run as served.")
     ] = "bfloat16",
+    weights: options.Weights = "auto",
     device: options.Device = "cpu",
     threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -95,7 +96,7 @@ def evaluate(
     check_formats(task_dtype)
     content = None if text is None else read_text(text)
     book = content if haystack is None else read_text(haystack)
-    check_model(model, dtypes, dtype=dtype, device=device, context=None if text is None else window)
+    check_model(model, dtypes, dtype=dtype, weights=weights, device=device, context=None if text is None else window)
     from kvbits.evaluation.compare import policies_of
     from kvbits.evaluation.laboratory import Laboratory
     from kvbits.evaluation.resume import ResumeCache
@@ -107,14 +108,12 @@ def evaluate(
         window, windows, task_context, depths, samples, texts, new_tokens, tool_questions, problems, all_positions
     )  # fmt: skip
     resume_cache = ResumeCache(resume)
-    loaded = load(model, dtype, threads, device=device, trust_remote_code=trust_remote_code)
+    loaded = load(model, dtype, threads, weights, device, trust_remote_code)
     policies = policies_of(loaded, dtypes, window if content is not None else 0)
     tokens = [] if content is None else tokens_of(loaded, content)
     only_text = set(selection.parts) <= {FIDELITY, LAYERS}
     again = not only_text and task_dtype != dtype
-    served = loaded
-    if again:
-        served = load(model, task_dtype, threads, device=device, trust_remote_code=trust_remote_code)
+    served = load(model, task_dtype, threads, weights, device, trust_remote_code) if again else loaded
     laboratory = Laboratory(loaded, policies, resume_cache, Bar, dtype, served, task_dtype, max_num_batched_tokens)
     run_tasks(laboratory, selection, tokens, book, sizes)
     rows = laboratory.results()

@@ -43,7 +43,7 @@ def generate(
     max_num_batched_tokens: options.MaxNumBatchedTokens = 512,
     speculative_config: options.Speculative = None,
     dtype: options.Dtype = "bfloat16",
-    weights: options.Weights = "bf16",
+    weights: options.Weights = "auto",
     device: options.Device = "cpu",
     threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,

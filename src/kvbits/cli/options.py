@@ -58,7 +58,11 @@ KVPolicies = Annotated[
 ]
 Weights = Annotated[
     str,
-    typer.Option(metavar="FORMAT", help="Format of the linear layers' weights: bf16, or int8 with a scale per output."),
+    typer.Option(
+        metavar="FORMAT",
+        help="Weights of linear layers and embeddings: auto (a GGUF file's own bits), bf16 (unpacked), "
+        "int8 or int4 (rounded in groups of 32).",
+    ),
 ]
 Device = Annotated[
     str,

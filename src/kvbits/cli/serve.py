@@ -92,7 +92,7 @@ def serve(
     ] = "8MiB",
     speculative_config: options.Speculative = None,
     dtype: options.Dtype = "bfloat16",
-    weights: options.Weights = "bf16",
+    weights: options.Weights = "auto",
     device: options.Device = "cpu",
     threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -156,8 +156,6 @@ def serve(
             raise ConfigError("--cache-file loads pages into one server; with --ray replicas take them from each other")
         if speculative is not None:
             raise ConfigError("--speculative-config goes with one server; --ray replicas do not guess tokens")
-        if weights != "bf16":
-            raise ConfigError(f"--weights {weights} goes with one server; --ray replicas hold bf16 weights")
         check_ray()
     for path in cache_file or ():
         readable(path)
@@ -167,7 +165,7 @@ def serve(
     if ray:
         from kvbits.ray.options import ReplicaOptions
 
-        replica = ReplicaOptions(model, config, served, dtype, threads, device, trust_remote_code)
+        replica = ReplicaOptions(model, config, served, dtype, threads, device, trust_remote_code, weights)
         if wanted.auto:
             replica = replica.with_choice(chosen(replica.load(log.info), wanted, log.info))
         serve_cluster(replica, ray_replicas, ray_routing, host, port, ray_address)

@@ -20,7 +20,7 @@ def load(
     model: str,
     dtype: str,
     threads: int | None,
-    weights: str = "bf16",
+    weights: str = "auto",
     device: str = "cpu",
     trust_remote_code: bool = False,
     *,
@@ -32,13 +32,8 @@ def load(
     """
     import torch
 
-    from kvbits.kernels import default_backend
     from kvbits.models import load_model
-    from kvbits.models.device import find_device
 
-    place = find_device(device).type
-    if place != "cpu":
-        default_backend(place)  # one without kernels is refused before the model is read
     if threads is not None:
         torch.set_num_threads(threads)
     return load_model(

@@ -25,7 +25,7 @@ def check_model(
     kv_cache_dtypes: Iterable[str | Policy] = (),
     *,
     dtype: str = "bfloat16",
-    weights: str = "bf16",
+    weights: str = "auto",
     device: str = "cpu",
     context: int | None = None,
 ) -> Outline:
@@ -52,7 +52,7 @@ def check_engine(
     speculative: SpeculativeConfig | None = None,
     *,
     dtype: str = "bfloat16",
-    weights: str = "bf16",
+    weights: str = "auto",
     device: str = "cpu",
 ) -> Outline:
     """:func:`check_model` for what a whole engine is asked for, its memory included."""

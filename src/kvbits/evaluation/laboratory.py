@@ -181,6 +181,7 @@ class Laboratory:
             {
                 **(self.fidelity[dtype].as_json() if dtype in self.fidelity else {"dtype": dtype}),
                 "compute_dtype": self.compute_dtype,
+                "weights": self.loaded.weights,
                 **({"kl_interval": self.kl[dtype].as_json()} if dtype in self.kl else {}),
                 **self.figures.get(dtype, {}),
                 **verdicts[dtype].as_json(),
@@ -208,8 +209,8 @@ class Laboratory:
 
     @staticmethod
     def _arithmetic(loaded: LoadedModel, dtype: str) -> str:
-        """What finished parts are known by besides their content: another device's kernels round otherwise."""
-        return dtype if loaded.device.type == "cpu" else f"{dtype} on {loaded.device.type}"
+        """What finished parts are known by besides their content and the model's fingerprint."""
+        return f"{dtype}, weights {loaded.weights}, on {loaded.device.type}"
 
     def _backend(self) -> Backend:
         own = default_backend(self.loaded.device.type)

@@ -8,64 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvbits.config import WEIGHT_FORMATS
 from kvbits.kernels import _native
 from kvbits.kernels.base import BatchLayout
 from kvbits.kernels.cpu import CpuBackend
+from kvbits.kernels.products import PackedWeight
 from kvbits.pool import LayerView
-
-
-class Products:
-    """Multiplies bfloat16 rows with packed weights. A row's result does not depend on the rows beside it."""
-
-    def __init__(self) -> None:
-        self._cpu = CpuBackend()
-
-    @property
-    def name(self) -> str:
-        """Kernels in use: ``avx512bf16``, ``avx512``, ``avx2`` or ``scalar`` (slower than torch's)."""
-        return str(_native.row_kernels(self._cpu.isa))
-
-    def pack(self, weight: Tensor, bias: Tensor | None, weight_format: str = "bf16") -> PackedWeight:
-        """``weight`` ``bfloat16 [out, in]``, ``in`` even; ``bias`` ``[out]``. Both are copied.
-
-        ``weight_format`` is ``"bf16"``, or ``"int8"``: codes of 8 bits with a scale for each output, to nearest; the
-        inputs are then quantized to 8 bits too (7 on AVX2), each row with a scale of its own, when they arrive.
-        """
-        out_features, in_features = weight.shape
-        assert weight.dtype == torch.bfloat16, weight.dtype
-        assert in_features % 2 == 0, in_features
-        assert weight_format in WEIGHT_FORMATS, weight_format
-        weight = weight.detach().contiguous()
-        plain = None if bias is None else bias.detach().float().contiguous().numpy()
-        if weight_format == "bf16":
-            native = _native.Linear(weight.data_ptr(), plain, out_features, in_features)
-        else:
-            wide = weight.float()
-            scales = wide.abs().amax(dim=1).clamp_min(1e-30) / 127
-            codes = (wide / scales[:, None]).round().to(torch.int8)
-            native = _native.Linear(
-                self._cpu.native, codes.data_ptr(), scales.numpy(), plain, out_features, in_features
-            )
-        return PackedWeight(out_features, in_features, native)
-
-    def apply(self, weight: PackedWeight, x: Tensor) -> Tensor:
-        """``x`` ``bfloat16 [..., in]`` times the weight: ``bfloat16 [..., out]``, added in float32."""
-        assert x.dtype == torch.bfloat16, x.dtype
-        rows = x.reshape(-1, weight.in_features)
-        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-        out = torch.empty(*x.shape[:-1], weight.out_features, dtype=torch.bfloat16)
-        weight.native.apply(self._cpu.native, rows.data_ptr(), rows.stride(0), len(rows), out.data_ptr())
-        return out
-
-
-@dataclass(frozen=True)
-class PackedWeight:
-    """A weight ``[out, in]`` in the order in which the kernels read it."""
-
-    out_features: int
-    in_features: int
-    native: _native.Linear
 
 
 @dataclass(frozen=True)

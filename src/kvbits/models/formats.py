@@ -8,19 +8,18 @@ from kvbits.config import MODEL_DTYPES, WEIGHT_FORMATS
 from kvbits.errors import ConfigError, UnsupportedError
 
 
-def check_formats(dtype: str, weights: str = "bf16", device: str = "cpu") -> None:
+def check_formats(dtype: str, weights: str = "auto", device: str = "cpu") -> None:
     """Raise ``ConfigError`` or ``UnsupportedError`` for formats and devices that no model can be loaded in."""
     if dtype not in MODEL_DTYPES:
         raise ConfigError(f"unknown model dtype '{dtype}'; choose from {', '.join(MODEL_DTYPES)}")
     if weights not in WEIGHT_FORMATS:
         raise ConfigError(f"unknown weights '{weights}'; choose from {', '.join(WEIGHT_FORMATS)}")
-    if weights != "bf16" and dtype != "bfloat16":
-        raise ConfigError(f"weights '{weights}' go with the model dtype bfloat16, not {dtype}")
     if not on_cpu(device):
+        from kvbits.kernels import default_backend
         from kvbits.models.device import find_device
 
-        find_device(device)
-        if weights != "bf16":
+        default_backend(find_device(device).type)  # one without kernels is refused
+        if weights not in ("auto", "bf16"):
             raise UnsupportedError(f"weights '{weights}' are multiplied on the CPU; the device is '{device}'")
 
 

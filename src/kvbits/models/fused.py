@@ -18,8 +18,9 @@ from kvbits.codecs import parse_policy
 from kvbits.config import PAGE_TOKENS, ModelGeometry
 from kvbits.kernels import BatchLayout, SequencePages
 from kvbits.kernels.cpu import CpuBackend
-from kvbits.kernels.decoder import Decoder, DecoderLayer, DecoderShape, PackedWeight
-from kvbits.models.packed import PackedLinear
+from kvbits.kernels.decoder import Decoder, DecoderLayer, DecoderShape
+from kvbits.kernels.products import PackedWeight
+from kvbits.models.packed import PackedLinear, packed_weights
 from kvbits.pool import PagedPool
 
 _ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
@@ -29,9 +30,9 @@ _LAYER = frozenset({"self_attn", "mlp", "input_layernorm", "post_attention_layer
 _BODY = frozenset({"embed_tokens", "layers", "norm", "rotary_emb"})
 
 _TRIED_TOKENS = PAGE_TOKENS - 1
-_TOLERANCE = {"bf16": 0.05, "int8": 0.2}
-"""Relative difference of the logits by format of the weights: SmolLM2 has 0.014 and 0.056 (codes of inputs that differ
-in their last bit may differ by one); a factor of two in one norm of a small model has over 0.3."""
+_TOLERANCE, _TOLERANCE_BITS = 0.05, 0.2
+"""Relative difference of the logits, and where products round their inputs: SmolLM2 has 0.014 and 0.056 (codes of
+inputs that differ in their last bit may differ by one); a factor of two in one norm of a small model has over 0.3."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,15 @@ class FusedModel:
         return self.decoder.forward(step.backend, step.pool.layers, step.batch, embedded, cos[0], sin[0], wanted)
 
 
-def fuse(model: Any, geometry: ModelGeometry, weight_format: str = "bf16") -> FusedModel | str:
-    """The fused version of a model whose layers are packed as ``weight_format``, or the reason why it has none."""
+def fuse(model: Any, geometry: ModelGeometry) -> FusedModel | str:
+    """The fused version of a model whose layers are packed, or the reason why it has none."""
     try:
         fused = _recognise(model, geometry)
     except _Different as reason:
         return str(reason)
     difference = _difference(model, geometry, fused)
-    if not difference < _TOLERANCE[weight_format]:
+    rounded = any(weight.weight_format.rounds_inputs for _, weight in packed_weights(model))
+    if not difference < (_TOLERANCE_BITS if rounded else _TOLERANCE):
         return f"its logits differ by {difference:.2g} from transformers' own code"
     return fused
 

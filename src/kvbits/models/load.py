@@ -18,6 +18,7 @@ from kvbits.attention import IMPLEMENTATION, Forward, attend
 from kvbits.codecs import Policy, policy_of
 from kvbits.config import ModelGeometry
 from kvbits.errors import UnsupportedError
+from kvbits.kernels.products import PackedWeight
 from kvbits.models.control import ControlTokens
 from kvbits.models.device import find_device
 from kvbits.models.formats import check_formats
@@ -25,7 +26,7 @@ from kvbits.models.fused import FusedModel, fuse
 from kvbits.models.geometry import geometry_of
 from kvbits.models.hugepages import collapse_to_huge_pages
 from kvbits.models.locate import locate
-from kvbits.models.packed import depends_on_rows, pack_linears
+from kvbits.models.packed import depends_on_rows, pack_linears, packed_weights, round_linears
 from kvbits.models.reader import Reader
 from kvbits.models.sampling import sampling_defaults
 
@@ -51,8 +52,8 @@ class LoadedModel:
     fused: FusedModel | None = None
     trust_remote_code: bool = False
     """Whether code that comes with a model was allowed to run; a draft model's is then too."""
-    weights: str = "bf16"
-    """Format of the linear layers' weights."""
+    weights: str = "auto"
+    """The form of the weights that was asked for (:data:`kvbits.config.WEIGHT_FORMATS`)."""
 
     @property
     def device(self) -> torch.device:
@@ -104,38 +105,45 @@ def load_model(
     name: str,
     dtype: str = "bfloat16",
     progress: Callable[[str], None] | None = None,
-    weights: str = "bf16",
+    weights: str = "auto",
     device: str = "cpu",
     trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Load ``name``: a packaged model, a ``.gguf`` file, a directory (safetensors or one GGUF) or a Hugging Face id.
 
-    ``dtype`` is ``"bfloat16"`` or ``"float32"``; ``weights`` is ``"bf16"``, or ``"int8"``: the linear layers' weights
-    in 8 bits with a scale for each output, for ``bfloat16`` on the CPU only; ``device`` is a torch device; ``progress``
+    ``dtype`` is ``"bfloat16"`` or ``"float32"``. ``weights`` are those of linear layers and embeddings: ``"auto"``, a
+    GGUF file's own bits (unpacked for ``float32`` and on a GPU); ``"bf16"``, unpacked; ``"int8"`` and ``"int4"``,
+    rounded in groups of 32 with a scale each, on the CPU only (in ``float32`` the rounded values are unpacked again).
+    ``device`` is a torch device; ``progress``
     gets a line of text before each long stage; ``trust_remote_code`` runs Python code that comes with the model, which
     is refused otherwise. Raises ``ConfigError`` when the model cannot be found or read or the
     device cannot be used, ``UnsupportedError`` when kvbits cannot run the model.
     """
     check_formats(dtype, weights, device)
     report = progress or (lambda line: None)
+    rounded = weights not in ("auto", "bf16")
     place = find_device(device)
     source = locate(name)
     report(f"Loading {name} ({dtype}) ..." if source.offline else f"Downloading and loading {name} ({dtype}) ...")
     reader = Reader(name, source, trust_remote_code)
     geometry = geometry_of(reader.configuration(), name)  # refused before a weight is read
     register()
-    weights_of = reader.weights(_DTYPES[dtype], IMPLEMENTATION)
+    native = weights == "auto" and dtype == "bfloat16" and place.type == "cpu"
+    weights_of = reader.weights(_DTYPES[dtype], IMPLEMENTATION, native)
     tokenizer = reader.tokenizer()
     model = weights_of()
     loaded = replace(wrap(model, tokenizer, name, geometry), trust_remote_code=trust_remote_code, weights=weights)
     if place.type != "cpu":
         model.to(place)
         return loaded
-    packed = pack_linears(model, weights)  # after the fingerprint, which reads the plain weights
-    if weights != "bf16" and not packed:
+    if rounded and dtype == "float32":
+        round_linears(model, weights)  # after the fingerprint, which reads the plain weights
+        return loaded
+    packed = pack_linears(model, weights if rounded else "bf16")
+    if rounded and not packed:
         raise UnsupportedError(f"the model '{name}' has no linear layer that can be stored as {weights}")
-    if packed:
-        fused = fuse(model, loaded.geometry, weights)
+    if packed or any(packed_weights(model)):
+        fused = fuse(model, loaded.geometry)
         if isinstance(fused, FusedModel):
             loaded = replace(loaded, fused=fused)
         else:
@@ -171,9 +179,28 @@ def _fingerprint(model: Any) -> str:
     """Hash the configuration, and name, shape and a few spread values (as bfloat16) of every parameter."""
     facts = {k: v for k, v in model.config.to_dict().items() if k not in _VOLATILE}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, len(flat) // _SAMPLE)][:_SAMPLE].to("cpu", torch.bfloat16).contiguous()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    samples = [(name, tuple(p.shape), _sample(p.detach().flatten())) for name, p in model.named_parameters()]
+    for name, weight in packed_weights(model):
+        shape = weight.out_features, weight.in_features
+        samples.append((name, shape, _sample_packed(weight)))
+        if weight.bias is not None:
+            samples.append((f"{name.removesuffix('weight')}bias", shape[:1], _sample(weight.bias)))
+    for name, shape, sample in sorted(samples, key=lambda entry: entry[0]):
+        digest.update(f"{name}{shape}".encode())
+        digest.update(sample.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _sample(flat: Tensor) -> Tensor:
+    return flat[:: _spread(len(flat))][:_SAMPLE]
+
+
+def _sample_packed(weight: PackedWeight) -> Tensor:
+    count = weight.out_features * weight.in_features
+    places = torch.arange(0, count, _spread(count))[:_SAMPLE]
+    rows = weight.unpack(places // weight.in_features)
+    return rows.gather(1, (places % weight.in_features).unsqueeze(1)).squeeze(1)
+
+
+def _spread(count: int) -> int:
+    return max(1, count // _SAMPLE)

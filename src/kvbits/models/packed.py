@@ -1,4 +1,4 @@
-"""Linear layers with their weights in the order in which kvbits' kernels read them.
+"""Linear layers and embeddings with their weights in the order in which kvbits' kernels read them.
 
 A decode step multiplies a few rows with every weight, so it must read each of them once, in order, and do little else;
 and a row's result must not depend on the rows beside it, which libraries do not promise.
@@ -6,45 +6,100 @@ and a row's result must not depend on the rows beside it, which libraries do not
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from collections.abc import Callable, Iterator
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from kvbits.kernels.decoder import PackedWeight, Products
+from kvbits.kernels.products import PackedWeight, Products
+from kvbits.weights import ROUNDED
 
+_ROUNDED_ROWS = 4096
 _TRIED_ROWS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 48, 64, 65, 127, 200, 512)
 
 
 class PackedLinear(nn.Module):
-    """``nn.Linear`` in bfloat16 for inference; ``x`` is ``bfloat16 [..., in]``, the result ``[..., out]``."""
+    """``nn.Linear`` for inference; ``x`` is ``bfloat16 [..., in]``, the result ``[..., out]``."""
 
-    def __init__(self, linear: nn.Linear, products: Products, weight_format: str = "bf16") -> None:
+    def __init__(self, weight: PackedWeight, products: Products) -> None:
         super().__init__()
-        self.weight: PackedWeight = products.pack(linear.weight, linear.bias, weight_format)
+        self.weight = weight
         self._products = products
 
     def forward(self, x: Tensor) -> Tensor:
         return self._products.apply(self.weight, x)
 
 
-def pack_linears(model: nn.Module, weight_format: str = "bf16") -> int:
+class PackedEmbedding(nn.Module):
+    """``nn.Embedding`` whose rows are unpacked when they are asked for, as ``bfloat16``, times ``scale``."""
+
+    scale: Tensor | None
+
+    def __init__(self, weight: PackedWeight, scale: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.register_buffer("scale", scale, persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = self.weight.unpack(ids).to(torch.bfloat16).view(*ids.shape, -1)
+        return rows if self.scale is None else rows * self.scale.to(rows.dtype)
+
+
+def is_embedding(layer: nn.Module) -> TypeGuard[nn.Embedding]:
+    """Whether :func:`packed_embedding` can take the layer's place: torch's own, or Gemma's, which scales."""
+    return type(layer) is nn.Embedding or (isinstance(layer, nn.Embedding) and hasattr(layer, "embed_scale"))
+
+
+def packed_embedding(layer: nn.Embedding, weight: PackedWeight) -> PackedEmbedding:
+    """``layer`` on packed rows."""
+    return PackedEmbedding(weight, getattr(layer, "embed_scale", None))
+
+
+def pack_linears(model: nn.Module, weights: str = "bf16") -> int:
     """Replace the bfloat16 linear layers of ``model`` on the CPU; returns how many were.
 
-    ``weight_format`` is that of the packed weights (:data:`kvbits.config.WEIGHT_FORMATS`). Layers of another
-    type (subclasses, quantized ones) and other dtypes stay as they are, as do all where the processor has only our
-    portable kernels, which are slower than torch's (unless another format is asked for).
+    ``weights`` is what they are rounded to (:data:`kvbits.weights.ROUNDED`). An embedding that shares its weight with a
+    layer then shares the packed one, and in bits every embedding is packed. Layers of another type (subclasses,
+    quantized ones) and other dtypes stay as they are, as do all where the processor has only our portable kernels,
+    which are slower than torch's (unless another format is asked for).
     """
-    products = Products()
-    if products.name == "scalar" and weight_format == "bf16":
+    products, weight_format = Products(), ROUNDED[weights]
+    if products.name == "scalar" and weights == "bf16":
         return 0
-    replaced = 0
-    for parent in [module for module in model.modules() if not _packs(module)]:  # a packed layer's weight goes at once
-        for name, child in list(parent.named_children()):
-            if _packs(child):
-                setattr(parent, name, PackedLinear(child, products, weight_format))
-                replaced += 1
-    return replaced
+    shared: dict[int, PackedWeight] = {}
+    embeddings = {id(module.weight) for module in model.modules() if is_embedding(module)}
+    places = _places(model, _packs)
+    for parent, name in places:  # a packed layer's weight goes at once
+        layer = getattr(parent, name)
+        weight = products.pack(layer.weight, layer.bias, weight_format)
+        if id(layer.weight) in embeddings:
+            shared[id(layer.weight)] = weight
+        setattr(parent, name, PackedLinear(weight, products))
+    for parent, name in _places(model, is_embedding):
+        layer = getattr(parent, name)
+        found = shared.get(id(layer.weight))
+        if found is None and weights != "bf16" and layer.weight.dtype == torch.bfloat16:
+            found = products.pack(layer.weight, None, weight_format)
+        if found is not None:
+            setattr(parent, name, packed_embedding(layer, found))
+    return len(places)
+
+
+@torch.no_grad()
+def round_linears(model: nn.Module, weights: str) -> None:
+    """Give linear layers and embeddings of ``model`` the values that :func:`pack_linears` would, in their own dtype."""
+    weight_format = ROUNDED[weights]
+    seen: set[int] = set()
+    for module in model.modules():
+        if (type(module) is nn.Linear or is_embedding(module)) and id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            for part in module.weight.split(_ROUNDED_ROWS):
+                part.copy_(weight_format.decode(weight_format.encode(part))[:, : part.shape[1]])
+
+
+def _places(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[tuple[nn.Module, str]]:
+    return [(parent, name) for parent in model.modules() for name, child in parent.named_children() if wanted(child)]
 
 
 def _packs(layer: nn.Module) -> TypeGuard[nn.Linear]:
@@ -56,10 +111,20 @@ def _packs(layer: nn.Module) -> TypeGuard[nn.Linear]:
     )
 
 
+def packed_weights(model: nn.Module) -> Iterator[tuple[str, PackedWeight]]:
+    """The packed weights of ``model`` by their parameters' names, shared ones once."""
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        weight: Any = module.weight if isinstance(module, PackedLinear | PackedEmbedding) else None
+        if weight is not None and id(weight) not in seen:
+            seen.add(id(weight))
+            yield f"{name}.weight", weight
+
+
 def depends_on_rows(model: nn.Module) -> str | None:
     """``None`` when every linear layer gives a row the same bits for any number of rows; else the layer that fails.
 
-    Each shape of layer is tried once, on random rows.
+    Each shape and format of layer is tried once, on random rows.
     """
     tried = set()
     generator = torch.Generator().manual_seed(0)
@@ -68,11 +133,11 @@ def depends_on_rows(model: nn.Module) -> str | None:
             return f"the linear layer '{name}' is not packed"
         if not isinstance(layer, PackedLinear):
             continue
-        shape = (layer.weight.out_features, layer.weight.in_features)
-        if shape in tried:
+        kind = (layer.weight.out_features, layer.weight.in_features, layer.weight.weight_format.name)
+        if kind in tried:
             continue
-        tried.add(shape)
-        x = torch.randn(_TRIED_ROWS[-1], shape[1], generator=generator).to(torch.bfloat16)
+        tried.add(kind)
+        x = torch.randn(_TRIED_ROWS[-1], layer.weight.in_features, generator=generator).to(torch.bfloat16)
         with torch.no_grad():
             whole = layer(x)
             for rows in _TRIED_ROWS:

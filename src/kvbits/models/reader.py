@@ -58,14 +58,15 @@ class Reader:
             return gguf.read_tokenizer(self._file)
         return self._read("tokenizer", AutoTokenizer)
 
-    def weights(self, dtype: torch.dtype, attention: str | None = None) -> Callable[[], Any]:
+    def weights(self, dtype: torch.dtype, attention: str | None = None, native: bool = False) -> Callable[[], Any]:
         """Check the files of the weights by their headers; the result reads them, as ``dtype``, and gives the model.
 
-        It is on the CPU and has the attention implementation ``attention``.
+        It is on the CPU and has the attention implementation ``attention``. ``native`` leaves weights in bits that the
+        kernels can multiply as they are (:class:`kvbits.models.packed.PackedLinear`).
         """
         if self._own:
             assert self._file is not None
-            read = gguf.Weights(self._file, self.configuration(), dtype, attention).read
+            read = gguf.Weights(self._file, self.configuration(), dtype, attention, native).read
             return lambda: self._with_ends(read())
         options: dict[str, Any] = {"dtype": dtype}
         if attention is not None:

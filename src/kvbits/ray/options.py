@@ -33,6 +33,7 @@ class ReplicaOptions:
     threads: int | None = None
     device: str = "cpu"
     trust_remote_code: bool = False
+    weights: str = "auto"
     loss: Loss | None = None
 
     def load(self, progress: Callable[[str], None] | None = None) -> LoadedModel:
@@ -43,9 +44,7 @@ class ReplicaOptions:
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        return load_model(
-            self.model, self.dtype, progress, device=self.device, trust_remote_code=self.trust_remote_code
-        )
+        return load_model(self.model, self.dtype, progress, self.weights, self.device, self.trust_remote_code)
 
     def with_choice(self, choice: Choice) -> ReplicaOptions:
         """The same with the dtype that was chosen before any replica starts, and what it loses."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,10 @@ from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.models.gguf.families import FAMILIES, Family
 from kvbits.models.gguf.file import GgufFile
 from kvbits.models.gguf.header import TensorInfo
+from kvbits.models.gguf.native import native_format, place
 from kvbits.models.gguf.rope import TENSORS as _ROPE_TENSORS
+from kvbits.models.gguf.source import Source
+from kvbits.models.packed import PackedEmbedding
 from kvbits.models.quiet import quiet
 
 _BLOCK = 1 << 17
@@ -37,27 +39,6 @@ _UNMAPPED = {"lm_head": "output"}
 """Names that the ``gguf`` package's table has not for families that usually share the embedding."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a parameter comes from: its ``name``, the ``tensor``, the stored row of each row (``None``: in order) and
-    what to add. With a ``group``, as many rows of the tensor and of another one take turns, ``shift`` rows on."""
-
-    name: str
-    tensor: TensorInfo
-    order: np.ndarray | None = None
-    add: float = 0.0
-    group: int = 0
-    shift: int = 0
-
-    def place(self, row: int) -> int:
-        """The parameter's row (all dimensions but the last counted together) of the stored one."""
-        return row + self.shift + (row // self.group * self.group if self.group else 0)
-
-    def run(self, row: int) -> int:
-        """How many rows from ``row`` on stay neighbours."""
-        return self.group - row % self.group if self.group else len(self.tensor.rows()) - row
-
-
 class Weights:
     """The causal language model of ``config`` without memory, and where each of its weights lies in ``file``.
 
@@ -67,27 +48,51 @@ class Weights:
     """
 
     def __init__(
-        self, file: GgufFile, config: PreTrainedConfig, dtype: torch.dtype, attention: str | None = None
+        self,
+        file: GgufFile,
+        config: PreTrainedConfig,
+        dtype: torch.dtype,
+        attention: str | None = None,
+        native: bool = False,
     ) -> None:
         options: dict[str, Any] = {"dtype": dtype} | ({"attn_implementation": attention} if attention else {})
         with quiet(), torch.device("meta"):
             self._model: Any = AutoModelForCausalLM.from_config(config, **options)
-        self._dtype = dtype
+        self._dtype, self._native = dtype, native
         self._sources = list(plan(file, self._model, FAMILIES[file.architecture]))
         _check_types(self._sources)
 
     def read(self) -> Any:
-        """Take the weights from the file into the model and return it; once."""
+        """Take the weights from the file into the model and return it; once.
+
+        With ``native``, what the kernels can multiply as it is stays in its bits.
+        """
         model = self._model
         _buffers(model)  # while the parameters have no memory: a new model's buffers and weights are set together
+        packed = [source for source in self._sources if self._native and native_format(source, model) is not None]
+        layers = {source.name.rpartition(".")[0] for source in packed}
+        biases = [source for source in self._sources if _bias_of(source) in layers]
+        left = [source for source in self._sources if source not in packed and source not in biases]
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        filled = {source.name: torch.empty(shapes[source.name], dtype=self._dtype) for source in self._sources}
-        fill(self._sources, filled)
+        filled = {source.name: torch.empty(shapes[source.name], dtype=self._dtype) for source in left}
+        fill(left, filled)
         for name, tensor in filled.items():
             owner, _, leaf = name.rpartition(".")
             model.get_submodule(owner).register_parameter(leaf, nn.Parameter(tensor))
-        model.tie_weights()
+        place(packed, {_bias_of(source): _whole(source) for source in biases}, model)
+        if not isinstance(model.get_input_embeddings(), PackedEmbedding):  # whose head is set already
+            model.tie_weights()
         return model.eval()
+
+
+def _bias_of(source: Source) -> str:
+    """The layer whose bias it is; empty for anything else."""
+    owner, _, leaf = source.name.rpartition(".")
+    return owner if leaf == "bias" else ""
+
+
+def _whole(source: Source) -> Tensor:
+    return torch.from_numpy(_values(source.tensor.rows(), source)).flatten()
 
 
 def plan(file: GgufFile, model: Any, family: Family) -> Iterator[Source]:
