@@ -196,7 +196,8 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("messages.0.content.0", {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}),
     ("tools.0", {"tools": [{"type": "web_search_20250305", "name": "web_search"}]}),
     ("tools.0.name", {"tools": [{"name": "no name", "input_schema": {}}]}),
-    ("metadata.odd", {"metadata": {"odd": "x"}}), ("stop_sequences", {"stop_sequences": ["x" * 300]}), ("temperature", {"temperature": -1}),
+    ("metadata.odd", {"metadata": {"odd": "x"}}), ("stop_sequences", {"stop_sequences": ["x" * 300]}),
+    ("temperature", {"temperature": -1}),
 ]  # fmt: skip
 
 

@@ -277,7 +277,8 @@ def test_options() -> None:
     assert SpeculativeConfig.of(text) == SpeculativeConfig(num_speculative_tokens=5, prompt_lookup_max=3)
     for wrong, message in (
         ("{", "no JSON"),
-        ("[]", "must be a JSON object"),
+        (["ngram"], "must be a JSON object"),
+        ("[]", "or give options as JSON"),
         ({"tokens": 3}, "no option 'tokens'; choose from method, num_speculative_tokens"),
         ({"method": "magic"}, "'magic'; choose from ngram, draft_model, self"),
         ({"num_speculative_tokens": 64}, "num_speculative_tokens is 64"),

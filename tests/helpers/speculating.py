@@ -91,7 +91,18 @@ def json_params() -> SamplingParams:
     return dataclasses.replace(GREEDY, max_tokens=80, grammar=GrammarCompiler(model()).json_schema(schema))
 
 
+LETTERS = tuple(range(68, 78))
+"""Tokens of ten letters, of which words are made that must not come."""
+
 KINDS = {
+    "ends held back": dataclasses.replace(GREEDY, ignore_eos=False, stop_token_ids=tuple(range(40, 48)), min_tokens=90),
+    "stop strings held back": dataclasses.replace(
+        GREEDY, stop=list("abcdefgh"), min_tokens=20, include_stop_str_in_output=True
+    ),
+    "few tokens": dataclasses.replace(GREEDY, allowed_token_ids=(0, *LETTERS), skip_special_tokens=False),
+    "bad words": SamplingParams(
+        max_tokens=150, seed=7, allowed_token_ids=LETTERS, bad_words=("bc", "c", "def"), ignore_eos=True
+    ),
     "greedy": GREEDY,
     "short": dataclasses.replace(GREEDY, max_tokens=7),
     "end tokens": dataclasses.replace(GREEDY, ignore_eos=False, stop_token_ids=tuple(range(40, 48))),
