@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,6 +18,7 @@ from kvbits.config import ModelGeometry
 from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.kernels.decoder import WEIGHT_FORMATS
 from kvbits.models.control import ControlTokens
+from kvbits.models.fingerprint import fingerprint
 from kvbits.models.fused import FusedModel, fuse
 from kvbits.models.geometry import geometry_of
 from kvbits.models.hugepages import collapse_to_huge_pages
@@ -28,10 +27,6 @@ from kvbits.models.packed import depends_on_rows, pack_linears
 from kvbits.models.reader import Reader
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-_VOLATILE = frozenset(
-    {"_name_or_path", "_model_name_or_path", "dtype", "torch_dtype", "transformers_version", "quantization_config"}
-)
-_SAMPLE = 16
 
 
 @dataclass(frozen=True)
@@ -166,7 +161,7 @@ def wrap(model: Any, tokenizer: Any, name: str, geometry: ModelGeometry | None =
             raise UnsupportedError(f"the model '{name}' takes no {needed}")
     register()
     model.eval().set_attn_implementation(IMPLEMENTATION)
-    return LoadedModel(model, tokenizer, geometry, name, _fingerprint(model))
+    return LoadedModel(model, tokenizer, geometry, name, fingerprint(model))
 
 
 def register() -> None:
@@ -175,15 +170,3 @@ def register() -> None:
     No mask function is registered with it: for such an implementation transformers builds no masks.
     """
     AttentionInterface.register(IMPLEMENTATION, attend)
-
-
-def _fingerprint(model: Any) -> str:
-    """Hash the configuration, and name, shape and a few spread values (as bfloat16) of every parameter."""
-    facts = {k: v for k, v in model.config.to_dict().items() if k not in _VOLATILE}
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, len(flat) // _SAMPLE)][:_SAMPLE].to("cpu", torch.bfloat16).contiguous()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
