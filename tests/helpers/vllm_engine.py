@@ -39,7 +39,7 @@ def run_engine(
     directory: Path, model: str, rounds: list[dict[str, Any]], policy: str | None, record: Any = False, **options: Any
 ) -> Run:  # fmt: skip
     """Run ``rounds`` of prompts (token ids) with a policy of kvbits', or (``None``) with vLLM's own cache."""
-    given = {"kv_cache_memory_bytes": 64 << 20, "enforce_eager": True, "max_num_seqs": 8, **options}
+    given = {"kv_cache_memory_bytes": 256 << 20, "enforce_eager": True, "max_num_seqs": 8, **options}
     if policy is not None:
         given["additional_config"] = {"kvbits": {"policy": policy}}
     job: dict[str, Any] = {"engine": {"model": model, **given}, "rounds": rounds}

@@ -50,6 +50,10 @@ class KvbitsBackend(AttentionBackend):
         return [PAGE_TOKENS]
 
     @classmethod
+    def supports_block_size(cls, block_size: int | None) -> bool:
+        return block_size in (None, PAGE_TOKENS)  # a larger one cannot be split: its pages are whole
+
+    @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         return (KVCacheLayout.BLHNC,)  # a block as kvbits' frame: layer after layer, in a layer head after head
 
