@@ -15,7 +15,7 @@ from kvbits.kernels import BatchLayout, SequencePages
 from kvbits.kernels.cpu import CpuBackend
 from kvbits.kernels.decoder import Products
 from kvbits.models import LoadedModel
-from kvbits.models.hugepages import collapse_to_huge_pages
+from kvbits.kernels.hugepages import collapse_to_huge_pages
 from kvbits.pool import PagedPool
 
 QUERY_HEADS = (1, 2, 4)

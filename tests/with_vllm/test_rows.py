@@ -10,6 +10,10 @@ import torch
 from helpers.tiny import VOCAB, save, tiny_model
 from helpers.vllm_engine import Engine, Run
 
+from kvbits.codecs import LayerRounding, Policy, Rounding, parse_policy
+from kvbits.codecs.policy_file import save_policy
+from kvbits.models import load_model
+
 pytestmark = pytest.mark.vllm
 
 LENGTHS = (5, 63, 64, 65, 130, 200, 321, 500)
@@ -23,8 +27,21 @@ def prompts() -> list[list[int]]:
 
 def run(engine: Engine, directory: Path, family: str, policy: str, n: int = 1, **options: Any) -> Run:
     """The same prompts twice, the second time with what the first left in the prefix cache."""
-    tied = family.startswith("gemma")  # vLLM knows them no other way
-    model = save(tiny_model(family, max_position_embeddings=2048, tie_word_embeddings=tied), directory)
+    return run_model(engine, saved(directory, family), policy, n, **options)
+
+
+def saved(directory: Path, family: str) -> str:
+    """vLLM knows Gemma with tied embeddings alone, and gpt-oss with YaRN."""
+    changes: dict[str, Any] = {"tie_word_embeddings": family.startswith("gemma")}
+    if family == "gpt_oss":
+        changes["rope_parameters"] = {
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 1024,
+            "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+        }  # fmt: skip
+    return save(tiny_model(family, max_position_embeddings=2048, **changes), directory)
+
+
+def run_model(engine: Engine, model: str, policy: str, n: int, **options: Any) -> Run:
     one = {"prompts": prompts(), "params": {"max_tokens": 80, "temperature": 0 if n == 1 else 1, "seed": 1, "n": n,
                                             "ignore_eos": True}}  # fmt: skip
     found = engine(
@@ -65,3 +82,21 @@ def test_windows_soft_caps_and_sinks(engine: Engine, tmp_path: Path, family: str
 def test_several_answers_to_a_prompt(engine: Engine, tmp_path: Path) -> None:
     found = run(engine, tmp_path, "llama", "int8", n=3, dtype="float32")
     assert [len(answers) for answers in found.tokens()] == [3] * len(LENGTHS)
+
+
+def test_a_calibrated_policy(engine: Engine, tmp_path: Path) -> None:
+    """Rounding by head and layer, read from the artifact; another model's is refused."""
+    model = saved(tmp_path / "model", "llama")
+    loaded = load_model(model, dtype="float32")
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(g.num_kv_heads, g.key_dim, g.key_dim) for g in loaded.geometry.layers]
+    keys = [torch.randn(shape, generator=generator).triu(1) * 0.05 for shape in shapes]
+    rounding = tuple(LayerRounding(Rounding(feedback=table), Rounding()) for table in keys)
+    plain = parse_policy("0:int8,1-2:int4", 3)
+    policy = Policy("ours", plain.layers, rounding=rounding)
+    save_policy(tmp_path / "policy", policy, loaded.geometry, loaded.fingerprint, {})
+    found = run_model(engine, model, f"policy:{tmp_path / 'policy'}", 1, dtype="float32")
+    assert found.tokens() != run_model(engine, model, plain.name, 1, dtype="float32").tokens()
+    save_policy(tmp_path / "other", policy, loaded.geometry, "0" * 16, {})
+    with pytest.raises(AssertionError, match="was calibrated for"):
+        run_model(engine, model, f"policy:{tmp_path / 'other'}", 1, dtype="float32")

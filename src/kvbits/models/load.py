@@ -17,11 +17,11 @@ from kvbits.codecs import Policy, policy_of
 from kvbits.config import ModelGeometry
 from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.kernels.decoder import WEIGHT_FORMATS
+from kvbits.kernels.hugepages import collapse_to_huge_pages
 from kvbits.models.control import ControlTokens
 from kvbits.models.fingerprint import fingerprint
 from kvbits.models.fused import FusedModel, fuse
 from kvbits.models.geometry import geometry_of
-from kvbits.models.hugepages import collapse_to_huge_pages
 from kvbits.models.locate import locate
 from kvbits.models.packed import depends_on_rows, pack_linears
 from kvbits.models.reader import Reader

@@ -14,6 +14,7 @@ from kvbits.codecs import Policy
 from kvbits.config import LayerGeometry
 from kvbits.errors import UnsupportedError
 from kvbits.kernels.cpu import CpuBackend
+from kvbits.kernels.hugepages import collapse_to_huge_pages
 from kvbits.vllm.open_page import OpenPage, OpenTable
 from kvbits.vllm.options import policy_asked
 from kvbits.vllm.policy import read_policy
@@ -100,6 +101,7 @@ class Shared:
             if any(row != frames[0] for row in frames):
                 raise UnsupportedError("vLLM packs the two open pages of a request differently; run without drafts")
             self._frames, self._groups = frames[0], groups
+            collapse_to_huge_pages()  # the first step: weights and blocks are where they stay
         return self._groups
 
 
