@@ -11,8 +11,8 @@ from kvbits.codecs.policy_file import read_dtypes
 from kvbits.config import PAGE_TOKENS, POLICY_PREFIX, LayerGeometry, ModelGeometry
 from kvbits.errors import UnsupportedError
 
-_DRAFTS = ("ngram", "suffix")
-"""Methods of speculation without layers of their own."""
+_DRAFTS = ("ngram",)
+"""Methods of speculation that were tried; a draft model's layers would need pages of their own."""
 
 
 def check_engine(config: Any, text: str) -> None:
