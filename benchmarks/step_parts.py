@@ -14,8 +14,8 @@ from kvbits.config import PAGE_TOKENS, ModelGeometry, pages_of
 from kvbits.kernels import BatchLayout, SequencePages
 from kvbits.kernels.cpu import CpuBackend
 from kvbits.kernels.decoder import Products
-from kvbits.models import LoadedModel
 from kvbits.kernels.hugepages import collapse_to_huge_pages
+from kvbits.models import LoadedModel
 from kvbits.pool import PagedPool
 
 QUERY_HEADS = (1, 2, 4)
