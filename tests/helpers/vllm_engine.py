@@ -53,8 +53,9 @@ def run_engine(
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     said = process.stdout + process.stderr
-    assert process.returncode == 0, said[-5000:]
+    errors = "\n".join(line for line in said.splitlines() if "Error" in line)  # its processes' own come far before
+    assert process.returncode == 0, f"{errors}\n{said[-2000:]}"
     out = json.loads((directory / "out.json").read_text())
     held = re.search(r"KV cache size: ([\d,]+) tokens", said)
-    assert held is not None, said[-5000:]
+    assert held is not None, said[-2000:]
     return Run(out["rounds"], out["replayed"], int(held.group(1).replace(",", "")))
