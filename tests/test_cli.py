@@ -34,7 +34,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_generate_streams_text_and_writes_json(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "generate.json"
-    common = (model, "--max-tokens", 9, "--dtype", "float32", "--json", out)
+    common = (
+        model, "--max-tokens", 9, "--dtype", "float32", "--temperature", 0, "--kv-cache-dtype", "int8", "--json", out,
+    )  # fmt: skip
     assert status("generate", *common, "-p", "w5 w6 w7") == 0
     shown = capsys.readouterr().out
     result = json.loads(out.read_text())["results"][0]
@@ -52,15 +54,23 @@ def test_generate_streams_text_and_writes_json(model: str, tmp_path: Path, capsy
 
 
 def test_sampling_options_reach_the_sampler(model: str, tmp_path: Path) -> None:
+    common = (model, "-p", "w5 w6", "--max-tokens", 20, "--kv-cache-dtype", "int8")
+
     def tokens(*options: object) -> list[int]:
         out = tmp_path / "sampled.json"
-        assert status("generate", model, "-p", "w5 w6", "--max-tokens", 20, "--json", out, *options) == 0
+        assert status("generate", *common, "--json", out, *options) == 0
         found: list[int] = json.loads(out.read_text())["results"][0]["token_ids"]
         return found
 
     assert tokens("--temperature", 3, "--seed", 1) == tokens("--temperature", 3, "--seed", 1)
     assert tokens("--temperature", 3, "--seed", 1) != tokens("--temperature", 3, "--seed", 2)
-    assert tokens("--temperature", 3, "--seed", 1, "--top-k", 1) == tokens()
+    greedy = tokens("--temperature", 0)
+    assert tokens("--temperature", 3, "--seed", 1, "--top-k", 1) == greedy
+    assert tokens("--temperature", 3, "--seed", 1, "--top-p", 1e-9) == greedy
+    assert tokens("--temperature", 3, "--seed", 1, "--min-p", 1) == greedy
+    for penalty in (("--repetition-penalty", 9), ("--presence-penalty", 2), ("--frequency-penalty", 2)):
+        assert len(set(tokens("--temperature", 0, *penalty))) >= len(set(greedy)), penalty
+    assert len(set(tokens("--temperature", 0, "--repetition-penalty", 9))) == 20
 
 
 def test_evaluate_writes_every_figure(
@@ -210,7 +220,9 @@ def test_impossible_options(
 
 
 def test_a_prompt_or_window_over_the_context(model: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert f"{CONTEXT} tokens" in complaint(capsys, "generate", model, "--prompt-file", text)
+    assert f"{CONTEXT} tokens" in complaint(
+        capsys, "generate", model, "--kv-cache-dtype", "int8", "--prompt-file", text
+    )
     long = ("--kv-cache-dtype", "int8", "--context", 2 * CONTEXT)
     assert f"{CONTEXT} tokens" in complaint(capsys, "evaluate", model, "--text", text, "--windows", 1, *long)
     assert f"{CONTEXT} tokens" in complaint(capsys, "bench", model, "--batch", 1, *long)
@@ -223,8 +235,8 @@ def test_missing_and_out_of_range_arguments(model: str, text: str, capsys: pytes
     assert "MODEL" in complaint(capsys, "generate")
     assert "serv" in complaint(capsys, "serv")
     common = ("evaluate", model, "--text", text, "--kv-cache-dtype", "int8")
-    assert "at least 4" in complaint(capsys, *common, "--context", 2)
-    assert "at least 1" in complaint(capsys, *common, "--windows", 0, "--context", 64)
+    assert "'--context': Input should be greater than or equal to 4" in complaint(capsys, *common, "--context", 2)
+    assert "'--windows': Input should be greater" in complaint(capsys, *common, "--windows", 0, "--context", 64)
     assert "'--batch'" in complaint(capsys, "bench", model, "--kv-cache-dtype", "int8", "--batch", 0)
 
 

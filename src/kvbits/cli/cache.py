@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvbits.cli import options
-from kvbits.cli.output import JsonFile, writable
+from kvbits.cli.output import JsonFile, readable, writable
 from kvbits.cli.session import load as load_model
 from kvbits.cli.session import note, prompts_of
+from kvbits.config import AUTO
 from kvbits.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
-    from kvbits.engine.llm import LLM
     from kvbits.engine.transfer import PageBundle
+    from kvbits.llm import LLM
 
 app = typer.Typer(help="Save the computed pages of a prompt to a file, and load them.", no_args_is_help=True)
 
@@ -30,7 +31,7 @@ def save(
     output: Annotated[Path, typer.Argument(metavar="FILE", help="Where the pages go (safetensors).")],
     prompt: Prompt = None,
     prompt_file: PromptFile = None,
-    kv_cache_dtype: options.KVCacheDtype = "int8",
+    kv_cache_dtype: options.KVCacheDtype = AUTO,
     kv_policy: options.KVPolicy = None,
     kv_cache_memory: options.KVCacheMemory = "1GiB",
     dtype: options.Dtype = "bfloat16",
@@ -42,6 +43,7 @@ def save(
     results = JsonFile(json_file)
     text = _only(prompt, prompt_file)
     writable(output)
+    _check(model, kv_cache_dtype, kv_policy, kv_cache_memory, dtype)
     llm = _llm(model, kv_cache_dtype, kv_policy, kv_cache_memory, dtype, threads, trust_remote_code)
     seconds = _compute(llm, text)
     bundle = llm.save_cache(output, text)
@@ -58,7 +60,7 @@ def load(
     prompt_file: PromptFile = None,
     max_tokens: Annotated[int, typer.Option(metavar="N", help="Most new tokens of the answer to a prompt.")] = 128,
     compare: Annotated[bool, typer.Option("--compare", help="Also compute the same tokens, for the time.")] = False,
-    kv_cache_dtype: options.KVCacheDtype = "int8",
+    kv_cache_dtype: options.KVCacheDtype = AUTO,
     kv_policy: options.KVPolicy = None,
     kv_cache_memory: options.KVCacheMemory = "1GiB",
     dtype: options.Dtype = "bfloat16",
@@ -69,13 +71,15 @@ def load(
     """Check a file of pages and load it; with a prompt that begins with its text, answer that."""
     results = JsonFile(json_file)
     text = None if prompt is None and prompt_file is None else _only(prompt, prompt_file)
+    _check(model, kv_cache_dtype, kv_policy, kv_cache_memory, dtype)
+    readable(file)
     from kvbits.engine.transfer import PageBundle
 
+    bundle = PageBundle.load(file)
     llm = _llm(model, kv_cache_dtype, kv_policy, kv_cache_memory, dtype, threads, trust_remote_code)
     begin = time.perf_counter()
     llm.load_cache(file)
     seconds = time.perf_counter() - begin
-    bundle = PageBundle.load(file)
     facts: dict[str, Any] = _facts(bundle, file) | {"load_seconds": seconds}
     note(f"Loaded in {seconds:.3f} s: {_line(facts)}")
     if text is not None:
@@ -94,16 +98,26 @@ def _only(prompt: str | None, file: Path | None) -> str:
     return texts[0]
 
 
+def _check(model: str, kv_dtype: str, policy: Path | None, memory: str, dtype: str) -> None:
+    from kvbits.engine.config import EngineConfig
+    from kvbits.engine.precheck import check_engine
+
+    config = EngineConfig.of(kv_cache_dtype=options.cache_dtype(kv_dtype, policy), kv_cache_memory=memory)
+    check_engine(model, config, dtype=dtype)
+
+
 def _llm(
     model: str, kv_dtype: str, policy: Path | None, memory: str, dtype: str, threads: int | None, trusted: bool
 ) -> LLM:
-    from kvbits.engine.llm import LLM
+    from kvbits.llm import LLM
 
-    return LLM(
-        load_model(model, dtype, threads, trust_remote_code=trusted, kv_cache_memory=memory),
+    llm = LLM(
+        load_model(model, dtype, threads, trust_remote_code=trusted),
         kv_cache_dtype=options.cache_dtype(kv_dtype, policy),
         kv_cache_memory=memory,
     )
+    note(llm.choice.line)
+    return llm
 
 
 def _compute(llm: LLM, prompt: str | list[int]) -> float:

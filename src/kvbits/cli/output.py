@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kvbits.errors import ConfigError
+from kvbits.files import write_text
 
 
 class JsonFile:
@@ -22,7 +24,7 @@ class JsonFile:
     def write(self, results: Mapping[str, Any]) -> None:
         """Write ``results`` as indented JSON, if a path was given."""
         if self.path is not None:
-            self.path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            write_text(self.path, json.dumps(results, indent=2) + "\n")
 
 
 def writable(path: Path) -> None:
@@ -36,10 +38,23 @@ def writable(path: Path) -> None:
         path.unlink()
 
 
+def readable(path: Path) -> None:
+    """Raise ``ConfigError`` unless ``path`` is a file that can be opened."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise ConfigError(f"cannot read '{path}': {error.strerror or error}") from error
+
+
 def folder(path: Path) -> Path:
-    """``path`` as an existing directory. Raises ``ConfigError`` when it cannot be made."""
+    """``path`` as an existing directory. Raises ``ConfigError`` when it cannot be made or written to."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot make the directory '{path}': {error.strerror or error}") from error
+    try:
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ConfigError(f"cannot write to the directory '{path}': {error.strerror or error}") from error
     return path

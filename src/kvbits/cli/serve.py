@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kvbits.cli import options
+from kvbits.cli.choosing import chosen
 from kvbits.cli.cluster import check_ray, serve_cluster
 from kvbits.cli.extras import require
 from kvbits.cli.keys import server_keys
-from kvbits.cli.session import load, note
+from kvbits.cli.output import readable
+from kvbits.cli.session import load
+from kvbits.config import AUTO
 from kvbits.errors import ConfigError
 
 
@@ -19,7 +24,9 @@ def serve(
     model: options.Model,
     host: Annotated[str, typer.Option(metavar="HOST", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(metavar="PORT", help="Port to listen on.")] = 8000,
-    kv_cache_dtype: options.KVCacheDtype = "int8",
+    kv_cache_dtype: options.KVCacheDtype = AUTO,
+    max_kl: options.MaxKL = None,
+    text: options.MeasuredText = None,
     kv_policy: options.KVPolicy = None,
     kv_cache_memory: options.KVCacheMemory = "1GiB",
     max_model_len: options.MaxModelLen = None,
@@ -106,14 +113,16 @@ def serve(
 ) -> None:
     """Serve the model over HTTP as OpenAI does; a live page is at /, metrics are at /metrics."""
     require("server")
+    from kvbits.auto.wanted import Wanted
     from kvbits.config import parse_bytes
     from kvbits.engine.config import EngineConfig
     from kvbits.server.hosts import names_of
-    from kvbits.server.logs import set_up
+    from kvbits.server.logs import check_level, set_up
     from kvbits.server.options import ServerOptions
 
     if not 0 < port < 65536:
         raise ConfigError(f"port is {port}; it must be from 1 to 65535")
+    check_level(log_level)
     served = ServerOptions(
         served_model_name=model if served_model_name is None else served_model_name,
         api_keys=server_keys(api_key, api_key_file),
@@ -126,8 +135,9 @@ def serve(
         drain_timeout=drain_timeout,
         max_body=parse_bytes(max_body),
     )
+    wanted = Wanted(options.cache_dtype(kv_cache_dtype, kv_policy), max_kl, text)
     config = EngineConfig.of(
-        kv_cache_dtype=options.cache_dtype(kv_cache_dtype, kv_policy),
+        kv_cache_dtype=wanted.dtype,
         kv_cache_memory=kv_cache_memory,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
@@ -137,10 +147,10 @@ def serve(
         kv_offload_size=kv_offload_size,
         kv_offload_path=kv_offload_path,
     )
-    from kvbits.engine.speculation import SpeculativeConfig
+    from kvbits.engine.precheck import check_engine
+    from kvbits.engine.speculation.config import SpeculativeConfig
 
     speculative = SpeculativeConfig.of(speculative_config)
-    set_up(log_level)
     if ray:
         if cache_file:
             raise ConfigError("--cache-file loads pages into one server; with --ray replicas take them from each other")
@@ -149,27 +159,38 @@ def serve(
         if weights != "bf16":
             raise ConfigError(f"--weights {weights} goes with one server; --ray replicas hold bf16 weights")
         check_ray()
+    for path in cache_file or ():
+        readable(path)
+    check_engine(model, config, speculative, dtype=dtype, weights=weights, device=device)
+    set_up(log_level)
+    log = logging.getLogger(__name__)
+    if ray:
         from kvbits.ray.options import ReplicaOptions
 
         replica = ReplicaOptions(model, config, served, dtype, threads, device, trust_remote_code)
+        if wanted.auto:
+            replica = replica.with_choice(chosen(replica.load(log.info), wanted, log.info))
         serve_cluster(replica, ray_replicas, ray_routing, host, port, ray_address)
         return
-    from kvbits.server.address import check_address
+    from kvbits.server.address import take_address
 
-    check_address(host, port)
-    from kvbits.engine.setup import check_room
+    sockets = take_address(host, port)
+    from kvbits.engine.setup import check_fit
+    from kvbits.kernels import choose_backend
 
-    check_room(config, device)
-    loaded = load(model, dtype, threads, weights, device, trust_remote_code)
+    loaded = load(model, dtype, threads, weights, device, trust_remote_code, progress=log.info)
+    check_fit(loaded, config, choose_backend(None, loaded.device.type))
+    choice = chosen(loaded, wanted, log.info)
     from kvbits.engine.engine import Engine
     from kvbits.engine.transfer import load_pages
     from kvbits.server.run import serve as run
     from kvbits.server.run import start_line
 
-    engine = Engine(loaded, config, speculative=speculative)
+    engine = Engine(loaded, replace(config, kv_cache_dtype=choice.policy), speculative=speculative)
     for path in cache_file or ():
         # Where clients are kept apart, each one needs them under its own salt.
         tokens = [load_pages(engine, path, salt) for salt in served.salts]
-        note(f"Loaded {tokens[0]} tokens from '{path}'" + (f" for {len(tokens)} clients" if len(tokens) > 1 else ""))
-    note(start_line(engine, served, host, port))
-    run(engine, served, host, port)
+        log.info("Loaded %d tokens from '%s' for %d clients", tokens[0], path, len(tokens))
+    # stderr is the log, in JSON.
+    print(start_line(engine, served, host, port), flush=True)
+    run(engine, served, sockets, host, port, choice.loss)

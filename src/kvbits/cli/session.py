@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvbits.config import parse_bytes
+from kvbits.engine.bar import Bar
 from kvbits.errors import ConfigError
-from kvbits.memory import check_host
+
+__all__ = ["Bar", "load", "machine", "note", "prompts_of", "tokens_of"]
 
 if TYPE_CHECKING:
     from kvbits.models import LoadedModel
@@ -24,22 +24,30 @@ def load(
     device: str = "cpu",
     trust_remote_code: bool = False,
     *,
-    kv_cache_memory: str | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> LoadedModel:
-    """Set the number of threads and load the model, naming each long stage on stderr.
+    """Set the number of threads and load the model, naming each long stage to ``progress`` (default: on stderr).
 
-    Raises ``ConfigError`` first when the machine has not enough memory for the cache that will follow.
+    Commands check first what can be checked without it (:mod:`kvbits.engine.precheck`).
     """
-    if kv_cache_memory is not None and device == "cpu":
-        check_host({"--kv-cache-memory": parse_bytes(kv_cache_memory)})
     import torch
 
+    from kvbits.kernels import default_backend
     from kvbits.models import load_model
+    from kvbits.models.device import find_device
 
+    place = find_device(device).type
+    if place != "cpu":
+        default_backend(place)  # one without kernels is refused before the model is read
     if threads is not None:
         torch.set_num_threads(threads)
     return load_model(
-        model, dtype=dtype, progress=note, weights=weights, device=device, trust_remote_code=trust_remote_code
+        model,
+        dtype=dtype,
+        progress=progress or note,
+        weights=weights,
+        device=device,
+        trust_remote_code=trust_remote_code,
     )
 
 
@@ -55,30 +63,14 @@ def prompts_of(prompts: list[str], files: list[Path]) -> list[str]:
     found = [*prompts, *(read_text(path) for path in files)]
     if not found:
         raise ConfigError("there is no prompt; give --prompt TEXT or --prompt-file FILE")
+    if not all(found):
+        raise ConfigError("a prompt is empty; --prompt needs at least one character")
     return found
 
 
 def tokens_of(loaded: LoadedModel, text: str) -> list[int]:
     """Token ids of a long text, without special tokens."""
     return list(loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-class Bar(AbstractContextManager[Callable[[int], None]]):
-    """A progress bar over tokens (or another ``unit``) on stderr; entering it gives the function to advance it."""
-
-    def __init__(self, total: int, label: str, unit: str = "tok") -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(total=total, desc=label, unit=unit, unit_scale=True, file=sys.stderr, leave=False, delay=1.0)
-
-    def __enter__(self) -> Callable[[int], None]:
-        return self._advance
-
-    def _advance(self, tokens: int) -> None:
-        self._bar.update(tokens)
-
-    def __exit__(self, *exception: Any) -> None:
-        self._bar.close()
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
