@@ -3,8 +3,8 @@
     python benchmarks/cuda_cycles.py [--dtype int4 int4/int8 ...] [--arch sm_90 ...] [--head-dim 128] [--rows 8]
 
 Each instruction of the loop takes one of the four schedulers of a multiprocessor one cycle (``issue``); beside it the
-pipes that take longer: ``alu`` (integers, logic, permutes: two cycles), ``tensor`` (float16 products, 16 x 8 x 16: eight
-cycles on sm_80 and sm_89, four on sm_90 and later), ``shared`` (one access of a warp a cycle and multiprocessor). Every
+pipes that take longer: ``alu`` (integers, logic, permutes: two cycles), ``tensor`` (products of 16 x 8 x 16: eight
+cycles on sm_80 and sm_89, four on sm_90 and later), ``shared`` (128 bytes a cycle and multiprocessor). Every
 instruction in the loop counts, those of masked pages too, which few pages need. ``memory``: cycles that an H100's memory
 (3.35 TB/s, 132 multiprocessors, 1.755 GHz) takes for the page. Needs NVRTC (with torch's CUDA builds, or
 ``pip install nvidia-cuda-nvrtc-cu12``) and ``nvdisasm`` and ``cuobjdump``, which come with Triton.
@@ -29,8 +29,29 @@ from kvbits.kernels.cuda.variant import Variant, variant_of
 
 SCHEDULERS = 4
 H100_BYTES = 3.35e12 / 132 / 1.755e9
-ALU = {"LOP3", "PRMT", "SHF", "IADD3", "ISETP", "SEL", "FSETP", "FMNMX", "FSEL", "LEA", "IABS", "VIADD", "VIMNMX", "PLOP3",
-       "MOV", "HMNMX2", "P2R", "R2P", "VOTE"}  # fmt: skip
+ALU = set(
+    [
+        "LOP3",
+        "PRMT",
+        "SHF",
+        "IADD3",
+        "ISETP",
+        "SEL",
+        "FSETP",
+        "FMNMX",
+        "FSEL",
+        "LEA",
+        "IABS",
+        "VIADD",
+        "VIMNMX",
+        "PLOP3",
+        "MOV",
+        "HMNMX2",
+        "P2R",
+        "R2P",
+        "VOTE",
+    ]
+)
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)([.\w]*)\s*(.*?);")
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 
@@ -81,7 +102,9 @@ def count(dtype: str, variant: Variant, arch: str, page_bytes: int) -> Count:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        code, usage = (_tool(name, option, file.name) for name, option in (("nvdisasm", "-c"), ("cuobjdump", "-res-usage")))
+        code, usage = (
+            _tool(name, option, file.name) for name, option in (("nvdisasm", "-c"), ("cuobjdump", "-res-usage"))
+        )
     loop = page_loop(code)
     names = Counter(name for name, _ in loop)
     tensor = 4 if int(arch.split("_")[1]) >= 90 else 8

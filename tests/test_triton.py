@@ -305,7 +305,7 @@ def test_backends_go_by_the_device() -> None:
     assert choose_backend("auto", "cuda").name == choose_backend("auto", "xpu").name == "triton"
     given = ReferenceBackend()
     assert choose_backend(given, "cuda") is given
-    with pytest.raises(ConfigError, match="unknown backend 'cudnn'; choose from auto, cpu, triton"):
+    with pytest.raises(ConfigError, match="unknown backend 'cudnn'; choose from auto, cpu, cuda, triton"):
         choose_backend("cudnn")
     with pytest.raises(ConfigError, match="the backend 'cpu' reads host memory; the model is on 'cuda'"):
         choose_backend("cpu", "cuda")

@@ -64,20 +64,18 @@ def attend(
     launch: Launch,
     view: LayerView,
     tables: Tables,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    rows: tuple[Tensor, Tensor, Tensor],
     sinks: Tensor | None,
     arrived: Tensor,
     out: Tensor,
 ) -> None:
     """Write the decoding sequences' rows of ``out`` ``bfloat16 [rows, heads, dim]``.
 
-    ``query``, ``key``, ``value`` ``bfloat16 [rows, heads, dim]``, the last dimension contiguous and the other strides
+    ``rows``: query, key and value ``bfloat16 [rows, heads, dim]``, the last dimension contiguous and the other strides
     even; ``sinks`` ``float32 [heads]``; ``arrived`` ``int32``, at least tiles times KV heads zeros, which are zeros
     again afterwards. The layer has kernels for its formats (:func:`kvbits.kernels.cuda.variant.variant_of`).
     """
-    layer, work = view.geometry, tables.work
+    layer, work, (query, key, value) = view.geometry, tables.work, rows
     if not len(work.tiles):
         return
     variant = _variant(view.sealed, view, work.rows)

@@ -1,4 +1,4 @@
-"""NVIDIA's run-time compiler, which comes with torch's CUDA builds: source to machine code, kept in the user's cache."""
+"""NVIDIA's run-time compiler, which torch's CUDA builds bring: source to machine code, kept in the user's cache."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from functools import cache
 from pathlib import Path
 
 from kvbits.errors import UnsupportedError
-
 from kvbits.kernels.cuda import SOURCES
+
 HEADERS = ("warp.cuh", "codes.cuh", "page.cuh")
 NAMES = ("libnvrtc.so.13", "libnvrtc.so.12")
 
@@ -35,7 +35,9 @@ def library() -> ctypes.CDLL:
             return ctypes.CDLL(name)
         except OSError:
             continue
-    raise UnsupportedError(f"NVIDIA's run-time compiler ({' or '.join(NAMES)}) was not found; torch's CUDA builds bring it")
+    raise UnsupportedError(
+        f"NVIDIA's run-time compiler ({' or '.join(NAMES)}) was not found; torch's CUDA builds bring it"
+    )
 
 
 @cache
@@ -53,7 +55,9 @@ def _check(result: int, program: ctypes.c_void_p | None = None) -> None:
     nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
     message = nvrtc.nvrtcGetErrorString(result).decode()
     if program is not None:
-        message += "\n" + _text(program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog).decode(errors="replace")
+        message += "\n" + _text(program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog).decode(
+            errors="replace"
+        )
     raise UnsupportedError(f"the CUDA kernels did not compile: {message}")
 
 
@@ -85,9 +89,16 @@ def compile_source(arch: str, defines: Sequence[str]) -> bytes:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
+def directory() -> Path:
+    """``$XDG_CACHE_HOME/kvbits/cuda``, by default ``~/.cache/kvbits/cuda`` (XDG Base Directory 0.8)."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    root = Path(base) if base and Path(base).is_absolute() else Path("~/.cache").expanduser()
+    return root / "kvbits" / "cuda"
+
+
 def compiled(arch: str, defines: Sequence[str], folder: Path | None = None) -> bytes:
     """As :func:`compile_source`, kept in ``folder`` (the user's cache) by what it depends on."""
-    folder = folder or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kvbits" / "cuda"
+    folder = folder or directory()
     sources = b"".join((SOURCES / name).read_bytes() for name in (*HEADERS, "decode.cu"))
     key = hashlib.sha256(sources + "\n".join([version(), arch, *defines]).encode()).hexdigest()[:32]
     path = folder / f"{key}.cubin"
@@ -102,5 +113,5 @@ def compiled(arch: str, defines: Sequence[str], folder: Path | None = None) -> b
             file.write(code)
         os.replace(file.name, path)  # whole or not at all, whoever else compiles
     except OSError:
-        pass  # a cache that cannot be written costs seconds, no result
+        pass  # a cache that cannot be written costs seconds at every start
     return code

@@ -21,7 +21,9 @@ def tables_of(batch: BatchLayout, view: LayerView, blocks: int) -> Tables:
     arrays = [work.tiles, work.items, work.first_pages, batch.starts, batch.rows[:-1], batch.sealed]
     arrays += [batch.head[:, view.open.frame], *([] if sink is None else [sink])]
     parts = _upload(arrays, view.buffer.device)
-    return Tables(work, *parts[:7], parts[7] if sink is not None else None)
+    tiles, items, first_pages, starts, first_rows, sealed, open_frames = parts[:7]
+    sink_frames = parts[7] if sink is not None else None
+    return Tables(work, tiles, items, first_pages, starts, first_rows, sealed, open_frames, sink_frames)
 
 
 def _upload(arrays: list[NDArray[np.int32]], device: torch.device) -> list[Tensor]:

@@ -49,7 +49,12 @@ class Variant:
         """Shared memory of a block, as the kernel lays it out."""
         operands = self.dim // 32 * self.tiles * 32 * 16
         small = 4 * (self.rows * (1 + 2 + WARPS) + 4)
-        return 4 * self.rows * self.dim + operands * (2 if self.keys == NF4 else 1) + WARPS * STAGES * self.param_bytes + small
+        return (
+            4 * self.rows * self.dim
+            + operands * (2 if self.keys == NF4 else 1)
+            + WARPS * STAGES * self.param_bytes
+            + small
+        )
 
 
 def kind_of(codec: Codec, dim: int, side: Side) -> int | None:
@@ -72,7 +77,9 @@ def variant_of(scheme: Scheme, layer: LayerGeometry, rows: int) -> Variant | str
     """The kernel for ``rows`` query rows of a KV head, or the reason why there is none."""
     dim = layer.key_dim
     if dim not in DIMS or layer.value_dim != dim:
-        return f"head sizes {dim} and {layer.value_dim}; they have {', '.join(map(str, DIMS))} for keys and values alike"
+        return (
+            f"head sizes {dim} and {layer.value_dim}; they have {', '.join(map(str, DIMS))} for keys and values alike"
+        )
     if rows > MAX_ROWS:
         return f"{rows} query heads of a KV head; they have up to {MAX_ROWS}"
     keys, values = kind_of(scheme.key, dim, "key"), kind_of(scheme.value, dim, "value")

@@ -57,7 +57,8 @@ def work_list(batch: BatchLayout, group: int, kv_heads: int, window: int | None,
     alone = np.flatnonzero(first)
     apart_items = np.stack([alone, slots[alone] - 1, np.zeros_like(alone), np.ones_like(alone)], axis=1)
     rows = int(tiles[:, 2].max(initial=0)) * group
-    return Work(tiles, *(x.astype(np.int32) for x in (np.concatenate([own, items]), apart_items)), rows, int(slots.sum()))
+    items = np.concatenate([own, items])
+    return Work(tiles, items.astype(np.int32), apart_items.astype(np.int32), rows, int(slots.sum()))
 
 
 def _tiles(batch: BatchLayout, group: int, window: int | None) -> tuple[Ints, Ints, Ints]:
@@ -67,7 +68,9 @@ def _tiles(batch: BatchLayout, group: int, window: int | None) -> tuple[Ints, In
         position, end = int(batch.starts[s]), int(batch.starts[s] + batch.counts[s])
         while position < end:
             stop = min(end, (position // PAGE_TOKENS + 1) * PAGE_TOKENS)
-            rows.append((s, int(batch.rows[s]) + position - int(batch.starts[s]), stop - position, position, 0, 0, 0, 0))
+            rows.append(
+                (s, int(batch.rows[s]) + position - int(batch.starts[s]), stop - position, position, 0, 0, 0, 0)
+            )
             position = stop
     tiles = np.array(rows, dtype=np.int32).reshape(-1, 8)
     high = tiles[:, 3] // PAGE_TOKENS
@@ -84,7 +87,7 @@ def pages_of_an_item(pages: Ints, kv_heads: int, blocks: int) -> int:
         return 1
     room = blocks // kv_heads - len(pages)
     if room < np.count_nonzero(pages):
-        room = max(WAVES * blocks // kv_heads - len(pages), np.count_nonzero(pages))
+        room = max(WAVES * blocks // kv_heads - len(pages), int(np.count_nonzero(pages)))
     least, most = 1, int(pages.max())
     while least < most:
         middle = (least + most) // 2

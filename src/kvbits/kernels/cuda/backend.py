@@ -1,0 +1,117 @@
+"""The CUDA backend: decode by these kernels, everything else by Triton's."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from kvbits.codecs import Scheme
+from kvbits.config import LayerGeometry
+from kvbits.errors import ConfigError, UnsupportedError
+from kvbits.kernels.base import BatchLayout
+from kvbits.kernels.cuda.attend import Launch, Tables, attend
+from kvbits.kernels.cuda.driver import Driver, refusal
+from kvbits.kernels.cuda.tables import tables_of
+from kvbits.kernels.cuda.variant import Variant, variant_of
+from kvbits.kernels.cuda.work import decoding
+from kvbits.kernels.triton.backend import TritonBackend
+from kvbits.kernels.triton.launch import LayerKernels, Sides
+from kvbits.kernels.triton.tables import StepTables, Tiles
+from kvbits.pool import LayerView
+
+log = logging.getLogger(__name__)
+
+
+class CudaBackend(TritonBackend):
+    """Decode of bfloat16 rows by kernels in CUDA C++, for the layers that have some; the rest by Triton's kernels.
+
+    ``only``: layers without are refused instead, and so are float32 rows. ``launch`` and ``multiprocessors`` stand for
+    a device. Raises ``ConfigError`` for a device that the kernels cannot run on.
+    """
+
+    name = "cuda"
+
+    def __init__(
+        self, device: torch.device | str, only: bool = False, launch: Launch | None = None, multiprocessors: int = 0
+    ) -> None:
+        super().__init__(device)
+        if launch is None:
+            reason = refusal(self.device)
+            if reason is not None:
+                raise ConfigError(f"the backend 'cuda' cannot run on '{self.device}': {reason}")
+            driver = Driver(self.device)
+            launch, multiprocessors = driver, driver.multiprocessors
+        self._only, self._run, self._multiprocessors = only, launch, multiprocessors
+        self._tables: tuple[BatchLayout | None, dict[tuple[object, ...], Tables]] = (None, {})
+        self._arrived = torch.zeros(0, dtype=torch.int32)
+        self._warned = False
+
+    def supports(self, scheme: Scheme, layer: LayerGeometry) -> str | None:
+        reason = super().supports(scheme, layer)
+        if reason is None and self._only:
+            variant = variant_of(scheme, layer, layer.group_size)
+            reason = f"there are no CUDA kernels for {variant}" if isinstance(variant, str) else None
+        return reason
+
+    def kernels(self, scheme: Scheme, layer: LayerGeometry) -> str:
+        variant = variant_of(scheme, layer, layer.group_size)
+        return f"triton (no CUDA kernels for {variant})" if isinstance(variant, str) else "cuda"
+
+    def _attend_few(
+        self, view: LayerView, batch: BatchLayout, kernels: LayerKernels, tables: StepTables, tiles: Tiles,
+        sides: Sides, sinks: Tensor | None, out: Tensor,
+    ) -> None:  # fmt: skip
+        if not self._has_kernels(view, sides.query):
+            super()._attend_few(view, batch, kernels, tables, tiles, sides, sinks, out)
+            return
+        if not len(tiles.table):
+            return
+        found = self._tables_of(view, batch)
+        needed = len(found.work.tiles) * view.geometry.num_kv_heads
+        if len(self._arrived) < needed:
+            self._arrived = torch.zeros(2 * needed, dtype=torch.int32, device=out.device)
+        rows = _even(sides.query), _even(sides.key), _even(sides.value)
+        attend(self._run, view, found, rows, sinks, self._arrived, out)
+
+    def _has_kernels(self, view: LayerView, query: Tensor) -> bool:
+        layer = view.geometry
+        for place in (view.sealed, view.first_page):
+            if place is not None and isinstance(variant_of(place.scheme, layer, layer.group_size), str):
+                return False
+        if query.dtype == torch.bfloat16:
+            return True
+        if self._only:
+            raise UnsupportedError("the backend 'cuda' takes bfloat16 rows; load the model with dtype bfloat16")
+        if not self._warned:
+            log.warning("The rows are float32: Triton's kernels decode; the CUDA kernels take bfloat16")
+            self._warned = True
+        return False
+
+    def _tables_of(self, view: LayerView, batch: BatchLayout) -> Tables:
+        """The step's tables, made once for all layers that can share them."""
+        if self._tables[0] is not batch:
+            self._tables = (batch, {})
+        layer, first = view.geometry, view.first_page
+        rows = layer.group_size * int(batch.counts[decoding(batch, layer.group_size)].max())
+        variant = variant_of(view.sealed.scheme, layer, rows)
+        assert isinstance(variant, Variant), variant
+        blocks = self._multiprocessors * variant.blocks_at_once
+        key = (
+            layer.group_size,
+            layer.num_kv_heads,
+            layer.window,
+            view.open.frame,
+            None if first is None else first.frame,
+            blocks,
+        )
+        known = self._tables[1]
+        if key not in known:
+            known[key] = tables_of(batch, view, blocks)
+        return known[key]
+
+
+def _even(x: Tensor) -> Tensor:
+    """``x`` with strides that keep pairs of elements in one word."""
+    return x if x.stride(0) % 2 == 0 and x.stride(1) % 2 == 0 and x.data_ptr() % 4 == 0 else x.contiguous()
