@@ -5,8 +5,8 @@
 Each instruction of the loop takes one of the four schedulers of a multiprocessor one cycle (``issue``); beside it the
 pipes that take longer: ``alu`` (integers, logic, permutes: two cycles), ``tensor`` (products of 16 x 8 x 16: eight
 cycles on sm_80 and sm_89, four on sm_90 and later), ``shared`` (128 bytes a cycle and multiprocessor). Every
-instruction in the loop counts, those of masked pages too, which few pages need. ``memory``: cycles that an H100's memory
-(3.35 TB/s, 132 multiprocessors, 1.755 GHz) takes for the page. Needs NVRTC (with torch's CUDA builds, or
+instruction in the loop counts, those of masked pages too, which few pages need. ``memory``: cycles that an H100's
+memory (3.35 TB/s, 132 multiprocessors, 1.755 GHz) takes for the page. Needs NVRTC (with torch's CUDA builds, or
 ``pip install nvidia-cuda-nvrtc-cu12``) and ``nvdisasm`` and ``cuobjdump``, which come with Triton.
 """
 
@@ -29,29 +29,10 @@ from kvbits.kernels.cuda.variant import Variant, variant_of
 
 SCHEDULERS = 4
 H100_BYTES = 3.35e12 / 132 / 1.755e9
-ALU = set(
-    [
-        "LOP3",
-        "PRMT",
-        "SHF",
-        "IADD3",
-        "ISETP",
-        "SEL",
-        "FSETP",
-        "FMNMX",
-        "FSEL",
-        "LEA",
-        "IABS",
-        "VIADD",
-        "VIMNMX",
-        "PLOP3",
-        "MOV",
-        "HMNMX2",
-        "P2R",
-        "R2P",
-        "VOTE",
-    ]
-)
+ALU = {
+    *("LOP3", "PRMT", "SHF", "IADD3", "ISETP", "SEL", "FSETP", "FMNMX", "FSEL", "LEA", "IABS", "VIADD", "VIMNMX"),
+    *("PLOP3", "MOV", "HMNMX2", "P2R", "R2P", "VOTE"),
+}
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)([.\w]*)\s*(.*?);")
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 

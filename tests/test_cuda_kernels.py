@@ -116,7 +116,7 @@ def test_sequences_of_all_lengths_in_one_step(folder: Path) -> None:
 
 
 MUTATIONS: dict[str, tuple[str, Change]] = {
-    "lanes of a value": ("int4", ("codes.cuh", "y[0] = permute(x[0], x[2], 0x5410)", "y[0] = permute(x[1], x[2], 0x5410)")),
+    "lanes of a value": ("int4", ("codes.cuh", "permute(x[0], x[2], 0x5410)", "permute(x[1], x[2], 0x5410)")),
     "order of keys": ("int4", ("codes.cuh", "y[0] = permute(x[0], x[1], 0x5410), y[1] = permute(x[2], x[3], 0x5410)",
                                "y[1] = permute(x[0], x[1], 0x5410), y[0] = permute(x[2], x[3], 0x5410)")),
     "tokens of a lane": ("int2", ("page.cuh", "16 * (m >> 1) + 4 * (m & 1)", "16 * (m >> 1) + 8 * (m & 1)")),
@@ -135,7 +135,7 @@ MUTATIONS: dict[str, tuple[str, Change]] = {
 def test_a_wrong_index_is_noticed(folder: Path, name: str) -> None:
     """Each change of the source makes an error of another size, or an access that a GPU would not make (infinite)."""
     dtype, change = MUTATIONS[name]
-    assert error(folder, WIDE, dtype, 1323, blocks=1, change=change) > 10 * BOUND
+    assert error(folder, WIDE, dtype, 1323, blocks=1, change=change) > 4 * BOUND
 
 
 def test_scales_beyond_what_float16_products_hold(folder: Path) -> None:
