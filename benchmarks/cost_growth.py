@@ -22,8 +22,8 @@ from filled import FilledEngine, Sample, sample_pages
 from matplotlib.figure import Figure
 from report import COLOURS, Row, facts_of, model_parser, note, publish
 
+from kvbits.config import WEIGHT_FORMATS
 from kvbits.evaluation.speed import WARM_UP
-from kvbits.kernels.decoder import WEIGHT_FORMATS
 from kvbits.models import LoadedModel, load_model
 
 

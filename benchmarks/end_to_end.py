@@ -20,8 +20,8 @@ from filled import FilledEngine, Sample, sample_pages, text_tokens
 from matplotlib.figure import Figure
 from report import COLOURS, Row, facts_of, model_parser, note, publish, spread
 
+from kvbits.config import WEIGHT_FORMATS
 from kvbits.evaluation.speed import WARM_UP, distinct_prompts, measure_speed
-from kvbits.kernels.decoder import WEIGHT_FORMATS
 from kvbits.models import LoadedModel, load_model
 
 

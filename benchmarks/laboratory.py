@@ -3,8 +3,8 @@
     python benchmarks/laboratory.py --data-dir DATA --out out/laboratory --limit 3600
 
 ``DATA`` holds the published files (wiki.test.raw, moby_dick.txt, kv-retrieval-75_keys.jsonl.gz,
-longchat_lines_200.jsonl, qa1 and qa2 of bAbI, BFCL's simple questions) at any depth. What is finished is kept in
-``out/laboratory/parts.jsonl``: run it again to go on. The report is written when everything is done.
+longchat_lines_200.jsonl, qa1 and qa2 of bAbI, BFCL's simple questions, gsm8k_test.jsonl) at any depth. What is finished
+is kept in ``out/laboratory/parts.jsonl``: run it again to go on. The report is written when everything is done.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     selection = choose(args.tasks, True, args.data_dir)
     sizes = Sizes(
         args.context, args.windows, args.task_context, args.depths, args.samples, args.texts, args.new_tokens,
-        args.tool_questions, all_positions=True,
+        args.tool_questions, args.problems, all_positions=True,
     )  # fmt: skip
     resume_cache = ResumeCache(args.out / "parts.jsonl")
     loaded = load_model(args.model, dtype="float32", progress=note)
@@ -97,6 +97,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--texts", type=int, default=4)
     parser.add_argument("--new-tokens", type=int, default=2048)
     parser.add_argument("--tool-questions", type=int, default=20)
+    parser.add_argument("--problems", type=int, default=20)
     parser.add_argument("--limit", type=float, default=1e6, help="seconds")
     return parser.parse_args()
 

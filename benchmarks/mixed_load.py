@@ -22,9 +22,9 @@ from filled import FilledEngine, Sample, sample_pages, text_tokens
 from matplotlib.figure import Figure
 from report import COLOURS, Row, facts_of, model_parser, note, publish
 
+from kvbits.config import WEIGHT_FORMATS
 from kvbits.engine.params import SamplingParams
 from kvbits.evaluation.speed import WARM_UP, distinct_prompts
-from kvbits.kernels.decoder import WEIGHT_FORMATS
 from kvbits.models import LoadedModel, load_model
 
 ALONE = 0

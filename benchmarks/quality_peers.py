@@ -21,6 +21,7 @@ import torch
 from peers.install import DEFAULT_DIRECTORY, Installation
 from peers.llama_cpp import f16_weights
 from peers.model import packaged_gguf
+from peers.repack import repack_flags
 from report import Row, facts_of, plain_parser, publish
 
 BITS = {"f16": 16.0, "q8_0": 8.5, "q5_1": 6.0, "q5_0": 5.5, "q4_1": 5.0, "q4_0": 4.5, "iq4_nl": 4.5}
@@ -68,7 +69,7 @@ def command(args: argparse.Namespace, caches: str, base: Path, compare: bool) ->
     }
     tool = Installation(args.directory.resolve()).llama_tool("llama-perplexity")
     flags = [str(part) for option in options.items() for part in option]
-    return [str(tool), *flags, *(["--kl-divergence"] if compare else [])]
+    return [str(tool), *flags, *(["--kl-divergence"] if compare else []), *repack_flags(args.gguf)]
 
 
 def run(line: list[str]) -> str:

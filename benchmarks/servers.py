@@ -17,6 +17,7 @@ from pathlib import Path
 
 import httpx
 import psutil
+from peers.repack import repack_flags
 
 from kvbits.replay.target import Target, find_target
 
@@ -56,7 +57,7 @@ def llama_command(program: Path, gguf: Path, slots: int, context: int, kv_dtype:
         "-m": gguf, "-c": slots * context, "-np": slots, "-t": threads, "-tb": threads, "-fa": "on", "-ctk": kv_dtype,
         "-ctv": kv_dtype,
     }  # fmt: skip
-    return [str(program), *(str(part) for flag in flags.items() for part in flag), "--no-webui"]
+    return [str(program), *(str(part) for flag in flags.items() for part in flag), "--no-webui", *repack_flags(gguf)]
 
 
 @contextmanager

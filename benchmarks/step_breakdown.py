@@ -33,9 +33,9 @@ from matplotlib.figure import Figure
 from report import COLOURS, Row, facts_of, model_parser, note, publish, spread
 from step_parts import Attention, Clock, Evict, Linears, Storing, median_of
 
+from kvbits.config import WEIGHT_FORMATS
 from kvbits.evaluation.speed import WARM_UP
 from kvbits.kernels.cpu import CpuBackend
-from kvbits.kernels.decoder import WEIGHT_FORMATS
 from kvbits.models import LoadedModel, load_model
 
 PARTS = (

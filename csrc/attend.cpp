@@ -233,6 +233,7 @@ class Attention {
 
   void read_page(const Item& item, int page, bool one_follows, const Codecs& codecs, QueryRow* state) const {
     alignas(64) float scores[kBlockRows * kPage];
+    alignas(kCacheLine) uint8_t kept[kKeptBytes];
     float rescale[kBlockRows];
     const bool is_own = page == position(item) / kPage;
     const int rows = head_rows(item), last_head = item.head + item.heads - 1;
@@ -249,7 +250,7 @@ class Attention {
       }
       for (int r = 0; r < rows; r += kBlockRows) {
         const int n = rows - r < kBlockRows ? rows - r : kBlockRows;
-        const Block block{keys, values, r == 0 ? next - keys : 0, state + r, n, scores, rescale};
+        const Block block{keys, values, r == 0 ? next - keys : 0, state + r, n, scores, rescale, r == 0, kept};
         codecs.key->score(block, layer_.key_dim);
         int oldest[kBlockRows], last[kBlockRows];
         for (int i = 0; i < n; ++i) {

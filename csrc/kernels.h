@@ -12,6 +12,7 @@ constexpr int kMaxDim = 576;     // largest head size (MLA's latent key)
 constexpr int kBlockRows = 4;    // query rows that a kernel treats at once
 constexpr int kLanes = 16;       // floats in the widest vector
 constexpr size_t kCacheLine = 64;
+constexpr size_t kKeptBytes = 6 * kMaxDim + kCacheLine;
 
 // Where one layer lies inside a page, and how it is coded.
 struct Place {
@@ -76,6 +77,8 @@ struct Block {
   int count;       // up to kBlockRows
   float* scores;   // [count, kPage]; the softmax turns them into weights
   float* rescale;  // [count]: the factor by which a row's accumulator must shrink
+  bool first;      // the first block of rows that meets these keys
+  uint8_t* kept;   // [kKeptBytes], on a cache line: what the key kernel keeps of the keys for the other blocks
 };
 
 // One codec's work on a block.

@@ -32,7 +32,7 @@ def main() -> None:
     dtypes = [word for dtype in ("bf16", "int8", "int4") for word in ("--kv-cache-dtype", dtype)]
     with tempfile.TemporaryDirectory() as folder:
         quality, capacity = Path(folder, "evaluate.json"), Path(folder, "plan.json")
-        kvbits("evaluate", args.model, "--text", args.text, "--context", args.context, "--windows", 1, *dtypes,
+        kvbits("evaluate", args.model, "--text", args.text, "--window", args.context, "--windows", 1, *dtypes,
                "--json", quality)  # fmt: skip
         kvbits("plan", args.model, "--memory", "1GiB", "--context", args.context, *dtypes, "--json", capacity)
         kvbits("report", quality, capacity, "--sessions", 4, "--output", args.output)

@@ -34,7 +34,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_generate_streams_text_and_writes_json(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "generate.json"
-    common = (model, "--max-tokens", 9, "--dtype", "float32", "--json", out)
+    common = (model, "--max-tokens", 9, "--dtype", "float32", "--temperature", 0, "--json", out)
     assert status("generate", *common, "-p", "w5 w6 w7") == 0
     shown = capsys.readouterr().out
     result = json.loads(out.read_text())["results"][0]
@@ -60,7 +60,13 @@ def test_sampling_options_reach_the_sampler(model: str, tmp_path: Path) -> None:
 
     assert tokens("--temperature", 3, "--seed", 1) == tokens("--temperature", 3, "--seed", 1)
     assert tokens("--temperature", 3, "--seed", 1) != tokens("--temperature", 3, "--seed", 2)
-    assert tokens("--temperature", 3, "--seed", 1, "--top-k", 1) == tokens()
+    greedy = tokens("--temperature", 0)
+    assert tokens("--temperature", 3, "--seed", 1, "--top-k", 1) == greedy
+    assert tokens("--temperature", 3, "--seed", 1, "--top-p", 1e-9) == greedy
+    assert tokens("--temperature", 3, "--seed", 1, "--min-p", 1) == greedy
+    for penalty in (("--repetition-penalty", 9), ("--presence-penalty", 2), ("--frequency-penalty", 2)):
+        assert len(set(tokens("--temperature", 0, *penalty))) >= len(set(greedy)), penalty
+    assert len(set(tokens("--temperature", 0, "--repetition-penalty", 9))) == 20
 
 
 def test_evaluate_writes_every_figure(
@@ -223,8 +229,8 @@ def test_missing_and_out_of_range_arguments(model: str, text: str, capsys: pytes
     assert "MODEL" in complaint(capsys, "generate")
     assert "serv" in complaint(capsys, "serv")
     common = ("evaluate", model, "--text", text, "--kv-cache-dtype", "int8")
-    assert "at least 4" in complaint(capsys, *common, "--context", 2)
-    assert "at least 1" in complaint(capsys, *common, "--windows", 0, "--context", 64)
+    assert "'--context': Input should be greater than or equal to 4" in complaint(capsys, *common, "--context", 2)
+    assert "'--windows': Input should be greater" in complaint(capsys, *common, "--windows", 0, "--context", 64)
     assert "'--batch'" in complaint(capsys, "bench", model, "--kv-cache-dtype", "int8", "--batch", 0)
 
 

@@ -60,6 +60,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     question["function"] = [{"name": "w9", "parameters": {}}]
     (folder / "BFCL_simple.json").write_text(json.dumps(question) + "\n")
     (folder / "possible_answer").mkdir()
+    (folder / "gsm8k_test.jsonl").write_text('{"question": "w5 w6", "answer": "#### 7"}\n')
     answer = {"id": "q0", "ground_truth": [{"w9": {"w5": [1]}}]}
     (folder / "possible_answer" / "BFCL_simple.json").write_text(json.dumps(answer) + "\n")
     return folder
@@ -302,14 +303,14 @@ def test_every_task_in_one_run_and_again_from_its_parts(
     eight, two = document["results"]
     tasks = ["passkey", "needle", "kv-retrieval", "lines", "multikey", "variables", "babi"]
     assert list(eight["tasks"]) == tasks
-    assert eight["tools"]["questions"] == 1
+    assert eight["tools"]["questions"] == eight["gsm8k"]["questions"] == 1
     assert eight["verdict"] in shown
     assert two["by_layer"]["error_mean"] > eight["by_layer"]["error_mean"]
     assert [p["begin"] for p in eight["by_position"]][:2] == [128, 144]
     assert len(two["tasks"]["passkey"]["cells"]) == 2 * 3
     assert two["generation"]["drawn"]["texts"] == 2
     html = page.read_text()
-    for word in (*tasks, "int8", "int2", "The rule", eight["verdict"]):
+    for word in (*tasks, "int8", "int2", "GSM8K", "The rule", eight["verdict"]):
         assert word in html
     assert len(re.findall(r'<img src="data:image/svg\+xml;base64,', html)) == 7
     assert not re.findall(r'(?:src|href)="(?!data:)', html)
@@ -365,7 +366,7 @@ def test_advice_fits_the_sessions_asked_for(
         (("--tasks", "babi"), "the task 'babi' needs a file"),
         (("--tasks", "babi", "--data-dir", "/no/such/dir"), "does not exist"),
         ((), "needs a text"),
-        (("--tasks", "lines", "--samples", "0"), "samples is 0"),
+        (("--tasks", "lines", "--samples", "0"), "'--samples'"),
         (("--tasks", "lines", "--task-context", "9999"), "the task context is 9999 tokens"),
         (("--tasks", "lines", "--resume", "/no/such/dir/x"), "cannot use the file"),
         (("--tasks", "lines", "--html", "/no/such/dir/x"), "cannot write to"),

@@ -12,7 +12,8 @@ import pytest
 
 from kvbits.errors import ConfigError
 from kvbits.evaluation.documents import reference_text
-from kvbits.evaluation.selection import NAMES, choose
+from kvbits.evaluation.parts import NAMES
+from kvbits.evaluation.selection import choose
 from kvbits.evaluation.tasks import TASKS, Material
 from kvbits.evaluation.tasks.babi import read_stories
 from kvbits.evaluation.tasks.base import paragraphs, spread

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import threading
 import urllib.parse
@@ -95,7 +96,12 @@ def test_the_page_shows_the_pool_and_the_sessions_and_chats(
         page.wait_for_timeout(1500)
         page.screenshot(path=str(Path(target)))
     page.wait_for_function("document.getElementById('speed').textContent.includes('tokens in')", timeout=60_000)
+    assert re.search(r"the first after [\d.]+ s, then [\d.,]+ a second", watched.text("#speed"))
     assert watched.text(".user") == "Write one sentence about the sea."
+    assert page.locator("#curves svg").count() == 5
+    # Samples of several seconds: a path with lines in it.
+    assert "L" in str(page.locator("#curves path").first.get_attribute("d"))
+    assert page.locator("#key").is_hidden()
     for thread in threads:
         thread.join(120)
     page.wait_for_function("/cached [1-9]/.test(document.getElementById('legend').innerText)", timeout=10_000)
@@ -103,6 +109,59 @@ def test_the_page_shows_the_pool_and_the_sessions_and_chats(
     assert watched.hosts == {server.url.removeprefix("http://")}
     assert not watched.trouble
     server.idle()
+    page.close()
+
+
+def test_several_lines_code_and_stop(server: Running, browser: Any) -> None:
+    watched = Watched(browser, server.url)
+    page = watched.page
+    page.wait_for_function("model !== null", timeout=10_000)
+    page.evaluate("show(say('assistant', ''), 'Use `x` so:\\n```python\\nfor i in y:\\n    <b>\\n```\\nDone.')")
+    assert page.locator("pre code").inner_text() == "for i in y:\n    <b>"
+    assert page.locator(".said > code").inner_text() == "x"
+    assert "monospace" in page.evaluate("getComputedStyle(document.querySelector('pre code')).fontFamily")
+    page.focus("#text")
+    page.keyboard.type("one")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("two")
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.getElementById('send').textContent == 'Stop'", timeout=10_000)
+    page.wait_for_function("[...document.querySelectorAll('.assistant')].at(-1).textContent != ''", timeout=30_000)
+    page.click("#send")
+    page.wait_for_function("document.getElementById('send').textContent == 'Send'", timeout=10_000)
+    assert watched.text("#speed") == "stopped"
+    assert page.evaluate("chat.map(m => m.role)") == ["user", "assistant"]
+    assert page.evaluate("chat[0].content") == "one\ntwo"
+    server.idle()
+    # What fails is an error beside the chat, and no part of it.
+    page.fill("#text", "x " * 3000)
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".error", timeout=10_000)
+    assert "context" in watched.text(".error")
+    assert page.evaluate("chat.length") == 2
+    page.close()
+
+
+def test_a_phone_shows_the_chat_first_and_a_server_that_ends_leaves_old_figures(
+    byte_loaded: LoadedModel, browser: Any
+) -> None:
+    with running(engine_of(byte_loaded)) as server:
+        watched = Watched(browser, server.url)
+        page = watched.page
+        page.wait_for_function("document.getElementById('legend').textContent.includes('free')", timeout=10_000)
+        page.set_viewport_size({"width": 390, "height": 844})
+        tops = page.evaluate(
+            "[...document.querySelectorAll('section')].map(s => [s.getBoundingClientRect().top, s.id])"
+        )
+        assert min(tops)[1] == "chat"
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        server.service.worker.draining = True
+        page.wait_for_function(
+            "document.getElementById('trouble').textContent.includes('shutting down')", timeout=10_000
+        )
+        assert not page.evaluate("document.body.classList.contains('stale')")
+    page.wait_for_function("document.body.classList.contains('stale')", timeout=10_000)
+    assert re.search(r"cannot be reached; figures are of \d", watched.text("#trouble"))
     page.close()
 
 

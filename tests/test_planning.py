@@ -145,7 +145,9 @@ def test_json_has_plain_types_only() -> None:
 
 def test_impossible_plans_name_the_numbers() -> None:
     policies = [parse_policy("int8", 30)]
-    with pytest.raises(ConfigError, match="100 bytes leave nothing for the KV cache: weights take 70, workspace 30"):
+    with pytest.raises(
+        ConfigError, match="100 bytes leave nothing for the KV cache: weights take 70 bytes, workspace 30 bytes"
+    ):
         plan(SMALL, policies, 100, [64], 70, 30)
     for context in (0, -1, 131_073):
         with pytest.raises(

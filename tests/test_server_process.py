@@ -15,12 +15,12 @@ from pathlib import Path
 
 import httpx
 import pytest
-from helpers.process import SMALL, command, saved_byte_model, serving
+from helpers.process import SMALL, command, free_port, saved_byte_model, serving
 from helpers.serving import byte_model, engine_of, running
 
 from kvbits.cli.main import run
 from kvbits.errors import ConfigError
-from kvbits.server.address import check_address
+from kvbits.server.address import listen, release, take_address
 
 LONG = {"prompt": "abc", "max_tokens": 1000, "ignore_eos": True, "stream": True}
 
@@ -53,10 +53,10 @@ def test_it_says_what_it_serves_and_drains_on_sigterm(model: str) -> None:
         assert lines[-1] == "data: [DONE]"
         assert process.wait(30) == 0
         said = process.said().splitlines()
-    start = next(line for line in said if line.startswith("kvbits serves"))
+    logged = [json.loads(line) for line in said]  # from the first line on
+    (start,) = [line["message"] for line in logged if line["message"].startswith("kvbits serves")]
     for part in ("small", "int4", "bits per element", "4 MiB", "1,024 tokens"):
         assert part in start
-    logged = [json.loads(line) for line in said if line.startswith("{")]
     (done,) = [line for line in logged if line.get("path") == "/v1/completions"]
     assert done["status"] == 200
     assert done["finish"] == ["length"]
@@ -123,7 +123,7 @@ def test_a_port_that_is_taken(model: str) -> None:
 @pytest.mark.parametrize("host", ["192.0.2.1", "nowhere.invalid", "2001:db8::1"])
 def test_an_address_that_is_not_ours(host: str) -> None:
     with pytest.raises(ConfigError, match=f"cannot listen on {host}:8000: [A-Z-]"):
-        check_address(host, 8000)
+        take_address(host, 8000)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
@@ -131,8 +131,45 @@ def test_an_address_that_is_free(host: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-    check_address(host, port)
-    check_address(host, port)
+    held = take_address(host, port)
+    try:
+        with pytest.raises(ConfigError, match="Address already in use"):
+            take_address(host, port)
+        with socket.socket() as client, pytest.raises(ConnectionRefusedError):
+            client.connect(("127.0.0.1", port))
+    finally:
+        release(held)
+    release(take_address(host, port))
+
+
+def test_an_address_whose_last_server_has_just_ended() -> None:
+    """Connections that a server closes linger for a minute; another one takes their address all the same."""
+    port = free_port()
+    for _ in range(2):
+        held = take_address("127.0.0.1", port)
+        listen(held, "127.0.0.1", port)
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            served, _ = held[0].accept()
+            served.close()
+            assert client.recv(1) == b""
+        release(held)
+
+
+def test_health_says_503_while_requests_end(model: str) -> None:
+    with serving(model, *SMALL) as (process, url), httpx.Client(base_url=url, timeout=60) as client:
+        with client.stream("POST", "/v1/completions", json=LONG) as answer:
+            events = answer.iter_lines()
+            next(events)
+            process.send_signal(signal.SIGTERM)
+            end = time.monotonic() + 20
+            while (health := httpx.get(url + "/health", timeout=20)).status_code == 200:
+                assert time.monotonic() < end
+            assert (health.status_code, health.json()["error"]["code"]) == (503, "shutting_down")
+            assert httpx.get(url + "/kvbits/state", timeout=20).json()["draining"] is True
+            refused = httpx.post(url + "/v1/completions", json=LONG, timeout=20)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+            assert [line for line in events if line][-1] == "data: [DONE]"
+        assert process.wait(30) == 0
 
 
 def test_the_page_is_installed() -> None:
@@ -145,7 +182,7 @@ def test_chat_and_top_against_a_server(capsys: pytest.CaptureFixture[str], monke
     with running(engine_of(byte_model()), api_keys=("k",)) as server:
         monkeypatch.setattr("sys.stdin", io.StringIO("hello\nagain\n\n"))
         with pytest.raises(SystemExit) as end:
-            run(["chat", "--url", server.url + "/v1", "--api-key", "k", "--max-tokens", "5"])
+            run(["chat", "--url", server.url + "/v1", "--api-key", "k", "--max-tokens", "5", "--temperature", "0"])
         assert end.value.code == 0
         shown = capsys.readouterr()
         assert shown.err.count("tokens/s") == 2

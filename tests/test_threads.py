@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -99,6 +100,18 @@ def test_engines_that_share_their_kernels(fused: bool) -> None:
     kernels = CpuBackend(threads=2)
     llms = [llm_of(loaded, backend=kernels) for _ in range(THREADS)]
     assert_as_alone(lambda i: answers(llms[i], i))
+
+
+def test_more_threads_than_cores_beside_another_process() -> None:
+    """A thread whose core is taken comes late to a call or not at all: the others do its tasks, the bits stay."""
+    loaded = packed_byte_model()
+    expected = answers(llm_of(loaded, backend=CpuBackend(threads=1)), 1)
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        try:
+            for threads in (2, 9):
+                assert answers(llm_of(loaded, backend=CpuBackend(threads=threads)), 1) == expected
+        finally:
+            other.kill()
 
 
 def test_text_and_a_grammar_from_one_tokenizer() -> None:

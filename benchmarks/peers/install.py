@@ -15,6 +15,7 @@ import sys
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 LLAMA_CPP_PYTHON = "0.3.36"
 """Its source distribution carries all of llama.cpp."""
@@ -103,7 +104,9 @@ def fetch_llama_sources(place: Installation) -> None:
     options = ("--no-deps", "--no-build-isolation", "--no-binary", name, "--dest", str(place.directory))
     _pip(place, "download", *options, f"{name}=={LLAMA_CPP_PYTHON}")
     with tarfile.open(place.directory / f"llama_cpp_python-{LLAMA_CPP_PYTHON}.tar.gz") as archive:
-        archive.extractall(place.directory, filter="data")
+        # Python has filters since 3.11.4.
+        safe: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        archive.extractall(place.directory, **safe)
 
 
 def build_llama(place: Installation, jobs: int) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from peers.case import Case, Measurement, PeerFailed
 from peers.install import Installation
+from peers.repack import repack_flags
 
 KV_DTYPES = ("f16", "q8_0", "q4_0")
 
@@ -47,7 +48,7 @@ class LlamaCpp:
             "--output-format": "jsonl",
         }
         flags = [str(part) for option in options.items() for part in option]
-        return [str(self.place.llama_tool("llama-batched-bench")), *flags, "-pps", "-no-kvu"]
+        return [str(self.place.llama_tool("llama-batched-bench")), *flags, "-pps", "-no-kvu", *repack_flags(self.gguf)]
 
     def parse(self, case: Case, output: str) -> Measurement:
         rows = [json.loads(line) for line in output.splitlines() if line.startswith('{"n_kv_max"')]

@@ -13,6 +13,7 @@ from machine import describe
 from report import spread, write
 
 from peers.case import Case, Measurement, Peer, label
+from peers.repack import FLAG, REASON
 
 FIGURES = ("prefill_tokens_per_s", "decode_tokens_per_s")
 
@@ -88,8 +89,13 @@ def markdown(results: Results, peers: Sequence[Peer], cases: Sequence[Case]) -> 
             lines.append(f"| {peer.system} | {peer.kv_dtype} | {peer.weights} | " + " | ".join(cells) + " |")
         lines.append("")
     lines.append("llama.cpp computes one prompt and copies it (its prefill is one sequence's); the others compute all.")
+    commands = [peer.command(cases[-1]) for peer in peers]
+    if any(FLAG in command for command in commands):
+        lines.append(REASON)
     lines += ["", "## Command lines", ""]
-    lines += [f"- {label(peer)}, {cases[-1]}: `{shlex.join(peer.command(cases[-1]))}`" for peer in peers]
+    lines += [
+        f"- {label(peer)}, {cases[-1]}: `{shlex.join(command)}`" for peer, command in zip(peers, commands, strict=True)
+    ]
     if results.failures:
         lines += ["", "## Not measured", ""]
         for failure in results.failures:

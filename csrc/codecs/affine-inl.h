@@ -5,8 +5,9 @@
 // query is s (q . u) + (z - o s) sum(q). The query is rounded to integers q' (one or two byte terms); to keep that
 // rounding from meeting the codes' mean, the mean code c is taken out of it exactly:
 //   q . u ~ q' . u + c sum(q - q').
-// Per channel, s is folded into the query first, once per page, and z gives one number for the whole page. Values are
-// the same with the roles turned: the softmax weights are the unsigned operand, the codes the signed one.
+// Per channel, s is folded into the query first, once per page, and z gives one number for the whole page: in 16 bit
+// integers where two terms follow (the query is rounded once per row, s once per page), else in float. Values are the
+// same with the roles turned: the softmax weights are the unsigned operand, the codes the signed one.
 
 // sum[r][t][v] = dot products of row r's term t with the page's codes over the whole reduced dimension, for VECTORS
 // vectors of lanes from `lane` on. CODES_UNSIGNED: which side of the instruction the codes are. A broadcast of the
@@ -42,7 +43,8 @@ inline void dot_lanes(const uint8_t* page, ptrdiff_t ahead, int reduction, int l
   });
 }
 
-template <class FORMAT>
+// ONCE: `prepare` sees the query that all pages are to meet.
+template <class FORMAT, bool ONCE = true>
 struct AffineKey {
   static constexpr int kT = FORMAT::kTerms;
   static constexpr bool kPerChannel = FORMAT::kPerChannel;
@@ -66,7 +68,14 @@ struct AffineKey {
       largest[0] = f_max_abs(largest[0], rounded[0][i]);
     }
     row.sum = f_reduce_add(sum);
-    if constexpr (!kPerChannel) {
+    if (in_words(dim)) {
+      constexpr float kLimit = kSignedLimit<2, FORMAT::kRadix>;
+      float top;
+      f_reduce_max_positive_rows<1>(largest, &top);
+      const F factor = f_set(top > 0 ? kLimit / top : 0.0f);
+      row.unit = top * (1.0f / kLimit);
+      for (int i = 0; i < dim / kWidth; i += 4) pack_words(rounded[0] + i, factor, row.codes + 2 * i * kWidth);
+    } else if constexpr (!kPerChannel) {
       F correction[1] = {f_mul(sum, f_set(kKeyMean))};
       quantize_rows<1, kT, FORMAT::kRadix, true, 0>(rounded, dim / kWidth, largest, kKeyMean, row.codes, 2 * dim,
                                                     &row.unit, correction);
@@ -89,11 +98,15 @@ struct AffineKey {
     params.prefetch(block.ahead);
     static_assert(!(kPerChannel && FORMAT::kCentered));
     if constexpr (kPerChannel) {
+      const auto fold_vectors = [&](auto n) {
+        if (in_words(dim)) return fold_words<ROWS, n>(block, dim, folded_rows);
+        fold_channels<ROWS, n>(block, dim, folded_rows);
+      };
       if constexpr (fixed_vectors(64) > 0) {
-        if (dim == 64) return fold_channels<ROWS, fixed_vectors(64)>(block, dim, folded_rows);
-        if (dim == 128) return fold_channels<ROWS, fixed_vectors(128)>(block, dim, folded_rows);
+        if (dim == 64) return fold_vectors(std::integral_constant<int, fixed_vectors(64)>{});
+        if (dim == 128) return fold_vectors(std::integral_constant<int, fixed_vectors(128)>{});
       }
-      fold_channels<ROWS, 0>(block, dim, folded_rows);
+      fold_vectors(std::integral_constant<int, 0>{});
     } else {
       for (int r = 0; r < ROWS; ++r) {
         folded_rows.codes[r] = rows[r].codes;
@@ -138,6 +151,74 @@ struct AffineKey {
   }
 
  private:
+  static bool in_words(int dim) { return ONCE && kPerChannel && kT == 2 && dim % (4 * kWidth) == 0; }
+
+  // Four vectors times `factor` as 16-bit integers.
+  [[gnu::always_inline]] static inline void pack_words(const F* x, F factor, uint8_t* out) {
+    I rounded[4];
+    for (int i = 0; i < 4; ++i) rounded[i] = i_round(f_mul(x[i], factor));
+    W words[2];
+    w_pack(rounded, words);
+    w_store(out, words[0]);
+    w_store(out + 4 * kWidth, words[1]);
+  }
+
+  // What all rows need of a page: its scales as words, of which one is worth `unit`, and its zeros.
+  struct PageWords {
+    alignas(64) uint8_t scales[2 * kMaxDim];
+    alignas(64) float zeros[kMaxDim];
+    float unit;
+  };
+  static_assert(sizeof(PageWords) <= kKeptBytes);
+
+  template <int N>
+  static void keep(const Block& block, int dim, PageWords& page) {
+    constexpr float kLimit = 32767;
+    const auto params = FORMAT::params(block.keys, dim);
+    F scale[kVectorsOf<N>], largest[1] = {f_set(0)};
+    each_vector<N>(dim / kWidth, [&](auto i) KVBITS_INLINE {
+      scale[i] = params.scale(i * kWidth);
+      largest[0] = f_max_positive(largest[0], scale[i]);
+      // Not the zero alone: a scale that is no number must reach the scores.
+      f_store(page.zeros + i * kWidth, f_fma(scale[i], f_set(0), params.zero(i * kWidth, scale[i])));
+    });
+    float top;
+    f_reduce_max_positive_rows<1>(largest, &top);
+    const F factor = f_set(top > 0 ? kLimit / top : 0.0f);
+    each_vector<N / 4>(dim / kWidth / 4,
+                       [&](auto i) KVBITS_INLINE { pack_words(scale + i * 4, factor, page.scales + i * 8 * kWidth); });
+    page.unit = top * (32768 / kLimit);  // of w_mul
+  }
+
+  template <int ROWS, int N>
+  static void fold_words(const Block& block, int dim, Folded& folded) {
+    auto& page = *reinterpret_cast<PageWords*>(block.kept);
+    if (block.first) keep<N>(block, dim, page);
+    F correction[ROWS];
+    unrolled<ROWS>([&](auto r) KVBITS_INLINE { correction[r] = f_set(0); });
+    each_vector<N>(dim / kWidth, [&](auto i) KVBITS_INLINE {
+      const F zero = f_load(page.zeros + i * kWidth);
+      unrolled<ROWS>([&](auto r) KVBITS_INLINE {
+        correction[r] = f_fma(f_load(block.rows[r].query + i * kWidth), zero, correction[r]);
+      });
+    });
+    each_vector<N / 4>(dim / kWidth / 4, [&](auto i) KVBITS_INLINE {
+      constexpr int kBytes = 4 * kWidth;  // of a vector; the words of as many channels are two
+      const W scales[2] = {w_load(page.scales + i * 2 * kBytes), w_load(page.scales + i * 2 * kBytes + kBytes)};
+      unrolled<ROWS>([&](auto r) KVBITS_INLINE {
+        const uint8_t* query = block.rows[r].codes + i * 2 * kBytes;
+        const W product[2] = {w_mul(w_load(query), scales[0]), w_mul(w_load(query + kBytes), scales[1])};
+        uint8_t* out = folded.own_codes + r * 2 * dim + i * kBytes;
+        w_store_terms<FORMAT::kRadix>(out, out + dim, product);
+      });
+    });
+    f_reduce_add_rows<ROWS>(correction, folded.bias);
+    unrolled<ROWS>([&](auto r) KVBITS_INLINE {
+      folded.codes[r] = folded.own_codes + r * 2 * dim;
+      folded.unit[r] = block.rows[r].unit * page.unit;
+    });
+  }
+
   // `correction` gets the query's products with the zero points and with what the codes' mean stands for.
   template <int ROWS, int N>
   static void fold_channels(const Block& block, int dim, Folded& folded) {

@@ -10,8 +10,8 @@ template <int HIGH, int LOW>
 struct MixedKey {
   using HighFormat = PlainFormat<HIGH, true, false>;
   using LowFormat = PlainFormat<LOW, true, false>;
-  using High = AffineKey<HighFormat>;
-  using Low = AffineKey<LowFormat>;
+  using High = AffineKey<HighFormat, false>;  // every page gathers the query in its own order
+  using Low = AffineKey<LowFormat, false>;
 
   static void prepare(QueryRow&, int) {}
 

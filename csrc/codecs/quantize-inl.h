@@ -27,13 +27,14 @@ void i_store_byte_pairs(uint8_t* high, uint8_t* low, const I (&q)[N]) = delete;
 //
 // SIGNED: one term in [-127, 127], or two in [-2^(RADIX-1), 2^(RADIX-1) - 1]. Otherwise x >= 0, terms in [0, 2^RADIX -
 // 1].
+template <int TERMS, int RADIX>
+constexpr int kSignedLimit = (TERMS == 2 ? ((1 << (RADIX - 1)) - 1) * (1 << RADIX) : 0) + (1 << (RADIX - 1)) - 1;
 template <int ROWS, int TERMS, int RADIX, bool SIGNED, int N>
 [[gnu::always_inline]] inline void quantize_rows(const F (&x)[ROWS][kVectorsOf<N>], int n, const F (&largest)[ROWS],
                                                  float mean, uint8_t* codes, int code_stride, float* unit,
                                                  F (&correction)[ROWS]) {
   constexpr int kHalf = 1 << (RADIX - 1);
-  constexpr int kSignedLimit = TERMS == 2 ? (kHalf - 1) * (1 << RADIX) + kHalf - 1 : kHalf - 1;
-  constexpr float kLimit = static_cast<float>(SIGNED ? kSignedLimit : (1 << (TERMS * RADIX)) - 1);
+  constexpr float kLimit = static_cast<float>(SIGNED ? kSignedLimit<TERMS, RADIX> : (1 << (TERMS * RADIX)) - 1);
   constexpr int kStored = N % 4 == 0 && N > 0 ? 4 : 1;  // vectors that are stored together
   constexpr bool kPairs = TERMS == 2 && RADIX == 8 && kStored == 4;
   float top[4], inverse[4];

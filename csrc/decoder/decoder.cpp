@@ -181,6 +181,7 @@ void Decoder::forward(Cpu& cpu, const std::vector<const Layer*>& caches, const B
                       float* logits) {
   const RowKernels& kernels = rows_for(cpu.kernels().isa);
   Workers& workers = cpu.workers();
+  const Workers::Burst burst(workers);
   const int hidden = shape_.hidden, dim = shape_.dim, inner = shape_.intermediate;
   const int key_at = shape_.heads * dim, value_at = key_at + shape_.kv_heads * dim;
   const int width = value_at + shape_.kv_heads * dim;

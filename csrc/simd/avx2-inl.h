@@ -92,6 +92,26 @@ inline void i_store_bytes(uint8_t* p, const I (&a)[1]) {
   const int32_t words[2] = {_mm256_extract_epi32(low, 0), _mm256_extract_epi32(low, 4)};
   __builtin_memcpy(p, words, 8);
 }
+using W = __m256i;
+inline W w_load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline void w_store(uint8_t* p, W a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
+inline W w_mul(W a, W b) { return _mm256_mulhrs_epi16(a, b); }
+inline void w_pack(const I (&q)[4], W (&out)[2]) {
+  const W a = _mm256_permute4x64_epi64(_mm256_packs_epi32(q[0], q[1]), 0xd8);
+  const W b = _mm256_permute4x64_epi64(_mm256_packs_epi32(q[2], q[3]), 0xd8);
+  out[0] = _mm256_permute2x128_si256(a, b, 0x20);
+  out[1] = _mm256_permute2x128_si256(a, b, 0x31);
+}
+template <int RADIX>
+inline void w_store_terms(uint8_t* high, uint8_t* low, const W (&x)[2]) {
+  W upper[2], lower[2];
+  for (int i = 0; i < 2; ++i) {
+    upper[i] = _mm256_srai_epi16(_mm256_add_epi16(x[i], _mm256_set1_epi16(1 << (RADIX - 1))), RADIX);
+    lower[i] = _mm256_sub_epi16(x[i], _mm256_slli_epi16(upper[i], RADIX));
+  }
+  w_store(high, _mm256_packs_epi16(upper[0], upper[1]));
+  w_store(low, _mm256_packs_epi16(lower[0], lower[1]));
+}
 inline I i_dot(I sum, B u, B s) {
   return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
 }

@@ -114,6 +114,25 @@ inline void i_store_byte_pairs(uint8_t* high, uint8_t* low, const I (&q)[4]) {
   _mm512_storeu_si512(high, _mm512_permutexvar_epi32(order, bytes(upper(a), upper(b))));
   _mm512_storeu_si512(low, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(lower(a), lower(b))));
 }
+// Vectors of 16-bit lanes, two for each four vectors of integers, in the order that `w_store_terms` stores in order.
+using W = __m512i;
+inline W w_load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline void w_store(uint8_t* p, W a) { _mm512_storeu_si512(p, a); }
+inline W w_mul(W a, W b) { return _mm512_mulhrs_epi16(a, b); }  // a * b / 2^15, rounded
+inline void w_pack(const I (&q)[4], W (&out)[2]) {
+  const I a = _mm512_packs_epi32(q[0], q[1]), b = _mm512_packs_epi32(q[2], q[3]);
+  out[0] = _mm512_permutex2var_epi64(a, _mm512_setr_epi64(0, 2, 1, 3, 8, 10, 9, 11), b);
+  out[1] = _mm512_permutex2var_epi64(a, _mm512_setr_epi64(4, 6, 5, 7, 12, 14, 13, 15), b);
+}
+// Signed bytes: lane = 2^RADIX high + low.
+template <int RADIX>
+inline void w_store_terms(uint8_t* high, uint8_t* low, const W (&x)[2]) {
+  static_assert(RADIX == 8);
+  const auto upper = [](W a) { return _mm512_srai_epi16(_mm512_add_epi16(a, _mm512_set1_epi16(128)), 8); };
+  const auto lower = [](W a) { return _mm512_and_si512(a, _mm512_set1_epi16(255)); };
+  _mm512_storeu_si512(high, _mm512_packs_epi16(upper(x[0]), upper(x[1])));
+  _mm512_storeu_si512(low, _mm512_packus_epi16(lower(x[0]), lower(x[1])));
+}
 // Lane sums of four products of unsigned and signed bytes.
 // Assembly, because GCC 12 gives the intrinsic's result another register than its sum: copies and spills in every loop.
 inline I i_dot(I sum, B u, B s) {

@@ -65,6 +65,34 @@ template <bool SIGNED>
 inline void i_store_bytes(uint8_t* p, const I (&a)[1]) {
   *p = static_cast<uint8_t>(a[0]);
 }
+struct W {
+  int16_t lane[2];
+};
+inline W w_load(const uint8_t* p) {
+  W a;
+  __builtin_memcpy(a.lane, p, 4);
+  return a;
+}
+inline void w_store(uint8_t* p, W a) { __builtin_memcpy(p, a.lane, 4); }
+inline W w_mul(W a, W b) {
+  const auto product = [&](int i) { return static_cast<int16_t>((a.lane[i] * b.lane[i] + (1 << 14)) >> 15); };
+  return {{product(0), product(1)}};
+}
+inline void w_pack(const I (&q)[4], W (&out)[2]) {
+  const auto word = [&](int i) {
+    return static_cast<int16_t>(q[i] > INT16_MAX ? INT16_MAX : q[i] < INT16_MIN ? INT16_MIN : q[i]);
+  };
+  out[0] = {{word(0), word(1)}};
+  out[1] = {{word(2), word(3)}};
+}
+template <int RADIX>
+inline void w_store_terms(uint8_t* high, uint8_t* low, const W (&x)[2]) {
+  for (int i = 0; i < 4; ++i) {
+    const int word = x[i / 2].lane[i % 2], upper = (word + (1 << (RADIX - 1))) >> RADIX;
+    high[i] = static_cast<uint8_t>(upper);
+    low[i] = static_cast<uint8_t>(word - upper * (1 << RADIX));
+  }
+}
 inline I i_dot(I sum, B u, B s) {
   for (int i = 0; i < 32; i += 8) {
     sum += static_cast<int32_t>((u >> i) & 0xff) * static_cast<int8_t>((s >> i) & 0xff);

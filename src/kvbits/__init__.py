@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kvbits.lazy import lazily
 
 if TYPE_CHECKING:
     from kvbits.codecs import Codec, Policy, Scheme
+    from kvbits.engine.async_llm import AsyncLLM
     from kvbits.engine.config import EngineConfig
     from kvbits.engine.engine import Engine
     from kvbits.engine.llm import LLM
@@ -18,6 +20,7 @@ __version__ = "0.2.0"
 
 _HOME = {
     "LLM": "kvbits.engine.llm",
+    "AsyncLLM": "kvbits.engine.async_llm",
     "SamplingParams": "kvbits.engine.params",
     "RequestOutput": "kvbits.engine.outputs",
     "CompletionOutput": "kvbits.engine.outputs",
@@ -31,6 +34,7 @@ _HOME = {
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "Codec",
     "CompletionOutput",
     "Engine",
@@ -43,11 +47,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used, so that ``import kvbits`` stays quick and without side effects."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'kvbits' has no attribute '{name}'; it has {', '.join(__all__)}")
-    return getattr(import_module(_HOME[name]), name)
+__getattr__ = lazily(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

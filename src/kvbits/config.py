@@ -17,6 +17,12 @@ ALIGNMENT = 64
 POLICY_PREFIX = "policy:"
 """What a KV cache dtype begins with when it names the directory of a calibrated policy."""
 
+MODEL_DTYPES = ("bfloat16", "float32")
+"""What a model's layers compute in."""
+
+WEIGHT_FORMATS = ("bf16", "int8")
+"""What the weights of linear layers are stored as."""
+
 WATERMARK = 100
 """One frame in so many stays free at admission, so that a newcomer does not push out running sequences at once."""
 

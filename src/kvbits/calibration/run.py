@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from kvbits.calibration.collect import collect
 from kvbits.calibration.fit import fit
+from kvbits.calibration.goal import Goal, Sizes
 from kvbits.calibration.policy import Planner, candidates, check_bits, check_memory
 from kvbits.calibration.selftext import write_windows
 from kvbits.calibration.sensitivity import sensitivity
@@ -21,35 +21,6 @@ from kvbits.models import LoadedModel
 
 ROUNDS = 4
 """Budgets that are tried for ``max_kl``: the prediction ranks policies well and is off by a factor."""
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What a policy must meet: exactly one of ``bits`` per element of sealed pages, ``max_kl`` in nats a token as
-    measured, and ``memory``, the bytes in which ``sessions`` of ``session_tokens`` tokens fit."""
-
-    bits: float | None = None
-    max_kl: float | None = None
-    memory: int | None = None
-    sessions: int = 1
-    session_tokens: int = 4096
-
-    def __post_init__(self) -> None:
-        if sum(x is not None for x in (self.bits, self.max_kl, self.memory)) != 1:
-            raise ConfigError("give exactly one of --bits, --max-kl and --memory")
-        for name in ("bits", "max_kl"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be positive")
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Windows of ``context`` tokens: ``windows`` to calibrate on, ``check_windows`` others to measure the result on."""
-
-    context: int = 2048
-    windows: int = 8
-    check_windows: int = 2
 
 
 def calibrate(

@@ -19,14 +19,16 @@ if TYPE_CHECKING:
 def advise(
     model: options.Model,
     text: Annotated[Path, typer.Option(metavar="FILE", help="A UTF-8 text like those that will be served.")],
-    memory: Annotated[str, typer.Option(metavar="SIZE", help="Bytes of the KV cache, for example 1GiB.")],
+    memory: Annotated[
+        str, typer.Option("--kv-cache-memory", "--memory", metavar="SIZE", help="Bytes of the KV cache, such as 1GiB.")
+    ],
     context: Annotated[int, typer.Option(min=1, metavar="TOKENS", help="Tokens of one session.")],
     sessions: Annotated[int, typer.Option(min=1, metavar="N", help="Sessions at once.")] = 1,
     kv_cache_dtype: options.KVCacheDtypes = None,
     kv_policy: options.KVPolicies = None,
-    windows: Annotated[int, typer.Option(metavar="N", help="Windows of the text for KL.")] = 2,
-    window: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens of one window.")] = 2048,
-    samples: Annotated[int, typer.Option(metavar="N", help="Documents of each long-context task.")] = 1,
+    windows: Annotated[int, typer.Option(min=1, metavar="N", help="Windows of the text for KL.")] = 2,
+    window: Annotated[int, typer.Option(min=4, metavar="TOKENS", help="Tokens of one window.")] = 2048,
+    samples: Annotated[int, typer.Option(min=1, metavar="N", help="Documents of each long-context task.")] = 1,
     speed_context: Annotated[
         int, typer.Option(min=1, metavar="TOKENS", help="Context at which decoding is timed, at most --context.")
     ] = 1024,
@@ -51,6 +53,10 @@ def advise(
     from kvbits.evaluation.windows import read_text
 
     content, size = read_text(text), parse_bytes(memory)
+    from kvbits.engine.precheck import check_model
+
+    asked = options.named(kv_cache_dtype, kv_policy)
+    check_model(model, asked, dtype="float32", context=max(context, window))
     from kvbits.evaluation.advice import advice, ladder
     from kvbits.evaluation.compare import policies_of
     from kvbits.evaluation.laboratory import Laboratory
@@ -60,7 +66,6 @@ def advise(
 
     resume_cache = ResumeCache(resume)
     loaded = load(model, "float32", threads, trust_remote_code=trust_remote_code)
-    asked = options.named(kv_cache_dtype, kv_policy)
     rungs = ["bf16"] if kv_cache_dtype else ladder(loaded.geometry)
     policies = policies_of(loaded, list(dict.fromkeys([*rungs, *asked])), max(context, window))
     served = load(model, "bfloat16", threads, trust_remote_code=trust_remote_code)

@@ -37,15 +37,17 @@ def bench(
     """Time prefill, then decode steps with all sequences running (the median step). Prefix caching is off."""
     results = JsonFile(json_file)
     dtypes = options.cache_dtypes(kv_cache_dtype, kv_policy)
+    from kvbits.engine.precheck import check_model
+    from kvbits.engine.speculation.config import SpeculativeConfig
     from kvbits.evaluation.documents import reference_text
     from kvbits.evaluation.windows import read_text
 
+    speculative = SpeculativeConfig.of(speculative_config)
     content = reference_text() if text is None else read_text(text)
-    from kvbits.engine.speculation import SpeculativeConfig
+    check_model(model, dtypes, dtype=dtype, weights=weights, device=device, context=context + new_tokens)
     from kvbits.evaluation.compare import policies_of
     from kvbits.evaluation.speed import distinct_prompts, longest_sequence, measure_speed
 
-    speculative = SpeculativeConfig.of(speculative_config)
     loaded = load(model, dtype, threads, weights, device, trust_remote_code=trust_remote_code)
     policies = policies_of(loaded, dtypes, context)
     longest_sequence(loaded, context, batch, new_tokens, max_num_batched_tokens)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvbits.cli import options
-from kvbits.cli.output import JsonFile, writable
+from kvbits.cli.output import JsonFile, readable, writable
 from kvbits.cli.session import load as load_model
 from kvbits.cli.session import note, prompts_of
 from kvbits.errors import ConfigError, RequestError
@@ -42,6 +42,7 @@ def save(
     results = JsonFile(json_file)
     text = _only(prompt, prompt_file)
     writable(output)
+    _check(model, kv_cache_dtype, kv_policy, kv_cache_memory, dtype)
     llm = _llm(model, kv_cache_dtype, kv_policy, kv_cache_memory, dtype, threads, trust_remote_code)
     seconds = _compute(llm, text)
     bundle = llm.save_cache(output, text)
@@ -69,13 +70,15 @@ def load(
     """Check a file of pages and load it; with a prompt that begins with its text, answer that."""
     results = JsonFile(json_file)
     text = None if prompt is None and prompt_file is None else _only(prompt, prompt_file)
+    _check(model, kv_cache_dtype, kv_policy, kv_cache_memory, dtype)
+    readable(file)
     from kvbits.engine.transfer import PageBundle
 
+    bundle = PageBundle.load(file)
     llm = _llm(model, kv_cache_dtype, kv_policy, kv_cache_memory, dtype, threads, trust_remote_code)
     begin = time.perf_counter()
     llm.load_cache(file)
     seconds = time.perf_counter() - begin
-    bundle = PageBundle.load(file)
     facts: dict[str, Any] = _facts(bundle, file) | {"load_seconds": seconds}
     note(f"Loaded in {seconds:.3f} s: {_line(facts)}")
     if text is not None:
@@ -94,13 +97,21 @@ def _only(prompt: str | None, file: Path | None) -> str:
     return texts[0]
 
 
+def _check(model: str, kv_dtype: str, policy: Path | None, memory: str, dtype: str) -> None:
+    from kvbits.engine.config import EngineConfig
+    from kvbits.engine.precheck import check_engine
+
+    config = EngineConfig.of(kv_cache_dtype=options.cache_dtype(kv_dtype, policy), kv_cache_memory=memory)
+    check_engine(model, config, dtype=dtype)
+
+
 def _llm(
     model: str, kv_dtype: str, policy: Path | None, memory: str, dtype: str, threads: int | None, trusted: bool
 ) -> LLM:
     from kvbits.engine.llm import LLM
 
     return LLM(
-        load_model(model, dtype, threads, trust_remote_code=trusted, kv_cache_memory=memory),
+        load_model(model, dtype, threads, trust_remote_code=trusted),
         kv_cache_dtype=options.cache_dtype(kv_dtype, policy),
         kv_cache_memory=memory,
     )

@@ -31,16 +31,24 @@ def calibrate(
         float | None, typer.Option(metavar="K", help="Fewest bits whose measured KL, in nats a token, is at most K.")
     ] = None,
     memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Bytes in which --sessions of --session-tokens must fit.")
+        str | None,
+        typer.Option(
+            "--kv-cache-memory",
+            "--memory",
+            metavar="SIZE",
+            help="Bytes in which --sessions of --session-tokens must fit.",
+        ),
     ] = None,
-    sessions: Annotated[int, typer.Option(min=1, metavar="N", help="With --memory.")] = 1,
-    session_tokens: Annotated[int, typer.Option(min=1, metavar="TOKENS", help="With --memory.")] = 4096,
+    sessions: Annotated[int, typer.Option(min=1, metavar="N", help="With --kv-cache-memory.")] = 1,
+    session_tokens: Annotated[int, typer.Option(min=1, metavar="TOKENS", help="With --kv-cache-memory.")] = 4096,
     sink: Annotated[
         str, typer.Option(metavar="DTYPE", help="Every sequence's first page; 'none': as the rest.")
     ] = "int8",
-    context: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens of one window.")] = 2048,
-    windows: Annotated[int, typer.Option(metavar="N", help="Windows to calibrate on, spread over the text.")] = 8,
-    check_windows: Annotated[int, typer.Option(metavar="N", help="Other windows, to measure the result on.")] = 2,
+    window: Annotated[
+        int, typer.Option("--window", "--context", min=4, metavar="TOKENS", help="Tokens of one window.")
+    ] = 2048,
+    windows: Annotated[int, typer.Option(min=1, metavar="N", help="Windows to calibrate on, all over the text.")] = 8,
+    check_windows: Annotated[int, typer.Option(min=1, metavar="N", help="Other windows, to measure the result.")] = 2,
     threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
@@ -50,17 +58,20 @@ def calibrate(
     --kv-policy DIR.
     """
     begin = time.perf_counter()
-    from kvbits.calibration.run import Goal, Sizes
-    from kvbits.calibration.run import calibrate as run
+    from kvbits.calibration.goal import Goal, Sizes
     from kvbits.config import parse_bytes
+    from kvbits.engine.precheck import check_model
     from kvbits.evaluation.windows import read_text
 
     goal = Goal(bits, max_kl, None if memory is None else parse_bytes(memory), sessions, session_tokens)
-    folder(output)
     contents = [(path.name, read_text(path)) for path in text or ()]
+    check_model(model, [] if sink == "none" else [sink], dtype="float32", context=window)
+    folder(output)
+    from kvbits.calibration.run import calibrate as run
+
     loaded = load(model, "float32", threads, trust_remote_code=trust_remote_code)
     texts = [(name, tokens_of(loaded, content)) for name, content in contents]
-    sizes = Sizes(context, windows, check_windows)
+    sizes = Sizes(window, windows, check_windows)
     policy, found = run(loaded, texts, output, goal, None if sink == "none" else sink, sizes, Bar, note)
     _print(policy, found)
     print(f"policy: {output}\n{time.perf_counter() - begin:.0f} s in all")

@@ -25,12 +25,12 @@ WINDOW = 2048
 
 def demo(
     model: Annotated[str, typer.Argument(metavar="[MODEL]", help="As for generate.")] = "smollm2-135m",
-    sessions: Annotated[int, typer.Option(metavar="N", help="Conversations, each about its own document.")] = 8,
-    document_tokens: Annotated[int, typer.Option(metavar="TOKENS", help="Least length of a document.")] = 2200,
-    new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens that each conversation generates.")] = 64,
+    sessions: Annotated[int, typer.Option(min=1, max=12, metavar="N", help="Conversations, one a document.")] = 8,
+    document_tokens: Annotated[int, typer.Option(min=1, metavar="TOKENS", help="Least length of a document.")] = 2200,
+    new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens that each conversation generates.")] = 64,
     kv_cache_memory: options.KVCacheMemory = "160MiB",
     kv_policy: options.KVPolicies = None,
-    windows: Annotated[int, typer.Option(metavar="N", help="Windows of 2,048 tokens for KL and top-1.")] = 1,
+    windows: Annotated[int, typer.Option(min=1, metavar="N", help="Windows of 2,048 tokens for KL and top-1.")] = 1,
     max_num_batched_tokens: options.MaxNumBatchedTokens = 512,
     dtype: options.Dtype = "bfloat16",
     threads: options.Threads = None,
@@ -40,18 +40,22 @@ def demo(
 ) -> None:
     """Show what a quantized cache buys and costs: sessions at once, bytes, speed, fidelity, answers found."""
     begin = time.perf_counter()
-    results = JsonFile(folder(output) / "demo.json" if json_file is None else json_file)
     from kvbits.config import parse_bytes
+    from kvbits.engine.precheck import check_model
     from kvbits.evaluation.documents import hide_facts
+    from kvbits.memory import check_host
 
     require("plot")
+    memory = parse_bytes(kv_cache_memory)
+    check_host({"--kv-cache-memory": memory})
+    dtypes = options.cache_dtypes(list(DTYPES), kv_policy)
+    check_model(model, dtypes, dtype=dtype, context=max(WINDOW, document_tokens + new_tokens))
+    results = JsonFile(folder(output) / "demo.json" if json_file is None else json_file)
     from kvbits.evaluation.demo import show
     from kvbits.evaluation.picture import draw
 
-    memory = parse_bytes(kv_cache_memory)
-    dtypes = options.cache_dtypes(list(DTYPES), kv_policy)
     # Fidelity in float32, as evaluate does it: bfloat16 layers add noise of their own that INT8 would be blamed for.
-    exact = load(model, "float32", threads, trust_remote_code=trust_remote_code, kv_cache_memory=kv_cache_memory)
+    exact = load(model, "float32", threads, trust_remote_code=trust_remote_code)
     policies = [exact.policy(name) for name in dtypes]
     fidelity = _fidelity(exact, policies, windows, max_num_batched_tokens)
     del exact
@@ -59,8 +63,9 @@ def demo(
     documents = hide_facts(sessions, document_tokens, lambda part: len(tokens_of(loaded, part)))
     note(f"{sessions} conversations over documents of {document_tokens}+ tokens; each cache has {kv_cache_memory}.")
     shown = []
+    prompts = sum(len(tokens_of(loaded, d.text + d.question)) for d in documents)
     for policy in policies:
-        with Bar(sessions * (document_tokens + new_tokens), f"{policy.label} conversations") as advance:
+        with Bar(prompts + sessions * new_tokens, f"{policy.label} conversations") as advance:
             summary = fidelity[policy.label]
             shown.append(show(loaded, policy, memory, documents, summary, new_tokens, max_num_batched_tokens, advance))
     picture = output / "demo.png"

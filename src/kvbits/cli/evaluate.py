@@ -12,7 +12,10 @@ from kvbits.cli.extras import require
 from kvbits.cli.output import JsonFile, writable
 from kvbits.cli.session import Bar, load, machine, note, tokens_of
 
-_PARTS = "fidelity, layers, passkey, needle, kv-retrieval, lines, multikey, variables, babi, generation, tools, or all"
+_PARTS = (
+    "fidelity, layers, passkey, needle, kv-retrieval, lines, multikey, variables, babi, generation, tools, gsm8k, "
+    "or all"
+)
 
 
 def evaluate(
@@ -24,16 +27,19 @@ def evaluate(
     kv_cache_dtype: options.KVCacheDtypes = None,
     kv_policy: options.KVPolicies = None,
     tasks: Annotated[str, typer.Option(metavar="NAMES", help=f"With commas between: {_PARTS}.")] = "fidelity",
-    context: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens of one window of the text.")] = 2048,
-    windows: Annotated[int, typer.Option(metavar="N", help="Windows, one after another, not overlapping.")] = 8,
+    window: Annotated[
+        int, typer.Option("--window", "--context", min=4, metavar="TOKENS", help="Tokens of one window of the text.")
+    ] = 2048,
+    windows: Annotated[int, typer.Option(min=1, metavar="N", help="Windows, one after another, not overlapping.")] = 8,
     all_positions: Annotated[
         bool, typer.Option(help="Results by position from the window's start on; the second half is what is compared.")
     ] = False,
     task_context: Annotated[
-        int | None, typer.Option(metavar="TOKENS", help="Longest prompt of the tasks. Default: the model's context.")
+        int | None,
+        typer.Option(min=1, metavar="TOKENS", help="Longest prompt of the tasks. Default: the context."),
     ] = None,
-    samples: Annotated[int, typer.Option(metavar="N", help="Documents of each task and length.")] = 1,
-    depths: Annotated[int, typer.Option(metavar="N", help="Places in a document that are asked about.")] = 5,
+    samples: Annotated[int, typer.Option(min=1, metavar="N", help="Documents of each task and length.")] = 1,
+    depths: Annotated[int, typer.Option(min=1, metavar="N", help="Places in a document that are asked about.")] = 5,
     haystack: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The book that facts are hidden in. Default: the text.")
     ] = None,
@@ -41,9 +47,10 @@ def evaluate(
         Path | None,
         typer.Option(metavar="DIR", help="Where the tasks' data files lie, under their published names, at any depth."),
     ] = None,
-    texts: Annotated[int, typer.Option(metavar="N", help="Prompts for generation.")] = 4,
-    new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to generate after each.")] = 256,
-    tool_questions: Annotated[int, typer.Option(metavar="N", help="Questions that call for a tool.")] = 20,
+    texts: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts for generation.")] = 4,
+    new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to generate after each.")] = 256,
+    tool_questions: Annotated[int, typer.Option(min=1, metavar="N", help="Questions that call for a tool.")] = 20,
+    problems: Annotated[int, typer.Option(min=1, metavar="N", help="Problems of school arithmetic (gsm8k).")] = 100,
     self_check: Annotated[
         bool, typer.Option(help="Run each dtype also with its scales off by 5 %, to see that the verdict notices.")
     ] = False,
@@ -78,23 +85,29 @@ def evaluate(
         require("plot")
         writable(html)
     dtypes = options.cache_dtypes(kv_cache_dtype, kv_policy)
+    from kvbits.engine.precheck import check_model
+    from kvbits.evaluation.parts import FIDELITY, LAYERS, parts_of
     from kvbits.evaluation.windows import read_text
+    from kvbits.models.formats import check_formats
 
+    parts_of(tasks, text is not None)
+    check_formats(task_dtype)
     content = None if text is None else read_text(text)
     book = content if haystack is None else read_text(haystack)
+    check_model(model, dtypes, dtype=dtype, context=None if text is None else window)
     from kvbits.evaluation.compare import policies_of
     from kvbits.evaluation.laboratory import Laboratory
     from kvbits.evaluation.resume import ResumeCache
-    from kvbits.evaluation.selection import FIDELITY, LAYERS, Sizes, choose, document, run_tasks
+    from kvbits.evaluation.selection import Sizes, choose, document, run_tasks
     from kvbits.evaluation.selection import self_check as check
 
     selection = choose(tasks, text is not None, data_dir)
     sizes = Sizes(
-        context, windows, task_context, depths, samples, texts, new_tokens, tool_questions, all_positions
+        window, windows, task_context, depths, samples, texts, new_tokens, tool_questions, problems, all_positions
     )  # fmt: skip
     resume_cache = ResumeCache(resume)
     loaded = load(model, dtype, threads, trust_remote_code=trust_remote_code)
-    policies = policies_of(loaded, dtypes, context if content is not None else 0)
+    policies = policies_of(loaded, dtypes, window if content is not None else 0)
     tokens = [] if content is None else tokens_of(loaded, content)
     only_text = set(selection.parts) <= {FIDELITY, LAYERS}
     again = not only_text and task_dtype != dtype

@@ -41,8 +41,10 @@ def export(
     per: Annotated[
         str, typer.Option(metavar="WHAT", help="One scale per 'tensor' or per 'head' of a layer.")
     ] = "tensor",
-    context: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens of one window.")] = 2048,
-    windows: Annotated[int, typer.Option(metavar="N", help="Windows, spread over the text.")] = 4,
+    window: Annotated[
+        int, typer.Option("--window", "--context", min=4, metavar="TOKENS", help="Tokens of one window.")
+    ] = 2048,
+    windows: Annotated[int, typer.Option(min=1, metavar="N", help="Windows, spread over the text.")] = 4,
     kv_cache_dtype: Annotated[
         str | None, typer.Option(metavar="DTYPE", help="With --to flags: as for generate.")
     ] = None,
@@ -62,6 +64,10 @@ def export(
         raise ConfigError(f"--to is '{to}'; choose from {', '.join(_TARGETS)}")
     results = JsonFile(json_file)
     if to == "flags":
+        if kv_cache_dtype is not None:
+            from kvbits.codecs.names import parse_names
+
+            parse_names(kv_cache_dtype, None)
         results.write(_flags(model, kv_cache_dtype, kv_policy, engine, trust_remote_code))
         return
     if per not in ("tensor", "head"):
@@ -70,10 +76,13 @@ def export(
         raise ConfigError("the modelopt layout holds one scale per tensor; --per head needs --to compressed-tensors")
     if output is None or not text:
         raise ConfigError(f"--to {to} needs --text FILE to calibrate on and --output DIR")
+    from kvbits.engine.precheck import check_model
+    from kvbits.evaluation.windows import read_text
+
+    texts = [(path.name, read_text(path)) for path in text]
+    check_model(model, dtype="float32", context=window)
     granularity: Granularity = "head" if per == "head" else "tensor"
-    report = _checkpoint(
-        model, _LAYOUTS[to], granularity, folder(output), text, context, windows, threads, trust_remote_code
-    )
+    report = _checkpoint(model, _LAYOUTS[to], granularity, output, texts, window, windows, threads, trust_remote_code)
     results.write(report)
 
 
@@ -82,15 +91,13 @@ def _checkpoint(
     layout: Layout,
     granularity: Granularity,
     output: Path,
-    texts: list[Path],
+    texts: list[tuple[str, str]],
     context: int,
     windows: int,
     threads: int | None,
     trusted: bool,
 ) -> dict[str, Any]:
-    from kvbits.evaluation.windows import read_text
-
-    contents = [read_text(path) for path in texts]
+    folder(output)
     from kvbits import __version__
     from kvbits.calibration.texts import split_windows
     from kvbits.export.checkpoint import add_scales
@@ -100,7 +107,7 @@ def _checkpoint(
     loaded = load(model, "float32", threads, trust_remote_code=trusted)
     modules = attention_modules(loaded)
     # no windows are kept for a check: the errors are those of the calibration text itself
-    parts, _ = split_windows([tokens_of(loaded, c) for c in contents], context, windows, 1)
+    parts, _ = split_windows([tokens_of(loaded, content) for _, content in texts], context, windows, 1)
     with Bar(context * windows, "calibrating") as advance:
         layers = collect_scales(loaded, parts, granularity, advance)
     note(f"Writing {output} ...")
@@ -109,7 +116,7 @@ def _checkpoint(
         "model": loaded.name,
         "layout": layout,
         "per": granularity,
-        "texts": [path.name for path in texts],
+        "texts": [name for name, _ in texts],
         "windows": windows,
         "context": context,
         "layers": [layer.as_json() for layer in layers],

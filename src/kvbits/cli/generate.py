@@ -23,11 +23,15 @@ def generate(
     prompt_file: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="A UTF-8 text file as prompt.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")] = False,
     max_tokens: Annotated[int, typer.Option(metavar="N", help="Most new tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Keep the likeliest K tokens; 0 keeps all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this total probability.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text; may repeat.")] = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
     kv_cache_dtype: options.KVCacheDtype = "int8",
     kv_policy: options.KVPolicy = None,
     kv_cache_memory: options.KVCacheMemory = "1GiB",
@@ -46,23 +50,29 @@ def generate(
     results = JsonFile(json_file)
     kv_cache_dtype = options.cache_dtype(kv_cache_dtype, kv_policy)
     texts = prompts_of(prompt or [], prompt_file or [])
-    from kvbits.engine.llm import LLM
+    from kvbits.engine.config import EngineConfig
     from kvbits.engine.params import SamplingParams
-    from kvbits.engine.speculation import SpeculativeConfig
+    from kvbits.engine.precheck import check_chat, check_engine
+    from kvbits.engine.speculation.config import SpeculativeConfig
 
+    sampling: dict[str, Any] = {
+        "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed, "stop": stop,
+        "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+    }  # fmt: skip
+    SamplingParams.of({}, max_tokens, **sampling)
     speculative = SpeculativeConfig.of(speculative_config)
-    params = SamplingParams(
-        max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop
-    )
-    llm = LLM(
-        load(model, dtype, threads, weights, device, trust_remote_code, kv_cache_memory=kv_cache_memory),
-        kv_cache_dtype=kv_cache_dtype,
-        kv_cache_memory=kv_cache_memory,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        speculative_config=speculative,
-    )
+    engine: dict[str, Any] = {
+        "kv_cache_dtype": kv_cache_dtype, "kv_cache_memory": kv_cache_memory, "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens,
+    }  # fmt: skip
+    outline = check_engine(model, EngineConfig.of(**engine), speculative, dtype=dtype, weights=weights, device=device)
+    if chat:
+        check_chat(outline)
+    from kvbits.engine.llm import LLM
+
+    llm = LLM(load(model, dtype, threads, weights, device, trust_remote_code), speculative_config=speculative, **engine)
+    params = SamplingParams.of(llm.loaded.sampling_defaults, max_tokens, **sampling)
     single = len(texts) == 1
     show = _stream if single else None
     if chat:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 from typer.exceptions import Abort, TyperException
 
+from kvbits import __version__
 from kvbits.cli import (
     advise,
     bench,
@@ -33,12 +35,29 @@ from kvbits.errors import KVBitsError
 USER_ERROR = 2
 INTERRUPTED = 130
 
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"kvbits {__version__}")
+        raise typer.Exit
+
+
 app = typer.Typer(
     name="kvbits",
-    help="Serve long-context language models from a quantized key/value cache.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and end.")
+    ] = False,
+) -> None:
+    """Serve long-context language models from a quantized key/value cache."""
+
+
 app.command()(generate.generate)
 app.command()(serve.serve)
 app.command()(chat.chat)

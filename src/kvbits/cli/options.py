@@ -72,6 +72,24 @@ Speculative = Annotated[
         '{"method": "ngram", "num_speculative_tokens": 8, "prompt_lookup_max": 4}.',
     ),
 ]
+Temperature = Annotated[
+    float | None,
+    typer.Option(help="0 takes the likeliest token. Default: the model's generation configuration, or else 1."),
+]
+TopP = Annotated[
+    float | None, typer.Option(help="Keep the likeliest tokens of this total probability. Default: the model's, or 1.")
+]
+TopK = Annotated[int | None, typer.Option(help="Keep the likeliest K tokens; 0 keeps all. Default: the model's, or 0.")]
+MinP = Annotated[
+    float | None, typer.Option(help="Keep tokens of this share of the likeliest's probability. Default: as above, 0.")
+]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(help="Over 1: against tokens of the prompt and the answer. Default: the model's, or 1.")
+]
+PresencePenalty = Annotated[float | None, typer.Option(help="Over 0: against tokens that the answer has had.")]
+FrequencyPenalty = Annotated[float | None, typer.Option(help="Over 0: the same, times how often it has had them.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text; may repeat.")]
 Dtype = Annotated[str, typer.Option(metavar="DTYPE", help="Arithmetic of the model's layers: bfloat16 or float32.")]
 Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads. Default: what torch chooses.")]
 TrustRemoteCode = Annotated[

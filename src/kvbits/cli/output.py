@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbits.errors import ConfigError
+from kvbits.files import write_text
 
 
 class JsonFile:
@@ -22,7 +23,7 @@ class JsonFile:
     def write(self, results: Mapping[str, Any]) -> None:
         """Write ``results`` as indented JSON, if a path was given."""
         if self.path is not None:
-            self.path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            write_text(self.path, json.dumps(results, indent=2) + "\n")
 
 
 def writable(path: Path) -> None:
@@ -34,6 +35,14 @@ def writable(path: Path) -> None:
         raise ConfigError(f"cannot write to '{path}': {error.strerror or error}") from error
     if not existed:
         path.unlink()
+
+
+def readable(path: Path) -> None:
+    """Raise ``ConfigError`` unless ``path`` is a file that can be opened."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise ConfigError(f"cannot read '{path}': {error.strerror or error}") from error
 
 
 def folder(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,10 +15,9 @@ from kvbits.cli.session import Bar
 from kvbits.errors import ConfigError
 
 if TYPE_CHECKING:
-    from kvbits.planning import Plan
     from kvbits.planning.facts import ModelFacts
     from kvbits.planning.hf_config import MLA
-    from kvbits.planning.request import Options
+    from kvbits.planning.request import Options, Planned
     from kvbits.planning.traffic import Run
 
 GIB = 1 << 30
@@ -107,7 +107,14 @@ def plan(
         _check_picture(picture)
     if mla not in ("latent", "expanded"):
         raise ConfigError(f"--mla is '{mla}'; choose from latent, expanded")
-    from kvbits.config import WATERMARK
+    from kvbits.codecs.names import parse_names
+    from kvbits.config import WATERMARK, parse_bytes
+
+    for size in (memory, workspace, bandwidth):
+        if size is not None:
+            parse_bytes(size)
+    for name in kv_cache_dtype or ():
+        parse_names(name, None)
     from kvbits.planning.request import Options, make_plan
 
     facts = _facts(model, "latent" if mla == "latent" else "expanded", trust_remote_code)
@@ -125,10 +132,11 @@ def plan(
         watermark=WATERMARK,
     )
     planned = make_plan(facts, asked)
-    _print(planned.plan, facts, asked)
+    _print(planned, facts, asked)
     document = {
         **planned.plan.as_json(),
         "weights": asked.weights,
+        "left_out": planned.left_out,
         "source": facts.source,
         "parameters": facts.parameters.total,
         "tensor_parallel_size": tensor_parallel_size,
@@ -159,6 +167,12 @@ def _facts(model: str, mla: MLA, trusted: bool) -> ModelFacts:
     known = known_facts(model, mla)
     if known is not None:
         return known
+    if not Path(model).expanduser().is_dir() and not model.endswith(".json"):
+        from kvbits.models.gguf.facts import facts_of_gguf
+
+        found = facts_of_gguf(model, mla)
+        if found is not None:
+            return found
     from kvbits.models.facts import facts_of_model
 
     return facts_of_model(model, mla, trusted)
@@ -170,12 +184,20 @@ def _check_picture(path: Path) -> None:
     writable(path)
 
 
-def _print(made: Plan, facts: ModelFacts, options: Options) -> None:
+def _together(left_out: Mapping[str, str]) -> dict[str, list[str]]:
+    """Names by reason."""
+    found: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        found.setdefault(reason, []).append(name)
+    return found
+
+
+def _print(planned: Planned, facts: ModelFacts, options: Options) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console, made = Console(), planned.plan
     each = f", on each of {options.ranks} devices" if options.ranks > 1 else ""
     console.print(
         f"{made.model}{each}: {_gib(made.memory_bytes)} = {_gib(made.weights_bytes)} weights ({options.weights}) + "
@@ -203,6 +225,8 @@ def _print(made: Plan, facts: ModelFacts, options: Options) -> None:
                 *([f"{c.windowed_sessions:,}"] if c.windowed_sessions is not None else []),
             )
     console.print(table)
+    for reason, names in _together(planned.left_out).items():
+        print(f"Left out: {', '.join(names)}: {reason}.")
     if any(scheme.limited_by == "model" for scheme in made.schemes):
         print("* the model's own limit; memory would hold more.")
     if windowed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,8 @@ from kvbits.cli import options
 from kvbits.cli.cluster import check_ray, serve_cluster
 from kvbits.cli.extras import require
 from kvbits.cli.keys import server_keys
-from kvbits.cli.session import load, note
+from kvbits.cli.output import readable
+from kvbits.cli.session import load
 from kvbits.errors import ConfigError
 
 
@@ -109,11 +111,12 @@ def serve(
     from kvbits.config import parse_bytes
     from kvbits.engine.config import EngineConfig
     from kvbits.server.hosts import names_of
-    from kvbits.server.logs import set_up
+    from kvbits.server.logs import check_level, set_up
     from kvbits.server.options import ServerOptions
 
     if not 0 < port < 65536:
         raise ConfigError(f"port is {port}; it must be from 1 to 65535")
+    check_level(log_level)
     served = ServerOptions(
         served_model_name=model if served_model_name is None else served_model_name,
         api_keys=server_keys(api_key, api_key_file),
@@ -137,10 +140,10 @@ def serve(
         kv_offload_size=kv_offload_size,
         kv_offload_path=kv_offload_path,
     )
-    from kvbits.engine.speculation import SpeculativeConfig
+    from kvbits.engine.precheck import check_engine
+    from kvbits.engine.speculation.config import SpeculativeConfig
 
     speculative = SpeculativeConfig.of(speculative_config)
-    set_up(log_level)
     if ray:
         if cache_file:
             raise ConfigError("--cache-file loads pages into one server; with --ray replicas take them from each other")
@@ -149,18 +152,21 @@ def serve(
         if weights != "bf16":
             raise ConfigError(f"--weights {weights} goes with one server; --ray replicas hold bf16 weights")
         check_ray()
+    for path in cache_file or ():
+        readable(path)
+    check_engine(model, config, speculative, dtype=dtype, weights=weights, device=device)
+    set_up(log_level)
+    if ray:
         from kvbits.ray.options import ReplicaOptions
 
         replica = ReplicaOptions(model, config, served, dtype, threads, device, trust_remote_code)
         serve_cluster(replica, ray_replicas, ray_routing, host, port, ray_address)
         return
-    from kvbits.server.address import check_address
+    from kvbits.server.address import take_address
 
-    check_address(host, port)
-    from kvbits.engine.setup import check_room
-
-    check_room(config, device)
-    loaded = load(model, dtype, threads, weights, device, trust_remote_code)
+    sockets = take_address(host, port)
+    log = logging.getLogger(__name__)
+    loaded = load(model, dtype, threads, weights, device, trust_remote_code, progress=log.info)
     from kvbits.engine.engine import Engine
     from kvbits.engine.transfer import load_pages
     from kvbits.server.run import serve as run
@@ -170,6 +176,7 @@ def serve(
     for path in cache_file or ():
         # Where clients are kept apart, each one needs them under its own salt.
         tokens = [load_pages(engine, path, salt) for salt in served.salts]
-        note(f"Loaded {tokens[0]} tokens from '{path}'" + (f" for {len(tokens)} clients" if len(tokens) > 1 else ""))
-    note(start_line(engine, served, host, port))
-    run(engine, served, host, port)
+        log.info("Loaded %d tokens from '%s' for %d clients", tokens[0], path, len(tokens))
+    # stderr is the log, in JSON.
+    print(start_line(engine, served, host, port), flush=True)
+    run(engine, served, sockets, host, port)

@@ -8,9 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvbits.config import parse_bytes
 from kvbits.errors import ConfigError
-from kvbits.memory import check_host
 
 if TYPE_CHECKING:
     from kvbits.models import LoadedModel
@@ -24,14 +22,12 @@ def load(
     device: str = "cpu",
     trust_remote_code: bool = False,
     *,
-    kv_cache_memory: str | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> LoadedModel:
-    """Set the number of threads and load the model, naming each long stage on stderr.
+    """Set the number of threads and load the model, naming each long stage to ``progress`` (default: on stderr).
 
-    Raises ``ConfigError`` first when the machine has not enough memory for the cache that will follow.
+    Commands check first what can be checked without it (:mod:`kvbits.engine.precheck`).
     """
-    if kv_cache_memory is not None and device == "cpu":
-        check_host({"--kv-cache-memory": parse_bytes(kv_cache_memory)})
     import torch
 
     from kvbits.models import load_model
@@ -39,7 +35,12 @@ def load(
     if threads is not None:
         torch.set_num_threads(threads)
     return load_model(
-        model, dtype=dtype, progress=note, weights=weights, device=device, trust_remote_code=trust_remote_code
+        model,
+        dtype=dtype,
+        progress=progress or note,
+        weights=weights,
+        device=device,
+        trust_remote_code=trust_remote_code,
     )
 
 
@@ -55,6 +56,8 @@ def prompts_of(prompts: list[str], files: list[Path]) -> list[str]:
     found = [*prompts, *(read_text(path) for path in files)]
     if not found:
         raise ConfigError("there is no prompt; give --prompt TEXT or --prompt-file FILE")
+    if not all(found):
+        raise ConfigError("a prompt is empty; --prompt needs at least one character")
     return found
 
 
@@ -75,6 +78,8 @@ class Bar(AbstractContextManager[Callable[[int], None]]):
         return self._advance
 
     def _advance(self, tokens: int) -> None:
+        # What is computed again, after a preemption, was not foreseen.
+        self._bar.total = max(self._bar.total or 0, self._bar.n + tokens)
         self._bar.update(tokens)
 
     def __exit__(self, *exception: Any) -> None:

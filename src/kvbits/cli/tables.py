@@ -29,6 +29,9 @@ def print_results(rows: Sequence[Row]) -> None:
     if "tools" in rows[0]:
         found = [{"dtype": row["dtype"], **row["tools"]} for row in rows]
         console.print(_table(f"tool calls: {found[0]['questions']} questions", found, _TOOLS))
+    if "gsm8k" in rows[0]:
+        found = [{"dtype": row["dtype"], **row["gsm8k"]} for row in rows]
+        console.print(_table(f"gsm8k: {found[0]['questions']} problems", found, _PROBLEMS))
     for row in rows:
         console.print(f"{row['dtype']}: [bold]{row['verdict']}[/bold]", highlight=False)
         for reason in row["reasons"]:
@@ -72,8 +75,18 @@ _TOOLS: dict[str, Callable[[Row], str]] = {
     "still valid": lambda r: f"{r['still_valid']}",
     "same name": lambda r: f"{r['same_name']}",
     "same call": lambda r: f"{r['same']}",
-    "right": lambda r: f"{r['right']}",
+    "right": lambda r: _paired(r),
 }
+_PROBLEMS: dict[str, Callable[[Row], str]] = {
+    "right": lambda r: _paired(r),
+    "right at 16 bit": lambda r: f"{r['right_16bit']}",
+    "same number": lambda r: f"{r['same_number']}",
+    "same text": lambda r: f"{r['same_text']}",
+}
+
+
+def _paired(row: Row) -> str:
+    return f"{row['right']} ({row['lost']} lost, {row['won']} won, p {row['p']:.2f})"
 
 
 def _interval(value: Row) -> str:

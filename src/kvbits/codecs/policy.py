@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 
 from kvbits.codecs.affine import Affine
@@ -11,10 +10,11 @@ from kvbits.codecs.blocks import Blocks
 from kvbits.codecs.codebook import Codebook
 from kvbits.codecs.float8 import Float8
 from kvbits.codecs.mixed import Mixed
+from kvbits.codecs.names import Pair, PolicyNames, parse_names
 from kvbits.codecs.nibbles import Nibbles
 from kvbits.codecs.raw import Raw
 from kvbits.config import PAGE_TOKENS, ModelGeometry
-from kvbits.errors import ConfigError, UnsupportedError
+from kvbits.errors import UnsupportedError
 
 OPEN = Scheme(key=Raw(), value=Raw())
 """The format of every sequence's last page."""
@@ -109,50 +109,18 @@ def parse_policy(text: str, num_layers: int) -> Policy:
     every layer named once. ``"int4+sink:int8"``: the first page of every sequence, where attention sinks lie, is stored
     as the dtype after ``+sink:`` in all layers. Raises ``ConfigError`` with the part that is wrong.
     """
-    text = text.strip().lower()
-    if not text:
-        raise ConfigError(f"the KV cache dtype is empty; choose from {', '.join(SCHEMES)}")
-    text, plus, suffix = text.partition("+")
-    if plus:
-        if not suffix.startswith("sink:"):
-            raise ConfigError(f"'+{suffix}' in the policy '{text}+{suffix}' is not +sink:DTYPE")
-        policy = parse_policy(text, num_layers)
-        sink = _scheme(suffix.removeprefix("sink:"), suffix)
-        return Policy(f"{policy.name}+{suffix}", policy.layers, (sink,) * num_layers)
-    if ":" not in text:
-        return Policy(text, (_scheme(text, text),) * num_layers)
-    layers: list[Scheme | None] = [None] * num_layers
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*:\s*([^:]+)", part)
-        if not match:
-            raise ConfigError(f"'{part}' in the policy '{text}' is not LAYER:DTYPE or FIRST-LAST:DTYPE")
-        first = int(match.group(1))
-        last = int(match.group(2) or first)
-        if first > last or last >= num_layers:
-            raise ConfigError(f"'{part}' in the policy '{text}': the model's layers are 0 to {num_layers - 1}")
-        for index in range(first, last + 1):
-            if layers[index] is not None:
-                raise ConfigError(f"the policy '{text}' names layer {index} twice")
-            layers[index] = _scheme(match.group(3), text)
-    missing = [str(i) for i, scheme in enumerate(layers) if scheme is None]
-    if missing:
-        raise ConfigError(f"the policy '{text}' says nothing of layer {', '.join(missing)}")
-    return Policy(text, tuple(s for s in layers if s is not None))
+    return policy_from(parse_names(text, num_layers))
 
 
-def _scheme(text: str, policy: str) -> Scheme:
-    names = [part.strip() for part in re.split("[,/]", text)]
-    if len(names) > 2:
-        raise ConfigError(f"'{text}' names {len(names)} dtypes; write one, or one for keys and one for values")
-    key, value = _lookup(names[0], policy), _lookup(names[-1], policy)
+def policy_from(names: PolicyNames) -> Policy:
+    """The codecs that ``names`` stand for."""
+    sink = None if names.sink is None else tuple(map(_scheme, names.sink))
+    return Policy(names.name, tuple(map(_scheme, names.layers)), sink)
+
+
+def _scheme(pair: Pair) -> Scheme:
+    key, value = SCHEMES[pair.key], SCHEMES[pair.value]
     return key if key is value else Scheme(key=key.key, value=value.value)
-
-
-def _lookup(name: str, policy: str) -> Scheme:
-    if name not in SCHEMES:
-        where = "" if policy == name else f" in '{policy}'"
-        raise ConfigError(f"unknown KV cache dtype '{name}'{where}; choose from {', '.join(SCHEMES)}")
-    return SCHEMES[name]
 
 
 def codecs_in_use() -> dict[str, tuple[Codec, str]]:

@@ -19,13 +19,21 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from kvbits.codecs.base import LayerRounding, Rounding, Scheme
-from kvbits.codecs.policy import Policy, parse_policy
+from kvbits.codecs.base import LayerRounding, Rounding
+from kvbits.codecs.policy import Policy, parse_policy, policy_from
+from kvbits.codecs.policy_document import (
+    FORMAT,
+    JSON_FILE,
+    TENSOR_FILE,
+    VERSION,
+    check_version,
+    names_of,
+    read_document,
+    read_file,
+)
 from kvbits.config import POLICY_PREFIX, ModelGeometry
 from kvbits.errors import ConfigError
-
-FORMAT, VERSION = "kvbits-policy", 2
-_JSON, _TENSORS = "policy.json", "rounding.safetensors"
+from kvbits.files import write_bytes, write_text
 
 
 def policy_of(dtype: str | Policy, geometry: ModelGeometry, fingerprint: str | None) -> Policy:
@@ -69,15 +77,15 @@ def save_policy(
         "layers": layers,
         "sink": sink,
         "bits_per_element": policy.bits_per_element(geometry),
-        "tensors": {"file": _TENSORS, "sha256": checksum},
+        "tensors": {"file": TENSOR_FILE, "sha256": checksum},
         "measured": dict(measured),
     }
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / _TENSORS).write_bytes(data)
-        (directory / _JSON).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write the policy to '{directory}': {error.strerror or error}") from error
+    write_bytes(directory / TENSOR_FILE, data)
+    write_text(directory / JSON_FILE, json.dumps(document, indent=1) + "\n")
     return replace(policy, name=_identity(layers, sink, checksum), label=f"{POLICY_PREFIX}{directory}")
 
 
@@ -87,11 +95,9 @@ def load_policy(directory: Path, geometry: ModelGeometry, fingerprint: str) -> P
     Raises ``ConfigError`` when a file is missing, damaged or of another version, when a layer is missing, or when the
     policy belongs to another model.
     """
-    path = directory / _JSON
-    document = _document(path)
-    found = {"format": document.get("format"), "version": document.get("version")}
-    if found != {"format": FORMAT, "version": VERSION}:
-        raise ConfigError(f"'{path}' is {found}; this version reads {FORMAT} version {VERSION}")
+    path = directory / JSON_FILE
+    document = read_document(path)
+    check_version(path, document)
     try:
         model, checksum = document["model"], document["tensors"]["sha256"]
         owner = model["name"], model["fingerprint"]
@@ -102,14 +108,14 @@ def load_policy(directory: Path, geometry: ModelGeometry, fingerprint: str) -> P
             f"the policy '{directory}' was calibrated for {owner[0]} ({owner[1]}); this model is {geometry.name} "
             f"({fingerprint})"
         )
-    layers, sink = _schemes_of(path, document, geometry)
-    data = _read(directory / _TENSORS)
+    found = policy_from(names_of(path, document, geometry.name, geometry.num_layers))
+    data = read_file(directory / TENSOR_FILE)
     if hashlib.sha256(data).hexdigest() != checksum:
-        raise ConfigError(f"'{directory / _TENSORS}' does not belong to '{path}': its SHA-256 is another one")
+        raise ConfigError(f"'{directory / TENSOR_FILE}' does not belong to '{path}': its SHA-256 is another one")
     try:
         tensors = load_tensors(data)
     except SafetensorError as error:
-        raise ConfigError(f"'{directory / _TENSORS}' is no safetensors file: {error}") from error
+        raise ConfigError(f"'{directory / TENSOR_FILE}' is no safetensors file: {error}") from error
     rounding = tuple(
         LayerRounding(
             _rounding(tensors, f"{i}.key", g.num_kv_heads, g.key_dim),
@@ -118,7 +124,7 @@ def load_policy(directory: Path, geometry: ModelGeometry, fingerprint: str) -> P
         for i, g in enumerate(geometry.layers)
     )
     name = _identity(document["layers"], document["sink"], checksum)
-    return Policy(name, layers, sink, rounding)
+    return Policy(name, found.layers, found.sink, rounding)
 
 
 def read_dtypes(directory: Path, geometry: ModelGeometry) -> Policy:
@@ -128,50 +134,13 @@ def read_dtypes(directory: Path, geometry: ModelGeometry) -> Policy:
     Whether it was calibrated for this very model cannot be told without the weights; the number of layers must agree.
     Raises ``ConfigError`` for what cannot be read or does not fit.
     """
-    path = directory / _JSON if directory.is_dir() else directory
-    layers, sink = _schemes_of(path, _document(path), geometry)
-    return Policy(path.resolve().parent.name, layers, sink)
+    path = directory / JSON_FILE if directory.is_dir() else directory
+    return policy_from(names_of(path, read_document(path), geometry.name, geometry.num_layers))
 
 
 def _identity(layers: list[str], sink: list[str] | None, checksum: str) -> str:
     """A name that follows whatever changes the bytes of a page."""
     return f"calibrated-{hashlib.sha256(json.dumps([layers, sink, checksum]).encode()).hexdigest()[:16]}"
-
-
-def _document(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(_read(path))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"'{path}' is damaged: {error}") from error
-    if not isinstance(document, dict):
-        raise ConfigError(f"'{path}' is damaged: it holds no JSON object")
-    return document
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"cannot read the policy file '{path}': {error.strerror or error}") from error
-
-
-def _schemes_of(
-    path: Path, document: Mapping[str, Any], geometry: ModelGeometry
-) -> tuple[tuple[Scheme, ...], tuple[Scheme, ...] | None]:
-    """The schemes of the layers and of every first page."""
-    for what in ("layers", "sink"):
-        if what not in document:
-            raise ConfigError(f"'{path}' is damaged: it has no '{what}'")
-    sink = None if document["sink"] is None else _schemes(path, "sink", document["sink"], geometry)
-    return _schemes(path, "layers", document["layers"], geometry), sink
-
-
-def _schemes(path: Path, what: str, names: Any, geometry: ModelGeometry) -> tuple[Scheme, ...]:
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"'{path}' is damaged: '{what}' is no list of dtypes")
-    if len(names) != geometry.num_layers:
-        raise ConfigError(f"'{path}' has {len(names)} {what}; {geometry.name} has {geometry.num_layers} layers")
-    return tuple(parse_policy(name, 1).layers[0] for name in names)
 
 
 def _tensors_of(policy: Policy) -> dict[str, Tensor]:

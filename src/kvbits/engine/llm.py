@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,13 +14,15 @@ from kvbits.engine.config import EngineConfig
 from kvbits.engine.engine import Engine
 from kvbits.engine.outputs import CompletionOutput, Delta, RequestOutput
 from kvbits.engine.params import SamplingParams
+from kvbits.engine.precheck import check_engine
 from kvbits.engine.progress import Progress
-from kvbits.engine.setup import check_room
 from kvbits.engine.speculation import SpeculationStats, SpeculativeConfig
 from kvbits.engine.text import encode, encode_chat
 from kvbits.engine.transfer import PageBundle, export_pages, load_pages
+from kvbits.engine.vllm_options import check_vllm_options
 from kvbits.errors import CacheError, ConfigError, RequestError
 from kvbits.kernels import Backend
+from kvbits.memory import show
 from kvbits.models import LoadedModel, load_model
 
 Prompt = str | Sequence[int]
@@ -37,7 +40,9 @@ class LLM:
     tokens ahead; answers stay the same. ``device`` (``"cpu"``, ``"cuda"``, ...) is where a model that is named runs;
     ``backend`` (:data:`kvbits.kernels.BACKENDS`) goes by it. ``trust_remote_code`` runs Python code that comes with
     the model. ``progress`` shows a bar on stderr for work that takes more than two seconds. Threads may share an
-    ``LLM``: one call runs after another. Raises ``ConfigError`` or ``UnsupportedError`` at once for what cannot work.
+    ``LLM``: one call runs after another. ``with`` or :meth:`close` gives its memory back. Options of vLLM's that ask
+    for nothing here are accepted, others refused with what to use instead. Raises ``ConfigError`` or
+    ``UnsupportedError`` at once for what cannot work.
     """
 
     def __init__(
@@ -60,7 +65,10 @@ class LLM:
         speculative_config: SpeculativeConfig | Mapping[str, Any] | None = None,
         backend: Backend | str | None = None,
         progress: bool = True,
+        **vllm: Any,
     ) -> None:
+        check_vllm_options(vllm)
+        dtype = "bfloat16" if dtype == "auto" else dtype
         config = EngineConfig.of(
             kv_cache_dtype=kv_cache_dtype,
             kv_cache_memory=kv_cache_memory,
@@ -74,18 +82,57 @@ class LLM:
         )
         speculative = SpeculativeConfig.of(speculative_config)
         if not isinstance(model, LoadedModel):
-            check_room(config, device)
+            check_engine(model, config, speculative, dtype=dtype, weights=weights, device=device)
             model = load_model(model, dtype, weights=weights, device=device, trust_remote_code=trust_remote_code)
         self.loaded = model
         self.engine = Engine(self.loaded, config, backend, speculative)
         self._progress = progress
         self._lock = threading.Lock()
         self._caller: int | None = None
+        self._closed = False
+
+    def __repr__(self) -> str:
+        if self._closed:
+            return f"LLM({self.loaded.name!r}, closed)"
+        pool, engine = self.engine.pool, self.engine
+        size = show(pool.layout.bytes_of(pool.num_frames))
+        return (
+            f"LLM({self.loaded.name!r}, kv_cache_dtype={pool.policy.label!r}: {pool.bits_per_element():.2f} bits per "
+            f"element, {size} for {pool.sessions_capacity(engine.max_model_len):,} sessions of "
+            f"{engine.max_model_len:,} tokens, on {self.loaded.device})"
+        )
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the memory of the cache back; this ``LLM`` can do nothing more. Again is harmless."""
+        with self._lock:
+            self._closed = True
+            self.__dict__.pop("engine", None)
+        gc.collect()
 
     @property
     def tokenizer(self) -> Any:
         """The model's Hugging Face tokenizer."""
         return self.loaded.tokenizer
+
+    def get_tokenizer(self) -> Any:
+        """The same, under vLLM's name."""
+        return self.tokenizer
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget the pages of earlier prompts."""
+        with self._alone():
+            self.engine.pages.clear_cache()
+        return True
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Parameters of the model's generation configuration; what it does not say has the default of the field."""
+        return SamplingParams(**self.loaded.sampling_defaults)  # type: ignore[arg-type]
 
     @property
     def speculation(self) -> SpeculationStats | None:
@@ -102,13 +149,15 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete one or many prompts (text or token ids); the results are in the prompts' order.
 
-        ``sampling_params``: one for all, or one for each prompt. ``on_token(prompt_index, delta)`` is called for every
+        ``sampling_params``: one for all, or one for each prompt; ``None``: what the model's generation configuration
+        says, as :meth:`get_default_sampling_params`. ``on_token(prompt_index, delta)`` is called for every
         piece of text as it comes; it must not call this ``LLM`` itself. A prompt that cannot be served gets a result
         with ``error`` set and the finish reason ``error``; the others are complete. Raises ``ConfigError`` when there
         are not as many parameters as prompts.
         """
         many = _as_list(prompts)
-        params = _per_prompt(sampling_params, len(many))
+        default = self.get_default_sampling_params() if sampling_params is None else None
+        params = _per_prompt(default or sampling_params, len(many))
         with self._alone():
             return self._generate(many, params, on_token, self._progress if use_tqdm is None else use_tqdm)
 
@@ -165,6 +214,8 @@ class LLM:
         if self._caller == threading.get_ident():
             raise RequestError("on_token must not call the LLM that calls it; do it when generate has returned")
         with self._lock:
+            if self._closed:
+                raise RequestError("this LLM is closed")
             self._caller = threading.get_ident()
             try:
                 yield

@@ -79,6 +79,13 @@ class SamplingParams:
                 raise RequestError(f"logit_bias names {key!r}; each key must be a token id")
             _number(f"logit_bias[{key}]", bias, -100.0, 100.0)
 
+    @classmethod
+    def of(cls, defaults: Mapping[str, Any], max_tokens: int | None, **given: Any) -> SamplingParams:
+        """``given`` without what is ``None``, then ``defaults``, those of a model
+        (:attr:`kvbits.models.LoadedModel.sampling_defaults`), then the fields' own."""
+        asked = {name: value for name, value in given.items() if value is not None}
+        return cls(max_tokens=max_tokens, **{**defaults, **asked})
+
     @cached_property
     def stops(self) -> StopAutomaton:
         """The automaton of the stop strings."""

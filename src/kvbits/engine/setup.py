@@ -2,46 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import torch
-
 from kvbits.codecs import Policy
 from kvbits.engine.config import EngineConfig
 from kvbits.engine.limits import RequestLimits
 from kvbits.engine.offload import tier_of
-from kvbits.errors import ConfigError, UnsupportedError
+from kvbits.engine.precheck import check_length
+from kvbits.errors import UnsupportedError
 from kvbits.kernels import Backend
-from kvbits.memory import check_disk, check_host
 from kvbits.models import LoadedModel
 from kvbits.pages import PageManager
 from kvbits.pool import PagedPool
-
-
-def check_room(config: EngineConfig, device: str) -> None:
-    """Raise ``ConfigError`` when host memory or the disk cannot hold what ``config`` asks for; before a model loads.
-
-    What a GPU has left is known when the model is there.
-    """
-    sizes = {} if torch.device(device).type != "cpu" else {"kv_cache_memory": config.kv_cache_memory}
-    path = None if config.kv_offload_path is None else Path(config.kv_offload_path)
-    if config.kv_offload_size is not None and path is None:
-        sizes["kv_offload_size"] = config.kv_offload_size
-    check_host(sizes)
-    if config.kv_offload_size is not None and path is not None:
-        folder = path if path.is_dir() else path.absolute().parent
-        # What an earlier process left there is written over.
-        left = path.stat().st_size if path.is_file() else 0
-        if folder.is_dir():
-            check_disk("kv_offload_size", config.kv_offload_size - left, folder)
 
 
 def context_of(loaded: LoadedModel, config: EngineConfig) -> int:
     """Tokens that a request may have; raises ``ConfigError`` when more are asked for than the model can do."""
     longest = loaded.geometry.max_position
     asked = config.max_model_len or longest
-    if asked > longest:
-        raise ConfigError(f"max_model_len is {asked}; the context of {loaded.name} is {longest} tokens")
+    check_length(asked, loaded.name, longest)
     return asked
 
 

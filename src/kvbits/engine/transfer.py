@@ -21,6 +21,7 @@ from torch import Tensor
 from kvbits.config import PAGE_TOKENS
 from kvbits.engine.engine import Engine
 from kvbits.errors import CacheError, ConfigError
+from kvbits.files import write_bytes
 
 FORMAT, VERSION = "kvbits-pages", "2"
 """The version rises when bytes of a dtype change their meaning; 2: keys of ``int8`` have parameters per channel."""
@@ -79,10 +80,7 @@ class PageBundle:
 
     def save(self, path: Path) -> None:
         """Write the file. Raises ``ConfigError`` when that fails."""
-        try:
-            path.write_bytes(self.to_bytes())
-        except OSError as error:
-            raise ConfigError(f"cannot write the pages to '{path}': {error.strerror or error}") from error
+        write_bytes(path, self.to_bytes())
 
     @classmethod
     def load(cls, path: Path) -> PageBundle:

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from kvbits.evaluation.arithmetic import Solved
 from kvbits.evaluation.bootstrap import Interval, interval
 from kvbits.evaluation.fidelity import Fidelity
 from kvbits.evaluation.generation import Written
 from kvbits.evaluation.layers import LayerError
+from kvbits.evaluation.paired import mcnemar
 from kvbits.evaluation.probes import Answered
 from kvbits.evaluation.toolcalls import Called
 from kvbits.evaluation.verdict import Measure
@@ -126,8 +128,7 @@ def of_calls(own: Sequence[Called], reference: Sequence[Called]) -> Finding:
         "questions": len(own),
         "valid": sum(a.call is not None for a in own),
         "valid_16bit": len(pairs),
-        "right": sum(a.right for a in own),
-        "right_16bit": sum(r.right for r in reference),
+        **mcnemar([a.right for a in own], [r.right for r in reference]),
         "still_valid": sum(a.call is not None for a, _ in pairs),
         "same_name": sum(a.call is not None and r.call is not None and a.call[0] == r.call[0] for a, r in pairs),
         "same": sum(a.call == r.call for a, r in pairs),
@@ -138,3 +139,16 @@ def of_calls(own: Sequence[Called], reference: Sequence[Called]) -> Finding:
     valid = interval([float(a.call is None) for a, _ in pairs], groups)
     changed = interval([float(a.call != r.call) for a, r in pairs], groups)
     return figures, [Measure("calls-valid", "tools", valid), Measure("calls-changed", "tools", changed)]
+
+
+def of_problems(own: Sequence[Solved], reference: Sequence[Solved]) -> Finding:
+    """Right answers, and McNemar's test of those that changed."""
+    right, right_16bit = [a.right for a in own], [r.right for r in reference]
+    lost = interval([float(r) - float(a) for a, r in zip(right, right_16bit, strict=True)], range(len(own)))
+    figures = {
+        "questions": len(own),
+        **mcnemar(right, right_16bit),
+        "same_number": sum(a.number == r.number for a, r in zip(own, reference, strict=True)),
+        "same_text": sum(a.text == r.text for a, r in zip(own, reference, strict=True)),
+    }
+    return figures, [Measure("exact", "gsm8k", lost)]

@@ -11,6 +11,7 @@ import kvbits
 from kvbits.codecs import Policy
 from kvbits.config import PAGE_TOKENS
 from kvbits.evaluation import findings
+from kvbits.evaluation.arithmetic import Problem, solve
 from kvbits.evaluation.bootstrap import Interval
 from kvbits.evaluation.compare import REFERENCE, Comparison, SideBySide
 from kvbits.evaluation.fault import FACTOR, Faulty
@@ -145,6 +146,18 @@ class Laboratory:
             }
         for dtype in self.dtypes:
             self._add(dtype, "tools", findings.of_calls(calls[dtype], calls[REFERENCE]))
+
+    def arithmetic(self, problems: Sequence[Problem]) -> None:
+        """School arithmetic."""
+        total = sum(len(p.prompt) for p in problems)
+        with self.bar(total * len(self._all), "gsm8k") as advance:
+            step = self.max_num_batched_tokens
+            solved = {
+                d: solve(self._served, p, problems, self.resume_cache, self.served_dtype, step, advance)
+                for d, p in self._all.items()
+            }
+        for dtype in self.dtypes:
+            self._add(dtype, "gsm8k", findings.of_problems(solved[dtype], solved[REFERENCE]))
 
     def verdicts(self, beside: Sequence[Rival] = ()) -> dict[str, Verdict]:
         """The verdict on each dtype, against each other and the dtypes ``beside`` them; 16 bit competes with none."""

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kvbits.evaluation.demo import Showing
-
-_COLOURS = ("#8a8f98", "#3b78b8", "#2a9d6f", "#c8763a", "#8b5fbf")
+from kvbits.files import replacing
+from kvbits.planning.colours import colour_of
 
 
 def draw(shown: Sequence[Showing], memory: int, path: Path) -> None:
@@ -25,13 +25,14 @@ def draw(shown: Sequence[Showing], memory: int, path: Path) -> None:
     _bars(next(axes), shown, "KL to 16 bit, nats (mean)", [s.kl_mean for s in shown], "{:.2g}")
     _bars(next(axes), shown, "same top token, %", [100 * s.top1_agreement for s in shown], "{:.1f}")
     _bars(next(axes), shown, "answers found", [s.answers_found for s in shown], "{:.0f}", shown[0].answers_total)
-    figure.savefig(path, dpi=140)
+    with replacing(path) as place:
+        figure.savefig(place, dpi=140)
 
 
 def _bars(
     axes: Axes, shown: Sequence[Showing], title: str, values: Sequence[float], label: str, top: float | None = None
 ) -> None:
-    bars = axes.bar([s.dtype for s in shown], values, color=_COLOURS[: len(shown)], width=0.6)
+    bars = axes.bar([s.dtype for s in shown], values, color=[colour_of(s.dtype) for s in shown], width=0.6)
     axes.bar_label(bars, [label.format(v) for v in values], padding=2)
     axes.set_title(title, fontsize=10)
     axes.set_ylim(0, 1.18 * (top or max(*values, 1e-9)))

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from kvbits.planning.colours import colour_of
+
 Results = Sequence[Mapping[str, Any]]
 
-_COLOURS = ("#3b78b8", "#2a9d6f", "#c8763a", "#8b5fbf", "#b8405e", "#5f6b7a", "#a38a2c", "#2f9aa8")
 _LEAST_KL = 1e-6
 
 
@@ -21,10 +22,12 @@ def bits_and_kl(results: Results) -> Figure | None:
     if not shown:
         return None
     figure, axes = _figure(6.4, 3.8)
-    for index, r in enumerate(shown):
+    for r in shown:
         low, high = (abs(r["kl_mean"] - r["kl_interval"][end]) for end in ("low", "high"))
         bits = r["bits_per_element"]
-        axes.errorbar([bits], [r["kl_mean"]], yerr=[[low], [high]], fmt="o", capsize=3, color=_colour(index))
+        axes.errorbar(
+            [bits], [r["kl_mean"]], yerr=[[low], [high]], fmt="o", capsize=3, color=colour_of(str(r["dtype"]))
+        )
         axes.annotate(str(r["dtype"]), (bits, r["kl_mean"]), xytext=(6, 4), textcoords="offset points", fontsize=8)
     axes.set_yscale("log")
     axes.set_xlabel("bits per element, every parameter counted")
@@ -38,10 +41,10 @@ def by_position(results: Results) -> Figure | None:
     if not shown:
         return None
     figure, axes = _figure(6.4, 3.8)
-    for index, r in enumerate(shown):
+    for r in shown:
         middle = [(p["begin"] + p["end"]) / 2 for p in r["by_position"]]
         kl = [max(p["kl_mean"], _LEAST_KL) for p in r["by_position"]]
-        axes.plot(middle, kl, marker="o", ms=3, label=str(r["dtype"]), color=_colour(index))
+        axes.plot(middle, kl, marker="o", ms=3, label=str(r["dtype"]), color=colour_of(str(r["dtype"])))
     axes.set_yscale("log")
     axes.set_xlabel("position in the context, tokens")
     axes.set_ylabel("KL to 16 bit, nats a token")
@@ -55,12 +58,12 @@ def by_layer(results: Results) -> Figure | None:
     if not shown:
         return None
     figure, axes = _figure(6.4, 3.8)
-    for index, r in enumerate(shown):
+    for r in shown:
         layers = r["by_layer"]["layers"]
         axes.plot(
             [v["layer"] for v in layers],
             [max(v["error"], _LEAST_KL) for v in layers],
-            marker="o", ms=3, label=str(r["dtype"]), color=_colour(index),
+            marker="o", ms=3, label=str(r["dtype"]), color=colour_of(str(r["dtype"])),
         )  # fmt: skip
     axes.set_yscale("log")
     axes.set_xlabel("layer")
@@ -82,7 +85,7 @@ def tasks(results: Results) -> Figure | None:
         mean = [v["mean"] for v in lost]
         bars = [[max(0.0, v["mean"] - v["low"]) for v in lost], [max(0.0, v["high"] - v["mean"]) for v in lost]]
         place = np.arange(len(names)) + (index - (len(shown) - 1) / 2) * width
-        axes.bar(place, mean, width, yerr=bars, capsize=2, label=str(r["dtype"]), color=_colour(index))
+        axes.bar(place, mean, width, yerr=bars, capsize=2, label=str(r["dtype"]), color=colour_of(str(r["dtype"])))
     axes.set_xticks(range(len(names)), names)
     axes.axhline(0, color="#444", lw=0.8)
     axes.set_yscale("symlog", linthresh=0.1)
@@ -151,7 +154,7 @@ def generation(results: Results) -> Figure | None:
         (panels[1], "perplexity of the drawn text to 16 bit", [g["self_perplexity"] for g in drawn]),
         (panels[2], "greedy tokens before it parts", [g["same_tokens"] for g in greedy]),
     ):
-        bars = axes.bar(names, values, color=[_colour(i) for i in range(len(names))], width=0.6)
+        bars = axes.bar(names, values, color=[colour_of(name) for name in names], width=0.6)
         axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
         axes.set_title(title, fontsize=9)
         axes.tick_params(axis="x", labelsize=8)
@@ -165,10 +168,6 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
     axes = figure.subplots()
     axes.grid(alpha=0.25)
     return figure, axes
-
-
-def _colour(index: int) -> str:
-    return _COLOURS[index % len(_COLOURS)]
 
 
 def draw_all(results: Results) -> dict[str, Figure]:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from kvbits.evaluation.pictures import draw_all
 from kvbits.evaluation.verdict import LIMITS
+from kvbits.files import write_text
 
 _CAPTIONS = {
     "bits-and-kl": "What the bits buy. Bars: 95 % interval.",
@@ -28,7 +29,7 @@ _CAPTIONS = {
 
 def write_report(path: Path, document: Mapping[str, Any]) -> None:
     """Write the page for ``document``, as ``kvbits evaluate --json`` has it."""
-    path.write_text(render(document), encoding="utf-8")
+    write_text(path, render(document))
 
 
 def render(document: Mapping[str, Any]) -> str:

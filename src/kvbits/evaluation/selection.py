@@ -9,20 +9,17 @@ from typing import Any
 
 from kvbits.engine.text import encode
 from kvbits.errors import ConfigError
-from kvbits.evaluation import toolcalls
+from kvbits.evaluation import arithmetic, toolcalls
 from kvbits.evaluation.documents import reference_text
 from kvbits.evaluation.laboratory import Laboratory, plant_fault
+from kvbits.evaluation.parts import ARITHMETIC, FIDELITY, GENERATION, LAYERS, TOOLS, parts_of
 from kvbits.evaluation.speed import distinct_prompts
 from kvbits.evaluation.tasks import TASKS, Material
 from kvbits.evaluation.tasks.files import find
 from kvbits.evaluation.windows import cut_windows
 from kvbits.models import LoadedModel
 
-FIDELITY, LAYERS, GENERATION, TOOLS = "fidelity", "layers", "generation", "tools"
-NAMES = (FIDELITY, LAYERS, *TASKS, GENERATION, TOOLS)
-"""Every part of the laboratory, in the order in which they run."""
-
-_NEEDS_TEXT = (FIDELITY, LAYERS, GENERATION)
+_FILES = {TOOLS: (toolcalls.FILE,), ARITHMETIC: (arithmetic.FILE,)}
 _LAYER_WINDOWS = 2
 _PROMPT_TOKENS = 256
 _CHECK_TOKENS = 1024
@@ -44,10 +41,11 @@ class Sizes:
     texts: int = 4
     new_tokens: int = 256
     tool_questions: int = 20
+    problems: int = 100
     all_positions: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("depths", "samples", "texts", "new_tokens", "tool_questions"):
+        for name in ("depths", "samples", "texts", "new_tokens", "tool_questions", "problems"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
 
@@ -65,19 +63,10 @@ def choose(tasks: str, has_text: bool, data_dir: Path | None) -> TaskSelection:
 
     Raises ``ConfigError`` for an unknown name, a text that is missing or a file that is.
     """
-    asked = [name.strip() for name in tasks.split(",") if name.strip()]
-    unknown = [name for name in asked if name not in (*NAMES, "all")]
-    if unknown or not asked:
-        what = f"unknown task '{unknown[0]}'" if unknown else "there is no task"
-        raise ConfigError(f"{what}; choose from {', '.join(NAMES)}, or all")
-    parts = NAMES if "all" in asked else tuple(name for name in NAMES if name in asked)
-    lacking = [name for name in parts if name in _NEEDS_TEXT and not has_text]
-    if lacking:
-        raise ConfigError(f"the task '{lacking[0]}' needs a text; give --text FILE")
+    parts = parts_of(tasks, has_text)
     files: dict[str, Path] = {}
     for name in parts:
-        needed = (toolcalls.FILE,) if name == TOOLS else TASKS[name].needs if name in TASKS else ()
-        for pattern in needed:
+        for pattern in TASKS[name].needs if name in TASKS else _FILES.get(name, ()):
             path = find(data_dir, pattern)
             if path is None:
                 where = f"in '{data_dir}'" if data_dir else "without --data-dir DIR"
@@ -115,6 +104,9 @@ def run_tasks(
     cases = []
     if TOOLS in selection.parts:
         cases = toolcalls.read_cases(loaded, selection.files[toolcalls.FILE], sizes.tool_questions, task_context)
+    problems = []
+    if ARITHMETIC in selection.parts:
+        problems = arithmetic.read_problems(loaded, selection.files[arithmetic.FILE], sizes.problems, task_context)
     if FIDELITY in selection.parts:
         laboratory.text(windows, sizes.all_positions)
     if LAYERS in selection.parts:
@@ -125,6 +117,8 @@ def run_tasks(
         laboratory.generation(prompts, sizes.new_tokens)
     if TOOLS in selection.parts:
         laboratory.tools(cases)
+    if ARITHMETIC in selection.parts:
+        laboratory.arithmetic(problems)
 
 
 def _task_context(loaded: LoadedModel, sizes: Sizes) -> int:

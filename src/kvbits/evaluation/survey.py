@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from kvbits.codecs import PoolLayout
 from kvbits.evaluation.advice import Candidate
 from kvbits.evaluation.laboratory import Laboratory
-from kvbits.evaluation.selection import FIDELITY, LAYERS, Sizes, choose, run_tasks
+from kvbits.evaluation.parts import FIDELITY, LAYERS
+from kvbits.evaluation.selection import Sizes, choose, run_tasks
 from kvbits.evaluation.speed import distinct_prompts, longest_sequence, measure_speed
 
 TASKS = ("needle", "kv-retrieval")

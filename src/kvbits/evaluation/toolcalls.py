@@ -13,22 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import kvbits
 from kvbits.codecs import Policy
-from kvbits.engine.config import EngineConfig
-from kvbits.engine.engine import Engine
 from kvbits.engine.params import SamplingParams
 from kvbits.engine.text import encode_chat
 from kvbits.errors import ConfigError
-from kvbits.evaluation.compare import REFERENCE, pool_bytes
-from kvbits.evaluation.drive import drive
-from kvbits.evaluation.resume import ResumeCache, key_of
+from kvbits.evaluation.answers import answer
+from kvbits.evaluation.resume import ResumeCache
 from kvbits.evaluation.tasks.files import jsonl
 from kvbits.models import LoadedModel
 
 FILE = "BFCL_*simple*.json"
 _BEGIN, _OPEN, _END = "<tool_call>\n", '{"name": "', "</tool_call>"
-_TOGETHER = 8
 _MAX_TOKENS = 128
 _SYSTEM = (
     "You call functions to help the user. The functions, one JSON object a line:\n<tools>\n{tools}\n</tools>\n"
@@ -106,28 +101,12 @@ def call_tools(
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> list[Called]:
     """Answer every question greedily. ``progress`` is told the prompt tokens done since its last call."""
-    prompts = [list(case.prompt) for case in cases]
-    key = key_of("tools", kvbits.__version__, loaded.fingerprint, policy.name, compute_dtype, _MAX_TOKENS, prompts)
-    if key not in resume_cache:
-        resume_cache.put(key, _answers(loaded, policy, prompts, max_num_batched_tokens))
-    progress(sum(map(len, prompts)))
-    return [Called(case, read_call(_OPEN + text)) for case, text in zip(cases, resume_cache[key], strict=True)]
-
-
-def _answers(
-    loaded: LoadedModel, policy: Policy, prompts: Sequence[Sequence[int]], max_num_batched_tokens: int
-) -> list[str]:
-    longest = max(map(len, prompts)) + _MAX_TOKENS
-    # the functions are stored once; each question holds its own end
-    memory = pool_bytes(loaded, policy, 2, longest)
-    memory += pool_bytes(loaded, loaded.policy(REFERENCE), _TOGETHER, 4 * _MAX_TOKENS)
-    config = EngineConfig(policy, memory, max_num_seqs=_TOGETHER, max_num_batched_tokens=max_num_batched_tokens)
     params = SamplingParams(max_tokens=_MAX_TOKENS, temperature=0.0, stop=_END)
-    texts = [""] * len(prompts)
-    for step in drive(Engine(loaded, config), prompts, params):
-        for delta in step.deltas:
-            texts[int(delta.request_id)] += delta.text
-    return texts
+    prompts = [case.prompt for case in cases]
+    texts = answer(
+        "tools", loaded, policy, prompts, params, resume_cache, compute_dtype, max_num_batched_tokens, progress
+    )
+    return [Called(case, read_call(_OPEN + text)) for case, text in zip(cases, texts, strict=True)]
 
 
 def read_call(text: str) -> tuple[str, Mapping[str, Any]] | None:

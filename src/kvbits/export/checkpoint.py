@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from kvbits.errors import ConfigError
 from kvbits.export.scales import Granularity, LayerScales
+from kvbits.files import write_bytes, write_text
 
 Layout = Literal["compressed-tensors", "modelopt"]
 
@@ -89,7 +90,7 @@ def add_scales(
     tensors = scale_tensors(layers, modules, layout)
     try:
         index = _index(directory)
-        save_file(tensors, directory / SCALES_FILE, metadata={"format": "pt"})
+        write_bytes(directory / SCALES_FILE, save(tensors, metadata={"format": "pt"}))
         index["weight_map"].update(dict.fromkeys(tensors, SCALES_FILE))
         total = sum(t.numel() * t.element_size() for t in tensors.values())
         size = index.setdefault("metadata", {})
@@ -134,4 +135,4 @@ def _nothing() -> dict[str, Any]:
 
 
 def _write(path: Path, document: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(document, indent=2) + "\n")

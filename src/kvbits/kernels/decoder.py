@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvbits.config import WEIGHT_FORMATS
 from kvbits.kernels import _native
 from kvbits.kernels.base import BatchLayout
 from kvbits.kernels.cpu import CpuBackend
 from kvbits.pool import LayerView
-
-WEIGHT_FORMATS = ("bf16", "int8")
 
 
 class Products:

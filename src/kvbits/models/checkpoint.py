@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.models.load import LoadedModel
@@ -24,13 +26,19 @@ def write_checkpoint(name: str, directory: Path, trust_remote_code: bool = False
     cannot be read or ``directory`` is its own or cannot be written.
     """
     source = locate(name)
+    before: set[Path] = set()
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        before = set(directory.iterdir())
         if source.gguf is None and Path(source.path).is_dir():
             _copy(Path(source.path), directory)
         else:
             _convert(Reader(name, source, trust_remote_code), directory)
-    except OSError as error:
+        _open_to_others(directory)
+    except (OSError, SafetensorError) as error:
+        for file in set(directory.iterdir()) - before if directory.is_dir() else ():
+            if file.is_file():
+                file.unlink()  # a file that is cut off is none
         raise ConfigError(f"cannot write the model '{name}' to '{directory}': {error}") from error
 
 
@@ -51,6 +59,13 @@ def attention_modules(loaded: LoadedModel) -> list[str]:
             f"{len(found)} of the {count} layers of {loaded.name} have projections k_proj and v_proj"
         )
     return [found[i] for i in range(count)]
+
+
+def _open_to_others(directory: Path) -> None:
+    """Weights are as readable as the configuration beside them: their library makes files for their owner alone."""
+    mode = stat.S_IMODE((directory / "config.json").stat().st_mode)
+    for file in directory.glob("*.safetensors"):
+        file.chmod(mode)
 
 
 def _copy(source: Path, directory: Path) -> None:

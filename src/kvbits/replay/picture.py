@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy
 
+from kvbits.files import replacing
 from kvbits.replay.run import Outcome
 
 _BLUE, _ORANGE, _RED = "#4477aa", "#ee8833", "#cc3333"
@@ -43,7 +44,8 @@ def draw(outcome: Outcome, figures: Mapping[str, Any], title: str, path: Path) -
     axes[2].legend(fontsize=7)
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with replacing(path) as place:
+        figure.savefig(place, dpi=120)
     pyplot.close(figure)
 
 

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import plotly.graph_objects as go
 
+from kvbits.planning.colours import colour_of, plotly_dash_of
 from kvbits.report.gather import Gathered, Record
 
 LEAST = 1e-7
@@ -39,6 +40,11 @@ def draw_all(found: Gathered) -> list[tuple[str, str, str]]:
     return shown
 
 
+def _look(dtype: str) -> dict[str, Any]:
+    """Name and line of a dtype."""
+    return {"name": dtype, "line": {"color": colour_of(dtype), "dash": plotly_dash_of(dtype)}}
+
+
 def pareto(found: Gathered) -> Figure | None:
     """KL over bits, with intervals where they were measured."""
     rows = [r for r in found.evaluated if r.get("kl_mean", 0) > 0]
@@ -57,7 +63,7 @@ def pareto(found: Gathered) -> Figure | None:
         interval = row.get("kl_interval", {"low": row["kl_mean"], "high": row["kl_mean"]})
         figure.add_scatter(
             x=[row["bits_per_element"]], y=[row["kl_mean"]], mode="markers+text", name=row["dtype"],
-            text=[row["dtype"]], textposition="top right", marker={"size": 10},
+            text=[row["dtype"]], textposition="top right", marker={"size": 10, "color": colour_of(row["dtype"])},
             error_y={"type": "data", "symmetric": False, "array": [interval["high"] - row["kl_mean"]],
                      "arrayminus": [row["kl_mean"] - interval["low"]]},
             hovertemplate="%{x:.2f} bits<br>KL %{y:.3g}<br>perplexity "
@@ -118,7 +124,7 @@ def layers(found: Gathered) -> Figure | None:
     figure = go.Figure()
     for row in rows:
         parts = row["by_layer"]["layers"]
-        figure.add_scatter(x=[p["layer"] for p in parts], y=[p["error"] for p in parts], name=row["dtype"])
+        figure.add_scatter(x=[p["layer"] for p in parts], y=[p["error"] for p in parts], **_look(row["dtype"]))
     figure.update_yaxes(type="log", title="relative error")
     figure.update_xaxes(title="layer")
     return figure
@@ -133,7 +139,7 @@ def position(found: Gathered) -> Figure | None:
     for row in rows:
         parts = row["by_position"]
         middle = [(p["begin"] + p["end"]) / 2 for p in parts]
-        figure.add_scatter(x=middle, y=[max(p["kl_mean"], LEAST) for p in parts], name=row["dtype"])
+        figure.add_scatter(x=middle, y=[max(p["kl_mean"], LEAST) for p in parts], **_look(row["dtype"]))
     figure.update_yaxes(type="log", title="KL to 16 bit, nats a token")
     figure.update_xaxes(title="position in the context, tokens")
     return figure
@@ -148,7 +154,8 @@ def capacity(found: Gathered) -> Figure | None:
                 (c["context"], c["sessions"]) for c in scheme.get("range", scheme["contexts"]) if c["sessions"]
             )
             name = f"{scheme['dtype']} ({scheme['bits_per_element']:.2f} bits)"
-            figure.add_scatter(x=[c for c, _ in points], y=[n for _, n in points], name=name, mode="lines+markers")
+            figure.add_scatter(x=[c for c, _ in points], y=[n for _, n in points], mode="lines+markers",
+                               **_look(scheme["dtype"]) | {"name": name})  # fmt: skip
     if not figure.data:
         return None
     figure.update_xaxes(type="log", title="context of each session, tokens")
@@ -182,7 +189,7 @@ def traffic(found: Gathered) -> Figure | None:
     for dtype in dict.fromkeys(run["dtype"] for run in runs):
         own = sorted((r["load"], r["wait_mean_s"], r["preempted"]) for r in runs if r["dtype"] == dtype)
         figure.add_scatter(
-            x=[x for x, _, _ in own], y=[y for _, y, _ in own], customdata=[z for _, _, z in own], name=dtype,
+            x=[x for x, _, _ in own], y=[y for _, y, _ in own], customdata=[z for _, _, z in own], **_look(dtype),
             mode="lines+markers", hovertemplate="load %{x}: %{y:.1f} s, %{customdata} preempted",
         )  # fmt: skip
     figure.update_xaxes(title="load (1: as recorded)")

@@ -8,6 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from plotly.offline import get_plotlyjs
 
+from kvbits.files import write_text
 from kvbits.report.advice import Advice
 from kvbits.report.figures import draw_all
 from kvbits.report.gather import Gathered
@@ -17,7 +18,7 @@ TEMPLATE = "page.html"
 
 def write_page(path: Path, found: Gathered, advice: Advice) -> None:
     """Write the report on ``found`` to ``path``."""
-    path.write_text(render(found, advice), encoding="utf-8")
+    write_text(path, render(found, advice))
 
 
 def render(found: Gathered, advice: Advice) -> str:

@@ -24,10 +24,15 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def set_up(level: str) -> None:
-    """Send the logs of kvbits and uvicorn to stderr. Raises ``ConfigError`` for an unknown level."""
+def check_level(level: str) -> None:
+    """Raise ``ConfigError`` for an unknown level."""
     if level not in LEVELS:
         raise ConfigError(f"log level '{level}' is unknown; choose from {', '.join(LEVELS)}")
+
+
+def set_up(level: str) -> None:
+    """Send the logs of kvbits and uvicorn to stderr. Raises ``ConfigError`` for an unknown level."""
+    check_level(level)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     for name in ("kvbits", "uvicorn"):

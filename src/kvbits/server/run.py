@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import logging
+import socket
+import time
 from types import FrameType
 
 import uvicorn
@@ -12,18 +13,20 @@ from fastapi import FastAPI
 
 from kvbits.engine.engine import Engine
 from kvbits.errors import ConfigError
+from kvbits.server.address import listen
 from kvbits.server.app import create_app
 from kvbits.server.connection import connection_class
 from kvbits.server.options import ServerOptions
 from kvbits.server.service import Service
+from kvbits.server.worker import STOPPING
 
 log = logging.getLogger(__name__)
 
 
 class Server(uvicorn.Server):
-    """Drains on the first SIGTERM or SIGINT: no new requests, running ones end or are ended.
+    """Drains on the first SIGTERM or SIGINT: running requests end or are ended, new ones get 503, as ``/health`` does.
 
-    The second signal stops it at once.
+    It listens until the last request has ended. The second signal stops it at once.
     """
 
     def __init__(self, app: FastAPI, host: str, port: int, options: ServerOptions) -> None:
@@ -31,25 +34,28 @@ class Server(uvicorn.Server):
         assert isinstance(service, Service)
         self._service = service
         self._drain = options.drain_timeout
+        self._deadline = 0.0
         super().__init__(http_config(app, host, port, options))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if not self._service.worker.draining:
-            self._service.worker.draining = True
-            log.info("shutting down", extra={"facts": {"open_requests": self._service.worker.open_requests}})
+        worker = self._service.worker
         # Not uvicorn's own, which kills the process with the same signal at the end: a drained server ends with 0.
-        self.force_exit = self.should_exit
-        self.should_exit = True
+        self.force_exit = self.should_exit = worker.draining
+        if not worker.draining:
+            self._deadline = time.monotonic() + self._drain
+            worker.draining = True
+            log.info("shutting down", extra={"facts": {"open_requests": worker.open_requests}})
 
-    async def shutdown(self, sockets: object = None) -> None:
-        self._service.worker.draining = True
-        timer = asyncio.get_running_loop().call_later(
-            self._drain, self._service.worker.abort_all, "the server is shutting down"
-        )
-        try:
-            await super().shutdown(sockets)  # type: ignore[arg-type]
-        finally:
-            timer.cancel()
+    async def on_tick(self, counter: int) -> bool:
+        if await super().on_tick(counter):
+            return True
+        worker, left = self._service.worker, self._deadline - time.monotonic()
+        if not worker.draining or (worker.open_requests and left > 0):
+            return False
+        worker.abort_all(STOPPING)
+        # What is still being sent has the time that is left; ended requests still need a moment to say so.
+        self.config.timeout_graceful_shutdown = int(max(left, 0)) + 5
+        return True
 
 
 def http_config(app: FastAPI, host: str, port: int, options: ServerOptions) -> uvicorn.Config:
@@ -64,7 +70,6 @@ def http_config(app: FastAPI, host: str, port: int, options: ServerOptions) -> u
         log_config=None,
         access_log=False,
         server_header=False,
-        # Ended requests still need a moment to say so.
         timeout_graceful_shutdown=int(options.drain_timeout) + 5,
     )
 
@@ -82,17 +87,21 @@ def start_line(engine: Engine, options: ServerOptions, host: str, port: int) -> 
     )
 
 
-def serve(engine: Engine, options: ServerOptions, host: str, port: int) -> None:
-    """Serve until a signal ends it. Raises ``ConfigError`` when the port cannot be had."""
+def serve(engine: Engine, options: ServerOptions, sockets: list[socket.socket], host: str, port: int) -> None:
+    """Serve on ``sockets`` (:func:`kvbits.server.address.take_address`) until a signal ends it.
+
+    Raises ``ConfigError`` when somebody else listens there by now.
+    """
     server = Server(create_app(engine, options), host, port, options)
+    listen(sockets, host, port)
     log.info(start_line(engine, options, host, port))
     # What is there now stays. Without this the collector looks at all of it, for a second, when a request makes many
     # objects, and nobody is answered meanwhile.
     gc.collect()
     gc.freeze()
     try:
-        server.run()
+        server.run(sockets)
     except SystemExit as error:
-        raise ConfigError(f"cannot listen on {host}:{port}; the log says why") from error
+        raise ConfigError("the server cannot start; the log says why") from error
     finally:
         gc.unfreeze()

@@ -1,8 +1,11 @@
-"""From a request's fields to the engine's parameters. A field left out has OpenAI's default."""
+"""From a request's fields to the engine's parameters.
+
+A field left out has the value of the model's generation configuration, or else OpenAI's default.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from collections.abc import Mapping, Sized
 from typing import Any
 
 from kvbits.engine.grammar import Grammar
@@ -23,8 +26,9 @@ def sampling_params(
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
     grammar: Grammar | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> SamplingParams:
-    """The engine's parameters, with what they need prepared.
+    """The engine's parameters, with what they need prepared; ``defaults`` are the model's.
 
     Raises ``RequestError`` for a value out of range, naming the field and its limit.
     """
@@ -33,14 +37,15 @@ def sampling_params(
         raise RequestError(f"n is {request.n}; at most {MAX_CHOICES} are possible")
     _at_most("stop_token_ids", request.stop_token_ids, MAX_STOP_TOKENS, "tokens")
     _at_most("logit_bias", request.logit_bias, MAX_LOGIT_BIAS, "tokens")
-    return SamplingParams(
-        max_tokens=max_tokens,
+    return SamplingParams.of(
+        defaults or {},
+        max_tokens,
         stop=_stops(request.stop),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         logit_bias=_bias(request.logit_bias or {}),
         grammar=grammar,
-        **{name: value for name, value in given.items() if value is not None},
+        **given,
     ).prepare()
 
 

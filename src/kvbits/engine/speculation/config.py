@@ -72,6 +72,10 @@ class SpeculativeConfig:
             return source
         if isinstance(source, str) and source in METHODS:
             return cls(method=source)
+        if isinstance(source, str) and not source.lstrip().startswith("{"):
+            raise ConfigError(
+                f"unknown speculative method '{source}'; choose from {', '.join(METHODS)}, or give options as JSON"
+            )
         if isinstance(source, str):
             try:
                 source = json.loads(source)

@@ -36,7 +36,9 @@ def _prepare(service: Service, body: ChatRequest) -> tuple[Prompts, SamplingPara
     )
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return [("", prompt)], sampling_params(body, limit, logprobs, grammar=service.preparer.chat_grammar(body))
+    grammar = service.preparer.chat_grammar(body)
+    defaults = service.preparer.loaded.sampling_defaults
+    return [("", prompt)], sampling_params(body, limit, logprobs, grammar=grammar, defaults=defaults)
 
 
 def _answer(

@@ -49,6 +49,7 @@ def _prepare(service: Service, body: CompletionRequest) -> tuple[Prompts, Sampli
         body.logprobs,
         body.logprobs if body.echo else None,
         preparer.format_grammar(body.response_format),
+        preparer.loaded.sampling_defaults,
     )
     return prompts, params
 

@@ -1,0 +1,120 @@
+"""The names of the cache dtypes, and the strings that users write for a policy. No torch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from kvbits.config import ModelGeometry
+from kvbits.errors import ConfigError, UnsupportedError
+
+DTYPES: dict[str, tuple[int, int]] = {
+    "bf16": (16, 16),
+    "int8": (16, 16),
+    "int8h": (16, 16),
+    "fp8": (16, 16),
+    "fp8_e4m3": (16, 16),
+    "fp8_e5m2": (16, 16),
+    "int6": (16, 16),
+    "int5": (32, 32),
+    "int4": (16, 16),
+    "int3": (32, 32),
+    "int2": (16, 16),
+    "nf4": (16, 16),
+    "nf3": (32, 32),
+    "nf2": (16, 16),
+    "int4b32": (16, 32),
+    "int3b32": (32, 32),
+    "int2b32": (16, 32),
+    "mix8_4": (64, 16),
+    "mix8_2": (64, 16),
+    "mix4_2": (64, 16),
+}
+"""Every dtype name that a policy may use, and what the head sizes of keys and of values must be multiples of."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The dtypes of a layer's keys and of its values."""
+
+    key: str
+    value: str
+
+    @property
+    def name(self) -> str:
+        return self.key if self.key == self.value else f"{self.key}/{self.value}"
+
+
+@dataclass(frozen=True)
+class PolicyNames:
+    """A policy in names: each layer's dtypes, and those of every sequence's first page where it has its own.
+
+    ``name`` is the canonical string that :func:`parse_names` reads. ``layers`` is one for all where their number is
+    not known; ``sink`` has as many.
+    """
+
+    name: str
+    layers: tuple[Pair, ...]
+    sink: tuple[Pair, ...] | None = None
+
+    def check(self, geometry: ModelGeometry) -> None:
+        """Raise ``UnsupportedError`` where a layer's head size does not fit its dtype."""
+        for pairs in (self.layers, self.sink or ()):
+            for index, (pair, layer) in enumerate(zip(pairs, geometry.layers, strict=bool(pairs))):
+                for dtype, side, dim in ((pair.key, 0, layer.key_dim), (pair.value, 1, layer.value_dim)):
+                    multiple = DTYPES[dtype][side]
+                    if dim % multiple:
+                        reason = f"head size {dim} is not a multiple of {multiple}"
+                        raise UnsupportedError(f"layer {index} cannot be stored as '{pair.name}': {reason}")
+
+
+def parse_names(text: str, num_layers: int | None) -> PolicyNames:
+    """Read ``--kv-cache-dtype``; see :func:`kvbits.codecs.parse_policy` for what may be written.
+
+    Without ``num_layers`` only what holds for every model is checked. Raises ``ConfigError`` with the part that is
+    wrong.
+    """
+    text = text.strip().lower()
+    if not text:
+        raise ConfigError(f"the KV cache dtype is empty; choose from {', '.join(DTYPES)}")
+    text, plus, suffix = text.partition("+")
+    if plus:
+        if not suffix.startswith("sink:"):
+            raise ConfigError(f"'+{suffix}' in the policy '{text}+{suffix}' is not +sink:DTYPE")
+        rest = parse_names(text, num_layers)
+        sink = _pair(suffix.removeprefix("sink:"), suffix)
+        return PolicyNames(f"{rest.name}+{suffix}", rest.layers, (sink,) * len(rest.layers))
+    if ":" not in text:
+        return PolicyNames(text, (_pair(text, text),) * (num_layers or 1))
+    layers: dict[int, Pair] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*:\s*([^:]+)", part)
+        if not match:
+            raise ConfigError(f"'{part}' in the policy '{text}' is not LAYER:DTYPE or FIRST-LAST:DTYPE")
+        first = int(match.group(1))
+        last = int(match.group(2) or first)
+        if first > last or (num_layers is not None and last >= num_layers):
+            bound = "ends before it begins" if num_layers is None else f"the model's layers are 0 to {num_layers - 1}"
+            raise ConfigError(f"'{part}' in the policy '{text}': {bound}")
+        pair = _pair(match.group(3), text)
+        for index in range(first, last + 1) if num_layers is not None else ():
+            if index in layers:
+                raise ConfigError(f"the policy '{text}' names layer {index} twice")
+            layers[index] = pair
+    if num_layers is None:
+        return PolicyNames(text, (pair,))
+    missing = [str(i) for i in range(num_layers) if i not in layers]
+    if missing:
+        raise ConfigError(f"the policy '{text}' says nothing of layer {', '.join(missing)}")
+    return PolicyNames(text, tuple(layers[i] for i in range(num_layers)))
+
+
+def _pair(text: str, policy: str) -> Pair:
+    names = [part.strip() for part in re.split("[,/]", text)]
+    if len(names) > 2:
+        raise ConfigError(f"'{text}' names {len(names)} dtypes; write one, or one for keys and one for values")
+    for name in names:
+        if name not in DTYPES:
+            where = "" if policy == name else f" in '{policy}'"
+            raise ConfigError(f"unknown KV cache dtype '{name}'{where}; choose from {', '.join(DTYPES)}")
+    return Pair(names[0], names[-1])

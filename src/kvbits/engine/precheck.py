@@ -1,0 +1,115 @@
+"""What arguments and a model's files can tell to be wrong, told before anything slow: on a CPU without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvbits.codecs.names import PolicyNames, parse_names
+from kvbits.codecs.policy_document import read_names
+from kvbits.config import PAGE_TOKENS, POLICY_PREFIX, ModelGeometry
+from kvbits.engine.config import EngineConfig
+from kvbits.errors import ConfigError, RequestError
+from kvbits.memory import check_disk, check_host, show
+from kvbits.models.formats import check_formats, on_cpu
+from kvbits.models.outline import Outline, outline_of
+
+if TYPE_CHECKING:
+    from kvbits.codecs import Policy
+    from kvbits.engine.speculation.config import SpeculativeConfig
+
+
+def check_model(
+    model: str,
+    kv_cache_dtypes: Iterable[str | Policy] = (),
+    *,
+    dtype: str = "bfloat16",
+    weights: str = "bf16",
+    device: str = "cpu",
+    context: int | None = None,
+) -> Outline:
+    """Check that ``model`` is there, can be loaded as asked, stored in these dtypes, and has ``context`` tokens.
+
+    Raises ``ConfigError`` or ``UnsupportedError`` naming what is wrong.
+    """
+    for name in kv_cache_dtypes:  # told even where the model is wrong too
+        if isinstance(name, str) and not name.startswith(POLICY_PREFIX):
+            parse_names(name, None)
+    check_formats(dtype, weights, device)
+    outline = outline_of(model)
+    for name in kv_cache_dtypes:
+        if isinstance(name, str):
+            _check_dtype(name, outline)
+    if context is not None and outline.max_position is not None and context > outline.max_position:
+        raise ConfigError(f"a context of {context} tokens is over the {outline.max_position} tokens of {model}")
+    return outline
+
+
+def check_engine(
+    model: str,
+    config: EngineConfig,
+    speculative: SpeculativeConfig | None = None,
+    *,
+    dtype: str = "bfloat16",
+    weights: str = "bf16",
+    device: str = "cpu",
+) -> Outline:
+    """:func:`check_model` for what a whole engine is asked for, its memory included."""
+    check_room(config, device)
+    outline = check_model(model, [config.kv_cache_dtype], dtype=dtype, weights=weights, device=device)
+    if config.max_model_len is not None and outline.max_position is not None:
+        check_length(config.max_model_len, model, outline.max_position)
+    if outline.geometry is not None:
+        least = _least_bytes(outline.geometry)
+        if config.kv_cache_memory < least:
+            raise ConfigError(f"kv_cache_memory is {show(config.kv_cache_memory)}; one session needs {show(least)}")
+    if speculative is not None and speculative.model is not None:
+        check_model(speculative.model, [speculative.kv_cache_dtype])
+    return outline
+
+
+def check_chat(outline: Outline) -> None:
+    """Raise ``RequestError`` for a model without a chat template."""
+    if outline.has_template is False:
+        raise RequestError(f"the tokenizer of {outline.name} has no chat template; use generate with a plain prompt")
+
+
+def check_length(asked: int, name: str, longest: int) -> None:
+    """Raise ``ConfigError`` when ``max_model_len`` is more than a model's ``longest``."""
+    if asked > longest:
+        raise ConfigError(f"max_model_len is {asked}; the context of {name} is {longest} tokens")
+
+
+def check_room(config: EngineConfig, device: str) -> None:
+    """Raise ``ConfigError`` when host memory or the disk cannot hold what ``config`` asks for; before a model loads.
+
+    What a GPU has left is known when the model is there.
+    """
+    sizes = {"kv_cache_memory": config.kv_cache_memory} if on_cpu(device) else {}
+    path = None if config.kv_offload_path is None else Path(config.kv_offload_path)
+    if config.kv_offload_size is not None and path is None:
+        sizes["kv_offload_size"] = config.kv_offload_size
+    check_host(sizes)
+    if config.kv_offload_size is not None and path is not None:
+        folder = path if path.is_dir() else path.absolute().parent
+        # What an earlier process left there is written over.
+        left = path.stat().st_size if path.is_file() else 0
+        if not folder.is_dir():
+            raise ConfigError(f"kv_offload_path is '{path}'; there is no directory '{folder}'")
+        check_disk("kv_offload_size", config.kv_offload_size - left, folder)
+
+
+def _check_dtype(name: str, outline: Outline) -> None:
+    names: PolicyNames
+    if name.startswith(POLICY_PREFIX):
+        names = read_names(Path(name.removeprefix(POLICY_PREFIX)), outline.name, outline.num_layers)
+    else:
+        names = parse_names(name, outline.num_layers)
+    if outline.geometry is not None:
+        names.check(outline.geometry)
+
+
+def _least_bytes(geometry: ModelGeometry) -> int:
+    """Of any pool: a sequence's newest page is stored in 16 bits, whatever the others are."""
+    return PAGE_TOKENS * geometry.bytes_per_token_16bit()
