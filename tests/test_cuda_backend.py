@@ -11,15 +11,30 @@ import pytest
 import torch
 
 from kvbits.codecs import SCHEMES, parse_policy
-from kvbits.config import LayerGeometry
+from kvbits.config import LayerGeometry, ModelGeometry
 from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.kernels import BatchLayout, SequencePages, choose_backend, kernels_line
 from kvbits.kernels.cuda import nvrtc
+from kvbits.kernels.cuda.attend import Step
 from kvbits.kernels.cuda.variant import Variant, variant_of
 from kvbits.kernels.cuda.work import WAVES, Work, work_list
 from kvbits.kernels.reference import ReferenceBackend
+from kvbits.pool import PagedPool
 
 LAYER = LayerGeometry(32, 8, 128, 128, 128**-0.5)
+
+
+class Recorded:
+    """Launches that do not run; which kernels were made ready."""
+
+    def __init__(self) -> None:
+        self.prepared: list[Variant] = []
+
+    def __call__(self, variant: Variant, grid: tuple[int, int], step: Step) -> None:
+        raise AssertionError("nothing runs here")
+
+    def prepare(self, variant: Variant) -> None:
+        self.prepared.append(variant)
 
 
 def batch_of(*sequences: tuple[int, int]) -> BatchLayout:
@@ -111,13 +126,24 @@ def test_layers_without_kernels_are_shown_or_refused() -> None:
 
     policy = parse_policy("0-1:int4,2-3:int3", 4)
     # named a GPU for Triton's check; nothing runs there
-    mixed, only = (CudaBackend("cuda", x, lambda *_: None, 1) for x in (False, True))
+    mixed, only = (CudaBackend("cuda", x, Recorded(), 1) for x in (False, True))
     line = kernels_line(mixed, policy.layers, [LAYER] * 4)
     assert line.startswith("cuda for 2 of 4 layers, triton (no CUDA kernels for keys coded as 'int3'")
     assert mixed.supports(policy.layers[2], LAYER) is None
     assert "no CUDA kernels for keys coded as 'int3'" in str(only.supports(policy.layers[2], LAYER))
     assert only.supports(policy.layers[0], LAYER) is None
     assert kernels_line(ReferenceBackend(), policy.layers, [LAYER] * 4) == "reference"
+
+
+def test_kernels_are_compiled_before_the_first_request() -> None:
+    pytest.importorskip("triton")
+    from kvbits.kernels.cuda.backend import CudaBackend
+
+    recorded = Recorded()
+    geometry = ModelGeometry("test", (LAYER, replace(LAYER, num_heads=8), LAYER, LAYER), 8192, 16)
+    pool = PagedPool.smallest(geometry, parse_policy("0-1:int4,2:int3,3:int8+sink:bf16", 4))
+    CudaBackend("cuda", False, recorded, 1).prepare(pool.layers)
+    assert {(v.keys, v.values, v.tiles) for v in recorded.prepared} == {(4, 4, 1), (16, 16, 1), (8, 8, 1)}
 
 
 def test_without_a_compiler_nothing_is_guessed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,9 @@ class Emulation:
         pool = ctypes.c_void_p(self.pool.data_ptr()), ctypes.c_int64(self.pool.nbytes)
         self.faults += run(ctypes.byref(step), *grid, variant.shared_bytes, *pool)
 
+    def prepare(self, variant: Variant) -> None:
+        self._library(variant)
+
     def _library(self, variant: Variant) -> ctypes.CDLL:
         if variant not in self._known:
             key = hashlib.sha256(repr((variant, self._change)).encode()).hexdigest()[:16]

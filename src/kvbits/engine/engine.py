@@ -64,6 +64,7 @@ class Engine:
         self.kernels = kernels_line(self.backend, policy.layers, loaded.geometry.layers)
         log.info("Kernels that decode: %s", self.kernels)
         self.pool = PagedPool(loaded.geometry, policy, config.kv_cache_memory, device=loaded.device)
+        self.backend.prepare(self.pool.layers)
         self.pages = pages_of(self.pool, loaded, config)
         self.limits = limits_of(self.pool, self.max_model_len, config)
         self.scheduler = Scheduler(self.pages, self.limits.pool, config.max_num_seqs, config.max_num_batched_tokens)

@@ -93,6 +93,10 @@ class Backend(ABC):
         """Whose kernels decode ``layer`` stored as ``scheme``, for users to read."""
         return self.name
 
+    def prepare(self, views: Sequence[LayerView]) -> None:
+        """Do now what steps over ``views`` would otherwise wait for, such as compiling; takes seconds at most."""
+        return
+
     @abstractmethod
     def forward(
         self, view: LayerView, batch: BatchLayout, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None

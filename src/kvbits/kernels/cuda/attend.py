@@ -40,6 +40,9 @@ class Launch(Protocol):
     def __call__(self, variant: Variant, grid: tuple[int, int], step: Step) -> None:
         """``grid``: items, KV heads."""
 
+    def prepare(self, variant: Variant) -> None:
+        """Make ``variant`` ready to run."""
+
 
 @dataclass(frozen=True)
 class Tables:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -58,6 +59,14 @@ class CudaBackend(TritonBackend):
     def kernels(self, scheme: Scheme, layer: LayerGeometry) -> str:
         variant = variant_of(scheme, layer, layer.group_size)
         return f"triton (no CUDA kernels for {variant})" if isinstance(variant, str) else "cuda"
+
+    def prepare(self, views: Sequence[LayerView]) -> None:
+        """Compile what a token of each sequence needs; steps of several tokens may need another kernel later."""
+        for view in views:
+            for place in (view.sealed, view.first_page):
+                variant = None if place is None else variant_of(place.scheme, view.geometry, view.geometry.group_size)
+                if isinstance(variant, Variant):
+                    self._run.prepare(variant)
 
     def _attend_few(
         self, view: LayerView, batch: BatchLayout, kernels: LayerKernels, tables: StepTables, tiles: Tiles,

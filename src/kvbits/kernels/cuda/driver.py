@@ -9,7 +9,7 @@ import torch
 
 from kvbits.errors import UnsupportedError
 from kvbits.kernels.cuda.attend import Step
-from kvbits.kernels.cuda.nvrtc import compiled, library
+from kvbits.kernels.cuda.nvrtc import architectures, compiled, version
 from kvbits.kernels.cuda.variant import WARPS, Variant
 
 LEAST = (8, 0)
@@ -25,10 +25,11 @@ def refusal(device: torch.device) -> str | None:
         name = torch.cuda.get_device_name(device)
         return f"they need compute capability {LEAST[0]}.{LEAST[1]}; {name} has {capability[0]}.{capability[1]}"
     try:
-        library()
+        known = architectures()
     except UnsupportedError as error:
         return str(error)
-    return None
+    arch = f"sm_{capability[0]}{capability[1]}"
+    return None if arch in known else f"NVIDIA's run-time compiler {version()} does not know {arch}"
 
 
 @cache
@@ -54,17 +55,23 @@ class Driver:
         self._functions: dict[Variant, ctypes.c_void_p] = {}
 
     def __call__(self, variant: Variant, grid: tuple[int, int], step: Step) -> None:
+        self.prepare(variant)
         with torch.cuda.device(self._device):
-            function = self._functions.get(variant)
-            if function is None:
-                function = self._functions[variant] = self._load(variant)
             stream = ctypes.c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
             arguments = (ctypes.c_void_p * 1)(ctypes.addressof(step))
             size = variant.shared_bytes
             _check(
-                _driver().cuLaunchKernel(function, *grid, 1, 32 * WARPS, 1, 1, size, stream, arguments, None),
+                _driver().cuLaunchKernel(
+                    self._functions[variant], *grid, 1, 32 * WARPS, 1, 1, size, stream, arguments, None
+                ),
                 f"launch of {variant}",
             )
+
+    def prepare(self, variant: Variant) -> None:
+        """Compile and load ``variant``."""
+        with torch.cuda.device(self._device):
+            if variant not in self._functions:
+                self._functions[variant] = self._load(variant)
 
     def _load(self, variant: Variant) -> ctypes.c_void_p:
         torch.cuda.current_stream(self._device).synchronize()  # makes torch's context the thread's

@@ -48,6 +48,16 @@ def version() -> str:
     return f"{major.value}.{minor.value}"
 
 
+@cache
+def architectures() -> tuple[str, ...]:
+    """What the compiler makes machine code for, such as ``"sm_90"``."""
+    count = ctypes.c_int()
+    _check(library().nvrtcGetNumSupportedArchs(ctypes.byref(count)))
+    found = (ctypes.c_int * count.value)()
+    _check(library().nvrtcGetSupportedArchs(found))
+    return tuple(f"sm_{number}" for number in found)
+
+
 def _check(result: int, program: ctypes.c_void_p | None = None) -> None:
     if result == 0:
         return
