@@ -8,6 +8,7 @@ import pytest
 from helpers.backends import BACKENDS
 
 from kvbits.kernels import Backend
+from kvbits.user_cache import folder
 
 if TYPE_CHECKING:
     from kvbits.models import LoadedModel
@@ -21,6 +22,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--stress-seed", type=int, default=None, help="which run of the engine's stress (-m soak)")
     group.addoption("--stress-method", default=None, help="its method of speculation")
     group.addoption("--page-screenshot", default=None, metavar="FILE", help="write the page's picture (-m browser)")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Measured losses are kept in a directory of this run; converted tokenizers where they always are."""
+    kept, here = folder("tokenizers"), tmp_path_factory.mktemp("cache")
+    kept.mkdir(parents=True, exist_ok=True)
+    (here / "kvbits").mkdir()
+    (here / "kvbits" / "tokenizers").symlink_to(kept)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(here))
+        yield
 
 
 @pytest.fixture(autouse=True)

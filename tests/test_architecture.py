@@ -66,7 +66,7 @@ def test_importing_everything_changes_no_global_of_torch() -> None:
         "state = lambda: (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),"
         " torch.initial_seed() * 0 + torch.random.get_rng_state().sum().item())\n"
         "before = state()\n"
-        "import kvbits.evaluation.demo, kvbits.evaluation.picture, kvbits.engine.llm, kvbits.kernels.cpu\n"
+        "import kvbits.evaluation.demo, kvbits.evaluation.picture, kvbits.llm, kvbits.kernels.cpu\n"
         "assert state() == before\n"
         "from transformers import AttentionInterface\n"
         "print('kvbits' in AttentionInterface().valid_keys())"

@@ -34,7 +34,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_generate_streams_text_and_writes_json(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "generate.json"
-    common = (model, "--max-tokens", 9, "--dtype", "float32", "--temperature", 0, "--json", out)
+    common = (
+        model, "--max-tokens", 9, "--dtype", "float32", "--temperature", 0, "--kv-cache-dtype", "int8", "--json", out,
+    )  # fmt: skip
     assert status("generate", *common, "-p", "w5 w6 w7") == 0
     shown = capsys.readouterr().out
     result = json.loads(out.read_text())["results"][0]
@@ -52,9 +54,11 @@ def test_generate_streams_text_and_writes_json(model: str, tmp_path: Path, capsy
 
 
 def test_sampling_options_reach_the_sampler(model: str, tmp_path: Path) -> None:
+    common = (model, "-p", "w5 w6", "--max-tokens", 20, "--kv-cache-dtype", "int8")
+
     def tokens(*options: object) -> list[int]:
         out = tmp_path / "sampled.json"
-        assert status("generate", model, "-p", "w5 w6", "--max-tokens", 20, "--json", out, *options) == 0
+        assert status("generate", *common, "--json", out, *options) == 0
         found: list[int] = json.loads(out.read_text())["results"][0]["token_ids"]
         return found
 
@@ -216,7 +220,9 @@ def test_impossible_options(
 
 
 def test_a_prompt_or_window_over_the_context(model: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert f"{CONTEXT} tokens" in complaint(capsys, "generate", model, "--prompt-file", text)
+    assert f"{CONTEXT} tokens" in complaint(
+        capsys, "generate", model, "--kv-cache-dtype", "int8", "--prompt-file", text
+    )
     long = ("--kv-cache-dtype", "int8", "--context", 2 * CONTEXT)
     assert f"{CONTEXT} tokens" in complaint(capsys, "evaluate", model, "--text", text, "--windows", 1, *long)
     assert f"{CONTEXT} tokens" in complaint(capsys, "bench", model, "--batch", 1, *long)

@@ -12,6 +12,7 @@ import yaml
 from helpers.serving import MODEL, byte_model, running
 from prometheus_client.parser import text_string_to_metric_families
 
+from kvbits.auto.loss import Loss
 from kvbits.cli.main import app
 from kvbits.engine.config import EngineConfig
 from kvbits.engine.engine import Engine
@@ -30,7 +31,8 @@ def test_the_dashboard_names_metrics_of_a_running_server() -> None:
     named = set(re.findall(r"(?:vllm|kvbits):\w+", " ".join(expressions())))
     config = EngineConfig(kv_cache_memory=4 << 20, kv_offload_size=1 << 20)
     engine = Engine(byte_model(), config, speculative=SpeculativeConfig.of("ngram"))
-    with running(engine) as server:
+    loss = Loss("int8", 0.0001, 0.0001, 0.0001, 64, 64, "", "float32")
+    with running(engine, loss) as server:
         body = {"model": MODEL, "prompt": "abc", "max_tokens": 3}
         httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).raise_for_status()
         families = text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text)

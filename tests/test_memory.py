@@ -13,8 +13,8 @@ from helpers.serving import byte_model, engine_of
 from kvbits import memory
 from kvbits.cli.main import _status
 from kvbits.config import parse_bytes
-from kvbits.engine.llm import LLM
 from kvbits.errors import ConfigError
+from kvbits.llm import LLM
 
 TOO_MUCH = psutil.virtual_memory().total * 3
 

@@ -241,7 +241,7 @@ def test_options_that_cannot_work(change: dict[str, object], message: str) -> No
 
 def test_the_core_does_not_import_ray() -> None:
     code = (
-        "import sys, kvbits.cli.main, kvbits.server.app, kvbits.engine.llm, kvbits.ray.options, kvbits.ray.prefix\n"
+        "import sys, kvbits.cli.main, kvbits.server.app, kvbits.llm, kvbits.ray.options, kvbits.ray.prefix\n"
         "assert 'ray' not in sys.modules, 'ray'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

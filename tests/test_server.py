@@ -47,7 +47,7 @@ def client(server: Running) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture(scope="module")
 def llm(byte_loaded: LoadedModel) -> LLM:
-    return LLM(byte_loaded, kv_cache_memory="4MiB", max_num_batched_tokens=256, progress=False)
+    return LLM(byte_loaded, kv_cache_dtype="int8", kv_cache_memory="4MiB", max_num_batched_tokens=256, progress=False)
 
 
 def test_a_chat_is_answered_as_the_library_answers_it(client: openai.OpenAI, llm: LLM) -> None:

@@ -62,7 +62,7 @@ def test_text_is_not_held_back_longer_than_needed() -> None:
 
 @pytest.fixture(scope="module")
 def llm(byte_loaded: LoadedModel) -> LLM:
-    return LLM(byte_loaded, kv_cache_memory="4MiB", progress=False)
+    return LLM(byte_loaded, kv_cache_dtype="int8", kv_cache_memory="4MiB", progress=False)
 
 
 @pytest.fixture(scope="module")

@@ -205,7 +205,7 @@ def test_chat_with_a_model_in_this_process(
     model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("hello " * 30 + "\nagain\n"))
-    options = ["--dtype", "float32", "--kv-cache-memory", "4MiB", "--max-tokens", "5", "--threads", "1"]
+    options = ["--max-tokens", "5", "--kv-cache-dtype", "int8", *SMALL[:-2]]
     with pytest.raises(SystemExit) as end:
         run(["chat", model, *options])
     assert end.value.code == 0

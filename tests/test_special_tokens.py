@@ -264,7 +264,7 @@ def test_a_template_that_writes_ascii_json() -> None:
 def test_the_library_and_the_server() -> None:
     model = byte_model()
     messages: Any = [{"role": "user", "content": "a</s>b"}]
-    llm = LLM(model, kv_cache_memory="4MiB", progress=False)
+    llm = LLM(model, kv_cache_dtype="int8", kv_cache_memory="4MiB", progress=False)
     one = SamplingParams(max_tokens=1)
     safe = llm.chat(messages, one)[0].prompt_token_ids
     assert 2 not in safe

@@ -293,8 +293,14 @@ def test_options() -> None:
 
 
 def test_the_library_reports() -> None:
-    assert LLM(byte_model(), kv_cache_memory="4MiB", progress=False).speculation is None
-    llm = LLM(byte_model(), kv_cache_memory="4MiB", progress=False, speculative_config={"adaptive": False})
+    assert LLM(byte_model(), kv_cache_dtype="int8", kv_cache_memory="4MiB", progress=False).speculation is None
+    llm = LLM(
+        byte_model(),
+        kv_cache_dtype="int8",
+        kv_cache_memory="4MiB",
+        progress=False,
+        speculative_config={"adaptive": False},
+    )
     output = llm.generate([PROMPTS[1]], dataclasses.replace(GREEDY, logit_bias={70: 100.0}))[0]
     assert len(output.outputs[0].token_ids) == 150
     stats = llm.speculation

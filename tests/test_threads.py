@@ -65,7 +65,8 @@ def answers(llm: LLM, seed: int, params: SamplingParams = PARAMS) -> list[object
 
 
 def llm_of(loaded: LoadedModel, **options: object) -> LLM:
-    return LLM(loaded, kv_cache_memory="4MiB", progress=False, enable_prefix_caching=False, **options)
+    options = {"kv_cache_dtype": "int8", "kv_cache_memory": "4MiB", "enable_prefix_caching": False, **options}
+    return LLM(loaded, progress=False, **options)
 
 
 @pytest.mark.parametrize("weight_format", ["bf16", "int8"])

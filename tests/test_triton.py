@@ -360,7 +360,7 @@ def test_kernels_compile_ahead_of_time(tmp_path: Path) -> None:
 
 def test_nothing_imports_triton_before_it_is_chosen() -> None:
     code = (
-        "import sys, kvbits.kernels, kvbits.engine.llm, kvbits.hf, kvbits.server.app, kvbits.kernels.cpu\n"
+        "import sys, kvbits.kernels, kvbits.llm, kvbits.hf, kvbits.server.app, kvbits.kernels.cpu\n"
         "print([name for name in sys.modules if name.startswith('kvbits.kernels.triton')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

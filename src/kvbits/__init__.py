@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING
 from kvbits.lazy import lazily
 
 if TYPE_CHECKING:
+    from kvbits.async_llm import AsyncLLM
     from kvbits.codecs import Codec, Policy, Scheme
-    from kvbits.engine.async_llm import AsyncLLM
     from kvbits.engine.config import EngineConfig
     from kvbits.engine.engine import Engine
-    from kvbits.engine.llm import LLM
     from kvbits.engine.outputs import CompletionOutput, RequestOutput
     from kvbits.engine.params import SamplingParams
+    from kvbits.llm import LLM
     from kvbits.models import load_model
 
 __version__ = "0.2.0"
 
 _HOME = {
-    "LLM": "kvbits.engine.llm",
-    "AsyncLLM": "kvbits.engine.async_llm",
+    "LLM": "kvbits.llm",
+    "AsyncLLM": "kvbits.async_llm",
     "SamplingParams": "kvbits.engine.params",
     "RequestOutput": "kvbits.engine.outputs",
     "CompletionOutput": "kvbits.engine.outputs",

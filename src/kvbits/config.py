@@ -22,6 +22,8 @@ MODEL_DTYPES = ("bfloat16", "float32")
 
 WEIGHT_FORMATS = ("bf16", "int8")
 """What the weights of linear layers are stored as."""
+AUTO = "auto"
+"""The KV cache dtype that stands for one that is chosen by measuring (:mod:`kvbits.auto`)."""
 
 WATERMARK = 100
 """One frame in so many stays free at admission, so that a newcomer does not push out running sequences at once."""

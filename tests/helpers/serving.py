@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers.tiny import tiny_model
 from kvbits import SamplingParams
+from kvbits.auto.loss import Loss
 from kvbits.engine.config import EngineConfig
 from kvbits.engine.engine import Engine
 from kvbits.models import LoadedModel
@@ -94,10 +95,10 @@ class Running:
 
 
 @contextmanager
-def running(engine: Engine, **options: object) -> Iterator[Running]:
-    """A real uvicorn in a thread, on a free port."""
+def running(engine: Engine, loss: Loss | None = None, **options: object) -> Iterator[Running]:
+    """A real uvicorn in a thread, on a free port; ``loss`` is what the KV cache was measured to lose."""
     chosen = ServerOptions(**{"served_model_name": MODEL, **options})
-    app = create_app(engine, chosen)
+    app = create_app(engine, chosen, loss)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]

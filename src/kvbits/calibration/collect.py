@@ -2,28 +2,29 @@
 
 The measure is the Fisher information. If rows of the cache are off by small errors ``d``, the KL divergence of the
 predictions is ``1/2 E[(g . d)^2]``, where ``g`` is the gradient of ``-log p(y)`` by the rows and ``y`` is drawn from
-the model's own predictions. One backward pass per window gives ``g`` for every row of every layer at once, so the cost
-of any codec in any place follows without running the model again.
+the model's own predictions. One backward pass per window gives ``g`` for every row of every layer, so the cost of any
+codec in any place follows without running the model again.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import overload
 
 import torch
 from torch import Tensor
 
-from kvbits.calibration.dense import Window, run_dense
+from kvbits.calibration.layerwise import Layers
+from kvbits.calibration.parts import Part, Parts
 from kvbits.codecs import Side
 from kvbits.config import PAGE_TOKENS
 from kvbits.errors import ConfigError
 from kvbits.models import LoadedModel
 
-_LOGIT_ROWS = 128
-"""Rows of logits that are turned into gradients at once: 25 MB of float32 for 49,152 words."""
+SIDES: tuple[Side, Side] = ("key", "value")
+_GENERATOR = "generator"
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,43 @@ class Statistics:
     ``queries[layer]`` is ``sum q q^T`` of the queries that read each KV head, ``float32 [kv_heads, key_dim, key_dim]``.
     """
 
-    samples: tuple[TensorSample, ...]
+    samples: Sequence[TensorSample]
     queries: tuple[Tensor, ...]
     scored: int
+
+
+class _Samples(Sequence[TensorSample]):
+    """The samples of windows that are finished, put together one at a time."""
+
+    def __init__(self, windows: Sequence[Part], layers: int) -> None:
+        self._windows = windows
+        self._layers = layers
+
+    def __len__(self) -> int:
+        return len(SIDES) * self._layers
+
+    @overload
+    def __getitem__(self, index: int) -> TensorSample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TensorSample]: ...
+    def __getitem__(self, index: int | slice) -> TensorSample | list[TensorSample]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        layer, number = divmod(range(len(self))[index], len(SIDES))
+        side = SIDES[number]
+        rows, gradients = (
+            torch.cat([window.tensor(f"{layer}.{side}.{what}") for window in self._windows])
+            for what in ("rows", "gradients")
+        )
+        return TensorSample(layer, side, rows, gradients, len(self._windows))
+
+
+def check_context(context: int) -> None:
+    """Raise ``ConfigError`` for windows of fewer than three pages, which hold too few sealed pages to learn from."""
+    if context < 3 * PAGE_TOKENS:
+        raise ConfigError(
+            f"calibration windows of {context} tokens are too short; at least {3 * PAGE_TOKENS} are needed"
+        )
 
 
 def collect(
@@ -85,74 +120,60 @@ def collect(
     windows: Sequence[Sequence[int]],
     seed: int = 0,
     progress: Callable[[int], None] = lambda tokens: None,
+    parts: Parts | None = None,
 ) -> Statistics:
     """Run every window (token ids, all of one length) forward and backward; the second half is scored.
 
-    The model should compute in float32. ``progress`` is told the tokens done since its last call. Raises
-    ``ConfigError`` for windows of fewer than three pages, which hold too few sealed pages to learn from.
+    The model should compute in float32. Windows that are in ``parts`` are finished; others are kept there.
+    ``progress`` is told the tokens done since its last call. Raises as :func:`check_context` and
+    :class:`kvbits.calibration.layerwise.Layers`.
     """
     context = len(windows[0])
-    if context < 3 * PAGE_TOKENS:
-        raise ConfigError(
-            f"calibration windows of {context} tokens are too short; at least {3 * PAGE_TOKENS} are needed"
-        )
+    check_context(context)
+    layers = Layers(loaded)
+    parts = Parts() if parts is None else parts
     generator = torch.Generator().manual_seed(seed)
-    pages = context // PAGE_TOKENS - 1
-    sides: tuple[Side, Side] = ("key", "value")
-    samples = []
-    for i, layer in enumerate(loaded.geometry.layers):
-        for side, dim in zip(sides, (layer.key_dim, layer.value_dim), strict=True):
-            shape = (pages * len(windows), layer.num_kv_heads, PAGE_TOKENS, dim)
-            rows, gradients = (torch.empty(shape, dtype=torch.bfloat16) for _ in range(2))
-            samples.append(TensorSample(i, side, rows, gradients, len(windows)))
-    queries = [torch.zeros(g.num_kv_heads, g.key_dim, g.key_dim) for g in loaded.geometry.layers]
-    with _frozen(loaded.model):
-        for index, window in enumerate(windows):
-            layers, gradients_of = _backward(loaded, window, generator)
-            rows_of = [x for w in layers for x in (w.key, w.value)]
-            part = slice(index * pages, (index + 1) * pages)
-            for sample, row, gradient in zip(samples, rows_of, gradients_of, strict=True):
-                sample.rows[part] = _pages(row)
-                sample.gradients[part] = _pages(gradient)
-            for total, w in zip(queries, layers, strict=True):
-                total += w.queries
+    done = []
+    for index, window in enumerate(windows):
+        part = parts.get(f"window-{index}")
+        if part is None:
+            part = parts.put(f"window-{index}", _window(layers, window, generator, _tokens(context, progress)))
+        else:
             progress(context)
-    return Statistics(tuple(samples), tuple(queries), len(windows) * (context - context // 2))
+        generator.set_state(part.tensor(_GENERATOR))
+        done.append(part)
+    count = loaded.geometry.num_layers
+    queries = tuple(torch.stack([p.tensor(f"{i}.queries") for p in done]).sum(0) for i in range(count))
+    return Statistics(_Samples(done, count), queries, len(windows) * (context - context // 2))
 
 
-@contextmanager
-def _frozen(model: torch.nn.Module) -> Iterator[None]:
-    """No gradients for the weights: the graph then need not keep what they were multiplied with."""
-    learned = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for parameter in learned:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in learned:
-            parameter.requires_grad_(True)
+def _window(
+    layers: Layers, window: Sequence[int], generator: torch.Generator, progress: Callable[[float], None]
+) -> dict[str, Tensor]:
+    """All that is kept of a window, and the state in which it leaves ``generator``."""
+    found: dict[str, Tensor] = {}
+    for index, seen, key, value in layers.gradients(window, generator, progress):
+        named = {"key.rows": seen.key, "key.gradients": key, "value.rows": seen.value, "value.gradients": value}
+        found |= {f"{index}.{name}": _pages(tensor) for name, tensor in named.items()}
+        found[f"{index}.queries"] = seen.queries.cpu()
+    return found | {_GENERATOR: generator.get_state()}
 
 
-def _backward(
-    loaded: LoadedModel, window: Sequence[int], generator: torch.Generator
-) -> tuple[list[Window], tuple[Tensor, ...]]:
-    with torch.enable_grad():
-        logits, layers = run_dense(loaded, window, torch.arange(len(window) // 2, len(window)))
-        slopes = torch.cat([_slope(part.detach(), generator) for part in logits.split(_LOGIT_ROWS)])
-        errors = [x for w in layers for x in (w.key_error, w.value_error)]
-        return layers, torch.autograd.grad(logits, errors, slopes)
+def _tokens(count: int, progress: Callable[[int], None]) -> Callable[[float], None]:
+    """From the share of ``count`` tokens that is done to the tokens since the last call."""
+    told = 0
 
+    def tell(share: float) -> None:
+        nonlocal told
+        done = round(share * count)
+        progress(done - told)
+        told = done
 
-def _slope(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """The gradient of ``-log p(y)`` by ``logits`` ``[rows, vocab]``, one ``y`` drawn for each row."""
-    slope = torch.softmax(logits.float(), dim=-1)
-    drawn = torch.multinomial(slope, 1, generator=generator)
-    slope.scatter_add_(-1, drawn, torch.full(drawn.shape, -1.0))
-    return slope.to(logits.dtype)
+    return tell
 
 
 def _pages(rows: Tensor) -> Tensor:
-    """``[tokens, kv_heads, dim]`` to full pages after the first, ``[pages, kv_heads, 64, dim]``."""
+    """``[tokens, kv_heads, dim]`` to full pages after the first, ``bfloat16 [pages, kv_heads, 64, dim]``."""
     full = len(rows) // PAGE_TOKENS
     pages: Tensor = rows[PAGE_TOKENS : full * PAGE_TOKENS].unflatten(0, (full - 1, PAGE_TOKENS))
-    return pages.transpose(1, 2)
+    return pages.transpose(1, 2).to("cpu", torch.bfloat16).contiguous()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from kvbits.calibration.collect import Statistics, TensorSample
+from kvbits.calibration.parts import Part, Parts
 from kvbits.codecs import SCHEMES, Codec, Rounding
 
 DAMPING = 0.01
@@ -57,23 +58,52 @@ def fit(
     statistics: Statistics,
     names: Sequence[str] = tuple(SCHEMES),
     progress: Callable[[int], None] = lambda done: None,
+    parts: Parts | None = None,
 ) -> list[list[FittedCodec]]:
     """For every sample of ``statistics``, what each of the dtypes ``names`` that can store it costs, rounded at best.
 
     Keys are rounded with feedback under ``E[q q^T]`` where that costs less; the range is fitted head by head for few
-    bits. The order is the samples'. ``progress`` is told after each sample.
+    bits. The order is the samples'. ``progress`` is told after each sample. Samples that are in ``parts`` are finished;
+    others are kept there.
     """
     table = []
-    for sample in statistics.samples:
-        fitting: dict[Codec, str] = {}  # dtypes may share a codec on one side: the first of them stands for all
-        for name in names:
-            codec = _codec(sample, name)
-            if codec.supports(sample.rows.shape[-1]) is None:
-                fitting.setdefault(replace(codec, name=""), name)
-        metric = statistics.queries[sample.layer] if sample.side == "key" else None
-        table.append([_choice(sample, name, metric, statistics.scored) for name in fitting.values()])
+    parts = Parts() if parts is None else parts
+    for index in range(len(statistics.samples)):
+        part = parts.get(f"fit-{index}")
+        if part is None:
+            row = _row(statistics, statistics.samples[index], names)
+            facts = [(choice.name, choice.bytes, choice.cost) for choice in row]
+            parts.put(f"fit-{index}", {f"{c.name}.{k}": v for c in row for k, v in _given(c.rounding)}, facts)
+        else:
+            row = _kept(part)
+        table.append(row)
         progress(1)
     return table
+
+
+def _row(statistics: Statistics, sample: TensorSample, names: Sequence[str]) -> list[FittedCodec]:
+    fitting: dict[Codec, str] = {}  # dtypes may share a codec on one side: the first of them stands for all
+    for name in names:
+        codec = _codec(sample, name)
+        if codec.supports(sample.rows.shape[-1]) is None:
+            fitting.setdefault(replace(codec, name=""), name)
+    metric = statistics.queries[sample.layer] if sample.side == "key" else None
+    return [_choice(sample, name, metric, statistics.scored) for name in fitting.values()]
+
+
+def _given(rounding: Rounding) -> list[tuple[str, Tensor]]:
+    return [(name, tensor) for name, tensor in vars(rounding).items() if tensor is not None]
+
+
+def _kept(part: Part) -> list[FittedCodec]:
+    held = part.names()
+
+    def rounding(name: str) -> Rounding:
+        return Rounding(
+            **{f.name: part.tensor(f"{name}.{f.name}") for f in fields(Rounding) if f"{name}.{f.name}" in held}
+        )
+
+    return [FittedCodec(name, size, cost, rounding(name)) for name, size, cost in part.facts]
 
 
 def _choice(sample: TensorSample, name: str, metric: Tensor | None, scored: int) -> FittedCodec:

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from kvbits.calibration.collect import collect
+import kvbits
+from kvbits.calibration.collect import check_context, collect
 from kvbits.calibration.fit import fit
 from kvbits.calibration.goal import Goal, Sizes
+from kvbits.calibration.layerwise import Layers
+from kvbits.calibration.parts import Parts
 from kvbits.calibration.policy import Planner, candidates, check_bits, check_memory
-from kvbits.calibration.selftext import write_windows
 from kvbits.calibration.sensitivity import sensitivity
 from kvbits.calibration.texts import check_counts, split_windows
 from kvbits.codecs import Policy
 from kvbits.codecs.policy_file import save_policy
 from kvbits.errors import ConfigError
-from kvbits.evaluation.compare import Comparison, compare, policies_of
+from kvbits.evaluation.compare import Comparison, SideBySide, policies_of
+from kvbits.evaluation.fidelity import Fidelity
 from kvbits.evaluation.laboratory import Bar
+from kvbits.evaluation.resume import key_of
+from kvbits.evaluation.selftext import write_windows
+from kvbits.kernels import default_backend
 from kvbits.models import LoadedModel
 
 ROUNDS = 4
 """Budgets that are tried for ``max_kl``: the prediction ranks policies well and is off by a factor."""
+
+UNFINISHED = "unfinished"
+"""Directory in the output in which finished parts are kept until the policy is written."""
 
 
 def calibrate(
@@ -36,8 +47,10 @@ def calibrate(
     """Fit a policy to ``texts`` (names and token ids; without any the model writes its own), measure it, and write it.
 
     ``sink`` is the dtype of every sequence's first page (``None``: as the rest). The model should compute in float32.
-    ``note`` is told of every budget that is tried. Raises ``ConfigError`` for what cannot be met, before the work where
-    that can be known, and for texts that are too short.
+    ``note`` is told of every budget that is tried. Finished parts are kept in the directory :data:`UNFINISHED` of
+    ``output``; the next call with the same model, texts and sizes goes on from there, whatever its goal. Raises
+    ``ConfigError`` for what cannot be met, before the work where that can be known, for texts that are too short, and
+    for parts of another calibration; ``UnsupportedError`` for a model that keeps its layers in no list.
     """
     geometry = loaded.geometry
     policies_of(loaded, [sink or "int8"], sizes.context)
@@ -45,14 +58,20 @@ def calibrate(
         check_bits(geometry, goal.bits)
     if goal.memory is not None:
         check_memory(geometry, sink, goal.memory, goal.sessions, goal.session_tokens)
-    tokens = [text for _, text in texts] or _own_text(loaded, sizes, bar)
+    check_counts(sizes.context, sizes.windows, sizes.check_windows)
+    check_context(sizes.context)
+    Layers(loaded)
+    if texts:
+        split_windows([tokens for _, tokens in texts], sizes.context, sizes.windows, sizes.check_windows)
+    parts = Parts(output / UNFINISHED, _run_of(loaded, texts, sizes))
+    if len(parts):
+        note(f"going on with {len(parts)} finished parts in '{parts.directory}'")
+    tokens = [text for _, text in texts] or _own_text(loaded, sizes, bar, parts)
     fitted, checked = split_windows(tokens, sizes.context, sizes.windows, sizes.check_windows)
-    planner = planner_of(loaded, fitted, sink, bar)
+    planner = planner_of(loaded, fitted, sink, bar, parts)
 
     def measure(budget: int) -> Comparison:
-        total = 2 * sum(map(len, checked))
-        with bar(total, f"checking {planner.bits(budget):.3g} bits") as advance:
-            return compare(loaded, [planner.policy(budget)], checked, progress=advance)[0]
+        return _measure(loaded, planner.policy(budget), checked, bar, parts)
 
     if goal.max_kl is not None:
         budget, found = _search(planner, measure, goal.max_kl, note)
@@ -71,24 +90,69 @@ def calibrate(
         "predicted_kl": planner.predicted(budget),
         "check": {k: v for k, v in found.as_json().items() if k != "dtype"},
     }
-    return save_policy(output, planner.policy(budget), geometry, loaded.fingerprint, measured), found
+    policy = save_policy(output, planner.policy(budget), geometry, loaded.fingerprint, measured)
+    parts.remove()
+    return policy, found
 
 
-def planner_of(loaded: LoadedModel, windows: Sequence[Sequence[int]], sink: str | None, bar: Bar) -> Planner:
-    """What every dtype costs in every place, measured on ``windows`` (token ids), ready for any budget."""
-    with bar(sum(map(len, windows)), "gradients") as advance:
-        statistics = collect(loaded, windows, progress=advance)
-    with bar(len(statistics.samples), "fitting") as advance:
-        table = fit(statistics, candidates(loaded.geometry), advance)
+def planner_of(
+    loaded: LoadedModel, windows: Sequence[Sequence[int]], sink: str | None, bar: Bar, parts: Parts | None = None
+) -> Planner:
+    """What every dtype costs in every place, measured on ``windows`` (token ids), ready for any budget.
+
+    What is in ``parts`` is not computed again.
+    """
+    with bar(sum(map(len, windows)), "1/3 gradients") as advance:
+        statistics = collect(loaded, windows, progress=advance, parts=parts)
+    with bar(len(statistics.samples), "2/3 fitting") as advance:
+        table = fit(statistics, _dtypes(loaded), advance, parts)
     return Planner(loaded.geometry, table, sink)
 
 
-def _own_text(loaded: LoadedModel, sizes: Sizes, bar: Bar) -> list[list[int]]:
+def _dtypes(loaded: LoadedModel) -> tuple[str, ...]:
+    return candidates(loaded.geometry, default_backend(loaded.device.type))
+
+
+def _run_of(loaded: LoadedModel, texts: Sequence[tuple[str, Sequence[int]]], sizes: Sizes) -> dict[str, Any]:
+    """All that finished parts depend on; not the goal and the first page's dtype, which may change in between."""
+    return {
+        "model": f"{loaded.geometry.name} ({loaded.fingerprint})",
+        "texts": {name: key_of(list(tokens)) for name, tokens in texts},
+        **asdict(sizes),
+        "dtypes": list(_dtypes(loaded)),
+        "kvbits": kvbits.__version__,
+    }
+
+
+def _own_text(loaded: LoadedModel, sizes: Sizes, bar: Bar, parts: Parts) -> list[list[int]]:
     """Texts of one window each that the model writes, as many as are needed."""
-    check_counts(sizes.context, sizes.windows, sizes.check_windows)
     count = sizes.windows + sizes.check_windows
+    part = parts.get("text")
+    begun = [] if part is None else part.facts
     with bar(sizes.context * count, "writing a text") as advance:
-        return write_windows(loaded, sizes.context, count, progress=advance)
+        return write_windows(
+            loaded, sizes.context, count, progress=advance, begun=begun, keep=lambda text: parts.put("text", {}, text)
+        )
+
+
+def _measure(
+    loaded: LoadedModel, policy: Policy, windows: Sequence[Sequence[int]], bar: Bar, parts: Parts
+) -> Comparison:
+    """``policy`` on ``windows`` through the real kernels."""
+    bits = policy.bits_per_element(loaded.geometry)
+    side_by_side = SideBySide(loaded, [policy], len(windows[0]))
+    record = Fidelity()
+    with bar(2 * sum(map(len, windows)), f"3/3 checking {bits:.3g} bits") as advance:
+        for index, window in enumerate(windows):
+            name = "check-" + key_of(index, *([s.name for s in some] for some in (policy.layers, policy.sink or ())))
+            part = parts.get(name)
+            if part is None:
+                found = side_by_side.run(window, len(window) // 2, advance)[policy.label]
+                part = parts.put(name, {}, found.as_json())
+            else:
+                advance(2 * len(window))
+            record.extend(Fidelity.from_json(part.facts))
+    return side_by_side.result(policy.label, record, len(windows))
 
 
 def _search(

@@ -36,6 +36,7 @@ def advise(
         int, typer.Option(min=1, metavar="N", help="Sequences that are timed, at most --sessions.")
     ] = 4,
     new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Decode steps that are timed.")] = 32,
+    device: options.Device = "cpu",
     threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
     resume: Annotated[
@@ -56,7 +57,7 @@ def advise(
     from kvbits.engine.precheck import check_model
 
     asked = options.named(kv_cache_dtype, kv_policy)
-    check_model(model, asked, dtype="float32", context=max(context, window))
+    check_model(model, asked, dtype="float32", device=device, context=max(context, window))
     from kvbits.evaluation.advice import advice, ladder
     from kvbits.evaluation.compare import policies_of
     from kvbits.evaluation.laboratory import Laboratory
@@ -65,10 +66,10 @@ def advise(
     from kvbits.evaluation.survey import survey
 
     resume_cache = ResumeCache(resume)
-    loaded = load(model, "float32", threads, trust_remote_code=trust_remote_code)
+    loaded = load(model, "float32", threads, device=device, trust_remote_code=trust_remote_code)
     rungs = ["bf16"] if kv_cache_dtype else ladder(loaded.geometry)
     policies = policies_of(loaded, list(dict.fromkeys([*rungs, *asked])), max(context, window))
-    served = load(model, "bfloat16", threads, trust_remote_code=trust_remote_code)
+    served = load(model, "bfloat16", threads, device=device, trust_remote_code=trust_remote_code)
     laboratory = Laboratory(loaded, policies, resume_cache, Bar, served=served, served_dtype="bfloat16")
     sizes = Sizes(window, windows, task_context=context, samples=samples)
     shape = (min(speed_context, context), min(speed_batch, sessions), new_tokens)
@@ -85,7 +86,7 @@ def advise(
             "sessions": sessions,
             "advice": sentence,
             "candidates": [c.as_json() for c in candidates],
-            **machine(),
+            **machine(device),
         }
     )
 

@@ -14,7 +14,7 @@ from kvbits.cli.remote import Remote
 from kvbits.errors import RequestError
 
 if TYPE_CHECKING:
-    from kvbits.engine.llm import LLM
+    from kvbits.llm import LLM
 
 Messages = list[dict[str, str]]
 

@@ -12,11 +12,12 @@ from kvbits.cli import options
 from kvbits.cli.output import JsonFile, readable, writable
 from kvbits.cli.session import load as load_model
 from kvbits.cli.session import note, prompts_of
+from kvbits.config import AUTO
 from kvbits.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
-    from kvbits.engine.llm import LLM
     from kvbits.engine.transfer import PageBundle
+    from kvbits.llm import LLM
 
 app = typer.Typer(help="Save the computed pages of a prompt to a file, and load them.", no_args_is_help=True)
 
@@ -30,7 +31,7 @@ def save(
     output: Annotated[Path, typer.Argument(metavar="FILE", help="Where the pages go (safetensors).")],
     prompt: Prompt = None,
     prompt_file: PromptFile = None,
-    kv_cache_dtype: options.KVCacheDtype = "int8",
+    kv_cache_dtype: options.KVCacheDtype = AUTO,
     kv_policy: options.KVPolicy = None,
     kv_cache_memory: options.KVCacheMemory = "1GiB",
     dtype: options.Dtype = "bfloat16",
@@ -59,7 +60,7 @@ def load(
     prompt_file: PromptFile = None,
     max_tokens: Annotated[int, typer.Option(metavar="N", help="Most new tokens of the answer to a prompt.")] = 128,
     compare: Annotated[bool, typer.Option("--compare", help="Also compute the same tokens, for the time.")] = False,
-    kv_cache_dtype: options.KVCacheDtype = "int8",
+    kv_cache_dtype: options.KVCacheDtype = AUTO,
     kv_policy: options.KVPolicy = None,
     kv_cache_memory: options.KVCacheMemory = "1GiB",
     dtype: options.Dtype = "bfloat16",
@@ -108,13 +109,15 @@ def _check(model: str, kv_dtype: str, policy: Path | None, memory: str, dtype: s
 def _llm(
     model: str, kv_dtype: str, policy: Path | None, memory: str, dtype: str, threads: int | None, trusted: bool
 ) -> LLM:
-    from kvbits.engine.llm import LLM
+    from kvbits.llm import LLM
 
-    return LLM(
+    llm = LLM(
         load_model(model, dtype, threads, trust_remote_code=trusted),
         kv_cache_dtype=options.cache_dtype(kv_dtype, policy),
         kv_cache_memory=memory,
     )
+    note(llm.choice.line)
+    return llm
 
 
 def _compute(llm: LLM, prompt: str | list[int]) -> float:

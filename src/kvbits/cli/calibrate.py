@@ -49,13 +49,14 @@ def calibrate(
     ] = 2048,
     windows: Annotated[int, typer.Option(min=1, metavar="N", help="Windows to calibrate on, all over the text.")] = 8,
     check_windows: Annotated[int, typer.Option(min=1, metavar="N", help="Other windows, to measure the result.")] = 2,
+    device: options.Device = "cpu",
     threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Learn how to round, measure what each layer's keys and values can bear, and give them bits accordingly.
 
     The result is checked through the real kernels on windows it was not fitted to, and written to DIR; use it with
-    --kv-policy DIR.
+    --kv-policy DIR. Interrupted, the same command goes on where it was: finished parts are kept in DIR/unfinished.
     """
     begin = time.perf_counter()
     from kvbits.calibration.goal import Goal, Sizes
@@ -65,14 +66,19 @@ def calibrate(
 
     goal = Goal(bits, max_kl, None if memory is None else parse_bytes(memory), sessions, session_tokens)
     contents = [(path.name, read_text(path)) for path in text or ()]
-    check_model(model, [] if sink == "none" else [sink], dtype="float32", context=window)
+    check_model(model, [] if sink == "none" else [sink], dtype="float32", device=device, context=window)
     folder(output)
+    from kvbits.calibration.run import UNFINISHED
     from kvbits.calibration.run import calibrate as run
 
-    loaded = load(model, "float32", threads, trust_remote_code=trust_remote_code)
+    loaded = load(model, "float32", threads, device=device, trust_remote_code=trust_remote_code)
     texts = [(name, tokens_of(loaded, content)) for name, content in contents]
     sizes = Sizes(window, windows, check_windows)
-    policy, found = run(loaded, texts, output, goal, None if sink == "none" else sink, sizes, Bar, note)
+    try:
+        policy, found = run(loaded, texts, output, goal, None if sink == "none" else sink, sizes, Bar, note)
+    except KeyboardInterrupt:
+        note(f"what is finished is kept in '{output / UNFINISHED}'; the same command goes on from there")
+        raise
     _print(policy, found)
     print(f"policy: {output}\n{time.perf_counter() - begin:.0f} s in all")
 

@@ -15,6 +15,7 @@ from kvbits.cli.keys import client_key
 from kvbits.cli.lines import read_message
 from kvbits.cli.remote import Remote
 from kvbits.cli.session import load, note
+from kvbits.config import AUTO
 from kvbits.errors import ConfigError, KVBitsError
 
 
@@ -39,7 +40,9 @@ def chat(
     split_special_tokens: Annotated[
         bool, typer.Option(help="Special tokens that you type, such as <|im_end|>, are text.")
     ] = True,
-    kv_cache_dtype: options.KVCacheDtype = "int8",
+    kv_cache_dtype: options.KVCacheDtype = AUTO,
+    max_kl: options.MaxKL = None,
+    text: options.MeasuredText = None,
     kv_policy: options.KVPolicy = None,
     kv_cache_memory: options.KVCacheMemory = "1GiB",
     dtype: options.Dtype = "bfloat16",
@@ -67,31 +70,34 @@ def chat(
         asker = FromServer(Remote(url, client_key(api_key, api_key_file)), split_special_tokens, max_tokens, sampling)
     else:
         assert model is not None
+        from kvbits.auto.wanted import Wanted
         from kvbits.engine.config import EngineConfig
         from kvbits.engine.precheck import check_chat, check_engine
 
         dtype_name = options.cache_dtype(kv_cache_dtype, kv_policy)
+        Wanted(dtype_name, max_kl, text)
         config = EngineConfig.of(kv_cache_dtype=dtype_name, kv_cache_memory=kv_cache_memory)
         check_chat(check_engine(model, config, dtype=dtype, weights=weights, device=device))
-        from kvbits.engine.llm import LLM
+        from kvbits.llm import LLM
 
         loaded = load(model, dtype, threads, weights, device, trust_remote_code)
-        llm = LLM(loaded, kv_cache_dtype=dtype_name, kv_cache_memory=kv_cache_memory, progress=False)
+        llm = LLM(loaded, kv_cache_dtype=dtype_name, max_kl=max_kl, text=text, kv_cache_memory=kv_cache_memory)
+        note(llm.choice.line)
         asker = Local(llm, split_special_tokens, max_tokens, sampling)
     conversation = Conversation(system, note)
     if sys.stdin.isatty():
         note("/help lists commands; Ctrl-C ends an answer, Ctrl-D the chat")
     while not conversation.ended:
         try:
-            text = read_message()
+            said = read_message()
         except KeyboardInterrupt:  # the line is dropped, as in a shell
             note("")
             continue
-        if text is None:
+        if said is None:
             return
         try:
-            if text and not conversation.command(text):
-                _answer(conversation, text.removeprefix("/") if text.startswith("//") else text, asker)
+            if said and not conversation.command(said):
+                _answer(conversation, said.removeprefix("/") if said.startswith("//") else said, asker)
         except KVBitsError as error:
             if not sys.stdin.isatty():
                 raise

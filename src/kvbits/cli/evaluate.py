@@ -66,6 +66,7 @@ def evaluate(
     task_dtype: Annotated[
         str, typer.Option(metavar="DTYPE", help="The same for tasks, generation and tools, which run as served.")
     ] = "bfloat16",
+    device: options.Device = "cpu",
     threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
     resume: Annotated[
@@ -94,7 +95,7 @@ def evaluate(
     check_formats(task_dtype)
     content = None if text is None else read_text(text)
     book = content if haystack is None else read_text(haystack)
-    check_model(model, dtypes, dtype=dtype, context=None if text is None else window)
+    check_model(model, dtypes, dtype=dtype, device=device, context=None if text is None else window)
     from kvbits.evaluation.compare import policies_of
     from kvbits.evaluation.laboratory import Laboratory
     from kvbits.evaluation.resume import ResumeCache
@@ -106,15 +107,21 @@ def evaluate(
         window, windows, task_context, depths, samples, texts, new_tokens, tool_questions, problems, all_positions
     )  # fmt: skip
     resume_cache = ResumeCache(resume)
-    loaded = load(model, dtype, threads, trust_remote_code=trust_remote_code)
+    loaded = load(model, dtype, threads, device=device, trust_remote_code=trust_remote_code)
     policies = policies_of(loaded, dtypes, window if content is not None else 0)
     tokens = [] if content is None else tokens_of(loaded, content)
     only_text = set(selection.parts) <= {FIDELITY, LAYERS}
     again = not only_text and task_dtype != dtype
-    served = load(model, task_dtype, threads, trust_remote_code=trust_remote_code) if again else loaded
+    served = loaded
+    if again:
+        served = load(model, task_dtype, threads, device=device, trust_remote_code=trust_remote_code)
     laboratory = Laboratory(loaded, policies, resume_cache, Bar, dtype, served, task_dtype, max_num_batched_tokens)
     run_tasks(laboratory, selection, tokens, book, sizes)
     rows = laboratory.results()
+    if text is not None:
+        from kvbits.auto.record import remember
+
+        remember(laboratory, text.name, tokens, note)
     from kvbits.cli.tables import print_results
 
     print_results(rows)
@@ -123,7 +130,7 @@ def evaluate(
         for row in checked:
             note(f"{row['dtype']}: {row['verdict']}; {'noticed' if row['noticed'] else 'NOT noticed'}")
         rows += checked
-    found = document(laboratory, rows, sizes, text, machine())
+    found = document(laboratory, rows, sizes, text, machine(device))
     results.write(found)
     if html is not None:
         from kvbits.evaluation.report import write_report

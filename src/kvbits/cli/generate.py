@@ -11,6 +11,7 @@ import typer
 from kvbits.cli import options
 from kvbits.cli.output import JsonFile
 from kvbits.cli.session import load, note, prompts_of
+from kvbits.config import AUTO
 from kvbits.errors import RequestError
 
 if TYPE_CHECKING:
@@ -32,7 +33,9 @@ def generate(
     frequency_penalty: options.FrequencyPenalty = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
-    kv_cache_dtype: options.KVCacheDtype = "int8",
+    kv_cache_dtype: options.KVCacheDtype = AUTO,
+    max_kl: options.MaxKL = None,
+    text: options.MeasuredText = None,
     kv_policy: options.KVPolicy = None,
     kv_cache_memory: options.KVCacheMemory = "1GiB",
     max_model_len: options.MaxModelLen = None,
@@ -50,6 +53,7 @@ def generate(
     results = JsonFile(json_file)
     kv_cache_dtype = options.cache_dtype(kv_cache_dtype, kv_policy)
     texts = prompts_of(prompt or [], prompt_file or [])
+    from kvbits.auto.wanted import Wanted
     from kvbits.engine.config import EngineConfig
     from kvbits.engine.params import SamplingParams
     from kvbits.engine.precheck import check_chat, check_engine
@@ -61,6 +65,7 @@ def generate(
         "frequency_penalty": frequency_penalty,
     }  # fmt: skip
     SamplingParams.of({}, max_tokens, **sampling)
+    Wanted(kv_cache_dtype, max_kl, text)
     speculative = SpeculativeConfig.of(speculative_config)
     engine: dict[str, Any] = {
         "kv_cache_dtype": kv_cache_dtype, "kv_cache_memory": kv_cache_memory, "max_model_len": max_model_len,
@@ -69,27 +74,30 @@ def generate(
     outline = check_engine(model, EngineConfig.of(**engine), speculative, dtype=dtype, weights=weights, device=device)
     if chat:
         check_chat(outline)
-    from kvbits.engine.llm import LLM
+    from kvbits.llm import LLM
 
-    llm = LLM(load(model, dtype, threads, weights, device, trust_remote_code), speculative_config=speculative, **engine)
+    loaded = load(model, dtype, threads, weights, device, trust_remote_code)
+    llm = LLM(loaded, max_kl=max_kl, text=text, speculative_config=speculative, **engine)
+    note(llm.choice.line)
     params = SamplingParams.of(llm.loaded.sampling_defaults, max_tokens, **sampling)
     single = len(texts) == 1
     show = _stream if single else None
     if chat:
-        chats = [[{"role": "user", "content": text}] for text in texts]
+        chats = [[{"role": "user", "content": asked}] for asked in texts]
         outputs = llm.chat(chats, params, on_token=show, use_tqdm=not single)
     else:
         outputs = llm.generate(list(texts), params, on_token=show, use_tqdm=not single)
-    for text, output in zip(texts, outputs, strict=True):
+    for asked, output in zip(texts, outputs, strict=True):
         if not single:
-            print(f"=== {' '.join(text.split())[:60]}\n{output.outputs[0].text if not output.error else ''}")
+            print(f"=== {' '.join(asked.split())[:60]}\n{output.outputs[0].text if not output.error else ''}")
         elif not output.error:
             print()
     found: dict[str, Any] = {"results": [_json(t, o) for t, o in zip(texts, outputs, strict=True)]}
     if llm.speculation is not None:
         note(llm.speculation.line())
         found["speculation"] = llm.speculation.as_json()
-    results.write({"dtype": kv_cache_dtype, **found})
+    loss = llm.choice.loss
+    results.write({"dtype": llm.choice.policy.label, "loss": None if loss is None else loss.as_json(), **found})
     failed = [output.error for output in outputs if output.error]
     if failed:
         raise RequestError(failed[0] if len(failed) == 1 else f"{len(failed)} prompts failed, the first: {failed[0]}")

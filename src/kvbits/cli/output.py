@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,14 @@ def readable(path: Path) -> None:
 
 
 def folder(path: Path) -> Path:
-    """``path`` as an existing directory. Raises ``ConfigError`` when it cannot be made."""
+    """``path`` as an existing directory. Raises ``ConfigError`` when it cannot be made or written to."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot make the directory '{path}': {error.strerror or error}") from error
+    try:
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ConfigError(f"cannot write to the directory '{path}': {error.strerror or error}") from error
     return path

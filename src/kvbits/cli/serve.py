@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kvbits.cli import options
+from kvbits.cli.choosing import chosen
 from kvbits.cli.cluster import check_ray, serve_cluster
 from kvbits.cli.extras import require
 from kvbits.cli.keys import server_keys
 from kvbits.cli.output import readable
 from kvbits.cli.session import load
+from kvbits.config import AUTO
 from kvbits.errors import ConfigError
 
 
@@ -21,7 +24,9 @@ def serve(
     model: options.Model,
     host: Annotated[str, typer.Option(metavar="HOST", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(metavar="PORT", help="Port to listen on.")] = 8000,
-    kv_cache_dtype: options.KVCacheDtype = "int8",
+    kv_cache_dtype: options.KVCacheDtype = AUTO,
+    max_kl: options.MaxKL = None,
+    text: options.MeasuredText = None,
     kv_policy: options.KVPolicy = None,
     kv_cache_memory: options.KVCacheMemory = "1GiB",
     max_model_len: options.MaxModelLen = None,
@@ -108,6 +113,7 @@ def serve(
 ) -> None:
     """Serve the model over HTTP as OpenAI does; a live page is at /, metrics are at /metrics."""
     require("server")
+    from kvbits.auto.wanted import Wanted
     from kvbits.config import parse_bytes
     from kvbits.engine.config import EngineConfig
     from kvbits.server.hosts import names_of
@@ -129,8 +135,9 @@ def serve(
         drain_timeout=drain_timeout,
         max_body=parse_bytes(max_body),
     )
+    wanted = Wanted(options.cache_dtype(kv_cache_dtype, kv_policy), max_kl, text)
     config = EngineConfig.of(
-        kv_cache_dtype=options.cache_dtype(kv_cache_dtype, kv_policy),
+        kv_cache_dtype=wanted.dtype,
         kv_cache_memory=kv_cache_memory,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
@@ -156,27 +163,34 @@ def serve(
         readable(path)
     check_engine(model, config, speculative, dtype=dtype, weights=weights, device=device)
     set_up(log_level)
+    log = logging.getLogger(__name__)
     if ray:
         from kvbits.ray.options import ReplicaOptions
 
         replica = ReplicaOptions(model, config, served, dtype, threads, device, trust_remote_code)
+        if wanted.auto:
+            replica = replica.with_choice(chosen(replica.load(log.info), wanted, log.info))
         serve_cluster(replica, ray_replicas, ray_routing, host, port, ray_address)
         return
     from kvbits.server.address import take_address
 
     sockets = take_address(host, port)
-    log = logging.getLogger(__name__)
+    from kvbits.engine.setup import check_fit
+    from kvbits.kernels import choose_backend
+
     loaded = load(model, dtype, threads, weights, device, trust_remote_code, progress=log.info)
+    check_fit(loaded, config, choose_backend(None, loaded.device.type))
+    choice = chosen(loaded, wanted, log.info)
     from kvbits.engine.engine import Engine
     from kvbits.engine.transfer import load_pages
     from kvbits.server.run import serve as run
     from kvbits.server.run import start_line
 
-    engine = Engine(loaded, config, speculative=speculative)
+    engine = Engine(loaded, replace(config, kv_cache_dtype=choice.policy), speculative=speculative)
     for path in cache_file or ():
         # Where clients are kept apart, each one needs them under its own salt.
         tokens = [load_pages(engine, path, salt) for salt in served.salts]
         log.info("Loaded %d tokens from '%s' for %d clients", tokens[0], path, len(tokens))
     # stderr is the log, in JSON.
     print(start_line(engine, served, host, port), flush=True)
-    run(engine, served, sockets, host, port)
+    run(engine, served, sockets, host, port, choice.loss)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvbits.engine.bar import Bar
 from kvbits.errors import ConfigError
+
+__all__ = ["Bar", "load", "machine", "note", "prompts_of", "tokens_of"]
 
 if TYPE_CHECKING:
     from kvbits.models import LoadedModel
@@ -30,8 +32,13 @@ def load(
     """
     import torch
 
+    from kvbits.kernels import default_backend
     from kvbits.models import load_model
+    from kvbits.models.device import find_device
 
+    place = find_device(device).type
+    if place != "cpu":
+        default_backend(place)  # one without kernels is refused before the model is read
     if threads is not None:
         torch.set_num_threads(threads)
     return load_model(
@@ -64,26 +71,6 @@ def prompts_of(prompts: list[str], files: list[Path]) -> list[str]:
 def tokens_of(loaded: LoadedModel, text: str) -> list[int]:
     """Token ids of a long text, without special tokens."""
     return list(loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-class Bar(AbstractContextManager[Callable[[int], None]]):
-    """A progress bar over tokens (or another ``unit``) on stderr; entering it gives the function to advance it."""
-
-    def __init__(self, total: int, label: str, unit: str = "tok") -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(total=total, desc=label, unit=unit, unit_scale=True, file=sys.stderr, leave=False, delay=1.0)
-
-    def __enter__(self) -> Callable[[int], None]:
-        return self._advance
-
-    def _advance(self, tokens: int) -> None:
-        # What is computed again, after a preemption, was not foreseen.
-        self._bar.total = max(self._bar.total or 0, self._bar.n + tokens)
-        self._bar.update(tokens)
-
-    def __exit__(self, *exception: Any) -> None:
-        self._bar.close()
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

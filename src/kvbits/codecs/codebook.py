@@ -95,6 +95,10 @@ class Codebook(Codec):
         return rotate(rows)
 
     @property
+    def fits_range(self) -> bool:
+        return True
+
+    @property
     def dim_multiple(self) -> int:
         return max(16, quads_multiple(self.bits))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from kvbits.config import ModelGeometry
+from kvbits.config import AUTO, ModelGeometry
 from kvbits.errors import ConfigError, UnsupportedError
 
 DTYPES: dict[str, tuple[int, int]] = {
@@ -114,6 +114,11 @@ def _pair(text: str, policy: str) -> Pair:
     if len(names) > 2:
         raise ConfigError(f"'{text}' names {len(names)} dtypes; write one, or one for keys and one for values")
     for name in names:
+        if name == AUTO:
+            raise ConfigError(
+                f"the KV cache dtype '{AUTO}' is chosen when serve, generate, chat, cache or kvbits.LLM start, and "
+                f"stands alone; here name one: {', '.join(DTYPES)}"
+            )
         if name not in DTYPES:
             where = "" if policy == name else f" in '{policy}'"
             raise ConfigError(f"unknown KV cache dtype '{name}'{where}; choose from {', '.join(DTYPES)}")

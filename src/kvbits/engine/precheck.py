@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from kvbits.codecs.names import PolicyNames, parse_names
 from kvbits.codecs.policy_document import read_names
-from kvbits.config import PAGE_TOKENS, POLICY_PREFIX, ModelGeometry
+from kvbits.config import AUTO, PAGE_TOKENS, POLICY_PREFIX, ModelGeometry
 from kvbits.engine.config import EngineConfig
 from kvbits.errors import ConfigError, RequestError
 from kvbits.memory import check_disk, check_host, show
@@ -57,13 +57,12 @@ def check_engine(
 ) -> Outline:
     """:func:`check_model` for what a whole engine is asked for, its memory included."""
     check_room(config, device)
-    outline = check_model(model, [config.kv_cache_dtype], dtype=dtype, weights=weights, device=device)
+    named = [] if config.kv_cache_dtype == AUTO else [config.kv_cache_dtype]
+    outline = check_model(model, named, dtype=dtype, weights=weights, device=device)
     if config.max_model_len is not None and outline.max_position is not None:
         check_length(config.max_model_len, model, outline.max_position)
     if outline.geometry is not None:
-        least = _least_bytes(outline.geometry)
-        if config.kv_cache_memory < least:
-            raise ConfigError(f"kv_cache_memory is {show(config.kv_cache_memory)}; one session needs {show(least)}")
+        check_least(config.kv_cache_memory, outline.geometry)
     if speculative is not None and speculative.model is not None:
         check_model(speculative.model, [speculative.kv_cache_dtype])
     return outline
@@ -79,6 +78,13 @@ def check_length(asked: int, name: str, longest: int) -> None:
     """Raise ``ConfigError`` when ``max_model_len`` is more than a model's ``longest``."""
     if asked > longest:
         raise ConfigError(f"max_model_len is {asked}; the context of {name} is {longest} tokens")
+
+
+def check_least(kv_cache_memory: int, geometry: ModelGeometry) -> None:
+    """Raise ``ConfigError`` for a pool that holds no session of any dtype: its newest page is stored in 16 bits."""
+    least = PAGE_TOKENS * geometry.bytes_per_token_16bit()
+    if kv_cache_memory < least:
+        raise ConfigError(f"kv_cache_memory is {show(kv_cache_memory)}; one session needs {show(least)}")
 
 
 def check_room(config: EngineConfig, device: str) -> None:
@@ -108,8 +114,3 @@ def _check_dtype(name: str, outline: Outline) -> None:
         names = parse_names(name, outline.num_layers)
     if outline.geometry is not None:
         names.check(outline.geometry)
-
-
-def _least_bytes(geometry: ModelGeometry) -> int:
-    """Of any pool: a sequence's newest page is stored in 16 bits, whatever the others are."""
-    return PAGE_TOKENS * geometry.bytes_per_token_16bit()

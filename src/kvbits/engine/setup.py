@@ -6,7 +6,7 @@ from kvbits.codecs import Policy
 from kvbits.engine.config import EngineConfig
 from kvbits.engine.limits import RequestLimits
 from kvbits.engine.offload import tier_of
-from kvbits.engine.precheck import check_length
+from kvbits.engine.precheck import check_least, check_length
 from kvbits.errors import UnsupportedError
 from kvbits.kernels import Backend
 from kvbits.models import LoadedModel
@@ -20,6 +20,13 @@ def context_of(loaded: LoadedModel, config: EngineConfig) -> int:
     asked = config.max_model_len or longest
     check_length(asked, loaded.name, longest)
     return asked
+
+
+def check_fit(loaded: LoadedModel, config: EngineConfig, backend: Backend) -> None:
+    """Raise ``ConfigError`` or ``UnsupportedError`` for what no cache dtype can mend; before one is measured."""
+    check_invariance(loaded, config, backend)
+    context_of(loaded, config)
+    check_least(config.kv_cache_memory, loaded.geometry)
 
 
 def policy_of(loaded: LoadedModel, config: EngineConfig, backend: Backend) -> Policy:

@@ -15,11 +15,13 @@ from kvbits.engine.model_runner import ModelRunner
 from kvbits.engine.speculation import SpeculativeConfig
 from kvbits.errors import ConfigError
 from kvbits.evaluation.fidelity import Fidelity, FidelitySummary
-from kvbits.kernels import Backend, default_backend
+from kvbits.kernels import Backend
 from kvbits.models import LoadedModel
 
 REFERENCE = "bf16"
 """The dtype that everything is compared with."""
+
+MakeBackend = Callable[[], Backend | None]
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def compare(
     windows: Sequence[Sequence[int]],
     max_num_batched_tokens: int = 512,
     progress: Callable[[int], None] = lambda tokens: None,
-    backend: Callable[[], Backend] = default_backend,
+    backend: MakeBackend = lambda: None,
 ) -> list[Comparison]:
     """Run every window (token ids, all of one length) through each policy and through 16 bit; score the second half.
 
@@ -85,9 +87,9 @@ class SideBySide:
         policies: Sequence[Policy],
         context: int,
         max_num_batched_tokens: int = 512,
-        backend: Callable[[], Backend] = default_backend,
+        backend: MakeBackend = lambda: None,
     ) -> None:
-        """Windows will have ``context`` tokens; ``backend`` makes each engine's kernels."""
+        """Windows will have ``context`` tokens; ``backend`` makes each engine's kernels (``None``: its device's)."""
         self.context = context
         self._dtypes = tuple(policy.label for policy in policies)
         self._engines = {

@@ -111,7 +111,7 @@ class Laboratory:
         with self.bar(total * len(self._all), task) as advance:
             answers = {
                 d: ask(
-                    self._served, p, probes, self.resume_cache, self.served_dtype, self.max_num_batched_tokens, advance
+                    self._served, p, probes, self.resume_cache, self._as_served, self.max_num_batched_tokens, advance
                 )
                 for d, p in self._all.items()
             }
@@ -126,7 +126,7 @@ class Laboratory:
         with self.bar(total, "generation") as advance:
             texts = {
                 d: write(
-                    self._served, p, prompts, new_tokens, self.resume_cache, self.served_dtype,
+                    self._served, p, prompts, new_tokens, self.resume_cache, self._as_served,
                     self.max_num_batched_tokens, advance,
                 )
                 for d, p in self._all.items()
@@ -140,7 +140,7 @@ class Laboratory:
         with self.bar(total * len(self._all), "tools") as advance:
             calls = {
                 d: call_tools(
-                    self._served, p, cases, self.resume_cache, self.served_dtype, self.max_num_batched_tokens, advance
+                    self._served, p, cases, self.resume_cache, self._as_served, self.max_num_batched_tokens, advance
                 )
                 for d, p in self._all.items()
             }
@@ -153,7 +153,7 @@ class Laboratory:
         with self.bar(total * len(self._all), "gsm8k") as advance:
             step = self.max_num_batched_tokens
             solved = {
-                d: solve(self._served, p, problems, self.resume_cache, self.served_dtype, step, advance)
+                d: solve(self._served, p, problems, self.resume_cache, self._as_served, step, advance)
                 for d, p in self._all.items()
             }
         for dtype in self.dtypes:
@@ -202,8 +202,18 @@ class Laboratory:
     def _served(self) -> LoadedModel:
         return self.served or self.loaded
 
+    @property
+    def _as_served(self) -> str:
+        return self._arithmetic(self._served, self.served_dtype)
+
+    @staticmethod
+    def _arithmetic(loaded: LoadedModel, dtype: str) -> str:
+        """What finished parts are known by besides their content: another device's kernels round otherwise."""
+        return dtype if loaded.device.type == "cpu" else f"{dtype} on {loaded.device.type}"
+
     def _backend(self) -> Backend:
-        return Faulty(default_backend()) if self.faulty else default_backend()
+        own = default_backend(self.loaded.device.type)
+        return Faulty(own) if self.faulty else own
 
     def _key(self, kind: str, policy: Policy, *content: Any) -> str:
         step = self.max_num_batched_tokens
@@ -212,7 +222,7 @@ class Laboratory:
             kvbits.__version__,
             self.loaded.fingerprint,
             policy.name,
-            self.compute_dtype,
+            self._arithmetic(self.loaded, self.compute_dtype),
             step,
             self.faulty,
             *content,

@@ -18,7 +18,7 @@ from kvbits.codecs import Policy
 from kvbits.config import PAGE_TOKENS
 from kvbits.engine.batch import Piece, StepBatch, build
 from kvbits.engine.engine import Engine
-from kvbits.evaluation.compare import REFERENCE, engine_for
+from kvbits.evaluation.compare import REFERENCE, MakeBackend, engine_for
 from kvbits.kernels import Backend, BatchLayout, default_backend
 from kvbits.kernels.base import Watcher
 from kvbits.kernels.reference import read_page
@@ -51,13 +51,13 @@ class Sums:
     def add_output(self, layer: int, output: Tensor, other: Tensor) -> None:
         """Add rows ``[rows, heads, dim]`` of the 16-bit cache and of the dtype."""
         wide = output.double()
-        self.values[0, layer] += (other.double() - wide).square().sum()
-        self.values[1, layer] += wide.square().sum()
+        self.values[0, layer] += (other.double() - wide).square().sum().cpu()
+        self.values[1, layer] += wide.square().sum().cpu()
 
     def add_page(self, layer: int, stored: tuple[Tensor, Tensor], read: tuple[Tensor, Tensor]) -> None:
         """Add a page's keys and values ``[64, kv_heads, dim]``, as they were stored and as they read back."""
         for row, own, back in zip((2, 5), stored, read, strict=True):
-            x, y = (t.double() - t.double().mean(0) for t in (own, back))
+            x, y = (t.double() - t.double().mean(0) for t in (own.cpu(), back))
             self.values[row : row + 3, layer] += torch.stack([(x * y).sum(), x.square().sum(), y.square().sum()])
 
     def as_json(self) -> list[list[float]]:
@@ -113,13 +113,13 @@ def measure_layers(
     window: Sequence[int],
     max_num_batched_tokens: int = 512,
     progress: Callable[[int], None] = lambda tokens: None,
-    backend: Callable[[], Backend] = default_backend,
+    backend: MakeBackend = lambda: None,
 ) -> dict[str, Sums]:
     """Run ``window`` (token ids) once; the sums by label. Raises as :func:`kvbits.evaluation.compare.compare`."""
     engines = {p.label: engine_for(loaded, p, 1, len(window)) for p in (loaded.policy(REFERENCE), *policies)}
     dtypes = [policy.label for policy in policies]
     sums = {dtype: Sums(loaded.geometry.num_layers) for dtype in dtypes}
-    listening = _Listening(backend(), sums)
+    listening = _Listening(backend() or default_backend(loaded.device.type), sums)
     for engine in engines.values():
         engine.pages.open(0, [])
     for start in range(0, len(window), max_num_batched_tokens):

@@ -54,9 +54,7 @@ def collect_scales(
     """
     seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in loaded.geometry.layers]
     for window in windows:
-        with torch.no_grad():
-            _, layers = run_dense(loaded, window, torch.tensor([len(window) - 1]))
-        for parts, layer in zip(seen, layers, strict=True):
+        for parts, layer in zip(seen, run_dense(loaded, window), strict=True):
             parts.append((layer.key, layer.value))
         progress(len(window))
     return [_layer(index, parts, granularity) for index, parts in enumerate(seen)]

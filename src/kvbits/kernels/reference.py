@@ -143,8 +143,8 @@ def _softmax_attention(
 
 
 def read_page(view: LayerView, place: Place, frame: int, draft: bool = False) -> tuple[Tensor, Tensor]:
-    """Keys ``float32 [64, kv_heads, key_dim]`` and values of this layer in the page at ``frame``."""
-    key_block, value_block = _blocks(view, place, frame)
+    """Keys ``float32 [64, kv_heads, key_dim]`` and values of this layer in the page at ``frame``, on the host."""
+    key_block, value_block = (block.cpu() for block in _blocks(view, place, frame))
     key, value = place.scheme.key, place.scheme.value
     keys = (key.decode_draft if draft else key.decode)(key_block, view.geometry.key_dim, "key")
     values = (value.decode_draft if draft else value.decode)(value_block, view.geometry.value_dim, "value")

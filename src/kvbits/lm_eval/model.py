@@ -8,10 +8,10 @@ from typing import Any
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from kvbits.engine.llm import LLM
 from kvbits.engine.outputs import RequestOutput
 from kvbits.engine.params import SamplingParams
 from kvbits.errors import ConfigError, RequestError
+from kvbits.llm import LLM
 from kvbits.lm_eval.arguments import Generation
 
 _CHUNK = 256

@@ -51,6 +51,8 @@ class LoadedModel:
     fused: FusedModel | None = None
     trust_remote_code: bool = False
     """Whether code that comes with a model was allowed to run; a draft model's is then too."""
+    weights: str = "bf16"
+    """Format of the linear layers' weights."""
 
     @property
     def device(self) -> torch.device:
@@ -125,7 +127,7 @@ def load_model(
     weights_of = reader.weights(_DTYPES[dtype], IMPLEMENTATION)
     tokenizer = reader.tokenizer()
     model = weights_of()
-    loaded = replace(wrap(model, tokenizer, name, geometry), trust_remote_code=trust_remote_code)
+    loaded = replace(wrap(model, tokenizer, name, geometry), trust_remote_code=trust_remote_code, weights=weights)
     if place.type != "cpu":
         model.to(place)
         return loaded

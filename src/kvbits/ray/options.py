@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
+from kvbits.auto.loss import Loss
 from kvbits.engine.config import EngineConfig
 from kvbits.errors import ConfigError
 from kvbits.server.options import ServerOptions
+
+if TYPE_CHECKING:
+    from kvbits.auto.choose import Choice
+    from kvbits.models import LoadedModel
 
 ROUTINGS = ("prefix", "random")
 
@@ -16,7 +23,7 @@ class ReplicaOptions:
     """One engine and its API, the same in every replica.
 
     ``threads``: CPU threads (``None``: torch's choice). On a ``device`` other than the CPU each replica has a GPU to
-    itself.
+    itself. ``loss``: what the cache's dtype was measured to lose on this model (``None``: each replica looks it up).
     """
 
     model: str
@@ -26,6 +33,23 @@ class ReplicaOptions:
     threads: int | None = None
     device: str = "cpu"
     trust_remote_code: bool = False
+    loss: Loss | None = None
+
+    def load(self, progress: Callable[[str], None] | None = None) -> LoadedModel:
+        """The model as each replica has it; sets the number of threads. Imports torch."""
+        import torch
+
+        from kvbits.models import load_model
+
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        return load_model(
+            self.model, self.dtype, progress, device=self.device, trust_remote_code=self.trust_remote_code
+        )
+
+    def with_choice(self, choice: Choice) -> ReplicaOptions:
+        """The same with the dtype that was chosen before any replica starts, and what it loses."""
+        return replace(self, engine=replace(self.engine, kv_cache_dtype=choice.policy), loss=choice.loss)
 
     @property
     def most_requests(self) -> int:

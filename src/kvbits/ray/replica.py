@@ -8,18 +8,18 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
-import torch
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from starlette.types import Message
 
+from kvbits.auto.choose import named
 from kvbits.engine.engine import Engine
 from kvbits.engine.transfer import PageBundle, export_pages, import_pages
 from kvbits.errors import KVBitsError
-from kvbits.models import load_model
 from kvbits.ray.messages import HttpRequest, ReplicaStats, Route
 from kvbits.ray.options import ReplicaOptions
 from kvbits.ray.scaling import USAGE
@@ -38,13 +38,11 @@ class Replica:
     """What Ray Serve starts on each machine."""
 
     def __init__(self, options: ReplicaOptions, deployment: str, fetch_pages: bool = True) -> None:
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
-        loaded = load_model(
-            options.model, dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code
-        )
-        self._engine = Engine(loaded, options.engine)
-        self._app = create_app(self._engine, options.server)
+        loaded = options.load()
+        choice = named(loaded, options.engine.kv_cache_dtype)
+        log.info(choice.line)
+        self._engine = Engine(loaded, replace(options.engine, kv_cache_dtype=choice.policy))
+        self._app = create_app(self._engine, options.server, options.loss or choice.loss)
         self._service: Service = self._app.state.service
         # As in a server of its own: the collector need not look at what is there for good.
         gc.collect()

@@ -13,6 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 import kvbits
+from kvbits.auto.loss import Loss
 from kvbits.engine.engine import Engine
 from kvbits.errors import KVBitsError
 from kvbits.server.errors import ApiError
@@ -31,12 +32,16 @@ from kvbits.server.worker import EngineWorker
 log = logging.getLogger(__name__)
 
 
-def create_app(engine: Engine, options: ServerOptions) -> FastAPI:
-    """An ASGI application that serves ``engine``, which belongs to it from now on."""
+def create_app(engine: Engine, options: ServerOptions, loss: Loss | None = None) -> FastAPI:
+    """An ASGI application that serves ``engine``, which belongs to it from now on.
+
+    ``loss``: what its KV cache dtype was measured to lose on this model.
+    """
     registry = CollectorRegistry()
     observer = Observer(registry, options.served_model_name)
     service = Service(EngineWorker(engine, observer), Preparer(engine.loaded, engine.limits), observer, options)
-    registry.register(EngineCollector(service.worker, options.served_model_name))
+    service.loss = loss
+    registry.register(EngineCollector(service.worker, options.served_model_name, loss))
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:

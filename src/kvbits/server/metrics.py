@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from kvbits.auto.loss import Loss
 from kvbits.codecs import PoolLayout
 from kvbits.config import PAGE_TOKENS
 from kvbits.pages import TierStats
@@ -17,9 +18,10 @@ from kvbits.server.worker import EngineWorker
 class EngineCollector(Collector):
     """Turns the worker's snapshot into metrics when it is asked; costs the engine nothing."""
 
-    def __init__(self, worker: EngineWorker, model: str) -> None:
+    def __init__(self, worker: EngineWorker, model: str, loss: Loss | None = None) -> None:
         self._worker = worker
         self._model = model
+        self._loss = loss
 
     def describe(self) -> list[Metric]:
         return []
@@ -76,6 +78,10 @@ class EngineCollector(Collector):
         yield layers
         yield self._gauge("bits_per_element", "Of a sealed page.", held.bits_per_element(), "kvbits:")
         yield self._gauge("bytes_per_token", "Of a sealed page.", held.bytes_per_token(), "kvbits:")
+        if self._loss is not None:
+            kl = "KL divergence to a 16-bit cache as measured on this model, nats a token."
+            yield self._gauge("kv_cache_kl_nats", kl, self._loss.kl, "kvbits:")
+            yield self._gauge("kv_cache_kl_tokens", "Tokens that it was measured on.", self._loss.tokens, "kvbits:")
         yield self._counter("cached_pages_evicted", "Cached pages given up.", pool.evictions, "kvbits:")
         if pool.tier is not None:
             yield from self._offload(pool.tier, held.layout)

@@ -11,6 +11,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from kvbits.auto.loss import Loss
 from kvbits.engine.engine import Engine
 from kvbits.errors import ConfigError
 from kvbits.server.address import listen
@@ -87,12 +88,20 @@ def start_line(engine: Engine, options: ServerOptions, host: str, port: int) -> 
     )
 
 
-def serve(engine: Engine, options: ServerOptions, sockets: list[socket.socket], host: str, port: int) -> None:
+def serve(
+    engine: Engine,
+    options: ServerOptions,
+    sockets: list[socket.socket],
+    host: str,
+    port: int,
+    loss: Loss | None = None,
+) -> None:
     """Serve on ``sockets`` (:func:`kvbits.server.address.take_address`) until a signal ends it.
 
-    Raises ``ConfigError`` when somebody else listens there by now.
+    ``loss`` is as for :func:`~kvbits.server.app.create_app`. Raises ``ConfigError`` when somebody else listens there by
+    now.
     """
-    server = Server(create_app(engine, options), host, port, options)
+    server = Server(create_app(engine, options, loss), host, port, options)
     listen(sockets, host, port)
     log.info(start_line(engine, options, host, port))
     # What is there now stays. Without this the collector looks at all of it, for a second, when a request makes many

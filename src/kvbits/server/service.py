@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
+from kvbits.auto.loss import Loss
 from kvbits.engine.params import SamplingParams
 from kvbits.server.body import SMALL, M, check_type, parse
 from kvbits.server.errors import ApiError
@@ -37,6 +38,7 @@ class Service:
         self.observer = observer
         self.options = options
         self.started = int(time.time())
+        self.loss: Loss | None = None
         self.before_submit: Callable[[list[int], str], Awaitable[None]] | None = None
         self._coming: Counter[str] = Counter()
         engine = worker.engine

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib.resources import files
-from typing import Any
 
 from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -11,24 +10,25 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 import kvbits
 from kvbits.server.errors import ApiError
-from kvbits.server.service import Service, client_of, service_of
+from kvbits.server.model_object import MODEL, MODELS, answers, model_object
+from kvbits.server.service import client_of, service_of
 from kvbits.server.state import state
 
 router = APIRouter()
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", responses=answers(MODELS))
 async def models(request: Request) -> Response:
-    """The one model, with its cache policy."""
-    return JSONResponse({"object": "list", "data": [_model(service_of(request))]})
+    """The one model, with its cache policy and what that was measured to lose."""
+    return JSONResponse({"object": "list", "data": [model_object(service_of(request))]})
 
 
-@router.get("/v1/models/{name:path}")
+@router.get("/v1/models/{name:path}", responses=answers(MODEL))
 async def model(request: Request, name: str) -> Response:
     """The model by its name."""
     service = service_of(request)
     service.check_model(name)
-    return JSONResponse(_model(service))
+    return JSONResponse(model_object(service))
 
 
 @router.get("/health")
@@ -65,19 +65,3 @@ async def live_state(request: Request) -> Response:
 async def page() -> Response:
     """The live page."""
     return HTMLResponse(files("kvbits.server").joinpath("page.html").read_text("utf-8"))
-
-
-def _model(service: Service) -> dict[str, Any]:
-    engine = service.worker.engine
-    return {
-        "id": service.model,
-        "object": "model",
-        "created": service.started,
-        "owned_by": "kvbits",
-        "root": engine.loaded.name,
-        "parent": None,
-        "max_model_len": engine.max_model_len,
-        "kv_cache_dtype": engine.pool.policy.name,
-        "kv_cache_bits_per_element": engine.pool.bits_per_element(),
-        "kv_cache_bytes_per_token": engine.pool.bytes_per_token(),
-    }

@@ -10,11 +10,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from kvbits.engine.llm import LLM, Message, Prompt
 from kvbits.engine.outputs import CompletionOutput, Delta, RequestOutput
 from kvbits.engine.params import SamplingParams
 from kvbits.engine.text import encode, encode_chat
 from kvbits.errors import KVBitsError, RequestError
+from kvbits.llm import LLM, Message, Prompt
 from kvbits.models import LoadedModel
 
 Item = Delta | BaseException

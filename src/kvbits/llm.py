@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import gc
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kvbits.auto.choose import choose
+from kvbits.auto.wanted import Wanted
 from kvbits.codecs import Policy
+from kvbits.config import AUTO
+from kvbits.engine.bar import Bar, no_bar
 from kvbits.engine.config import EngineConfig
 from kvbits.engine.engine import Engine
 from kvbits.engine.outputs import CompletionOutput, Delta, RequestOutput
 from kvbits.engine.params import SamplingParams
 from kvbits.engine.precheck import check_engine
 from kvbits.engine.progress import Progress
+from kvbits.engine.setup import check_fit
 from kvbits.engine.speculation import SpeculationStats, SpeculativeConfig
 from kvbits.engine.text import encode, encode_chat
 from kvbits.engine.transfer import PageBundle, export_pages, load_pages
 from kvbits.engine.vllm_options import check_vllm_options
 from kvbits.errors import CacheError, ConfigError, RequestError
-from kvbits.kernels import Backend
+from kvbits.kernels import Backend, choose_backend
 from kvbits.memory import show
 from kvbits.models import LoadedModel, load_model
+
+log = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int]
 OnToken = Callable[[int, Delta], None]
@@ -34,7 +43,10 @@ class LLM:
     """A model with a quantized KV cache.
 
     ``model`` is a name that :func:`kvbits.models.load_model` knows, or what it returned. ``kv_cache_dtype`` is a dtype,
-    ``policy:DIR`` or a policy that was read already. ``kv_cache_memory`` is bytes or text such as ``"256MiB"``.
+    ``policy:DIR``, a policy that was read already, or ``"auto"``: of a ladder of dtypes the one of the fewest bits
+    whose measured KL to 16 bit stays under ``max_kl`` nats a token (default 0.001), on a text that the model writes or
+    the file ``text``; that is measured once for a model and kept in the user's cache directory. :attr:`choice` says
+    what was taken and what it loses. ``kv_cache_memory`` is bytes or text such as ``"256MiB"``.
     ``kv_offload_size`` bytes of host memory, or of ``kv_offload_path`` (a file or a directory), keep the pages that the
     pool gives up. ``speculative_config`` (the options of :class:`~kvbits.engine.speculation.SpeculativeConfig`) guesses
     tokens ahead; answers stay the same. ``device`` (``"cpu"``, ``"cuda"``, ...) is where a model that is named runs;
@@ -49,7 +61,9 @@ class LLM:
         self,
         model: str | LoadedModel,
         *,
-        kv_cache_dtype: str | Policy = "int8",
+        kv_cache_dtype: str | Policy = AUTO,
+        max_kl: float | None = None,
+        text: str | Path | None = None,
         kv_cache_memory: str | int = "1GiB",
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
@@ -69,6 +83,7 @@ class LLM:
     ) -> None:
         check_vllm_options(vllm)
         dtype = "bfloat16" if dtype == "auto" else dtype
+        wanted = Wanted(kv_cache_dtype, max_kl, text)
         config = EngineConfig.of(
             kv_cache_dtype=kv_cache_dtype,
             kv_cache_memory=kv_cache_memory,
@@ -85,6 +100,10 @@ class LLM:
             check_engine(model, config, speculative, dtype=dtype, weights=weights, device=device)
             model = load_model(model, dtype, weights=weights, device=device, trust_remote_code=trust_remote_code)
         self.loaded = model
+        check_fit(model, config, choose_backend(backend, model.device.type))
+        self.choice = choose(model, wanted, Bar if progress else no_bar, log.warning, backend)
+        log.info(self.choice.line)
+        config = replace(config, kv_cache_dtype=self.choice.policy)
         self.engine = Engine(self.loaded, config, backend, speculative)
         self._progress = progress
         self._lock = threading.Lock()

@@ -1,0 +1,33 @@
+"""Small files that kvbits keeps for next time in the user's cache directory, whole or not at all. No torch."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def folder(name: str) -> Path:
+    """``$XDG_CACHE_HOME/kvbits/NAME``, by default ``~/.cache/kvbits/NAME`` (XDG Base Directory 0.8).
+
+    Raises ``OSError`` where there is no home.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        root = Path(base) if base and Path(base).is_absolute() else Path("~/.cache").expanduser()
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+    return root / "kvbits" / name
+
+
+def write(file: Path, text: str) -> None:
+    """Write ``text`` beside ``file`` and rename it; raises ``OSError`` and leaves nothing half-written."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=file.parent, suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as part:
+            part.write(text)
+        Path(name).replace(file)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
