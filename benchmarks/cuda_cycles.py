@@ -6,8 +6,9 @@ Each instruction of the loop takes one of the four schedulers of a multiprocesso
 pipes that take longer: ``alu`` (integers, logic, permutes: two cycles), ``tensor`` (products of 16 x 8 x 16: eight
 cycles on sm_80 and sm_89, four on sm_90 and later), ``shared`` (128 bytes a cycle and multiprocessor). Every
 instruction in the loop counts, those of masked pages too, which few pages need. ``memory``: cycles that an H100's
-memory (3.35 TB/s, 132 multiprocessors, 1.755 GHz) takes for the page. Needs NVRTC (with torch's CUDA builds, or
-``pip install nvidia-cuda-nvrtc-cu12``) and ``nvdisasm`` and ``cuobjdump``, which come with Triton.
+memory (3.35 TB/s, 132 multiprocessors, 1.755 GHz) takes for the page. ``ahead``: instructions of the warp from a load
+of codes to its first use, the least and the mean. Needs NVRTC (with torch's CUDA builds, or ``pip install
+nvidia-cuda-nvrtc-cu12``) and ``nvdisasm`` and ``cuobjdump``, which come with Triton.
 """
 
 from __future__ import annotations
@@ -50,32 +51,49 @@ class Count:
     tensor: float
     shared: float
     memory: float
+    ahead: list[int]
     registers: int
     spilled: int
     shared_bytes: int
     instructions: dict[str, int]
 
 
-def page_loop(code: str) -> list[tuple[str, str]]:
-    """Name and suffixes of the instructions between the label and the backward branch around transposed weights.
+def page_loop(code: str) -> list[tuple[str, str, str]]:
+    """Name, suffixes and operands of the instructions of the loop around transposed weights.
 
     The own page's code has transpositions too, in no loop.
     """
-    instructions: list[tuple[str, str]] = []
+    instructions: list[tuple[str, str, str]] = []
     labels: dict[str, int] = {}
-    best: list[tuple[str, str]] = []
+    best: list[tuple[str, str, str]] = []
     for line in code.splitlines():
         if label := _LABEL.match(line):
             labels[label[1]] = len(instructions)
         elif found := _LINE.search(line):
-            instructions.append((found[2], found[3]))
+            instructions.append((found[2], found[3], found[4]))
             target = re.search(r"`\((\.L_x_\d+)\)", found[4])
             if found[2] == "BRA" and target and target[1] in labels:
                 body = instructions[labels[target[1]] :]
-                if any(name == "MOVM" for name, _ in body) and len(body) > len(best):
+                if any(name == "MOVM" for name, _, _ in body) and len(body) > len(best):
                     best = body
     assert best, "no loop with transposed weights"
     return best
+
+
+def ahead(loop: list[tuple[str, str, str]]) -> list[int]:
+    """Instructions of the warp from each load of codes to the first that needs it, around the loop."""
+    found = []
+    for i, (name, rest, operands) in enumerate(loop):
+        if name != "LDG" or ".128" not in rest:
+            continue
+        first = int(operands.split(",")[0].strip()[1:])
+        wanted = re.compile("|".join(rf"\bR{first + k}\b" for k in range(4)))
+        for distance in range(1, len(loop)):
+            sources = loop[(i + distance) % len(loop)][2].partition(",")[2]
+            if wanted.search(sources):
+                found.append(distance)
+                break
+    return found
 
 
 def count(dtype: str, variant: Variant, arch: str, page_bytes: int) -> Count:
@@ -87,9 +105,11 @@ def count(dtype: str, variant: Variant, arch: str, page_bytes: int) -> Count:
             _tool(name, option, file.name) for name, option in (("nvdisasm", "-c"), ("cuobjdump", "-res-usage"))
         )
     loop = page_loop(code)
-    names = Counter(name for name, _ in loop)
+    names = Counter(name for name, _, _ in loop)
     tensor = 4 if int(arch.split("_")[1]) >= 90 else 8
-    accesses = sum(4 if ".128" in rest else 2 if ".64" in rest else 1 for name, rest in loop if name in ("LDS", "STS"))
+    accesses = sum(
+        4 if ".128" in rest else 2 if ".64" in rest else 1 for name, rest, _ in loop if name in ("LDS", "STS")
+    )
     registers, stack = (int(re.search(rf"{x}:(\d+)", usage)[1]) for x in ("REG", "STACK"))  # type: ignore[index]
     return Count(
         dtype, arch, variant.dim, 8 * variant.tiles,
@@ -97,7 +117,7 @@ def count(dtype: str, variant: Variant, arch: str, page_bytes: int) -> Count:
         alu=2 * sum(n for name, n in names.items() if name in ALU) / SCHEDULERS,
         tensor=tensor * names["HMMA"] / SCHEDULERS,
         shared=float(accesses),
-        memory=page_bytes / H100_BYTES,
+        memory=page_bytes / H100_BYTES, ahead=ahead(loop),
         registers=registers, spilled=stack, shared_bytes=variant.shared_bytes,
         instructions=dict(names.most_common()),
     )  # fmt: skip
@@ -121,7 +141,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results to this file")
     args = parser.parse_args()
     results = []
-    print(f"{'dtype':9} {'arch':6} issue   alu tensor shared memory registers spilled shared bytes")
+    print("dtype     arch   issue   alu tensor shared memory    ahead registers spilled shared bytes")
     for dtype in args.dtype:
         key, _, value = dtype.partition("/")
         scheme = type(SCHEMES[key])(SCHEMES[key].key, SCHEMES[value or key].value)
@@ -132,7 +152,8 @@ def main() -> None:
             c = count(dtype, variant, arch, scheme.head_bytes(layer))
             results.append(asdict(c))
             cycles = f"{c.issue:5.0f} {c.alu:5.0f} {c.tensor:6.0f} {c.shared:6.0f} {c.memory:6.0f}"
-            print(f"{dtype:9} {arch:6} {cycles} {c.registers:9} {c.spilled:7} {c.shared_bytes:12}", flush=True)
+            near = f"{min(c.ahead):4} {sum(c.ahead) / len(c.ahead):4.0f}"
+            print(f"{dtype:9} {arch:6} {cycles} {near} {c.registers:8} {c.spilled:7} {c.shared_bytes:12}", flush=True)
             if args.instructions:
                 print("   ", ", ".join(f"{n} {name}" for name, n in c.instructions.items()))
     if args.json:

@@ -174,3 +174,34 @@ def test_shared_memory_fits_every_device() -> None:
                 assert isinstance(variant, Variant)
                 assert variant.shared_bytes <= 48 * 1024
                 assert variant.shared_bytes * variant.blocks_at_once <= 99 * 1024
+
+
+def test_the_count_is_that_of_the_page_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop with transpositions, not the code before, between or after; distances go around it."""
+    pytest.importorskip("triton")
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import cuda_cycles
+
+    lines = [
+        "MOV R1, R2",
+        "L0",
+        "FADD R1, R1, R2",
+        "@P0 BRA `(.L_x_0)",
+        "MOVM.16.MT88 R3, R4",
+        "L1",
+        "HMMA.16816.F32 R8, R4",
+    ]
+    lines += [
+        "LDG.E.128.CONSTANT R4, [R2.64]",
+        "@!P1 BRA `(.L_x_2)",
+        "MOVM.16.MT88 R3, R9",
+        "L2",
+        "BRA `(.L_x_1)",
+        "EXIT",
+    ]
+    code = "\n".join(
+        f".L_x_{x[1]}:" if x[0] == "L" and x[1:].isdigit() else f"/*{i:04x}*/ {x} ;" for i, x in enumerate(lines)
+    )
+    loop = cuda_cycles.page_loop(code)
+    assert [name for name, _, _ in loop] == ["HMMA", "LDG", "BRA", "MOVM", "BRA"]
+    assert cuda_cycles.ahead(loop) == [4]
