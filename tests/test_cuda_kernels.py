@@ -150,3 +150,15 @@ def test_scales_beyond_what_float16_products_hold(folder: Path) -> None:
         expected, _ = run(ReferenceBackend(), WIDE, dtype, inputs, 330)
         got, _ = run(EmulatedBackend(Emulation(folder)), WIDE, dtype, inputs, 330)
         assert error_of(got[0][330:], expected[0][330:]) < BOUND
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4", "int2", "nf4"])
+@pytest.mark.parametrize("side", ["key", "value"])
+def test_broken_pages_are_noticed(folder: Path, dtype: str, side: str) -> None:
+    """An element that is no number makes its scale none, and that reaches the results, as the reference's."""
+    inputs = rounded(make_inputs(WIDE, [331]))
+    (inputs.key if side == "key" else inputs.value)[0][70, 0, 5] = torch.nan
+    expected, _ = run(ReferenceBackend(), WIDE, dtype, inputs, 330)
+    got, _ = run(EmulatedBackend(Emulation(folder)), WIDE, dtype, inputs, 330)
+    assert expected[0][330:].isnan().any()
+    assert torch.equal(got[0][330:].isnan(), expected[0][330:].isnan())
