@@ -15,7 +15,7 @@ from kvbits.kernels.base import BatchLayout
 from kvbits.kernels.cuda.attend import Launch, Tables, attend
 from kvbits.kernels.cuda.driver import Driver, refusal
 from kvbits.kernels.cuda.tables import tables_of
-from kvbits.kernels.cuda.variant import Variant, variant_of
+from kvbits.kernels.cuda.variant import Variant, blocks_at_once, variant_of
 from kvbits.kernels.cuda.work import decoding
 from kvbits.kernels.triton.backend import TritonBackend
 from kvbits.kernels.triton.launch import LayerKernels, Sides
@@ -47,6 +47,7 @@ class CudaBackend(TritonBackend):
         self._only, self._run, self._multiprocessors = only, launch, multiprocessors
         self._tables: tuple[BatchLayout | None, dict[tuple[object, ...], Tables]] = (None, {})
         self._arrived = torch.zeros(0, dtype=torch.int32)
+        self._ready: dict[int, tuple[LayerView, bool]] = {}
         self._warned = False
 
     def supports(self, scheme: Scheme, layer: LayerGeometry) -> str | None:
@@ -85,12 +86,14 @@ class CudaBackend(TritonBackend):
         attend(self._run, view, found, rows, sinks, self._arrived, out)
 
     def _has_kernels(self, view: LayerView, query: Tensor) -> bool:
-        layer = view.geometry
-        for place in (view.sealed, view.first_page):
-            if place is not None and isinstance(variant_of(place.scheme, layer, layer.group_size), str):
-                return False
-        if query.dtype == torch.bfloat16:
-            return True
+        known = self._ready.get(view.index)
+        if known is None or known[0] is not view:
+            places = [view.sealed] if view.first_page is None else [view.sealed, view.first_page]
+            layer = view.geometry
+            missing = any(isinstance(variant_of(place.scheme, layer, layer.group_size), str) for place in places)
+            known = self._ready[view.index] = (view, not missing)
+        if not known[1] or query.dtype == torch.bfloat16:
+            return known[1]
         if self._only:
             raise UnsupportedError("the backend 'cuda' takes bfloat16 rows; load the model with dtype bfloat16")
         if not self._warned:
@@ -102,21 +105,13 @@ class CudaBackend(TritonBackend):
         """The step's tables, made once for all layers that can share them."""
         if self._tables[0] is not batch:
             self._tables = (batch, {})
-        layer, first = view.geometry, view.first_page
-        rows = layer.group_size * int(batch.counts[decoding(batch, layer.group_size)].max())
-        variant = variant_of(view.sealed.scheme, layer, rows)
-        assert isinstance(variant, Variant), variant
-        blocks = self._multiprocessors * variant.blocks_at_once
-        key = (
-            layer.group_size,
-            layer.num_kv_heads,
-            layer.window,
-            view.open.frame,
-            None if first is None else first.frame,
-            blocks,
-        )
         known = self._tables[1]
+        layer, first = view.geometry, view.first_page
+        frames = view.open.frame, None if first is None else first.frame
+        key = (layer.num_heads, layer.num_kv_heads, layer.key_dim, layer.window, frames)
         if key not in known:
+            rows = layer.group_size * int(batch.counts[decoding(batch, layer.group_size)].max())
+            blocks = self._multiprocessors * blocks_at_once(layer.key_dim, rows)
             known[key] = tables_of(batch, view, blocks)
         return known[key]
 

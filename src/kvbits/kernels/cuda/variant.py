@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from kvbits.codecs import Codec, Scheme, Side
 from kvbits.config import LayerGeometry, align
@@ -30,7 +31,7 @@ class Variant:
     @property
     def blocks_at_once(self) -> int:
         """Blocks of a multiprocessor that the registers must suffice for."""
-        return 3 if self.dim * self.tiles <= 128 else 2
+        return blocks_at_once(self.dim, self.rows)
 
     @property
     def defines(self) -> tuple[str, ...]:
@@ -57,6 +58,11 @@ class Variant:
         )
 
 
+def blocks_at_once(dim: int, rows: int) -> int:
+    """Blocks of a multiprocessor, for a head size and query rows of a tile."""
+    return 3 if dim * -(-rows // 8) <= 128 else 2
+
+
 def kind_of(codec: Codec, dim: int, side: Side) -> int | None:
     """The kernel's name for a format, ``None`` where it has none."""
     page = codec.page_format(dim, side)
@@ -73,6 +79,7 @@ def kind_of(codec: Codec, dim: int, side: Side) -> int | None:
     return None
 
 
+@lru_cache(maxsize=256)
 def variant_of(scheme: Scheme, layer: LayerGeometry, rows: int) -> Variant | str:
     """The kernel for ``rows`` query rows of a KV head, or the reason why there is none."""
     dim = layer.key_dim
