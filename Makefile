@@ -65,9 +65,9 @@ test-install: ## "pip install" in a fresh environment, then the library, the pro
 	cd out/install && venv/bin/kvbits serve --help > /dev/null && venv/bin/python src/tests/installed.py
 
 # The same tests run in Triton's interpreter as part of "make test".
-test-gpu: $(INSTALLED) ## the Triton kernels against the reference, on this machine's GPU (a torch build for it in .venv)
+test-gpu: $(INSTALLED) ## the Triton and CUDA kernels against the reference, on this machine's GPU (a torch build for it in .venv)
 	$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'torch sees no GPU here')"
-	$(BIN)/python -m pytest -m triton tests/test_triton.py
+	$(BIN)/python -m pytest -m triton tests/test_triton.py tests/test_cuda_device.py
 
 bench-gpu: $(INSTALLED) ## attention of the Triton kernels on this machine's GPU, per dtype
 	mkdir -p out
