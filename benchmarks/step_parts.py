@@ -14,9 +14,9 @@ from linears import random_weight
 from kvbits.config import PAGE_TOKENS, ModelGeometry, pages_of
 from kvbits.kernels import BatchLayout, SequencePages
 from kvbits.kernels.cpu import CpuBackend
+from kvbits.kernels.hugepages import collapse_to_huge_pages
 from kvbits.kernels.products import Products
 from kvbits.models import LoadedModel
-from kvbits.models.hugepages import collapse_to_huge_pages
 from kvbits.pool import PagedPool
 
 QUERY_HEADS = (1, 2, 4)

@@ -8,6 +8,7 @@
 #include "codecs/codebook-inl.h"
 #include "codecs/affine-inl.h"
 #include "codecs/seal-inl.h"
+#include "codecs/open-inl.h"
 #include "codecs/float8-inl.h"
 #include "codecs/compose-inl.h"
 #include "codecs/table-inl.h"
@@ -15,6 +16,6 @@
 // clang-format on
 
 const Kernels kKernels = {
-    kIsa,        codec_sides, key_kernel, value_kernel, seal_key_kernel,  seal_value_kernel,
-    softmax_any, merge_rows,  load_query, store_output, draft_key_kernel, draft_value_kernel,
+    kIsa,       codec_sides, key_kernel,   value_kernel,     seal_key_kernel,    seal_value_kernel, softmax_any,
+    merge_rows, load_query,  store_output, draft_key_kernel, draft_value_kernel, open_key_kernel,   open_value_kernel,
 };

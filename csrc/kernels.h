@@ -103,6 +103,9 @@ struct Rounding {
 // Encodes one head's bfloat16 page.
 using SealKernel = void (*)(const uint8_t* open_page, int dim, const Rounding& rounding, uint8_t* sealed_page);
 
+// Decodes one head's sealed page into bfloat16 rows, [kPage][row] with `row` elements from one to the next.
+using OpenKernel = void (*)(const uint8_t* sealed_page, int dim, uint16_t* rows, int64_t row);
+
 // Which sides of a page a codec has kernels for.
 struct CodecSides {
   int id;
@@ -127,6 +130,9 @@ struct Kernels {
   // Like `key` and `value`, where a page may be read as a draft: the same kernel for most codecs.
   const KeyKernel* (*draft_key)(int codec);
   const ValueKernel* (*draft_value)(int codec);
+  // Null: the codec has none.
+  OpenKernel (*open_key)(int codec);
+  OpenKernel (*open_value)(int codec);
 };
 
 const Kernels& scalar_kernels();

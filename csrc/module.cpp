@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "coder.h"
 #include "decoder/python.h"
 #include "python_tables.h"
 #include "step.h"
@@ -141,6 +142,26 @@ NB_MODULE(_native, m) {
         nb::gil_scoped_release release;
         self.forward(layer, tables.batch, rows);
       });
+
+  nb::class_<Coded>(m, "Coded")
+      .def(
+          "__init__",
+          [](Coded* self, int codec, bool key, int pages, int heads, int dim, uintptr_t rows, int64_t row, int64_t head,
+             uintptr_t sealed, int64_t page_bytes, int64_t head_bytes) {
+            new (self) Coded{
+                codec,      pages,     heads, dim, key, pointer<uint16_t>(rows), row, head, pointer<uint8_t>(sealed),
+                page_bytes, head_bytes};
+          },
+          nb::arg("codec"), nb::arg("key"), nb::arg("pages"), nb::arg("heads"), nb::arg("dim"), nb::arg("rows"),
+          nb::arg("row"), nb::arg("head"), nb::arg("sealed"), nb::arg("page_bytes"), nb::arg("head_bytes"));
+  m.def("encode", [](const Cpu& cpu, const Coded& coded, uintptr_t feedback, uintptr_t order, uintptr_t clip) {
+    nb::gil_scoped_release release;
+    return encode(cpu.kernels(), coded, pointer<float>(feedback), pointer<int32_t>(order), pointer<float>(clip));
+  });
+  m.def("decode", [](const Cpu& cpu, const Coded& coded) {
+    nb::gil_scoped_release release;
+    return decode(cpu.kernels(), coded);
+  });
 
   bind_decoder(m);
 }

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import kvbits
+from kvbits.kernels.cuda.nvrtc import HEADERS
 from kvbits.models.load import wrap
 
 
@@ -34,6 +35,7 @@ def main() -> None:
     assert not Path(kvbits.__file__).is_relative_to(sources), f"kvbits is read from {sources}; run this elsewhere"
     assert version("kvbits") == kvbits.__version__
     assert files("kvbits").joinpath("py.typed").is_file()
+    assert all(files("kvbits.kernels.cuda").joinpath(name).is_file() for name in ("decode.cu", *HEADERS))
     llm = tiny()
     prompts = ["The page manager", "A refcount " * 12]
     outputs = llm.generate(prompts, kvbits.SamplingParams(max_tokens=16, temperature=0, ignore_eos=True))

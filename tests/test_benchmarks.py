@@ -34,6 +34,7 @@ ELSEWHERE = {
     "ray_routing": "needs a Ray cluster",
     "ray_transfer": "needs a Ray cluster",
     "triton_attention": "needs a GPU",
+    "vllm_plugin": "needs an environment with vLLM",
 }
 """Scripts that need what a test cannot have. Their types are checked."""
 

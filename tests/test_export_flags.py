@@ -31,9 +31,10 @@ def of(dtype: str, engine: str, layers: int = 32) -> Translation:
         ("int4", "vllm", ("--kv-cache-dtype", "int4_per_token_head")),
         ("int8,int4", "vllm", ("--kv-cache-dtype", "turboquant_k8v4")),
         ("int8", "sglang", ("--kv-cache-dtype", "fp8_e4m3")),
-        ("int4", "sglang", ("--kv-cache-dtype", "fp4_e2m1")),
+        ("int4", "sglang", ("--kv-cache-dtype", "nvfp4")),
         ("int8", "lmdeploy", ("--quant-policy", "8")),
         ("int4", "lmdeploy", ("--quant-policy", "4")),
+        ("int4,int2", "lmdeploy", ("--quant-policy", "42")),
         ("bf16", "lmdeploy", ("--quant-policy", "0")),
         ("int8,int4", "llama.cpp", ("-ctk", "q8_0", "-ctv", "q4_0", "-fa", "on")),
         ("bf16", "llama.cpp", ("-ctk", "f16", "-ctv", "f16")),
@@ -48,6 +49,14 @@ def test_openvino_is_configured_by_properties() -> None:
     found = of("int8,int4", "openvino")
     assert found.config == {"KEY_CACHE_PRECISION": "u8", "VALUE_CACHE_PRECISION": "u4"}
     assert found.arguments == ()
+    assert PER_CHANNEL not in found.lost
+    per_channel = of("int4", "openvino")
+    assert per_channel.config == {
+        "KEY_CACHE_PRECISION": "u4",
+        "VALUE_CACHE_PRECISION": "u4",
+        "KEY_CACHE_QUANT_MODE": "BY_CHANNEL",
+    }
+    assert PER_CHANNEL not in per_channel.lost
 
 
 def test_vllm_leaves_single_layers_in_16_bit() -> None:
@@ -86,7 +95,7 @@ def test_what_no_option_can_say_is_said() -> None:
         assert any("first page" in sentence and "int8" in sentence for sentence in lost)
         assert any("calibrated rounding" in sentence for sentence in lost)
         assert WINDOW in lost
-        assert PER_CHANNEL in lost
+        assert (PER_CHANNEL in lost) == (engine != "openvino")
 
 
 @given(st.lists(st.sampled_from(["bf16", "int8", "int6/int4", "int4", "int3", "int8/int2"]), min_size=1, max_size=12))

@@ -17,6 +17,7 @@ from transformers.masking_utils import eager_mask
 from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.kernels import Backend
 from kvbits.models import geometry_of, load_model
+from kvbits.models.fingerprint import fingerprint_of
 from kvbits.models.load import wrap
 
 LENGTH = 150
@@ -164,6 +165,23 @@ def test_the_fingerprint_follows_the_weights_and_not_the_dtype(tmp_path: Path) -
     assert same.model.dtype == torch.bfloat16
     assert a.fingerprint == same.fingerprint
     assert a.fingerprint != other.fingerprint
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
+def test_the_fingerprint_of_files_is_that_of_the_loaded_model(family: str, tmp_path: Path) -> None:
+    """Tied embeddings, as parameters of one name, and weights in several files are no matter."""
+    model = tiny_model(family, tie_word_embeddings=family == "llama").bfloat16()
+    path = save(model, tmp_path)
+    model.save_pretrained(path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert fingerprint_of(path) == load_model(path).fingerprint
+
+
+def test_files_that_hold_other_parameters_have_no_fingerprint(tmp_path: Path) -> None:
+    path = save(tiny_model("llama"), tmp_path)
+    tiny_config("llama", intermediate_size=128).save_pretrained(path)
+    with pytest.raises(UnsupportedError, match=r"mlp.*128"):
+        fingerprint_of(path)
 
 
 def test_loading_leaves_no_trace_in_transformers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

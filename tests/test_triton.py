@@ -275,8 +275,9 @@ def test_bit_identical_batches_are_not_promised() -> None:
 
 
 def test_in_the_interpreter() -> None:
-    """The tests above, in a process in which Triton interprets."""
-    command = [sys.executable, "-m", "pytest", "-m", "triton", "-x", "-v", str(Path(__file__))]
+    """The tests above, and those of the backend 'cuda', in a process in which Triton interprets."""
+    files = (str(Path(__file__).with_name(name)) for name in ("test_triton.py", "test_cuda_device.py"))
+    command = [sys.executable, "-m", "pytest", "-m", "triton", "-x", "-v", *files]
     variables = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout[-6000:]
@@ -305,7 +306,7 @@ def test_backends_go_by_the_device() -> None:
     assert choose_backend("auto", "cuda").name == choose_backend("auto", "xpu").name == "triton"
     given = ReferenceBackend()
     assert choose_backend(given, "cuda") is given
-    with pytest.raises(ConfigError, match="unknown backend 'cudnn'; choose from auto, cpu, triton"):
+    with pytest.raises(ConfigError, match="unknown backend 'cudnn'; choose from auto, cpu, cuda, triton"):
         choose_backend("cudnn")
     with pytest.raises(ConfigError, match="the backend 'cpu' reads host memory; the model is on 'cuda'"):
         choose_backend("cpu", "cuda")

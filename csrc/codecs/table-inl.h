@@ -42,32 +42,44 @@ struct CodecKernels {
   SealKernel seal_key, seal_value;
   KeyKernel draft_key;  // for a step that may read less of a page (Codec.decode with `draft`)
   ValueKernel draft_value;
+  OpenKernel open_key = nullptr, open_value = nullptr;
 };
 
 template <class K, class V, class DK = K, class DV = V>
-constexpr CodecKernels entry(int id, SealKernel seal_key, SealKernel seal_value) {
-  return {id,         {K::prepare, score_any<K>},   {accumulate_any<V>, nullptr}, seal_key,
-          seal_value, {DK::prepare, score_any<DK>}, {accumulate_any<DV>, nullptr}};
+constexpr CodecKernels entry(int id, SealKernel seal_key, SealKernel seal_value, OpenKernel open_key = nullptr,
+                             OpenKernel open_value = nullptr) {
+  return {id,         {K::prepare, score_any<K>},   {accumulate_any<V>, nullptr},  seal_key,
+          seal_value, {DK::prepare, score_any<DK>}, {accumulate_any<DV>, nullptr}, open_key,
+          open_value};
 }
 
 template <int BITS, bool PER_CHANNEL, bool SYMMETRIC>
 constexpr CodecKernels affine() {
   using Format = PlainFormat<BITS, PER_CHANNEL, SYMMETRIC>;
   return entry<AffineKey<Format>, AffineValue<Format>>(BITS + 16 * PER_CHANNEL + 32 * SYMMETRIC,
-                                                       seal_affine_key<Format>, seal_affine_value<Format>);
+                                                       seal_affine_key<Format>, seal_affine_value<Format>,
+                                                       open_affine<Format, true>, open_affine<Format, false>);
 }
 
 // 8 bits: asymmetric codes do not fit the signed operand that values are, symmetric ones are values only.
 constexpr CodecKernels affine8_key() {
   using Format = PlainFormat<8, true, false>;
   using K = AffineKey<Format>;
-  return {8 + 16, {K::prepare, score_any<K>}, {}, seal_affine_key<Format>, nullptr, {K::prepare, score_any<K>}, {}};
+  return {8 + 16,  {K::prepare, score_any<K>}, {}, seal_affine_key<Format>,
+          nullptr, {K::prepare, score_any<K>}, {}, open_affine<Format, true>};
 }
 constexpr CodecKernels affine8_value() {
   using Format = PlainFormat<8, false, true>;
   using V = AffineValue<Format>;
-  return {
-      8 + 32, {}, {accumulate_any<V>, nullptr}, nullptr, seal_affine_value<Format>, {}, {accumulate_any<V>, nullptr}};
+  return {8 + 32,
+          {},
+          {accumulate_any<V>, nullptr},
+          nullptr,
+          seal_affine_value<Format>,
+          {},
+          {accumulate_any<V>, nullptr},
+          nullptr,
+          open_affine<Format, false>};
 }
 
 template <bool PER_CHANNEL, bool SYMMETRIC>
@@ -177,6 +189,14 @@ SealKernel seal_key_kernel(int id) {
 SealKernel seal_value_kernel(int id) {
   const CodecKernels* codec = find_codec(id);
   return codec ? codec->seal_value : nullptr;
+}
+OpenKernel open_key_kernel(int id) {
+  const CodecKernels* codec = find_codec(id);
+  return codec ? codec->open_key : nullptr;
+}
+OpenKernel open_value_kernel(int id) {
+  const CodecKernels* codec = find_codec(id);
+  return codec ? codec->open_value : nullptr;
 }
 const KeyKernel* draft_key_kernel(int id) {
   const CodecKernels* codec = find_codec(id);

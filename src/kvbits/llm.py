@@ -51,7 +51,7 @@ class LLM:
     ``kv_offload_size`` bytes of host memory, or of ``kv_offload_path`` (a file or a directory), keep the pages that the
     pool gives up. ``speculative_config`` (the options of :class:`~kvbits.engine.speculation.SpeculativeConfig`) guesses
     tokens ahead; answers stay the same. ``device`` (``"cpu"``, ``"cuda"``, ...) is where a model that is named runs;
-    ``backend`` (``"auto"``, ``"cpu"``, ``"triton"``) goes by it. ``trust_remote_code`` runs Python code that comes with
+    ``backend`` (:data:`kvbits.kernels.BACKENDS`) goes by it. ``trust_remote_code`` runs Python code that comes with
     the model. ``progress`` shows a bar on stderr for work that takes more than two seconds. Threads may share an
     ``LLM``: one call runs after another. ``with`` or :meth:`close` gives its memory back. Options of vLLM's that ask
     for nothing here are accepted, others refused with what to use instead. Raises ``ConfigError`` or

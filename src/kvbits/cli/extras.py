@@ -13,6 +13,8 @@ _EXTRAS = {
     "report": ("plotly",),
     "lm-eval": ("lm_eval",),
     "ray": ("ray",),
+    "vllm": ("vllm",),
+    "lmcache": ("lmcache",),
     "gpu": ("triton",),
 }
 

@@ -28,7 +28,7 @@ from kvbits.engine.speculation.methods import proposer_of
 from kvbits.engine.stats import EngineLoad, EngineStats
 from kvbits.engine.text import Decoders, encode_plain, end_tokens
 from kvbits.errors import RequestError
-from kvbits.kernels import Backend, choose_backend
+from kvbits.kernels import Backend, choose_backend, kernels_line
 from kvbits.models import LoadedModel
 from kvbits.pages import PageManager
 from kvbits.pool import PagedPool
@@ -61,7 +61,10 @@ class Engine:
         check_invariance(loaded, config, self.backend)
         self.max_model_len = context_of(loaded, config)
         policy = policy_of(loaded, config, self.backend)
+        self.kernels = kernels_line(self.backend, policy.layers, loaded.geometry.layers)
+        log.info("Kernels that decode: %s", self.kernels)
         self.pool = PagedPool(loaded.geometry, policy, config.kv_cache_memory, device=loaded.device)
+        self.backend.prepare(self.pool.layers)
         self.pages = pages_of(self.pool, loaded, config)
         self.limits = limits_of(self.pool, self.max_model_len, config)
         self.scheduler = Scheduler(self.pages, self.limits.pool, config.max_num_seqs, config.max_num_batched_tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from kvbits.codecs import Codec, Policy
@@ -48,9 +48,15 @@ def translate(policy: Policy, engine: str, calibrated: bool = False) -> Translat
         raise ConfigError(f"unknown engine '{engine}'; choose from {', '.join(ENGINES)}")
     keys = [_bits(scheme.key) for scheme in policy.layers]
     values = [_bits(scheme.value) for scheme in policy.layers]
-    never = _never(known, policy, calibrated or policy.rounding is not None)
-    choose = _of_sides if known.sides else _of_dtypes
-    return choose(known, keys, values, never)
+    by_channel = any(_bits(s.key) < 8 and getattr(s.key, "per", "") == "channel" for s in policy.layers)
+    never = _never(known, policy, calibrated or policy.rounding is not None, by_channel)
+    if not known.sides:
+        return _of_dtypes(known, keys, values, never)
+    found = _of_sides(known, keys, values, never)
+    if by_channel and known.keys_by_channel:
+        name, value = known.keys_by_channel
+        return replace(found, config={**found.config, name: value})
+    return found
 
 
 def _bits(codec: Codec) -> int:
@@ -149,15 +155,15 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
 
 
-def _never(engine: Engine, policy: Policy, calibrated: bool) -> list[str]:
-    """What no option of any of these engines can say."""
+def _never(engine: Engine, policy: Policy, calibrated: bool, by_channel: bool) -> list[str]:
+    """What no option of the engine can say."""
     found = []
     if policy.sink is not None and policy.sink != policy.layers:
         (name, _), *_ = Counter(scheme.name for scheme in policy.sink).most_common(1)
         found.append(f"the first page of a sequence ({name} in the policy) is stored as all others")
     if calibrated:
         found.append(f"calibrated rounding: {engine.title} rounds to nearest")
-    if any(_bits(s.key) < 8 and getattr(s.key, "per", "") == "channel" for s in policy.layers):
+    if by_channel and engine.keys_by_channel is None:
         found.append("scales of keys are not per channel of a page")
     found.append("the newest tokens are not kept in 16 bit until their page is full")
     return found

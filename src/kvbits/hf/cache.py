@@ -41,7 +41,8 @@ class QuantizedCache(Cache):
         ``kv_cache_dtype``: a dtype (``"int4"``), a policy string (``"0-1:int8,2-29:int8/int4"``) or the directory of a
         calibrated policy. ``kv_cache_memory`` is bytes or text such as ``"256MiB"``, the most that all pages may take;
         without it a quarter of the free memory is the bound. On the CPU memory is taken page by page, as tokens
-        come; on a GPU all of it at once. ``backend``: ``"auto"`` (by the model's device), ``"cpu"`` or ``"triton"``.
+        come; on a GPU all of it at once. ``backend``: one of :data:`kvbits.kernels.BACKENDS`; "auto" goes by the
+        model's device.
 
         The model is put in eval mode and works with kvbits caches only until
         ``model.set_attn_implementation("sdpa")``. Raises ``ConfigError`` for a dtype or policy that cannot be read,

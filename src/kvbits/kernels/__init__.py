@@ -1,5 +1,10 @@
 """Attention on coded pages: the backend interface and its implementations."""
 
+import logging
+from collections.abc import Sequence
+
+from kvbits.codecs import Scheme
+from kvbits.config import LayerGeometry
 from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.kernels.base import SPLIT_PAGES, Backend, BatchLayout
 from kvbits.pages import SequencePages
@@ -13,9 +18,12 @@ __all__ = [
     "SequencePages",
     "choose_backend",
     "default_backend",
+    "kernels_line",
 ]
 
-BACKENDS = ("auto", "cpu", "triton")
+log = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "cpu", "cuda", "triton")
 """Names that :func:`choose_backend` takes."""
 
 GPUS = ("cuda", "xpu")
@@ -41,7 +49,7 @@ def choose_backend(choice: Backend | str | None, device: str = "cpu") -> Backend
     if name == "auto":
         if device != "cpu" and device not in GPUS:
             raise UnsupportedError(f"the model is on '{device}'; kvbits has kernels for cpu, {', '.join(GPUS)}")
-        name = "cpu" if device == "cpu" else "triton"
+        name = "cpu" if device == "cpu" else _of_gpu(device)
     # Not at the top: importing kvbits must load neither the native library nor Triton.
     if name == "cpu":
         if device != "cpu":
@@ -50,7 +58,29 @@ def choose_backend(choice: Backend | str | None, device: str = "cpu") -> Backend
 
         return CpuBackend()
     try:
+        from kvbits.kernels.cuda.backend import CudaBackend
         from kvbits.kernels.triton.backend import TritonBackend
     except ImportError as error:
-        raise ConfigError(f"the backend 'triton' needs Triton: pip install 'kvbits[gpu]' ({error})") from error
-    return TritonBackend(device)
+        raise ConfigError(f"the backend '{name}' needs Triton: pip install 'kvbits[gpu]' ({error})") from error
+    return TritonBackend(device) if name == "triton" else CudaBackend(device, only=choice == "cuda")
+
+
+def _of_gpu(device: str) -> str:
+    import torch
+
+    from kvbits.kernels.cuda.driver import refusal
+
+    reason = refusal(torch.device(device))
+    if reason is not None:
+        log.info("Triton's kernels decode: there are CUDA kernels too, but %s", reason)
+    return "cuda" if reason is None else "triton"
+
+
+def kernels_line(backend: Backend, schemes: Sequence[Scheme], layers: Sequence[LayerGeometry]) -> str:
+    """Whose kernels decode, such as ``"cuda"``; by layers where they differ."""
+    names: dict[str, list[int]] = {}
+    for index, (scheme, layer) in enumerate(zip(schemes, layers, strict=True)):
+        names.setdefault(backend.kernels(scheme, layer), []).append(index)
+    if len(names) == 1:
+        return next(iter(names))
+    return ", ".join(f"{name} for {len(found)} of {len(layers)} layers" for name, found in names.items())

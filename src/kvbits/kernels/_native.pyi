@@ -51,6 +51,24 @@ class Cpu:
     def supports(self, key_codec: int, value_codec: int) -> str | None: ...
     def forward(self, layer: Layer, batch: Batch, *arguments: Any) -> None: ...
 
+class Coded:
+    def __init__(
+        self,
+        codec: int,
+        key: bool,
+        pages: int,
+        heads: int,
+        dim: int,
+        rows: int,
+        row: int,
+        head: int,
+        sealed: int,
+        page_bytes: int,
+        head_bytes: int,
+    ) -> None: ...
+
+def encode(cpu: Cpu, coded: Coded, feedback: int, order: int, clip: int) -> bool: ...
+def decode(cpu: Cpu, coded: Coded) -> bool: ...
 def row_kernels(isa: str) -> str: ...
 def product_kernels(isa: str) -> str: ...
 

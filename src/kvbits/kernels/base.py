@@ -89,6 +89,14 @@ class Backend(ABC):
     def supports(self, scheme: Scheme, layer: LayerGeometry) -> str | None:
         """``None``, or the reason why this backend cannot run ``layer`` stored as ``scheme``."""
 
+    def kernels(self, scheme: Scheme, layer: LayerGeometry) -> str:
+        """Whose kernels decode ``layer`` stored as ``scheme``, for users to read."""
+        return self.name
+
+    def prepare(self, views: Sequence[LayerView]) -> None:
+        """Do now what steps over ``views`` would otherwise wait for, such as compiling; takes seconds at most."""
+        return
+
     @abstractmethod
     def forward(
         self, view: LayerView, batch: BatchLayout, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None

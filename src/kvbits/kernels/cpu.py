@@ -61,20 +61,34 @@ class CpuBackend(Backend):
         return self.native.supports(key, value)
 
     def forward(
-        self, view: LayerView, batch: BatchLayout, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None
+        self,
+        view: LayerView,
+        batch: BatchLayout,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        out: Tensor | None = None,
     ) -> Tensor:
+        """As every backend's; the result is written to ``out``, contiguous and in the query's dtype, where given."""
         layer = view.geometry
         rows = batch.num_rows
         native = self.layer(view)
         if native is None:
-            return self._reference.forward(view, batch, query, key, value, sinks)
+            found = self._reference.forward(view, batch, query, key, value, sinks)
+            return found if out is None else out.copy_(found)
         query, key, value = _rows(query), _rows(key), _rows(value)
         assert query.shape == (rows, layer.num_heads, layer.key_dim), (query.shape, rows, layer)
         assert key.shape == (rows, layer.num_kv_heads, layer.key_dim), (key.shape, rows, layer)
         assert value.shape == (rows, layer.num_kv_heads, layer.value_dim), (value.shape, rows, layer)
         assert query.dtype == key.dtype == value.dtype
         assert query.dtype in (torch.bfloat16, torch.float32), query.dtype
-        out = torch.empty(rows, layer.num_heads, layer.value_dim, dtype=query.dtype)
+        shape = (rows, layer.num_heads, layer.value_dim)
+        if out is None:
+            out = torch.empty(shape, dtype=query.dtype)
+        assert out.shape == shape, (out.shape, shape)
+        assert out.dtype == query.dtype, (out.dtype, query.dtype)
+        assert out.is_contiguous(), out.stride()
         self.native.forward(
             native,
             self.tables(batch),
@@ -186,7 +200,13 @@ def _place(place: Place, layer: LayerGeometry) -> _native.Place:
 
 
 def _gomp_parallel() -> int:
-    """Address of ``GOMP_parallel`` in torch's own OpenMP runtime; 0 where torch uses another one."""
+    """Address of ``GOMP_parallel`` in the OpenMP runtime that torch runs on; 0 where it is of another kind.
+
+    One that the process has preloaded is found by all libraries before torch's own copy.
+    """
+    preloaded = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+    if preloaded is not None:
+        return ctypes.cast(preloaded, ctypes.c_void_p).value or 0
     for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
         return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ctypes.c_void_p).value or 0
     return 0

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,23 +16,19 @@ from kvbits.attention import IMPLEMENTATION, Forward, attend
 from kvbits.codecs import Policy, policy_of
 from kvbits.config import ModelGeometry
 from kvbits.errors import UnsupportedError
-from kvbits.kernels.products import PackedWeight
+from kvbits.kernels.hugepages import collapse_to_huge_pages
 from kvbits.models.control import ControlTokens
 from kvbits.models.device import find_device
+from kvbits.models.fingerprint import fingerprint
 from kvbits.models.formats import check_formats
 from kvbits.models.fused import FusedModel, fuse
 from kvbits.models.geometry import geometry_of
-from kvbits.models.hugepages import collapse_to_huge_pages
 from kvbits.models.locate import locate
 from kvbits.models.packed import depends_on_rows, pack_linears, packed_weights, round_linears
 from kvbits.models.reader import Reader
 from kvbits.models.sampling import sampling_defaults
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-_VOLATILE = frozenset(
-    {"_name_or_path", "_model_name_or_path", "dtype", "torch_dtype", "transformers_version", "quantization_config"}
-)
-_SAMPLE = 16
 
 
 @dataclass(frozen=True)
@@ -164,7 +158,7 @@ def wrap(model: Any, tokenizer: Any, name: str, geometry: ModelGeometry | None =
             raise UnsupportedError(f"the model '{name}' takes no {needed}")
     register()
     model.eval().set_attn_implementation(IMPLEMENTATION)
-    return LoadedModel(model, tokenizer, geometry, name, _fingerprint(model))
+    return LoadedModel(model, tokenizer, geometry, name, fingerprint(model))
 
 
 def register() -> None:
@@ -173,34 +167,3 @@ def register() -> None:
     No mask function is registered with it: for such an implementation transformers builds no masks.
     """
     AttentionInterface.register(IMPLEMENTATION, attend)
-
-
-def _fingerprint(model: Any) -> str:
-    """Hash the configuration, and name, shape and a few spread values (as bfloat16) of every parameter."""
-    facts = {k: v for k, v in model.config.to_dict().items() if k not in _VOLATILE}
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    samples = [(name, tuple(p.shape), _sample(p.detach().flatten())) for name, p in model.named_parameters()]
-    for name, weight in packed_weights(model):
-        shape = weight.out_features, weight.in_features
-        samples.append((name, shape, _sample_packed(weight)))
-        if weight.bias is not None:
-            samples.append((f"{name.removesuffix('weight')}bias", shape[:1], _sample(weight.bias)))
-    for name, shape, sample in sorted(samples, key=lambda entry: entry[0]):
-        digest.update(f"{name}{shape}".encode())
-        digest.update(sample.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _sample(flat: Tensor) -> Tensor:
-    return flat[:: _spread(len(flat))][:_SAMPLE]
-
-
-def _sample_packed(weight: PackedWeight) -> Tensor:
-    count = weight.out_features * weight.in_features
-    places = torch.arange(0, count, _spread(count))[:_SAMPLE]
-    rows = weight.unpack(places // weight.in_features)
-    return rows.gather(1, (places % weight.in_features).unsqueeze(1)).squeeze(1)
-
-
-def _spread(count: int) -> int:
-    return max(1, count // _SAMPLE)

@@ -56,10 +56,17 @@ class TritonBackend(Backend):
         tables, (few, many) = self._step(view, batch)
         out = query.new_empty(rows, layer.num_heads, layer.value_dim)
         seal(self._launch, kernels, tables, sides)
-        decode(self._launch, kernels, tables, few, sides, sinks, out)
+        self._attend_few(view, batch, kernels, tables, few, sides, sinks, out)
         prefill(self._launch, kernels, tables, many, sides, sinks, out)
         append(self._launch, kernels, tables, sides)
         return out
+
+    def _attend_few(
+        self, view: LayerView, batch: BatchLayout, kernels: LayerKernels, tables: StepTables, tiles: Tiles,
+        sides: Sides, sinks: Tensor | None, out: Tensor,
+    ) -> None:  # fmt: skip
+        """Attention of sequences with few new tokens."""
+        decode(self._launch, kernels, tables, tiles, sides, sinks, out)
 
     def _kernels(self, view: LayerView, draft: bool) -> LayerKernels:
         known = self._layers.get((view.index, draft))

@@ -1,4 +1,4 @@
-"""Huge pages for weights that are already in memory.
+"""Huge pages for weights, and another engine's cache, that are already in memory.
 
 A decode step reads every weight once. On 4 KiB pages that costs an address translation for each of them, whose tables
 compete with the KV cache for the processor's caches; a layer of a small model is smaller than a huge page, so the

@@ -1,0 +1,22 @@
+"""kvbits' cache inside stock vLLM, on CPUs: an attention backend that vLLM finds through an entry point.
+
+Nothing here is imported by the rest of kvbits, and this module imports vLLM only when vLLM itself calls
+:func:`register`. docs/vllm.md says how it is used, and what was measured.
+"""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Entry point ``vllm.general_plugins``: called in vLLM's front end, its engine and every worker; again is harmless.
+
+    Where vLLM does not run on a CPU nothing is registered, so that the dtypes' names are refused there.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from kvbits.vllm.names import register_names
+    from kvbits.vllm.platform import serve_on
+
+    serve_on(current_platform, register_names())

@@ -1,0 +1,207 @@
+"""What surrounds the CUDA kernels: the flat list of work, which layers have kernels, what is refused and shown."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kvbits.codecs import SCHEMES, parse_policy
+from kvbits.config import LayerGeometry, ModelGeometry
+from kvbits.errors import ConfigError, UnsupportedError
+from kvbits.kernels import BatchLayout, SequencePages, choose_backend, kernels_line
+from kvbits.kernels.cuda import nvrtc
+from kvbits.kernels.cuda.attend import Step
+from kvbits.kernels.cuda.variant import Variant, variant_of
+from kvbits.kernels.cuda.work import WAVES, Work, work_list
+from kvbits.kernels.reference import ReferenceBackend
+from kvbits.pool import PagedPool
+
+LAYER = LayerGeometry(32, 8, 128, 128, 128**-0.5)
+
+
+class Recorded:
+    """Launches that do not run; which kernels were made ready."""
+
+    def __init__(self) -> None:
+        self.prepared: list[Variant] = []
+
+    def __call__(self, variant: Variant, grid: tuple[int, int], step: Step) -> None:
+        raise AssertionError("nothing runs here")
+
+    def prepare(self, variant: Variant) -> None:
+        self.prepared.append(variant)
+
+
+def batch_of(*sequences: tuple[int, int]) -> BatchLayout:
+    """Of sequences with a start and a number of new tokens."""
+    return BatchLayout.of([SequencePages(s, n, range((s + n) // 64), [900], [900]) for s, n in sequences])
+
+
+def pages_by_tile(work: Work) -> list[list[int]]:
+    """The sealed pages that the items of each tile attend to, in the order of their slots; every slot is used once."""
+    found: list[list[int]] = []
+    items = np.concatenate([work.items, work.first_pages])
+    for index, tile in enumerate(work.tiles):
+        own = items[items[:, 0] == index]
+        own = own[np.argsort(own[:, 1])]
+        assert own[:, 1].tolist() == list(range(tile[5]))
+        assert own[0, 3] == -1
+        assert (own[1:, 3] > own[1:, 2]).all()
+        found.append([page for _, _, low, high in own[1:] for page in range(low, high)])
+    slots = work.tiles[:, 4], work.tiles[:, 4] + work.tiles[:, 5]
+    assert slots[0].tolist() == [0, *slots[1][:-1].tolist()]
+    assert slots[1][-1] == work.slots
+    return found
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 100, 640])
+@pytest.mark.parametrize("blocks", [1, 8, 396])
+def test_every_page_is_attended_to_once(blocks: int, window: int | None, apart: bool) -> None:
+    sequences = [(0, 1), (63, 1), (64, 4), (1000, 3), (5, 200), (20_000, 1), (638, 4)]
+    work = work_list(batch_of(*sequences), 4, 8, window, apart, blocks)
+    tiles = [(0, 0, 1), (1, 63, 1), (2, 64, 4), (3, 1000, 3), (5, 20_000, 1), (6, 638, 2), (6, 640, 2)]
+    assert [(t[0], t[3], t[2]) for t in work.tiles.tolist()] == tiles  # 200 new tokens are no decode step
+    for pages, (_, position, _) in zip(pages_by_tile(work), tiles, strict=True):
+        low = 0 if window is None else max(position - window + 1, 0) // 64
+        assert sorted(pages) == list(range(low, position // 64))
+    of_first = [pages for pages, tile in zip(pages_by_tile(work), tiles, strict=True) if 0 in pages]
+    assert len(work.first_pages) == (len(of_first) if apart else 0)
+
+
+@pytest.mark.parametrize("context", [2048, 8192, 131_072])
+def test_a_batch_of_one_fills_the_machine(context: int) -> None:
+    """132 multiprocessors, three blocks each: all are busy in one wave, as far as there are pages."""
+    work = work_list(batch_of((context - 1, 1)), 4, 8, None, False, 396)
+    blocks, pages = 8 * len(work.items), 8 * (context // 64)
+    assert blocks <= 396
+    assert blocks >= min(pages, 200)
+    lengths = np.diff(work.items[1:, 2:], axis=1)
+    assert lengths.max() - lengths.min() <= 1
+
+
+@pytest.mark.parametrize("sequences", [16, 64])
+def test_large_batches_end_together(sequences: int) -> None:
+    """One wave where it has room for all tiles; else several short ones, the longest items first."""
+    depths = [512 * (i + 1) for i in range(sequences)]
+    work = work_list(batch_of(*((depth, 1) for depth in depths)), 4, 8, None, False, 396)
+    lengths = np.diff(work.items[sequences:, 2:], axis=1).ravel()
+    assert (np.diff(lengths) <= 0).all()
+    assert 8 * len(work.items) <= (396 if sequences == 16 else WAVES * 396)
+    assert lengths.max() <= 2 * sum(depths) / 64 / (len(work.items) - sequences)
+
+
+def test_which_layers_have_kernels() -> None:
+    for dtype in ("bf16", "int8", "int4", "int2", "nf4"):
+        assert variant_of(SCHEMES[dtype], LAYER, 4) == replace(variant_of(SCHEMES[dtype], LAYER, 8), tiles=1)
+    assert variant_of(SCHEMES["int4"], LAYER, 9) == Variant(4, 4, 128, 2, False)
+    reasons = {
+        "keys coded as 'int3'": (SCHEMES["int3"], LAYER, 4),
+        "values coded as 'int4b32'": (SCHEMES["int4b32"], LAYER, 4),
+        "head sizes 80 and 80": (SCHEMES["int4"], replace(LAYER, key_dim=80, value_dim=80), 4),
+        "head sizes 192 and 128": (SCHEMES["int4"], replace(LAYER, key_dim=192), 4),
+        "17 query heads of a KV head": (SCHEMES["int4"], LAYER, 17),
+    }
+    for reason, arguments in reasons.items():
+        assert reason in str(variant_of(*arguments))
+
+
+def test_a_backend_that_cannot_run_is_refused_by_name() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("for machines without a GPU")
+    pytest.importorskip("triton")
+    with pytest.raises(ConfigError, match="the backend 'cuda' cannot run on 'cuda': they need a GPU of NVIDIA's"):
+        choose_backend("cuda", "cuda")
+    assert choose_backend("auto", "cuda").name == "triton"
+
+
+def test_layers_without_kernels_are_shown_or_refused() -> None:
+    pytest.importorskip("triton")
+    from kvbits.kernels.cuda.backend import CudaBackend
+
+    policy = parse_policy("0-1:int4,2-3:int3", 4)
+    # named a GPU for Triton's check; nothing runs there
+    mixed, only = (CudaBackend("cuda", x, Recorded(), 1) for x in (False, True))
+    line = kernels_line(mixed, policy.layers, [LAYER] * 4)
+    assert line.startswith("cuda for 2 of 4 layers, triton (no CUDA kernels for keys coded as 'int3'")
+    assert mixed.supports(policy.layers[2], LAYER) is None
+    assert "no CUDA kernels for keys coded as 'int3'" in str(only.supports(policy.layers[2], LAYER))
+    assert only.supports(policy.layers[0], LAYER) is None
+    assert kernels_line(ReferenceBackend(), policy.layers, [LAYER] * 4) == "reference"
+
+
+def test_kernels_are_compiled_before_the_first_request() -> None:
+    pytest.importorskip("triton")
+    from kvbits.kernels.cuda.backend import CudaBackend
+
+    recorded = Recorded()
+    geometry = ModelGeometry("test", (LAYER, replace(LAYER, num_heads=8), LAYER, LAYER), 8192, 16)
+    pool = PagedPool.smallest(geometry, parse_policy("0-1:int4,2:int3,3:int8+sink:bf16", 4))
+    CudaBackend("cuda", False, recorded, 1).prepare(pool.layers)
+    assert {(v.keys, v.values, v.tiles) for v in recorded.prepared} == {(4, 4, 1), (16, 16, 1), (8, 8, 1)}
+
+
+def test_without_a_compiler_nothing_is_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvrtc, "NAMES", ("libnvrtc-that-is-not-there.so",))
+    nvrtc.library.cache_clear()
+    with pytest.raises(UnsupportedError, match=r"run-time compiler \(libnvrtc-that-is-not-there.so\) was not found"):
+        nvrtc.library()
+    nvrtc.library.cache_clear()
+
+
+def test_compiled_code_is_kept_by_what_it_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(nvrtc, "version", lambda: "12.9")
+    monkeypatch.setattr(nvrtc, "compile_source", lambda arch, defines: calls.append((arch, defines)) or b"code")
+    for arch, defines in (("sm_90", ("A=1",)), ("sm_90", ("A=1",)), ("sm_80", ("A=1",)), ("sm_90", ("A=2",))):
+        assert nvrtc.compiled(arch, defines, tmp_path) == b"code"
+    assert len(calls) == len(list(tmp_path.iterdir())) == 3
+    nvrtc.compiled("sm_90", ("A=1",), Path(sys.executable) / "no folder")  # works without a place to write
+    assert len(calls) == 4
+
+
+def test_shared_memory_fits_every_device() -> None:
+    """48 KiB are there without asking; a multiprocessor of the smallest devices has 100."""
+    for dtype in ("bf16", "int8", "int4", "int2", "nf4"):
+        for dim in (64, 128, 256):
+            for rows in (8, 16):
+                variant = variant_of(SCHEMES[dtype], replace(LAYER, key_dim=dim, value_dim=dim), rows)
+                assert isinstance(variant, Variant)
+                assert variant.shared_bytes <= 48 * 1024
+                assert variant.shared_bytes * variant.blocks_at_once <= 99 * 1024
+
+
+def test_the_count_is_that_of_the_page_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop with transpositions, not the code before, between or after; distances go around it."""
+    pytest.importorskip("triton")
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import cuda_cycles
+
+    lines = [
+        "MOV R1, R2",
+        "L0",
+        "FADD R1, R1, R2",
+        "@P0 BRA `(.L_x_0)",
+        "MOVM.16.MT88 R3, R4",
+        "L1",
+        "HMMA.16816.F32 R8, R4",
+    ]
+    lines += [
+        "LDG.E.128.CONSTANT R4, [R2.64]",
+        "@!P1 BRA `(.L_x_2)",
+        "MOVM.16.MT88 R3, R9",
+        "L2",
+        "BRA `(.L_x_1)",
+        "EXIT",
+    ]
+    code = "\n".join(
+        f".L_x_{x[1]}:" if x[0] == "L" and x[1:].isdigit() else f"/*{i:04x}*/ {x} ;" for i, x in enumerate(lines)
+    )
+    loop = cuda_cycles.page_loop(code)
+    assert [name for name, _, _ in loop] == ["HMMA", "LDG", "BRA", "MOVM", "BRA"]
+    assert cuda_cycles.ahead(loop) == [4]
