@@ -54,7 +54,9 @@ def main() -> int:
     url = f"http://127.0.0.1:{port}"
     kvbits = Path(sys.executable).with_name("kvbits")
     command = [kvbits, "serve", options.model, "--served-model-name", "model", "--port", str(port)]
-    server = subprocess.Popen([*command, "--kv-cache-memory", "1GiB"], stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        [*command, "--kv-cache-dtype", "int8", "--kv-cache-memory", "1GiB"], stderr=subprocess.DEVNULL
+    )
     try:
         wait(url, server)
         ask = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", HERE]

@@ -68,7 +68,8 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         command = [os.environ["FOREIGN_KVBITS"], "serve", os.environ["FOREIGN_MODEL"], "--port", str(self.port),
-                   "--served-model-name", given.get("--served-model-name", model), "--kv-cache-memory", "1GiB",
+                   "--served-model-name", given.get("--served-model-name", model), "--kv-cache-dtype", "int8",
+                   "--kv-cache-memory", "1GiB",
                    "--max-model-len", given.get("--max-model-len", "8192")]  # fmt: skip
         self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
 
