@@ -21,7 +21,7 @@ def environment(directory: Path) -> Path:
     python, stamp = directory / "bin" / "python", directory / ".installed"
     wanted = (HERE / "requirements.txt").read_text()
     if not stamp.exists() or stamp.read_text() != wanted:
-        venv.create(directory, with_pip=True)
+        venv.create(directory, with_pip=True, clear=True)
         subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", HERE / "requirements.txt"], check=True)
         stamp.write_text(wanted)
     return python
