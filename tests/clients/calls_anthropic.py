@@ -6,6 +6,7 @@ from typing import Any
 
 import anthropic
 import pytest
+from conftest import PLAIN
 
 ASK: Any = [{"role": "user", "content": "What is the weather in Paris?"}]
 WEATHER: Any = {
@@ -42,13 +43,17 @@ def test_a_round_of_tools(client: anthropic.Anthropic, model: str) -> None:
     call: Any = first.content[-1]
     result = {"type": "tool_result", "tool_use_id": call.id, "content": "22 degrees"}
     talk: Any = [*ASK, {"role": "assistant", "content": first.content}, {"role": "user", "content": [result]}]
-    found: Any = client.messages.create(model=model, max_tokens=60, messages=talk, extra_body={"temperature": 0})
+    found: Any = client.messages.create(
+        model=model, max_tokens=60, messages=talk, extra_body={"temperature": 0, **PLAIN}
+    )
     assert "22" in found.content[0].text
 
 
 def test_stop_sequences(client: anthropic.Anthropic, model: str) -> None:
     ask: Any = [{"role": "user", "content": "Count: 1, 2, 3, 4, 5, 6"}]
-    found = client.messages.create(model=model, max_tokens=60, messages=ask, stop_sequences=["4"])
+    found = client.messages.create(
+        model=model, max_tokens=60, messages=ask, stop_sequences=["4"], extra_body={"temperature": 0, **PLAIN}
+    )
     assert (found.stop_reason, found.stop_sequence) == ("stop_sequence", "4")
 
 

@@ -8,6 +8,7 @@ import instructor
 import openai
 import pytest
 from calls_openai import Person
+from conftest import PLAIN
 from pydantic import BaseModel, Field
 
 MANY: Any = [{"role": "user", "content": "List these people: Ann is 30 and happy. Bob is 40 and sad."}]
@@ -51,7 +52,7 @@ def test_parts_as_they_come(url: str, model: str) -> None:
 
 def test_many_objects(url: str, model: str) -> None:
     found = client_of(url, instructor.Mode.JSON_SCHEMA).chat.completions.create(
-        model=model, messages=MANY, response_model=list[Person], max_tokens=400, temperature=0
+        model=model, messages=MANY, response_model=list[Person], max_tokens=400, temperature=0, extra_body=PLAIN
     )
     assert found
 

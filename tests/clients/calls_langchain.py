@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from calls_openai import Person
+from conftest import PLAIN
 from langchain.agents import create_agent
 from langchain_core.messages import HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
@@ -20,7 +21,9 @@ def get_weather(city: str) -> str:
 
 @pytest.fixture
 def chat(url: str, model: str) -> ChatOpenAI:
-    return ChatOpenAI(base_url=f"{url}/v1", api_key="none", model=model, temperature=0, max_tokens=200)  # type: ignore
+    return ChatOpenAI(
+        base_url=f"{url}/v1", api_key="none", model=model, temperature=0, max_tokens=200, extra_body=PLAIN
+    )  # type: ignore
 
 
 def test_invoke(chat: ChatOpenAI) -> None:

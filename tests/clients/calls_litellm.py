@@ -8,6 +8,7 @@ from typing import Any
 import litellm
 import pytest
 from calls_openai import ASK, HELLO, WEATHER, Person
+from conftest import PLAIN
 
 litellm.drop_params = False
 litellm.suppress_debug_info = True
@@ -34,7 +35,7 @@ def test_demanded_tools_and_their_result(ask: Any) -> None:
     assert "city" in json.loads(call.function.arguments)
     # The message as LiteLLM keeps it, with fields of its own.
     talk = [*ASK, message.model_dump(), {"role": "tool", "tool_call_id": call.id, "content": "22 degrees"}]
-    assert "22" in litellm.completion(messages=talk, temperature=0, **ask).choices[0].message.content
+    assert "22" in litellm.completion(messages=talk, temperature=0, extra_body=PLAIN, **ask).choices[0].message.content
 
 
 def test_schema(ask: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import openai
 import pytest
+from conftest import PLAIN
 from pydantic import BaseModel
 
 ASK: Any = [{"role": "user", "content": "What is the weather in Paris?"}]
@@ -168,7 +169,7 @@ def test_a_whole_round_of_tools(client: openai.OpenAI, model: str) -> None:
     result = {"role": "tool", "tool_call_id": (first.tool_calls or [])[0].id, "content": "22 degrees and sunny"}
     talk: Any = [*ASK, first, result]
     # So small a model calls again as long as it may.
-    answer = client.chat.completions.create(model=model, messages=talk, temperature=0, max_tokens=60)
+    answer = client.chat.completions.create(model=model, messages=talk, temperature=0, max_tokens=60, extra_body=PLAIN)
     assert "22" in (answer.choices[0].message.content or "")
 
 
@@ -208,7 +209,7 @@ def test_response_with_a_round_of_tools(client: openai.OpenAI, model: str) -> No
     call: Any = first.output[0]
     assert call.name == "get_weather"
     talk += [*first.output, {"type": "function_call_output", "call_id": call.call_id, "output": "22 degrees"}]
-    answer = client.responses.create(model=model, input=talk, temperature=0, max_output_tokens=60)
+    answer = client.responses.create(model=model, input=talk, temperature=0, max_output_tokens=60, extra_body=PLAIN)
     assert "22" in answer.output_text
 
 

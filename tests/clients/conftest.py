@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+PLAIN: dict[str, Any] = {"repetition_penalty": 1.0}
+"""For answers that repeat what they are about: models' own configurations punish that, and so small a model evades."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--url", help="the server's address, without /v1")
