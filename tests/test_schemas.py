@@ -4,15 +4,33 @@ from __future__ import annotations
 
 import json
 import random
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jsonschema
 import pytest
 from helpers.serving import byte_model, byte_tokenizer
+from pydantic import BaseModel, Field
 
 from kvbits.engine.grammar import GrammarCompiler
 from kvbits.engine.schemas import LARGEST, fit
 from kvbits.errors import RequestError
+
+
+class Cat(BaseModel):
+    kind: Literal["cat"] = "cat"
+    indoors: bool
+
+
+class Dog(BaseModel):
+    kind: Literal["dog", "wolf"] = "dog"
+    tame: bool | None = None
+
+
+class Owner(BaseModel):
+    """A tag with a default need not be there, as Pydantic describes it: without it both might be meant."""
+
+    pet: Annotated[Cat | Dog, Field(discriminator="kind")]
+
 
 CAT = {
     "type": "object",
@@ -116,6 +134,15 @@ def test_what_is_wrong_cannot_be_written(compiler: GrammarCompiler, name: str, v
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(value, DONE[name])
     assert not accepts(compiler, DONE[name], value)
+
+
+def test_unions_as_pydantic_describes_them(compiler: GrammarCompiler) -> None:
+    schema = Owner.model_json_schema()
+    for pet in ({"kind": "cat", "indoors": True}, {"kind": "wolf"}, {"kind": "dog", "tame": None}):
+        Owner.model_validate({"pet": pet})
+        assert accepts(compiler, schema, {"pet": pet})
+    for pet in ({"kind": "cat"}, {"kind": "cow"}, {"kind": "dog", "tame": 5}):
+        assert not accepts(compiler, schema, {"pet": pet})
 
 
 @pytest.mark.parametrize(
