@@ -67,6 +67,22 @@ def test_what_asks_for_nothing_changes_nothing(server: Running, fields: dict[str
     assert write(server, **fields)["choices"] == write(server)["choices"]
 
 
+def test_without_thoughts_is_what_a_template_that_knows_none_does(server: Running) -> None:
+    assert chat(server, chat_template_kwargs={"enable_thinking": False})["choices"] == chat(server)["choices"]
+    refused = post(server, CHAT, ASK, chat_template_kwargs={"enable_thinking": True})
+    assert refused.json()["error"]["param"] == "chat_template_kwargs.enable_thinking"
+
+
+def test_usage_in_each_chunk_is_part_of_usage_at_all(server: Running) -> None:
+    for options, wanted in ({"continuous_usage_stats": True}, False), ({"include_usage": True}, False), (
+        {"include_usage": True, "continuous_usage_stats": True}, True,
+    ):  # fmt: skip
+        text = post(server, TEXT, WRITE, stream=True, stream_options=options).text
+        chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+        assert all((chunk.get("usage") is not None) is wanted for chunk in chunks if chunk["choices"])
+        assert any(not chunk["choices"] for chunk in chunks) is options.get("include_usage", False)
+
+
 def test_a_chat_takes_what_its_own_messages_carry(server: Running) -> None:
     """Clients send back what they got, with fields of their own."""
     parts = [{"type": "text", "text": "hel", "cache_control": {"type": "ephemeral"}, "prompt_cache_breakpoint": {}},
@@ -279,7 +295,8 @@ def test_health_by_its_other_names(server: Running) -> None:
 
 
 def test_tokenize_has_a_limit(server: Running) -> None:
-    assert post(server, "/tokenize", {"prompt": "x" * 100_000}).json()["count"] == 100_000
+    found = post(server, "/tokenize", {"prompt": "x" * 100_000}).json()
+    assert (found["count"], found["token_strs"]) == (100_000, None)
     for body in ({"prompt": "x" * 200_000}, {"messages": [{"role": "user", "content": "x" * 200_000}]}):
         answer = post(server, "/tokenize", body)
         assert answer.json()["error"]["code"] == "context_length_exceeded"

@@ -33,7 +33,7 @@ class Extras:
         stream = body.stream_options
         return cls(
             include_usage=stream is not None and stream.include_usage,
-            continuous_usage=stream is not None and stream.continuous_usage_stats,
+            continuous_usage=stream is not None and stream.include_usage and stream.continuous_usage_stats,
             obfuscate=stream is not None and stream.include_obfuscation,
             token_ids=bool(body.return_token_ids),
             prompt_logprobs=body.prompt_logprobs is not None,

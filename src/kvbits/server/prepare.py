@@ -36,6 +36,9 @@ _NO_OPTIONS = {
 }  # fmt: skip
 """What ``chat_template_kwargs`` must not set."""
 
+_THOUGHT = {"enable_thinking", "thinking"}
+"""Names of templates that let a model think; where a template reads none, without thoughts is what it does."""
+
 
 class _Bounded(RequestLimits):
     """Of texts that are tokenized and need not fit the context."""
@@ -119,10 +122,10 @@ class Preparer:
         self, messages: Sequence[Message], tools: Sequence[Tool], fields: ChatFields, options: Mapping[str, Any]
     ) -> str:
         given = fields.chat_template_kwargs or {}
-        for name in given:
+        for name, value in given.items():
             if name in _NO_OPTIONS:
                 raise RequestError(f"chat_template_kwargs must not set '{name}'", f"chat_template_kwargs.{name}")
-            if not self.template.knows(name):
+            if not self.template.knows(name) and not (name in _THOUGHT and value is False):
                 words = f"the chat template of {self.loaded.name} does not read '{name[:80]}'"
                 raise RequestError(words, f"chat_template_kwargs.{name[:80]}")
         options = {**options, **given, "add_generation_prompt": fields.add_generation_prompt}

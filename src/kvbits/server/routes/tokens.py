@@ -53,6 +53,9 @@ def _answer(service: Service, body: TokenizeRequest) -> bytes:
     if body.return_token_strs:
         name = service.preparer.token_bytes
         parts += [', "token_strs": [', *_pieces([name(token).decode("utf-8", "replace") for token in tokens]), "]"]
+    else:
+        # vLLM's clients look for it.
+        parts.append(', "token_strs": null')
     return "".join([*parts, "}"]).encode()
 
 
