@@ -110,6 +110,8 @@ def test_min_tokens_hold_back_the_end(server: Running, byte_loaded: LoadedModel)
     end = byte_loaded.tokenizer.eos_token_id
     fields = {"logit_bias": {str(end): 100}, "max_tokens": 20}
     assert write(server, **fields)["usage"]["completion_tokens"] == 1
+    # The token that ends an answer is not part of it.
+    assert set(map(len, write(server, **fields, logprobs=1)["choices"][0]["logprobs"].values())) == {0}
     assert write(server, **fields, min_tokens=7)["usage"]["completion_tokens"] == 8
     # One that is also a stop token, and with a draw.
     fields = {"logit_bias": {"70": 100}, "stop_token_ids": [70], "max_tokens": 20, "temperature": 1.0}

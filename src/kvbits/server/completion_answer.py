@@ -8,7 +8,7 @@ from typing import Any
 
 from kvbits.engine.outputs import Delta
 from kvbits.server.extras import Extras, prompt_logprobs
-from kvbits.server.logprobs import CompletionLogprobs, TokenBytes
+from kvbits.server.logprobs import CompletionLogprobs, TokenBytes, no_logprobs
 from kvbits.server.usage import Usage
 
 
@@ -31,7 +31,7 @@ class CompletionChoice:
     wanted: Wanted
     grow: CompletionLogprobs
     text: str = ""
-    logprobs: dict[str, list[Any]] = field(default_factory=dict)
+    logprobs: dict[str, list[Any]] = field(default_factory=no_logprobs)
     finish_reason: str | None = None
     started: bool = False
     token_ids: list[int] = field(default_factory=list)

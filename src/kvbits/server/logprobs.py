@@ -34,6 +34,11 @@ def chat_logprobs(
     return entries
 
 
+def no_logprobs() -> dict[str, list[Any]]:
+    """The ``logprobs`` object of a text completion of no tokens."""
+    return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+
+
 class CompletionLogprobs:
     """Grows the ``logprobs`` object of a text completion; ``top`` alternatives at each place.
 
@@ -62,7 +67,7 @@ class CompletionLogprobs:
 
         ``text``: an echoed prompt, which may lack what the tokenizer added (a first token, a first space).
         """
-        result: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        result = no_logprobs()
         for token, at in zip(tokens, found, strict=True):
             result["tokens"].append(self._text(token))
             result["token_logprobs"].append(None if at is None else finite(at[token].logprob))
