@@ -29,6 +29,7 @@ from kvbits.replay.target import find_target
 ROOT = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if 'if __name__ == "__main__"' in path.read_text("utf-8"))
 ELSEWHERE = {
+    "cuda_cycles": "needs NVRTC and NVIDIA's disassembler",
     "llama_server": "needs llama-server, which peers/install.py builds",
     "ray_faults": "needs a Ray cluster",
     "ray_routing": "needs a Ray cluster",
@@ -178,6 +179,14 @@ def test_mixed_load(run: Run, model: str, tmp_path: Path) -> None:
     more = ("--max-num-batched-tokens", 128, "--alone-steps", 2, "--dtype", "int4", "--json", tmp_path / "r.json")
     run("mixed_load", "--model", model, *small, *more)
     assert [row["budget"] for row in results(tmp_path / "r.json")["rows"]] == ["no prompts", 128]
+
+
+def test_busy_machine(run: Run, model: str, tmp_path: Path) -> None:
+    small = ("--others", 0, 1, "--context", 128, "--rounds", 1, "--steps", 2, "--kv-cache-dtype", "int4")
+    run("busy_machine", "--model", model, *small, "--json", tmp_path / "r.json")
+    rows = results(tmp_path / "r.json")["rows"]
+    assert [row["others"] for row in rows] == [0, 1]
+    assert all(row["tokens_per_s"] > 0 for row in rows)
 
 
 def test_plan_check(run: Run, model: str, tmp_path: Path) -> None:

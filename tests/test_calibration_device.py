@@ -93,7 +93,7 @@ def test_kernels_are_the_device_s(monkeypatch: pytest.MonkeyPatch) -> None:
     assert given == [None, None]  # an engine then goes by the model's device
     asked: list[str] = []
     monkeypatch.setattr(laboratories, "default_backend", lambda device: asked.append(device))
-    elsewhere = SimpleNamespace(device=torch.device("cuda", 0), fingerprint="0")
+    elsewhere = SimpleNamespace(device=torch.device("cuda", 0), fingerprint="0", weights="auto")
     laboratory = Laboratory(elsewhere, policies, ResumeCache(), lambda *_: None)  # type: ignore[arg-type]
     laboratory._backend()
     assert asked == ["cuda"]
@@ -102,10 +102,12 @@ def test_kernels_are_the_device_s(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_parts_of_another_device_are_not_taken_for_this_one_s() -> None:
     loaded = wrap(tiny_model("llama", head_dim=32), tiny_tokenizer(), "tiny")
     policy = loaded.policy("int4")
-    elsewhere = SimpleNamespace(device=torch.device("cuda", 0), fingerprint=loaded.fingerprint)
+    elsewhere = SimpleNamespace(device=torch.device("cuda", 0), fingerprint=loaded.fingerprint, weights="auto")
     keys = {
         Laboratory(model, [policy], ResumeCache(), lambda *_: None)._key("fidelity", policy, 1)  # type: ignore[arg-type]
         for model in (loaded, elsewhere)
     }
     assert len(keys) == 2
-    assert Laboratory(elsewhere, [policy], ResumeCache(), lambda *_: None)._as_served == "float32 on cuda"  # type: ignore[arg-type]
+    assert (
+        Laboratory(elsewhere, [policy], ResumeCache(), lambda *_: None)._as_served == "float32, weights auto, on cuda"
+    )  # type: ignore[arg-type]

@@ -169,7 +169,8 @@ def test_a_completion_goes_on_where_its_prompt_ends(vocabulary: Vocabulary, data
     last = max((i + 1 for i, token in enumerate(prompt) if token in vocabulary.skipped), default=0)
     begin, both = vocabulary.whole(prompt[last:]), vocabulary.whole(prompt[last:] + ids)
     if not begin:
-        assert shown == vocabulary.whole(ids)
+        # bytes of the prompt that show nothing (a leading space) may be of the run that the completion begins with
+        assert shown in (vocabulary.whole(ids), both)
     elif both.startswith(begin):
         assert shown == both[len(begin) :]
     else:

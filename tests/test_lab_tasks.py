@@ -182,6 +182,7 @@ def test_the_menu_knows_what_each_part_needs(tmp_path: Path) -> None:
     for kind in ("qa1", "qa2"):
         (inner / f"{kind}_x_test.txt").write_text(STORY)
     (inner / "BFCL_v4_simple_python.json").write_text("{}")
+    (inner / "gsm8k_test.jsonl").write_text("{}")
     selection = choose("all", True, tmp_path)
     assert selection.parts == NAMES
     assert selection.files["qa1_*_test.txt"] == inner / "qa1_x_test.txt"

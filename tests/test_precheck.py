@@ -57,7 +57,7 @@ def mistakes(model: str) -> list[tuple[str, str]]:
     """Commands that are refused, and a part of the line that says why; ``MODEL`` is a model that loads."""
     every = [
         ("generate MODEL -p x", "--kv-cache-dtype"), ("serve MODEL", "--kv-cache-dtype"),
-        ("chat MODEL", "--kv-cache-dtype"), ("cache save MODEL out -p x", "--kv-cache-dtype"),
+        ("chat MODEL", "--kv-cache-dtype"), ("cache save MODEL out.pages -p x", "--kv-cache-dtype"),
         ("cache load MODEL text.txt", "--kv-cache-dtype"), ("evaluate MODEL --text text.txt", "--kv-cache-dtype"),
         ("bench MODEL", "--kv-cache-dtype"), ("advise MODEL --text text.txt --memory 1MiB --context 64",
         "--kv-cache-dtype"), ("calibrate MODEL -o out --bits 4", "--sink"),
@@ -76,7 +76,7 @@ def mistakes(model: str) -> list[tuple[str, str]]:
                 (f"{command} --kv-policy none", "policy.json': No such file"),
                 (f"{command} --kv-policy other", "has 2 layers; "),
             ]
-    for command in ("generate MODEL -p x", "serve MODEL", "chat MODEL", "cache save MODEL out -p x"):
+    for command in ("generate MODEL -p x", "serve MODEL", "chat MODEL", "cache save MODEL out.pages -p x"):
         found += [
             (f"{command} --kv-cache-memory 1KiB", "kv_cache_memory is 1 KiB; one session needs"),
             (f"{command} --kv-cache-memory 9999TiB", "there is no memory for"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvbits.cli import options
-from kvbits.cli.output import folder
+from kvbits.cli.output import can_be_folder, folder
 from kvbits.cli.session import Bar, load, note, tokens_of
 
 if TYPE_CHECKING:
@@ -67,10 +67,11 @@ def calibrate(
 
     goal = Goal(bits, max_kl, None if memory is None else parse_bytes(memory), sessions, session_tokens)
     contents = [(path.name, read_text(path)) for path in text or ()]
-    folder(output)
+    can_be_folder(output)
     check_model(
         model, [] if sink == "none" else [sink], dtype="float32", weights=weights, device=device, context=window
     )
+    folder(output)
     from kvbits.calibration.run import UNFINISHED
     from kvbits.calibration.run import calibrate as run
 

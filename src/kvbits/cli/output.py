@@ -48,13 +48,21 @@ def readable(path: Path) -> None:
 
 def folder(path: Path) -> Path:
     """``path`` as an existing directory. Raises ``ConfigError`` when it cannot be made or written to."""
+    can_be_folder(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot make the directory '{path}': {error.strerror or error}") from error
+    return path
+
+
+def can_be_folder(path: Path) -> None:
+    """Raise ``ConfigError`` where :func:`folder` would; nothing is made."""
+    there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ConfigError(f"cannot make the directory '{path}': '{there}' is a file")
     try:
-        with tempfile.TemporaryFile(dir=path):
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        raise ConfigError(f"cannot write to the directory '{path}': {error.strerror or error}") from error
-    return path
+        raise ConfigError(f"cannot write to the directory '{there}': {error.strerror or error}") from error
