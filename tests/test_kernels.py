@@ -189,7 +189,7 @@ def test_a_codec_without_kernels_runs_slowly(
     text: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(SCHEMES, "halved", HALVED)
-    monkeypatch.setitem(names.DTYPES, "halved", (16, 16))
+    monkeypatch.setitem(names.DTYPES, "halved", names.Dtype(16, 16, ""))
     layer = replace(PLAIN, window=150)
     inputs = make_inputs(layer, [200])
     backend = CpuBackend()
@@ -204,7 +204,7 @@ def test_a_codec_without_kernels_runs_slowly(
 
 def test_a_fused_model_leaves_a_codec_without_kernels_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SCHEMES, "halved", HALVED)
-    monkeypatch.setitem(names.DTYPES, "halved", (16, 16))
+    monkeypatch.setitem(names.DTYPES, "halved", names.Dtype(16, 16, ""))
     loaded = packed_byte_model()
     prompt = list(range(100, 250))
     assert loaded.fused is not None

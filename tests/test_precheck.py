@@ -155,7 +155,8 @@ def test_help_and_version_need_no_torch(tmp_path: Path) -> None:
 def test_the_names_are_those_of_the_schemes() -> None:
     assert tuple(DTYPES) == tuple(SCHEMES)
     for name, scheme in SCHEMES.items():
-        assert DTYPES[name] == (scheme.key.dim_multiple, scheme.value.dim_multiple), name
+        dtype = DTYPES[name]
+        assert (dtype.key_multiple, dtype.value_multiple) == (scheme.key.dim_multiple, scheme.value.dim_multiple), name
     assert ("fidelity", "layers", *TASKS, "generation", "tools", "gsm8k") == NAMES
 
 

@@ -8,29 +8,41 @@ from dataclasses import dataclass
 from kvbits.config import AUTO, ModelGeometry
 from kvbits.errors import ConfigError, UnsupportedError
 
-DTYPES: dict[str, tuple[int, int]] = {
-    "bf16": (16, 16),
-    "int8": (16, 16),
-    "int8h": (16, 16),
-    "fp8": (16, 16),
-    "fp8_e4m3": (16, 16),
-    "fp8_e5m2": (16, 16),
-    "int6": (16, 16),
-    "int5": (32, 32),
-    "int4": (16, 16),
-    "int3": (32, 32),
-    "int2": (16, 16),
-    "nf4": (16, 16),
-    "nf3": (32, 32),
-    "nf2": (16, 16),
-    "int4b32": (16, 32),
-    "int3b32": (32, 32),
-    "int2b32": (16, 32),
-    "mix8_4": (64, 16),
-    "mix8_2": (64, 16),
-    "mix4_2": (64, 16),
+
+@dataclass(frozen=True)
+class Dtype:
+    """What head sizes of keys and of values must be multiples of, and what makes the scheme: the function of that name
+    in :mod:`kvbits.codecs.schemes`, with these arguments."""
+
+    key_multiple: int
+    value_multiple: int
+    make: str
+    arguments: tuple[int, ...] = ()
+
+
+DTYPES: dict[str, Dtype] = {
+    "bf16": Dtype(16, 16, "raw"),
+    "int8": Dtype(16, 16, "int8"),
+    "int8h": Dtype(16, 16, "nibbles"),
+    "fp8": Dtype(16, 16, "float8", (3,)),
+    "fp8_e4m3": Dtype(16, 16, "float8", (3,)),
+    "fp8_e5m2": Dtype(16, 16, "float8", (2,)),
+    "int6": Dtype(16, 16, "integer", (6,)),
+    "int5": Dtype(32, 32, "integer", (5,)),
+    "int4": Dtype(16, 16, "integer", (4,)),
+    "int3": Dtype(32, 32, "integer", (3,)),
+    "int2": Dtype(16, 16, "integer", (2,)),
+    "nf4": Dtype(16, 16, "codebook", (4,)),
+    "nf3": Dtype(32, 32, "codebook", (3,)),
+    "nf2": Dtype(16, 16, "codebook", (2,)),
+    "int4b32": Dtype(16, 32, "blocks", (4,)),
+    "int3b32": Dtype(32, 32, "blocks", (3,)),
+    "int2b32": Dtype(16, 32, "blocks", (2,)),
+    "mix8_4": Dtype(64, 16, "mixed", (8, 4)),
+    "mix8_2": Dtype(64, 16, "mixed", (8, 2)),
+    "mix4_2": Dtype(64, 16, "mixed", (4, 2)),
 }
-"""Every dtype name that a policy may use, and what the head sizes of keys and of values must be multiples of."""
+"""Every dtype name that a policy may use: one line a scheme."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +73,8 @@ class PolicyNames:
         """Raise ``UnsupportedError`` where a layer's head size does not fit its dtype."""
         for pairs in (self.layers, self.sink or ()):
             for index, (pair, layer) in enumerate(zip(pairs, geometry.layers, strict=bool(pairs))):
-                for dtype, side, dim in ((pair.key, 0, layer.key_dim), (pair.value, 1, layer.value_dim)):
-                    multiple = DTYPES[dtype][side]
+                key, value = DTYPES[pair.key].key_multiple, DTYPES[pair.value].value_multiple
+                for multiple, dim in ((key, layer.key_dim), (value, layer.value_dim)):
                     if dim % multiple:
                         reason = f"head size {dim} is not a multiple of {multiple}"
                         raise UnsupportedError(f"layer {index} cannot be stored as '{pair.name}': {reason}")

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kvbits.codecs.affine import Affine
+from kvbits.codecs import schemes as makers
 from kvbits.codecs.base import Codec, LayerRounding, Scheme
-from kvbits.codecs.blocks import Blocks
-from kvbits.codecs.codebook import Codebook
-from kvbits.codecs.float8 import Float8
-from kvbits.codecs.mixed import Mixed
-from kvbits.codecs.names import Pair, PolicyNames, parse_names
-from kvbits.codecs.nibbles import Nibbles
+from kvbits.codecs.names import DTYPES, Pair, PolicyNames, parse_names
 from kvbits.codecs.raw import Raw
 from kvbits.config import PAGE_TOKENS, ModelGeometry
 from kvbits.errors import UnsupportedError
@@ -19,54 +14,10 @@ from kvbits.errors import UnsupportedError
 OPEN = Scheme(key=Raw(), value=Raw())
 """The format of every sequence's last page."""
 
-
-def _integer(bits: int) -> Scheme:
-    name = f"int{bits}"
-    return Scheme(key=Affine(name, bits, per="channel"), value=Affine(name, bits, per="token"))
-
-
-def _float8(name: str, mantissa: int) -> Scheme:
-    return Scheme(key=Float8(name, mantissa), value=Float8(name, mantissa))
-
-
-def _codebook(bits: int) -> Scheme:
-    name = f"nf{bits}"
-    return Scheme(key=Codebook(name, bits, centered=True), value=Codebook(name, bits))
-
-
-def _blocks(bits: int) -> Scheme:
-    name = f"int{bits}b32"
-    return Scheme(key=Affine(name, bits, per="channel"), value=Blocks(name, bits))
-
-
-def _mixed(high: int, low: int) -> Scheme:
-    name = f"mix{high}_{low}"
-    return Scheme(key=Mixed(name, high, low), value=Affine(name, low))
-
-
 SCHEMES: dict[str, Scheme] = {
-    "bf16": OPEN,
-    "int8": Scheme(key=Affine("int8", 8, per="channel"), value=Affine("int8", 8, symmetric=True)),
-    "int8h": Scheme(key=Nibbles("int8h", per="channel"), value=Nibbles("int8h", symmetric=True)),
-    "fp8": _float8("fp8", 3),
-    "fp8_e4m3": _float8("fp8_e4m3", 3),
-    "fp8_e5m2": _float8("fp8_e5m2", 2),
-    "int6": _integer(6),
-    "int5": _integer(5),
-    "int4": _integer(4),
-    "int3": _integer(3),
-    "int2": _integer(2),
-    "nf4": _codebook(4),
-    "nf3": _codebook(3),
-    "nf2": _codebook(2),
-    "int4b32": _blocks(4),
-    "int3b32": _blocks(3),
-    "int2b32": _blocks(2),
-    "mix8_4": _mixed(8, 4),
-    "mix8_2": _mixed(8, 2),
-    "mix4_2": _mixed(4, 2),
+    name: getattr(makers, dtype.make)(name, *dtype.arguments) for name, dtype in DTYPES.items()
 }
-"""Every dtype name that a policy may use: one line a scheme."""
+"""Every dtype of :data:`kvbits.codecs.names.DTYPES` as codecs."""
 
 
 @dataclass(frozen=True)
