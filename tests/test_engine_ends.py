@@ -83,7 +83,7 @@ def test_the_pool_ends_an_answer_that_outgrows_it(loaded: LoadedModel, backend: 
 def test_a_bad_prompt_is_an_error_for_itself_only(loaded: LoadedModel, backend: Backend) -> None:
     llm = make(loaded, backend, "int8", frames=10)
     bad = {
-        1: (prompt_of(2000), "context is 1024"),
+        1: (prompt_of(2000), "maximum context length is 511 tokens (the KV cache"),
         3: ([], "no tokens"),
         4: (prompt_of(1000), "KV cache of"),
         5: ([5, VOCAB], f"token {VOCAB}"),

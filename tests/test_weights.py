@@ -84,10 +84,12 @@ def test_inputs_that_fill_no_group(weights: str) -> None:
 
 
 def test_inputs_are_rounded_by_half_a_step_at_most() -> None:
-    x = (torch.randn(7, 96) * torch.logspace(-3, 3, 7)[:, None]).to(torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(7, 96, generator=generator) * torch.logspace(-3, 3, 7)[:, None]).to(torch.bfloat16)
     step = x.double().unflatten(1, (6, 16)).abs().amax(dim=-1, keepdim=True) / 127
     error = (round_inputs(x) - x.double()).abs().unflatten(1, (6, 16))
-    assert (error <= step * 0.500001).all()
+    # x * (127 / largest) is rounded twice in float32: up to 127 * 2^-23 of a step, which may move a tie
+    assert (error <= step * (0.5 + 2e-5)).all()
 
 
 def assert_close(found: Tensor, exact: Tensor) -> None:
