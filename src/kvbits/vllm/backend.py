@@ -9,19 +9,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
-from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder, AttentionType
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVQuantMode
+from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder, AttentionType
+from vllm.v1.kv_cache_interface import AttentionSpec, KVQuantMode
 
 from kvbits.codecs import OPEN, Scheme
 from kvbits.config import PAGE_TOKENS, LayerGeometry
 from kvbits.errors import UnsupportedError
 from kvbits.pool import LayerView
+from kvbits.vllm.blocks import PageBackend
 from kvbits.vllm.shared import Shared
 from kvbits.vllm.step import Step
 from kvbits.vllm.views import view_of
 
 
-class KvbitsBackend(AttentionBackend):
+class KvbitsBackend(PageBackend):
     """A block holds 64 tokens: a page of ``scheme``, which a subclass names for each scheme of a policy.
 
     The bytes of a page are no rows, one a token; vLLM gets them as ``head_bytes / 64`` bytes a token and head, which is
@@ -34,28 +35,12 @@ class KvbitsBackend(AttentionBackend):
     supported_kv_cache_dtypes: ClassVar[list[Any]] = []  # those that the platform sends here
 
     @staticmethod
-    def get_name() -> str:
-        return "CPU_ATTN"  # a layer looks its backend up in a closed list of names
-
-    @staticmethod
     def get_impl_cls() -> type[KvbitsImpl]:
         return KvbitsImpl
 
     @staticmethod
     def get_builder_cls() -> type[StepBuilder]:
         return StepBuilder
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
-        return [PAGE_TOKENS]
-
-    @classmethod
-    def supports_block_size(cls, block_size: int | None) -> bool:
-        return block_size in (None, PAGE_TOKENS)  # a larger one cannot be split: its pages are whole
-
-    @classmethod
-    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        return (KVCacheLayout.BLHNC,)  # a block as kvbits' frame: layer after layer, in a layer head after head
 
     @classmethod
     def supports_sliding_window(cls) -> bool:

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
-from vllm.v1.kv_cache_interface import CircularBufferSpec, KVCacheLayout, KVCacheSpec
+from vllm.v1.attention.backend import AttentionMetadataBuilder
+from vllm.v1.kv_cache_interface import CircularBufferSpec, KVCacheSpec
 
 from kvbits.config import PAGE_TOKENS, LayerGeometry, pages_of
+from kvbits.vllm.blocks import PageBackend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +53,8 @@ class OpenTableBuilder(AttentionMetadataBuilder[Any]):
         return OpenTable(tuple(self.layer_names), common_attn_metadata.block_table_tensor)
 
 
-class OpenPageBackend(AttentionBackend):
+class OpenPageBackend(PageBackend):
     """What vLLM asks of the kind of layer that an :class:`OpenPage` is; nothing attends through it."""
-
-    @staticmethod
-    def get_name() -> str:
-        return "CPU_ATTN"
 
     @staticmethod
     def get_impl_cls() -> Any:
@@ -66,18 +63,6 @@ class OpenPageBackend(AttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[OpenTableBuilder]:
         return OpenTableBuilder
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
-        return [PAGE_TOKENS]
-
-    @classmethod
-    def supports_block_size(cls, block_size: int | None) -> bool:
-        return block_size in (None, PAGE_TOKENS)  # a larger one cannot be split: its pages are whole
-
-    @classmethod
-    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        return (KVCacheLayout.BLHNC,)
 
 
 class OpenPage(nn.Module, AttentionLayerBase):
@@ -88,7 +73,7 @@ class OpenPage(nn.Module, AttentionLayerBase):
         self.name, self.geometry, self.parity = name, geometry, parity
         self.kv_cache = torch.tensor([])
 
-    def get_attn_backend(self) -> type[AttentionBackend]:
+    def get_attn_backend(self) -> type[PageBackend]:
         return OpenPageBackend
 
     def get_kv_cache_spec(self, vllm_config: Any) -> KVCacheSpec:
