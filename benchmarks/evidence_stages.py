@@ -240,6 +240,10 @@ def _not_largest(subject: Subject) -> bool:
     return not _largest(subject)
 
 
+def _chats(subject: Subject) -> bool:
+    return subject.chat
+
+
 def _reaches(length: int, subject: Subject) -> bool:
     return subject.longest >= length
 
@@ -248,7 +252,7 @@ STAGES = {
     "calibrate": Stage(calibrate),
     "fidelity": Stage(fidelity),
     "gsm8k": Stage(gsm8k, _largest),
-    "tools": Stage(tools, lambda subject: subject.chat),
+    "tools": Stage(tools, _chats),
     "llama": Stage(partial(llama, CONTEXT)),
     "written": Stage(written),
     "positions": Stage(positions),
