@@ -226,40 +226,27 @@ def _sized(laboratory: Laboratory, loaded: LoadedModel) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Stage:
-    """``measure`` returns ``rows`` and what else is worth keeping; ``fits`` says on which models it can run."""
+    """``measure`` returns ``rows`` and what else is worth keeping; the rest says which models it fits."""
 
     measure: Callable[[Run], dict[str, Any]]
-    fits: Callable[[Subject], bool] = lambda subject: True
+    chat: bool = False
+    largest: bool | None = None
+    length: int = 0
 
-
-def _largest(subject: Subject) -> bool:
-    return "1.5b" in subject.file
-
-
-def _not_largest(subject: Subject) -> bool:
-    return not _largest(subject)
-
-
-def _chats(subject: Subject) -> bool:
-    return subject.chat
-
-
-def _reaches(length: int, subject: Subject) -> bool:
-    return subject.longest >= length
+    def fits(self, subject: Subject) -> bool:
+        size = self.largest is None or self.largest is (subject is SUBJECTS["Qwen2.5-Coder-1.5B"])
+        return size and subject.chat >= self.chat and subject.longest >= self.length
 
 
 STAGES = {
     "calibrate": Stage(calibrate),
     "fidelity": Stage(fidelity),
-    "gsm8k": Stage(gsm8k, _largest),
-    "tools": Stage(tools, _chats),
+    "gsm8k": Stage(gsm8k, largest=True),
+    "tools": Stage(tools, chat=True),
     "llama": Stage(partial(llama, CONTEXT)),
     "written": Stage(written),
     "positions": Stage(positions),
-    **{
-        f"retrieval-{n // 1024}k": Stage(partial(retrieval, n), lambda s, n=n: s.longest >= n)
-        for n in (8192, 16384, 24576)
-    },
-    "llama-long": Stage(partial(llama, 16384), _not_largest),
+    **{f"retrieval-{n // 1024}k": Stage(partial(retrieval, n), length=n) for n in (8192, 16384, 24576)},
+    "llama-long": Stage(partial(llama, 16384), largest=False),
 }
 """In the order in which they run. The only model that can do school arithmetic is the largest."""
