@@ -11,63 +11,96 @@ from torch import Tensor
 from kvbits.kernels import _native
 from kvbits.kernels.base import BatchLayout
 from kvbits.kernels.cpu import CpuBackend
+from kvbits.kernels.experts import Experts, Gate
 from kvbits.kernels.products import PackedWeight
 from kvbits.pool import LayerView
 
 
 @dataclass(frozen=True)
+class Mlp:
+    """A gated MLP."""
+
+    gate: PackedWeight
+    up: PackedWeight
+    down: PackedWeight
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Each row goes to the ``chosen`` experts with the largest ``router`` outputs; their shares are a softmax over all
+    experts or, ``among_chosen``, over these."""
+
+    router: PackedWeight
+    experts: Experts
+    chosen: int
+    among_chosen: bool
+
+
+@dataclass(frozen=True)
 class DecoderLayer:
-    """The parts of one layer; norms ``float32``, ``[hidden]`` or ``[head size]``."""
+    """The parts of one layer; norms ``float32``.
+
+    ``input_norm`` and ``mlp_norm`` ``[hidden]`` before a block, ``attention_norm`` and ``output_norm`` after it;
+    ``query_norm`` and ``key_norm`` of one head or of all heads together; ``sinks`` ``float32 [heads]``; ``rope`` the
+    rotary table.
+    """
 
     query: PackedWeight
     key: PackedWeight
     value: PackedWeight
     output: PackedWeight
-    gate: PackedWeight
-    up: PackedWeight
-    down: PackedWeight
-    input_norm: Tensor
-    mlp_norm: Tensor
+    mlp: Mlp | Mixture
+    input_norm: Tensor | None = None
+    attention_norm: Tensor | None = None
+    mlp_norm: Tensor | None = None
+    output_norm: Tensor | None = None
     query_norm: Tensor | None = None
     key_norm: Tensor | None = None
+    sinks: Tensor | None = None
+    rope: int = 0
 
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """Sizes, in elements; ``rotated``: how many of a head's first elements the rotary embedding turns."""
+    """Sizes, in elements; ``rotated``: how many of a head's first elements the rotary embedding turns; ``gate`` of the
+    dense MLPs; ``soft_cap`` of the logits, 0 for none."""
 
     hidden: int
     heads: int
     kv_heads: int
     head_dim: int
     rotated: int
-    intermediate: int
     eps: float
-    activation: str
+    gate: Gate
+    soft_cap: float = 0.0
 
 
 class Decoder:
-    """All layers, the last norm and the head of a model. ``activation`` is ``"silu"`` or ``"gelu_tanh"``."""
+    """All layers, the last norm and the head of a model."""
 
     def __init__(
         self, shape: DecoderShape, layers: Sequence[DecoderLayer], final_norm: Tensor, head: PackedWeight
     ) -> None:
-        assert shape.activation in ("silu", "gelu_tanh"), shape.activation
-        self._vocabulary = head.out_features
-        self._rotated = shape.rotated
+        self._shape, self._vocabulary = shape, head.out_features
+        self._parts = (tuple(layers), head)  # whose memory the native decoder reads
         self.native = _native.Decoder(
             shape.hidden,
             shape.heads,
             shape.kv_heads,
             shape.head_dim,
             shape.rotated,
-            shape.intermediate,
             shape.eps,
-            shape.activation == "gelu_tanh",
+            shape.soft_cap,
+            shape.gate.native,
             [_layer(layer) for layer in layers],
             final_norm.numpy(),
             head.native,
         )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether a layer is a mixture of experts."""
+        return any(isinstance(layer.mlp, Mixture) for layer in self._parts[0])
 
     def forward(
         self,
@@ -81,14 +114,15 @@ class Decoder:
     ) -> Tensor:
         """Run a step; the pool behind ``views`` holds its tokens afterwards.
 
-        ``embedded`` ``bfloat16 [rows, hidden]``; ``cos``, ``sin`` ``float32 [rows, rotated]``; ``wanted`` ``int64
-        [n]``: rows whose logits are returned, ``float32 [n, vocabulary]``.
+        ``embedded`` ``bfloat16 [rows, hidden]``; ``cos``, ``sin`` ``float32 [tables, rows, rotated]``; ``wanted``
+        ``int64 [n]``: rows whose logits are returned, ``float32 [n, vocabulary]``.
         """
         rows = batch.num_rows
         embedded, cos, sin, wanted = embedded.contiguous(), cos.contiguous(), sin.contiguous(), wanted.contiguous()
         assert embedded.dtype == torch.bfloat16, embedded.dtype
         assert len(embedded) == rows, (embedded.shape, rows)
-        assert cos.shape == sin.shape == (rows, self._rotated), (cos.shape, sin.shape, rows)
+        tables = 1 + max(layer.rope for layer in self._parts[0])
+        assert cos.shape == sin.shape == (tables, rows, self._shape.rotated), (cos.shape, sin.shape, rows)
         assert cos.dtype == sin.dtype == torch.float32, cos.dtype
         layers = [layer for layer in map(backend.layer, views) if layer is not None]
         assert len(layers) == len(views), (len(layers), len(views))
@@ -109,8 +143,17 @@ class Decoder:
 
 
 def _layer(layer: DecoderLayer) -> _native.DecoderLayer:
-    weights = (layer.query, layer.key, layer.value, layer.output, layer.gate, layer.up, layer.down)
-    norms = (layer.input_norm, layer.mlp_norm, layer.query_norm, layer.key_norm)
+    weights = [weight.native for weight in (layer.query, layer.key, layer.value, layer.output)]
+    mlp, mixture = layer.mlp, None
+    if isinstance(mlp, Mixture):
+        mixture = _native.Mixture(mlp.router.native, mlp.experts.native, mlp.chosen, mlp.among_chosen)
+        dense = [None, None, None]
+    else:
+        dense = [mlp.gate.native, mlp.up.native, mlp.down.native]
+    floats = (
+        layer.input_norm, layer.attention_norm, layer.mlp_norm, layer.output_norm, layer.query_norm, layer.key_norm,
+        layer.sinks,
+    )  # fmt: skip
     return _native.DecoderLayer(
-        *(weight.native for weight in weights), *(None if norm is None else norm.numpy() for norm in norms)
+        *weights, *dense, mixture, *(None if part is None else part.numpy() for part in floats), layer.rope
     )

@@ -61,6 +61,16 @@ class PackedWeight:
         at = 0 if order is None else order.ctypes.data
         self.native.fill(rows.ctypes.data, rows.strides[0], at, first, last)
 
+    def part(self, first: int, count: int) -> PackedWeight:
+        """``count`` of the outputs from ``first`` on, in the same memory; both are multiples of :data:`STRIP`, but for
+        an end that is the weight's own."""
+        last = first + count
+        assert first % STRIP == 0, first
+        assert last == self.out_features or last % STRIP == 0, (first, count, self)
+        assert 0 <= first < last <= self.out_features, (first, count, self)
+        bias = None if self.bias is None else self.bias[first:last]
+        return PackedWeight(count, self.in_features, self.weight_format, self.native.part(first, count), bias)
+
     def unpack(self, rows: Tensor) -> Tensor:
         """The weights of some outputs, ``int64 [n]``, as ``float32 [n, in]``: exactly what the bytes say."""
         rows = rows.reshape(-1).to(torch.int64).contiguous()
