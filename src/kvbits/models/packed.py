@@ -133,29 +133,33 @@ def _packs_experts(module: Any) -> bool:
 
 def packed_weights(model: nn.Module) -> Iterator[tuple[str, PackedWeight]]:
     """The packed weights of ``model`` by their parameters' names, shared ones once, each expert's by itself."""
+    yield from _packed_layers(model)
+    for name, module in _packed_experts(model):
+        yield from ((f"{name}.{part}.weight", weight) for part, weight in module.packed())
+
+
+def packed_parameters(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], Callable[[Tensor], Tensor]]]:
+    """transformers' parameters that are packed, shared ones once: name, shape, and what unpacks rows ``int64 [n]`` (all
+    dimensions but the last counted together; a bias is one row)."""
+    for name, weight in _packed_layers(model):
+        yield name, (weight.out_features, weight.in_features), weight.unpack
+        if weight.bias is not None:
+            yield f"{name.removesuffix('weight')}bias", tuple(weight.bias.shape), weight.bias.unsqueeze(0).__getitem__
+    for name, module in _packed_experts(model):
+        yield from ((f"{name}.{part}", shape, rows) for part, shape, rows in module.stored())
+
+
+def _packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedWeight]]:
     seen: set[int] = set()
     for name, module in model.named_modules():
         weight: Any = module.weight if isinstance(module, PackedLinear | PackedEmbedding) else None
         if weight is not None and id(weight) not in seen:
             seen.add(id(weight))
             yield f"{name}.weight", weight
-        if isinstance(module, PackedExperts):
-            yield from ((f"{name}.{part}.weight", weight) for part, weight in module.packed())
 
 
-def packed_parameters(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], Callable[[Tensor], Tensor]]]:
-    """transformers' parameters that are packed, shared ones once: name, shape, and what unpacks rows ``int64 [n]`` (all
-    dimensions but the last counted together; a bias is one row)."""
-    for name, module in model.named_modules():
-        if isinstance(module, PackedExperts):
-            yield from ((f"{name}.{part}", shape, rows) for part, shape, rows in module.stored())
-    for name, weight in packed_weights(model):
-        if ".experts." not in name:
-            yield name, (weight.out_features, weight.in_features), weight.unpack
-            bias = weight.bias
-            if bias is not None:
-                whole = bias.unsqueeze(0)
-                yield f"{name.removesuffix('weight')}bias", tuple(bias.shape), whole.__getitem__
+def _packed_experts(model: nn.Module) -> Iterator[tuple[str, PackedExperts]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, PackedExperts))
 
 
 def depends_on_rows(model: nn.Module, fused: bool = False) -> str | None:
