@@ -106,9 +106,7 @@ def _recognise(model: Any, geometry: ModelGeometry) -> FusedModel:
         gate=_one({gate for _, gate, _ in found if gate is not None} or {Gate()}, "MLPs differ in activation"),
         soft_cap=float(getattr(config, "final_logit_softcapping", None) or 0.0),
     )
-    return FusedModel(
-        body.embed_tokens, rope, Decoder(shape, layers, norm_weight(body.norm), packed_weight(head))
-    )
+    return FusedModel(body.embed_tokens, rope, Decoder(shape, layers, norm_weight(body.norm), packed_weight(head)))
 
 
 def _layer(layer: Any, geometry: LayerGeometry, table: int) -> tuple[DecoderLayer, Gate | None, set[float]]:

@@ -12,8 +12,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from kvbits.kernels.products import PackedWeight, Products
 from kvbits.kernels.experts import Gate
+from kvbits.kernels.products import PackedWeight, Products
 from kvbits.models.experts import PackedExperts, experts_parts, gate_of, pack_experts
 from kvbits.weights import ROUNDED
 
