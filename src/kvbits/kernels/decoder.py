@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +35,10 @@ class Mixture:
     experts: Experts
     chosen: int
     among_chosen: bool
+
+    @property
+    def native(self) -> _native.Mixture:
+        return _native.Mixture(self.router.native, self.experts.native, self.chosen, self.among_chosen)
 
 
 @dataclass(frozen=True)
@@ -143,17 +148,27 @@ class Decoder:
 
 
 def _layer(layer: DecoderLayer) -> _native.DecoderLayer:
-    weights = [weight.native for weight in (layer.query, layer.key, layer.value, layer.output)]
-    mlp, mixture = layer.mlp, None
-    if isinstance(mlp, Mixture):
-        mixture = _native.Mixture(mlp.router.native, mlp.experts.native, mlp.chosen, mlp.among_chosen)
-        dense = [None, None, None]
-    else:
-        dense = [mlp.gate.native, mlp.up.native, mlp.down.native]
-    floats = (
-        layer.input_norm, layer.attention_norm, layer.mlp_norm, layer.output_norm, layer.query_norm, layer.key_norm,
-        layer.sinks,
-    )  # fmt: skip
+    mlp = layer.mlp
+    dense, mixture = (mlp, None) if isinstance(mlp, Mlp) else (None, mlp)
     return _native.DecoderLayer(
-        *weights, *dense, mixture, *(None if part is None else part.numpy() for part in floats), layer.rope
+        query=layer.query.native,
+        key=layer.key.native,
+        value=layer.value.native,
+        output=layer.output.native,
+        gate=None if dense is None else dense.gate.native,
+        up=None if dense is None else dense.up.native,
+        down=None if dense is None else dense.down.native,
+        mixture=None if mixture is None else mixture.native,
+        input_norm=_floats(layer.input_norm),
+        attention_norm=_floats(layer.attention_norm),
+        mlp_norm=_floats(layer.mlp_norm),
+        output_norm=_floats(layer.output_norm),
+        query_norm=_floats(layer.query_norm),
+        key_norm=_floats(layer.key_norm),
+        sinks=_floats(layer.sinks),
+        rope=layer.rope,
     )
+
+
+def _floats(part: Tensor | None) -> np.ndarray | None:
+    return None if part is None else part.numpy()

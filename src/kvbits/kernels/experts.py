@@ -41,8 +41,7 @@ class Experts:
     ) -> None:
         assert len(gates) == len(ups) == len(downs) > 0, (len(gates), len(ups), len(downs))
         self.gates, self.ups, self.downs, self.gate = tuple(gates), tuple(ups), tuple(downs), gate
-        parts = [[weight.native for weight in part] for part in (gates, ups, downs)]
-        self.native = _native.Experts(*parts, gate.native)
+        self.native = _native.Experts(_natives(gates), _natives(ups), _natives(downs), gate.native)
 
     def __len__(self) -> int:
         return len(self.gates)
@@ -59,3 +58,7 @@ class Experts:
             cpu.native, x.data_ptr(), len(x), chosen.shape[1], chosen.data_ptr(), shares.data_ptr(), sums.data_ptr()
         )
         return sums
+
+
+def _natives(weights: Sequence[PackedWeight]) -> list[_native.Linear]:
+    return [weight.native for weight in weights]

@@ -84,11 +84,12 @@ def experts_parts(module: Any, index: int) -> tuple[Part, Part, Part]:
 @torch.no_grad()
 def pack_experts(module: Any, gate: Gate, products: Products, weight_format: WeightFormat) -> PackedExperts:
     """``module`` on packed weights, rounded to ``weight_format``."""
-    packed: tuple[list[PackedWeight], ...] = ([], [], [])
-    for index in range(len(module.gate_up_proj)):
-        for to, (weight, bias) in zip(packed, experts_parts(module, index), strict=True):
-            to.append(products.pack(weight, bias, weight_format))
-    return PackedExperts(Experts(*packed, gate))
+    packed = [
+        [products.pack(weight, bias, weight_format) for weight, bias in experts_parts(module, index)]
+        for index in range(len(module.gate_up_proj))
+    ]
+    gates, ups, downs = (list(part) for part in zip(*packed, strict=True))
+    return PackedExperts(Experts(gates, ups, downs, gate))
 
 
 def _halves(module: Any, rows: int) -> tuple[slice, slice]:

@@ -121,6 +121,9 @@ def _layer(layer: Any, geometry: LayerGeometry, table: int) -> tuple[DecoderLaye
         raise Different(f"{type(attention).__name__} differs in {', '.join(own) or 'sinks'}")
     norms = [None if name is None else getattr(layer, name) for name in names]
     norms += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    before, after_attention, before_mlp, after_mlp, of_query, of_key = (
+        None if norm is None else norm_weight(norm) for norm in norms
+    )
     blocks, gate = mlp(layer.mlp)
     made = DecoderLayer(
         query,
@@ -128,7 +131,12 @@ def _layer(layer: Any, geometry: LayerGeometry, table: int) -> tuple[DecoderLaye
         value,
         packed_weight(attention.o_proj),
         blocks,
-        *(None if norm is None else norm_weight(norm) for norm in norms),
+        input_norm=before,
+        attention_norm=after_attention,
+        mlp_norm=before_mlp,
+        output_norm=after_mlp,
+        query_norm=of_query,
+        key_norm=of_key,
         sinks=own["sinks"].detach().float().contiguous() if own else None,
         rope=table,
     )

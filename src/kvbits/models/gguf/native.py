@@ -73,14 +73,15 @@ def place(sources: Sequence[Source], biases: dict[str, Tensor], model: Any) -> N
         if _is_experts(source, model):
             experts.setdefault(owner, []).append(source)
         else:
-            pieces[owner] = _Piece(source, _empty(source, *source.tensor.shape, biases.get(owner)))
+            rows, columns = source.tensor.shape
+            pieces[owner] = _Piece(source, _empty(source, rows, columns, biases.get(owner)))
     mixtures = {owner: [list(_of_experts(source)) for source in three] for owner, three in experts.items()}
     _fill([*pieces.values(), *(piece for parts in mixtures.values() for part in parts for piece in part)])
     for owner, parts in mixtures.items():
         gate = gate_of(model.get_submodule(owner))
         assert gate is not None, owner
-        weights = [[piece.weight for piece in part] for part in parts]  # gate, up and down, as they are planned
-        model.set_submodule(owner, PackedExperts(Experts(*weights, gate)))
+        gates, ups, downs = ([piece.weight for piece in part] for part in parts)  # the order in which they are planned
+        model.set_submodule(owner, PackedExperts(Experts(gates, ups, downs, gate)))
     _set_layers({owner: piece.weight for owner, piece in pieces.items()}, model)
 
 
