@@ -15,7 +15,7 @@ from helpers.tiny import VOCAB, randomized, tiny_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, OlmoConfig
 
-from kvbits.kernels.cpu import CpuBackend
+from kvbits.kernels.cpu import CpuBackend, available_isas
 from kvbits.kernels.products import Products
 from kvbits.models import load_model
 from kvbits.models.experts import PackedExperts, gate_of, pack_experts
@@ -43,6 +43,11 @@ def model_of(family: str, **changes: Any) -> Any:
         if "norm" in name:
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
     return model
+
+
+def decided(family: str) -> Any:
+    """A model whose router has no choice."""
+    return model_of(family, **({"num_experts_per_tok": EVERY_EXPERT[family]} if family in EVERY_EXPERT else {}))
 
 
 def fused(model: Any, weights: str = "bf16") -> LoadedModel:
@@ -73,11 +78,18 @@ def errors(found: Tensor, expected: Tensor) -> Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_transformers(family: str) -> None:
     """As near to float32 as bfloat16 products are, behind windows and page after page."""
-    changes = {"num_experts_per_tok": EVERY_EXPERT[family]} if family in EVERY_EXPERT else {}
-    model = model_of(family, **changes)
+    model = decided(family)
     found = errors(stepwise(fused(model), [70, 60, *[1] * 20]), exact(model))
     assert found.max() < 0.1, found.max()
     assert found.median() < 0.025, found.median()
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("family", ["gemma2", "olmo2", "gpt_oss"])
+def test_logits_on_every_instruction_set(family: str, isa: str) -> None:
+    model = decided(family)
+    found = Driver(fused(model), "bf16", CpuBackend(isa)).step({0: TOKENS.tolist()})[0]
+    assert errors(found, exact(model)).max() < 0.1
 
 
 @pytest.mark.parametrize("family", EVERY_EXPERT)
@@ -91,7 +103,7 @@ def test_some_experts_are_those_of_the_router(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_text_is_transformers(family: str) -> None:
     """Token by token behind its text, from a 16-bit cache; another token only where its best two are nearly tied."""
-    model = model_of(family)
+    model = decided(family)
     prompt, count = TOKENS[:90], 24
     out = copy.deepcopy(model).float().generate(
         prompt[None], max_new_tokens=count, do_sample=False, output_logits=True, return_dict_in_generate=True,

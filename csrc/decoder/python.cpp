@@ -132,9 +132,8 @@ void bind_layers(nb::module_& m) {
             new (self) Decoder(DecoderShape{hidden, heads, kv_heads, dim, rotated, eps, soft_cap, gate},
                                std::move(copies), copied(final_norm), head);
           },
-          nb::arg("hidden"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("dim"), nb::arg("rotated"),
-          nb::arg("eps"), nb::arg("soft_cap"), nb::arg("gate"), nb::arg("layers"), nb::arg("final_norm"),
-          nb::arg("head"))
+          nb::arg("hidden"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("dim"), nb::arg("rotated"), nb::arg("eps"),
+          nb::arg("soft_cap"), nb::arg("gate"), nb::arg("layers"), nb::arg("final_norm"), nb::arg("head"))
       .def("forward",
            [](Decoder& self, Cpu& cpu, const std::vector<const Layer*>& layers, const BatchTables& tables, int rows,
               uintptr_t embedded, uintptr_t cos, uintptr_t sin, uintptr_t wanted, int count, uintptr_t logits) {

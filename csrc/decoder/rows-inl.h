@@ -150,5 +150,5 @@ void soft_cap_any(float* x, float cap, int count) {
   for (int i = 0; i < count; ++i) x[i] = cap - 2.0f * cap / (1.0f + exponential(x[i] * twice));
 }
 
-const RowKernels kRows = {kIsa,     {kRowsAtOnce, false, multiply_any}, norm_any, rotate_any, gate_any, round_any,
-                          normalize_any, soft_cap_any};
+const RowKernels kRows = {
+    kIsa, {kRowsAtOnce, false, multiply_any}, norm_any, rotate_any, gate_any, round_any, normalize_any, soft_cap_any};

@@ -65,7 +65,8 @@ class Input {
   void quantize(const ProductKernels& kernels, int row);
   // Only the first `rows` are meant from now on.
   void shorten(int rows) { rows_ = rows; }
-  // Rows `first` to `first + count - 1` as an input of their own, in the same memory; their codes are written through it.
+  // Rows `first` to `first + count - 1` as an input of their own, in the same memory; their codes are written through
+  // it.
   Input part(int first, int count) const;
 
   int rows() const { return rows_; }

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvbits.kernels.cpu import CpuBackend
 from kvbits.kernels.experts import Experts, Gate
 from kvbits.kernels.products import PackedWeight, Products
 from kvbits.weights import WeightFormat
@@ -25,13 +24,13 @@ Part = tuple[Tensor, Tensor | None]
 class PackedExperts(nn.Module):
     """The experts of a layer; called as transformers' modules are, the same bits whatever rows lie beside a row."""
 
-    def __init__(self, experts: Experts) -> None:
+    def __init__(self, experts: Experts, products: Products) -> None:
         super().__init__()
         self.experts = experts
-        self._cpu = CpuBackend()
+        self._products = products
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        out = self.experts.apply(self._cpu, hidden_states, top_k_index, top_k_weights)
+        out = self.experts.apply(self._products.backend, hidden_states, top_k_index, top_k_weights)
         return out.to(hidden_states.dtype)
 
     def packed(self) -> Iterator[tuple[str, PackedWeight]]:
@@ -89,7 +88,7 @@ def pack_experts(module: Any, gate: Gate, products: Products, weight_format: Wei
         for index in range(len(module.gate_up_proj))
     ]
     gates, ups, downs = (list(part) for part in zip(*packed, strict=True))
-    return PackedExperts(Experts(gates, ups, downs, gate))
+    return PackedExperts(Experts(gates, ups, downs, gate), products)
 
 
 def _halves(module: Any, rows: int) -> tuple[slice, slice]:

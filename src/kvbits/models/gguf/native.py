@@ -77,12 +77,13 @@ def place(sources: Sequence[Source], biases: dict[str, Tensor], model: Any) -> N
             pieces[owner] = _Piece(source, _empty(source, rows, columns, biases.get(owner)))
     mixtures = {owner: [list(_of_experts(source)) for source in three] for owner, three in experts.items()}
     _fill([*pieces.values(), *(piece for parts in mixtures.values() for part in parts for piece in part)])
+    products = Products()
     for owner, parts in mixtures.items():
         gate = gate_of(model.get_submodule(owner))
         assert gate is not None, owner
         gates, ups, downs = ([piece.weight for piece in part] for part in parts)  # the order in which they are planned
-        model.set_submodule(owner, PackedExperts(Experts(gates, ups, downs, gate)))
-    _set_layers({owner: piece.weight for owner, piece in pieces.items()}, model)
+        model.set_submodule(owner, PackedExperts(Experts(gates, ups, downs, gate), products))
+    _set_layers({owner: piece.weight for owner, piece in pieces.items()}, model, products)
 
 
 def _empty(source: Source, rows: int, columns: int, bias: Tensor | None = None) -> PackedWeight:
@@ -97,8 +98,7 @@ def _of_experts(source: Source) -> Iterator[_Piece]:
         yield _Piece(source, _empty(source, rows, columns), index * rows)
 
 
-def _set_layers(packed: dict[str, PackedWeight], model: Any) -> None:
-    products = Products()
+def _set_layers(packed: dict[str, PackedWeight], model: Any, products: Products) -> None:
     embedding = model.get_input_embeddings()
     for owner, weight in packed.items():
         module = model.get_submodule(owner)
