@@ -63,7 +63,13 @@ class Engine:
         policy = policy_of(loaded, config, self.backend)
         self.kernels = kernels_line(self.backend, policy.layers, loaded.geometry.layers)
         log.info("Kernels that decode: %s", self.kernels)
-        self.pool = PagedPool(loaded.geometry, policy, config.kv_cache_memory, device=loaded.device)
+        self.pool = PagedPool(
+            loaded.geometry,
+            policy,
+            config.kv_cache_memory,
+            device=loaded.device,
+            free_windows=self.backend.layer_groups,
+        )
         self.backend.prepare(self.pool.layers)
         self.pages = pages_of(self.pool, loaded, config)
         self.limits = limits_of(self.pool, self.max_model_len, config)
