@@ -53,12 +53,14 @@ def byte_model(**changes: object) -> LoadedModel:
     return wrap(model, byte_tokenizer(), MODEL)
 
 
-def packed_byte_model(weight_format: str = "bf16", fused: bool = True, **changes: object) -> LoadedModel:
+def packed_byte_model(
+    weight_format: str = "bf16", fused: bool = True, family: str = "llama", **changes: object
+) -> LoadedModel:
     """The byte model in bfloat16 with packed layers: a row's bits do not depend on the rows beside it.
 
     ``fused``: as one native call a step, as real models run; else transformers' code around the packed layers.
     """
-    model = tiny_model("llama", vocab_size=259, max_position_embeddings=CONTEXT, **changes).bfloat16()
+    model = tiny_model(family, vocab_size=259, max_position_embeddings=CONTEXT, **changes).bfloat16()
     loaded = wrap(model, byte_tokenizer(), MODEL)
     if not pack_linears(loaded.model, weight_format):
         pytest.skip("this processor has only portable kernels: layers are torch's")
