@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.asks import Keeping
 from helpers.serving import engine_of, packed_byte_model
 from kvbits import SamplingParams
 from kvbits.codecs import PoolLayout, parse_policy
@@ -18,7 +19,6 @@ from kvbits.engine.model_runner import ModelRunner
 from kvbits.engine.outputs import Delta
 from kvbits.engine.speculation import SpeculativeConfig
 from kvbits.engine.transfer import PageBundle, export_pages, import_pages
-from kvbits.kernels.cpu import CpuBackend
 from kvbits.kernels.reference import ReferenceBackend
 from kvbits.models import LoadedModel
 from kvbits.pages import PageGroup, PageManager
@@ -44,12 +44,6 @@ def one_thread() -> Iterator[None]:
 @cache
 def model(family: str = "qwen3-window", fused: bool = True) -> LoadedModel:
     return packed_byte_model(family=family, fused=fused)
-
-
-class Keeping(CpuBackend):
-    """Kernels that are told to keep every page."""
-
-    layer_groups = False
 
 
 class Poisoned(ModelRunner):

@@ -19,6 +19,7 @@ from kvbits import SamplingParams
 from kvbits.auto.loss import Loss
 from kvbits.engine.config import EngineConfig
 from kvbits.engine.engine import Engine
+from kvbits.kernels import Backend
 from kvbits.models import LoadedModel
 from kvbits.models.fused import FusedModel, fuse
 from kvbits.models.load import wrap
@@ -71,9 +72,9 @@ def packed_byte_model(
     return dataclasses.replace(loaded, fused=found)
 
 
-def engine_of(loaded: LoadedModel, **changes: object) -> Engine:
+def engine_of(loaded: LoadedModel, backend: Backend | None = None, **changes: object) -> Engine:
     options = {"kv_cache_dtype": "int8", "kv_cache_memory": 4 << 20, "max_num_batched_tokens": 256, **changes}
-    return Engine(loaded, EngineConfig(**options))
+    return Engine(loaded, EngineConfig(**options), backend)
 
 
 class Running:
