@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 
+from helpers.pages import extend, store, text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize
+from test_pages import Key, P, PageMachine
 
-from helpers.pages import extend, store, text
 from kvbits.pages import PageGroup, PageManager
 from kvbits.pages.allocator import FrameAllocator
 from kvbits.pages.groups import PageShape
-from test_pages import Key, P, PageMachine
 
 GROUPS = st.lists(
     st.builds(
@@ -92,7 +92,9 @@ class GroupMachine(PageMachine):
             return (self.generation, salt, tuple(tokens[: (page + 1) * P]), group) in self.cached
 
         for pages in range((len(tokens) - 1) // P if self.caching else 0, 0, -1):
-            seen = [(p, g) for g, group in enumerate(self.groups) for p in range(pages) if not self._hidden(p, g, pages)]
+            seen = [
+                (p, g) for g, group in enumerate(self.groups) for p in range(pages) if not self._hidden(p, g, pages)
+            ]
             if all(there(page, group) for page, group in seen):
                 return pages * P
         return 0

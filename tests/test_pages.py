@@ -362,7 +362,10 @@ class PageMachine(RuleBasedStateMachine):
             for page in range(sealed):
                 for part, frame in enumerate(self.page(pages, page)):
                     assert (frame == GONE) == self.gone(page, part, sealed), (seq_id, page, part)
-                    assert frame == GONE or buffer[frame] == ("sealed", part, rows[page * P : (page + 1) * P]), (seq_id, page)
+                    assert frame == GONE or buffer[frame] == ("sealed", part, rows[page * P : (page + 1) * P]), (
+                        seq_id,
+                        page,
+                    )
             count = len(sim.tokens) - sealed * P
             for part, frame in enumerate(pages.head if count else ()):
                 held = buffer[frame]

@@ -7,10 +7,10 @@ from functools import cache
 
 import pytest
 import torch
-from torch import Tensor
-
 from helpers.asks import Keeping
 from helpers.serving import engine_of, packed_byte_model
+from torch import Tensor
+
 from kvbits import SamplingParams
 from kvbits.codecs import PoolLayout, parse_policy
 from kvbits.config import PAGE_TOKENS, LayerGeometry, ModelGeometry
@@ -79,7 +79,9 @@ def run(engine: Engine, prompts: list[list[int]], wanted: SamplingParams | None 
             assert delta.error is None, delta
             found.setdefault((delta.request_id, delta.index), []).append(delta)
         engine.pages.check()
-    return [([t for d in found[k] for t in d.token_ids], [x for d in found[k] for x in d.logprobs]) for k in sorted(found)]
+    return [
+        ([t for d in found[k] for t in d.token_ids], [x for d in found[k] for x in d.logprobs]) for k in sorted(found)
+    ]
 
 
 PROMPTS = [prompt(n, n) for n in (430, 64, 193)]
@@ -94,7 +96,9 @@ def expected(family: str, dtype: str) -> list[tuple[list, list]]:
 
 
 @pytest.mark.parametrize("chunk", [7, 64, 100, 700])
-@pytest.mark.parametrize(("family", "dtype"), [("qwen3-window", "int4"), ("qwen3-window", "int8+sink:bf16"), ("mistral", "int8")])
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("qwen3-window", "int4"), ("qwen3-window", "int8+sink:bf16"), ("mistral", "int8")]
+)
 def test_answers_are_those_with_every_page_kept(family: str, dtype: str, chunk: int) -> None:
     """And what was given back is never read: it holds no numbers."""
     options = {"kv_cache_dtype": dtype, "max_num_batched_tokens": chunk, "enable_prefix_caching": False}
@@ -195,7 +199,10 @@ def test_a_model_of_windows_alone_is_bounded_by_its_context_only() -> None:
     layers = (LayerGeometry(2, 1, 64, 64, 1.0, 200),) * 3
     layout = PoolLayout.of(ModelGeometry("mistral", layers, 1 << 20, 100), parse_policy("int8", 3))
     assert len(layout.groups) == 1
-    assert layout.frame_bytes == PoolLayout.of(ModelGeometry("", layers, 1 << 20, 1), parse_policy("int8", 3), False).frame_bytes
+    assert (
+        layout.frame_bytes
+        == PoolLayout.of(ModelGeometry("", layers, 1 << 20, 1), parse_policy("int8", 3), False).frame_bytes
+    )
     assert layout.frames_of(1 << 20) == layout.open.frames + 4
     assert layout.longest_context(layout.bytes_of(layout.open.frames + 5)) >= 1 << 20
     assert layout.longest_context(layout.bytes_of(layout.open.frames + 4)) == 4 * PAGE_TOKENS + 63

@@ -147,7 +147,9 @@ def whole(deltas: list[Delta]) -> dict[str, object]:
 
 def alone(ask: Ask, dtype: str, family: str) -> dict[int, dict[str, object]]:
     """The answers to ``ask`` without anything beside it, from a cache that keeps every page."""
-    engine = engine_of(model(family), Keeping(), kv_cache_dtype=dtype, kv_cache_memory=8 << 20, enable_prefix_caching=False)
+    engine = engine_of(
+        model(family), Keeping(), kv_cache_dtype=dtype, kv_cache_memory=8 << 20, enable_prefix_caching=False
+    )
     engine.add_request(ask.prompt, ask.params, request_id=ask.id)
     deltas: dict[int, list[Delta]] = {}
     while engine.has_unfinished():

@@ -230,9 +230,7 @@ def _place(schemes: Sequence[Scheme], layers: Sequence[LayerGeometry], frame_byt
     return PageLayout(frame + 1, tuple(places), used)
 
 
-def _grouped(
-    groups: Sequence[LayerGroup], schemes: Sequence[Scheme], layers: Sequence[LayerGeometry]
-) -> PageLayout:
+def _grouped(groups: Sequence[LayerGroup], schemes: Sequence[Scheme], layers: Sequence[LayerGeometry]) -> PageLayout:
     """A page whose frames are those of its groups, one each."""
     parts = [_place([schemes[i] for i in g.layers], [layers[i] for i in g.layers], 1 << 62) for g in groups]
     return _joined(groups, parts)

@@ -27,8 +27,9 @@ class BatchLayout:
 
     ``starts``, ``counts`` ``int32 [S]``; ``rows`` ``int32 [S + 1]``, first row of each sequence; ``sealed`` ``int32
     [groups * S, max pages]``, all sequences' pages of one group of layers after those of another (:meth:`frames_of`),
-    -1 where there is none or a window has left it behind: it is not read; ``head``, ``tail`` ``int32 [S, open frames]``; ``sink`` ``int32 [S, sink
-    frames]``, -1 where the first page is not full, no columns where no sequence has one.
+    -1 where there is none or a window has left it behind: it is not read; ``head``, ``tail`` ``int32 [S, open
+    frames]``; ``sink`` ``int32 [S, sink frames]``, -1 where the first page is not full, no columns where no sequence
+    has one.
 
     ``draft``: sealed pages are read as drafts (:meth:`kvbits.codecs.Codec.decode_draft`), which takes about half of the
     bytes of ``int8h`` pages and changes nothing for other codecs. What the step stores does not depend on it.

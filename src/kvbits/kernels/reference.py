@@ -168,7 +168,9 @@ def _blocks(view: LayerView, place: Place, frame: int) -> tuple[Tensor, Tensor]:
     size = scheme.layer_bytes(layer)
     # An open page may lie in several frames side by side.
     start = view.buffer.storage_offset() + frame * view.buffer.stride(0) + place.offset
-    heads = view.buffer.as_strided((layer.num_kv_heads, size // layer.num_kv_heads), (size // layer.num_kv_heads, 1), start)
+    heads = view.buffer.as_strided(
+        (layer.num_kv_heads, size // layer.num_kv_heads), (size // layer.num_kv_heads, 1), start
+    )
     key_bytes, value_bytes = scheme.key.page_bytes(layer.key_dim), scheme.value.page_bytes(layer.value_dim)
     values_at = align(key_bytes)
     return heads[:, :key_bytes], heads[:, values_at : values_at + value_bytes]

@@ -13,15 +13,19 @@ class FrameAllocator:
 
     A frame without references is not free by itself: the prefix index may keep it, until :meth:`put` returns it.
 
+    Frames are taken for one of ``kinds`` of use, which :attr:`counts` counts.
+
     ``run``: so many frames side by side, from a multiple of ``run`` on, can be had at once (:meth:`take_run`). Single
     frames come from runs that are broken already, as long as there are any.
     """
 
-    def __init__(self, num_frames: int, run: int = 1) -> None:
+    def __init__(self, num_frames: int, run: int = 1, kinds: int = 1) -> None:
         self.num_frames = num_frames
         self.run = run
         self.refs = array("q", bytes(8 * num_frames))
         self.shared = 0
+        self.counts = [0] * kinds
+        self._kinds = array("H", bytes(2 * num_frames))
         self.free = num_frames
         whole = num_frames // run
         # A stack, low numbers on top: frames used a moment ago are used again, untouched memory stays untouched.
@@ -36,7 +40,7 @@ class FrameAllocator:
         broken = [frame for frames in self._broken.values() for frame in frames]
         return broken + [frame for number in self._whole for frame in self._frames(number)]
 
-    def take(self, count: int) -> Frames:
+    def take(self, count: int, kind: int = 0) -> Frames:
         """``count`` free frames, each with one reference. The caller has made sure that there are enough."""
         assert 0 <= count <= self.free, (count, self.free)
         self.free -= count
@@ -44,14 +48,14 @@ class FrameAllocator:
             frames = tuple(self._whole.pop() for _ in range(count))
         else:
             frames = tuple(self._single() for _ in range(count))
-        self.retain(frames)
+        self._begin(frames, kind)
         return frames
 
-    def take_run(self) -> Frames:
+    def take_run(self, kind: int = 0) -> Frames:
         """``run`` free frames side by side, each with one reference; :meth:`free_run` has made sure of them."""
         frames = tuple(self._frames(self._whole.pop()))
         self.free -= self.run
-        self.retain(frames)
+        self._begin(frames, kind)
         return frames
 
     def free_run(self) -> dict[int, int]:
@@ -68,6 +72,7 @@ class FrameAllocator:
         moves = {frame: self._single() for frame in sorted(set(self._frames(number)) - set(vacant))}
         for source, target in moves.items():
             self.refs[source], self.refs[target] = 0, self.refs[source]
+            self._kinds[target] = self._kinds[source]
         self._whole.append(number)
         return moves
 
@@ -89,6 +94,7 @@ class FrameAllocator:
         """Return frames without references to the free list."""
         for frame in frames:
             assert self.refs[frame] == 0, (frame, self.refs[frame])
+            self.counts[self._kinds[frame]] -= 1
         self.free += len(frames)
         if self.run == 1:
             self._whole.extend(reversed(frames))
@@ -100,6 +106,12 @@ class FrameAllocator:
             if len(vacant) == self.run:
                 del self._broken[number]
                 self._whole.append(number)
+
+    def _begin(self, frames: Frames, kind: int) -> None:
+        self.counts[kind] += len(frames)
+        for frame in frames:
+            self._kinds[frame] = kind
+        self.retain(frames)
 
     def _frames(self, run: int) -> Iterator[int]:
         return iter(range(run * self.run, (run + 1) * self.run))

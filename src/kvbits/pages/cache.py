@@ -50,9 +50,7 @@ class PrefixCache:
         tier = self.tier
         return len(self.longest(self.root(salt), tokens, 0, lambda k: k in self.index or bool(tier and tier.holds(k))))
 
-    def longest(
-        self, parent: bytes, tokens: Sequence[int], start: int, there: Callable[[bytes], bool]
-    ) -> list[bytes]:
+    def longest(self, parent: bytes, tokens: Sequence[int], start: int, there: Callable[[bytes], bool]) -> list[bytes]:
         """Hashes of the pages of ``tokens`` from page ``start`` on, after ``parent``, that a sequence can go on after.
 
         Of every group the parts that the next token sees must be ``there``; of pages before ``start`` they are.
@@ -101,7 +99,7 @@ class PrefixCache:
         if count > self.available() or not source.holds(key):
             return None
         self.make_free(count)
-        frames = self._allocator.take(count)
+        frames = self._allocator.take(count, number)
         good = False
         try:
             good = source.fetch(key, frames)

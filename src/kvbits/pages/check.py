@@ -44,6 +44,8 @@ def check_invariants(
     for page in index.pages():
         if page.stamp is None and any(not sealed_refs[frame] for frame in page.frames):
             problems.append(f"page {page.frames} is indexed as in use, but no table names it as sealed")
+    if sum(stats.groups) != len(sealed_refs) + len(cached):
+        problems.append(f"groups have {stats.groups} frames of {len(sealed_refs)} sealed and {len(cached)} cached")
     counted = {
         "free": len(free),
         "open": len(open_refs),
@@ -64,7 +66,7 @@ def _table_problems(table: SequenceTable, shape: PageShape, run: int) -> Iterato
     for page in range(pages):
         for group in range(len(shape.groups)):
             frames = table.sealed[shape.part(page, group)]
-            if (page, group) in kept and GONE in frames or (page, group) not in kept and set(frames) != {GONE}:
+            if ((page, group) in kept and GONE in frames) or ((page, group) not in kept and set(frames) != {GONE}):
                 yield f"group {group} of page {page} of {pages} has the frames {frames}"
     if table.gone != [group.oldest(pages) for group in shape.groups]:
         yield f"of {pages} pages {table.gone} are said to be given back"

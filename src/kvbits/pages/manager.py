@@ -64,13 +64,17 @@ class PageManager:
         self.enable_prefix_caching = enable_prefix_caching
         self.on_evict = on_evict
         self._move = move
-        self._allocator = FrameAllocator(num_frames, 1 if move is None else open_frames)
+        self._allocator = FrameAllocator(
+            num_frames, 1 if move is None else open_frames, kinds=len(self.shape.groups) + 1
+        )
         hasher = PageHasher(page_tokens, cache_key)
-        self._cache = PrefixCache(self._allocator, hasher, enable_prefix_caching, self._evicted, tier, self.shape.groups)
+        self._cache = PrefixCache(
+            self._allocator, hasher, enable_prefix_caching, self._evicted, tier, self.shape.groups
+        )
         self._index = self._cache.index
         self._tables: dict[int, SequenceTable] = {}
         self._copies: list[Copy] = []
-        self._open = self._queries = self._hits = 0
+        self._queries = self._hits = 0
 
     # Sequences
 
@@ -233,7 +237,7 @@ class PageManager:
         table.reservation = Reservation(
             count=count,
             tentative=tentative,
-            sealed=self._allocator.take(self._sealed_frames(table, crossed)),
+            sealed=self._take_sealed(table, crossed),
             tail=self._take_open() if tentative and crossed else None,
             new_open=not had_open,
         )
@@ -299,16 +303,18 @@ class PageManager:
         """The pool in numbers."""
         free = self._allocator.free
         cached = self._index.idle_frames
+        parts = self._allocator.counts
         return PoolStats(
             num_frames=self.num_frames,
             free=free,
-            open=self._open,
-            sealed=self.num_frames - free - self._open - cached,
+            open=parts[-1],
+            sealed=self.num_frames - free - parts[-1] - cached,
             shared=self._allocator.shared,
             cached=cached,
             queries=self._queries,
             hits=self._hits,
             evictions=self._cache.evictions,
+            groups=tuple(parts[:-1]),
             tier=None if self._cache.tier is None else self._cache.tier.stats(),
         )
 
@@ -433,20 +439,26 @@ class PageManager:
         return page
 
     def _take_open(self) -> Frames:
-        self._open += self.open_frames
+        kind = len(self.shape.groups)
         if self._move is None:
-            return self._allocator.take(self.open_frames)
+            return self._allocator.take(self.open_frames, kind)
         moves = self._allocator.free_run()
         if moves:
             self._move(tuple(moves), tuple(moves.values()))
             self._index.move(moves)
             for table in self._tables.values():
                 table.move(moves)
-        return self._allocator.take_run()
+        return self._allocator.take_run(kind)
+
+    def _take_sealed(self, table: SequenceTable, pages: int) -> Frames:
+        """Frames of the next ``pages`` pages that ``table`` seals."""
+        first = self._full_pages(table)
+        parts = [(page, group) for page in range(first, first + pages) for group in range(len(self.shape.groups))]
+        taken = (self._allocator.take(self.shape.size(page, group), group) for page, group in parts)
+        return tuple(frame for frames in taken for frame in frames)
 
     def _release_open(self, frames: Frames) -> None:
         if self._allocator.release(frames):
-            self._open -= self.open_frames
             self._allocator.put(frames)
 
     def _put_unused(self, frames: Frames) -> None:
