@@ -18,9 +18,9 @@ from kvbits.memory import check_host, show
 class LayerView:
     """One layer of the pool: all that a kernel ever gets.
 
-    ``buffer`` is ``uint8 [num_frames, frame_bytes]``, one frame after another; ``sealed``, ``open`` and ``first_page`` (a sequence's first page,
-    where it has a dtype of its own) say where in a page's frames this layer lies and how it is coded; ``rounding`` how
-    codes are chosen when a page other than that one is sealed.
+    ``buffer`` is ``uint8 [num_frames, frame_bytes]``, one frame after another; ``sealed``, ``open`` and ``first_page``
+    (a sequence's first page, where it has a dtype of its own) say where in a page's frames this layer lies and how it
+    is coded; ``rounding`` how codes are chosen when a page other than that one is sealed.
     """
 
     index: int

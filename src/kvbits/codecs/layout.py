@@ -103,8 +103,10 @@ class PoolLayout:
             opened = replace(own, frames=-(-own.used_bytes // frame))
             return cls(frame, _grouped(groups, policy.layers, geometry.layers), opened, groups, None, True)
 
-        least = max(*sizes, *_sizes(policy.sink or (), geometry))
-        frame, groups = cut(kinds, sizes, least, lambda f, g: made(f, g).session_bytes(tokens))
+        def cost(frame: int, groups: tuple[LayerGroup, ...]) -> int:
+            return frame * (sum(g.pages(tokens // PAGE_TOKENS) for g in groups) - -own.used_bytes // frame)
+
+        frame, groups = cut(kinds, sizes, max(*sizes, *_sizes(policy.sink or (), geometry)), cost)
         if policy.sink is None:
             return made(frame, groups)
         firsts = [

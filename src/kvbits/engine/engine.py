@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
+from kvbits.codecs.groups import kinds_of
 from kvbits.engine.answer import Answer, answer
 from kvbits.engine.batch import Piece, build
 from kvbits.engine.config import EngineConfig
@@ -70,6 +71,8 @@ class Engine:
             device=loaded.device,
             free_windows=self.backend.layer_groups,
         )
+        if not self.backend.layer_groups and set(kinds_of(loaded.geometry)) != {None}:
+            log.warning("The backend '%s' keeps pages that have left a sliding window.", self.backend.name)
         self.backend.prepare(self.pool.layers)
         self.pages = pages_of(self.pool, loaded, config)
         self.limits = limits_of(self.pool, self.max_model_len, config)

@@ -27,8 +27,8 @@ class Speed:
 
     ``kv_bytes_per_token`` is of sealed pages, ``kv_bytes_per_session`` what a sequence of ``context`` tokens holds, its
     open page and padding included and pages behind a window not, ``pool_bytes`` the whole reservation,
-    ``peak_rss_bytes`` the process's greatest resident size during the run. With ``speculation`` a step brings more than one token to a sequence;
-    ``decode_tokens_per_s`` counts them all.
+    ``peak_rss_bytes`` the process's greatest resident size during the run. With ``speculation`` a step brings more than
+    one token to a sequence; ``decode_tokens_per_s`` counts them all.
     """
 
     dtype: str

@@ -71,6 +71,6 @@ def _table_problems(table: SequenceTable, shape: PageShape, run: int) -> Iterato
     if table.gone != [group.oldest(pages) for group in shape.groups]:
         yield f"of {pages} pages {table.gone} are said to be given back"
     own = [table.open, None if table.reservation is None else table.reservation.tail]
-    for frames in own if run > 1 else ():
-        if frames is not None and (frames[0] % run or frames != tuple(range(frames[0], frames[0] + run))):
-            yield f"the open page's frames are {frames}"
+    for opened in own if run > 1 else ():
+        if opened is not None and (opened[0] % run or opened != tuple(range(opened[0], opened[0] + run))):
+            yield f"the open page's frames are {opened}"

@@ -48,7 +48,7 @@ class Reservation:
 class SequenceTable:
     """What a sequence holds: ``sealed`` frames page after page (the first may take more), then at most one open page.
 
-    ``hash`` is the chain hash of the sealed pages. Of group ``g`` the first ``gone[g]`` pages were given back, and their
+    ``hash`` is the chain hash of the sealed pages. Of group ``g`` the first ``gone[g]`` pages were given back: their
     places in ``sealed`` are :data:`kvbits.pages.groups.GONE`.
     """
 

@@ -117,13 +117,17 @@ def plan(
             raise ConfigError(
                 f"a context of {context} tokens cannot be planned: {geometry.name} has 1 to {geometry.max_position}"
             )
-    schemes = tuple(_scheme(geometry, policy, cache_bytes, asked, max_num_seqs, watermark) for policy in policies)
+    plain = PoolLayout.of(geometry, Policy("bf16", (OPEN,) * geometry.num_layers))
+    schemes = tuple(
+        _scheme(geometry, policy, plain, cache_bytes, asked, max_num_seqs, watermark) for policy in policies
+    )
     return Plan(geometry.name, memory_bytes, weights_bytes, workspace_bytes, cache_bytes, max_num_seqs, schemes)
 
 
 def _scheme(
     geometry: ModelGeometry,
     policy: Policy,
+    plain: PoolLayout,
     cache_bytes: int,
     contexts: Sequence[int],
     max_num_seqs: int | None,
@@ -138,7 +142,9 @@ def _scheme(
         frame_bytes=layout.frame_bytes,
         open_page_bytes=layout.session_bytes(0),
         num_frames=layout.frames_in(cache_bytes),
-        contexts=tuple(_context(geometry, policy, layout, cache_bytes, c, max_num_seqs, watermark) for c in contexts),
+        contexts=tuple(
+            _context(geometry, policy, layout, plain, cache_bytes, c, max_num_seqs, watermark) for c in contexts
+        ),
         longest_context=min(longest, geometry.max_position),
         limited_by="memory" if longest < geometry.max_position else "model",
     )
@@ -148,6 +154,7 @@ def _context(
     geometry: ModelGeometry,
     policy: Policy,
     layout: PoolLayout,
+    plain: PoolLayout,
     cache_bytes: int,
     context: int,
     max_num_seqs: int | None,
@@ -156,7 +163,6 @@ def _context(
     sessions = layout.sessions(cache_bytes, context)
     held = layout.session_bytes(context)
     spare = 0 if watermark is None else layout.bytes_of(layout.frames_in(cache_bytes) // watermark)
-    plain = PoolLayout.of(geometry, Policy("bf16", (OPEN,) * geometry.num_layers))
     running = sessions if max_num_seqs is None else min(sessions, max_num_seqs)
     windowed = windowed_session_bytes(geometry, policy, context) if has_windows(geometry) else None
     return ContextPlan(
