@@ -74,7 +74,9 @@ class PoolLayout:
         ``free_windows`` false: all layers are one group that keeps every page, for whoever cannot give pages back.
         """
         policy.check(geometry)
-        kinds = kinds_of(geometry) if free_windows else {None: tuple(range(geometry.num_layers))}
+        kinds: dict[int | None, tuple[int, ...]] = {None: tuple(range(geometry.num_layers))}
+        if free_windows:
+            kinds = kinds_of(geometry)
         if len(kinds) > 1:
             return cls._of_groups(geometry, policy, kinds)
         open_schemes = (OPEN,) * geometry.num_layers
