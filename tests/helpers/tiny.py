@@ -32,6 +32,12 @@ _FAMILIES: dict[str, dict] = {
         "model_type": "qwen2", "head_dim": 16, "use_sliding_window": True, "sliding_window": 70, "max_window_layers": 1,
     },
     "qwen3": {"head_dim": 32},
+    "qwen3-window": {
+        "model_type": "qwen3", "head_dim": 16, "use_sliding_window": True, "sliding_window": 100,
+        "num_hidden_layers": 5,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention",
+                        "sliding_attention"],
+    },
     "mistral": {"head_dim": 16, "sliding_window": 50},
     "gemma2": {
         "head_dim": 32, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 24,
