@@ -111,7 +111,7 @@ class GroupMachine(PageMachine):
         raise AssertionError(part)
 
 
-GroupMachine.TestCase.settings = settings(max_examples=400, stateful_step_count=60, deadline=None)
+GroupMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
 TestGroupMachine = GroupMachine.TestCase
 
 
