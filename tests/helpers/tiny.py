@@ -50,6 +50,11 @@ _FAMILIES: dict[str, dict] = {
         "head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, **_HYBRID,
     },
+    "mixtral": {"head_dim": 16, "num_local_experts": 5, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "head_dim": 32, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+    },
     "deepseek_v3": {
         "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16,
         "v_head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
