@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
+import inspect
 import os
 import re
 import socket
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 from unittest.mock import MagicMock
 
+import anthropic
 import httpx
 import openai
 import pytest
@@ -63,7 +65,7 @@ class Server:
 
     def __init__(self, model: str, args: list[str] | None = None, **options: Any) -> None:
         self.model = model
-        given = dict(zip(args or [], (args or [])[1:], strict=False))
+        given = {name.replace("_", "-"): value for name, value in zip(args or [], (args or [])[1:], strict=False)}
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -105,6 +107,10 @@ class Server:
     def get_async_client(self, **options: Any) -> openai.AsyncOpenAI:
         options = {"max_retries": 0, "timeout": 600, **options}
         return openai.AsyncOpenAI(base_url=self.url_for("v1"), api_key="none", **options)
+
+    def get_async_client_anthropic(self, **options: Any) -> anthropic.AsyncAnthropic:
+        options = {"max_retries": 0, "timeout": 600, **options}
+        return anthropic.AsyncAnthropic(base_url=self.url_root, api_key="none", **options)
 
 
 CURRENT: list[Server] = []
@@ -159,7 +165,7 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     for item in items:
         name = _name(item.nodeid)
         reason = next((why for pattern, why in SCOPE["out"].items() if fnmatch(name, pattern)), None)
-        if reason is None and not SERVERS & set(item.fixturenames):
+        if reason is None and not SERVERS & set(item.fixturenames) and not _starts_one(item):
             reason = "uses no server"
         (kept if reason is None else left).append(item)
         reasons.setdefault(reason, []).append(name)
@@ -180,6 +186,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
     for reason, names in sorted(config.left_out.items()):
         terminalreporter.line(f"left out, {len(names)}: {reason}")
     terminalreporter.line(f"passed {passed} of {total} ({100 * passed / max(total, 1):.0f} %)")
+
+
+def _starts_one(item: Any) -> bool:
+    return "RemoteOpenAIServer(" in inspect.getsource(item.function)
 
 
 def _name(node: str) -> str:
