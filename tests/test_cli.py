@@ -38,11 +38,12 @@ def test_generate_streams_text_and_writes_json(model: str, tmp_path: Path, capsy
         model, "--max-tokens", 9, "--dtype", "float32", "--temperature", 0, "--kv-cache-dtype", "int8", "--json", out,
     )  # fmt: skip
     assert status("generate", *common, "-p", "w5 w6 w7") == 0
-    shown = capsys.readouterr().out
+    shown, notes = capsys.readouterr()
     result = json.loads(out.read_text())["results"][0]
     assert shown == result["text"] + "\n"
     assert result["prompt_tokens"] == 3
     assert len(result["token_ids"]) == 9 or result["finish_reason"] == "stop"
+    assert ("[cut by --max-tokens, 9]" in notes) is (result["finish_reason"] == "length")
     ids = [t for t in result["token_ids"] if t > 2]
     assert result["text"].split() == [tiny_tokenizer().convert_ids_to_tokens(t) for t in ids]
     # The same prompt from a file, beside another one, gives the same text.

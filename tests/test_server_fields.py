@@ -176,7 +176,9 @@ def test_a_stream_has_every_token_id_and_the_usage_so_far(client: openai.OpenAI,
     assert ids == chat(server, return_token_ids=True)["choices"][0]["token_ids"]
     counts = [chunk.usage.completion_tokens for chunk in chunks if chunk.usage is not None]
     assert len(counts) == len(chunks)
+    # Every chunk has something new, but that of the usage, which has no choices.
     assert counts == sorted(counts)
+    assert len(set(counts)) == len(counts) - 1
     assert counts[-1] == len(ids)
     sizes = {
         len(str(chunk.choices[0].delta.content or "")) + len(chunk.to_dict()["obfuscation"])  # type: ignore[arg-type]

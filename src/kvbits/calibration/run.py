@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import kvbits
-from kvbits.calibration.collect import check_context, collect
+from kvbits.calibration.collect import collect
 from kvbits.calibration.fit import fit
 from kvbits.calibration.goal import Goal, Sizes
 from kvbits.calibration.layerwise import Layers
@@ -59,7 +59,6 @@ def calibrate(
     if goal.memory is not None:
         check_memory(geometry, sink, goal.memory, goal.sessions, goal.session_tokens)
     check_counts(sizes.context, sizes.windows, sizes.check_windows)
-    check_context(sizes.context)
     Layers(loaded)
     if texts:
         split_windows([tokens for _, tokens in texts], sizes.context, sizes.windows, sizes.check_windows)

@@ -52,9 +52,10 @@ def advise(
     """
     results = JsonFile(json_file)
     from kvbits.config import parse_bytes
-    from kvbits.evaluation.windows import read_text
+    from kvbits.evaluation.windows import check_text, read_text
 
     content, size = read_text(text), parse_bytes(memory)
+    check_text(content, window, windows)
     from kvbits.engine.precheck import check_model
 
     asked = options.named(kv_cache_dtype, kv_policy)

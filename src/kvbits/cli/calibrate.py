@@ -66,6 +66,7 @@ def calibrate(
     from kvbits.evaluation.windows import read_text
 
     goal = Goal(bits, max_kl, None if memory is None else parse_bytes(memory), sessions, session_tokens)
+    sizes = Sizes(window, windows, check_windows)
     contents = [(path.name, read_text(path)) for path in text or ()]
     can_be_folder(output)
     check_model(
@@ -77,7 +78,6 @@ def calibrate(
 
     loaded = load(model, "float32", threads, weights, device, trust_remote_code)
     texts = [(name, tokens_of(loaded, content)) for name, content in contents]
-    sizes = Sizes(window, windows, check_windows)
     try:
         policy, found = run(loaded, texts, output, goal, None if sink == "none" else sink, sizes, Bar, note)
     except KeyboardInterrupt:

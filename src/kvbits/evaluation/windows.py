@@ -24,6 +24,17 @@ def read_text(path: Path) -> str:
         ) from error
 
 
+def check_text(text: str, context: int, count: int) -> None:
+    """Raise ``ConfigError`` for a text that cannot have ``count`` windows: no token is shorter than a byte. No model is
+    needed for that."""
+    size = len(text.encode())
+    if size < context * count:
+        raise ConfigError(
+            f"the text has {size:,} bytes, and so at most as many tokens; {count} windows of {context} need "
+            f"{context * count:,}"
+        )
+
+
 def cut_windows(tokens: Sequence[int], context: int, count: int) -> list[list[int]]:
     """The first ``count`` windows of ``context`` tokens, one after another, not overlapping.
 

@@ -116,12 +116,16 @@ class ChatAnswer:
         if self._extras.prompt_logprobs and delta.index == 0 and delta.prompt_logprobs is not None:
             self._prompt_logprobs = prompt_logprobs(delta.prompt_logprobs, choice.name)
         piece = choice.push(delta)
-        if piece.text or piece.logprobs:
-            chunks.append(self._chunk(choice, {"content": piece.text}, piece.logprobs or None))
+        parts: list[dict[str, Any]] = [{"content": piece.text}] if piece.text or piece.logprobs else []
         for number, call in enumerate(piece.calls, start=len(choice.calls) - len(piece.calls)):
-            chunks.append(self._chunk(choice, {"tool_calls": [call.as_json(number)]}))
-        if piece.finish_reason is not None:
-            chunks.append(self._chunk(choice, {}, finish_reason=piece.finish_reason))
+            parts.append({"tool_calls": [call.as_json(number)]})
+        if not parts and piece.finish_reason is not None:
+            parts = [{}]
+        for part in parts:
+            logprobs = piece.logprobs or None if "content" in part else None
+            # The end comes with the last words, so that every chunk of a stream has something new.
+            ended = piece.finish_reason if part is parts[-1] else None
+            chunks.append(self._chunk(choice, part, logprobs, ended))
         return chunks
 
     def last(self) -> list[dict[str, Any]]:
