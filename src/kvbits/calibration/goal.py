@@ -26,6 +26,8 @@ class Goal:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be positive")
+        if self.bits is not None and self.bits > 16:
+            raise ConfigError(f"--bits is {self.bits:g}; the model's own cache has 16")
 
 
 @dataclass(frozen=True)

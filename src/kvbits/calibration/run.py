@@ -13,7 +13,7 @@ from kvbits.calibration.fit import fit
 from kvbits.calibration.goal import Goal, Sizes
 from kvbits.calibration.layerwise import Layers
 from kvbits.calibration.parts import Parts
-from kvbits.calibration.policy import Planner, candidates, check_bits, check_memory
+from kvbits.calibration.policy import Planner, candidates, check_goal
 from kvbits.calibration.sensitivity import sensitivity
 from kvbits.calibration.texts import check_counts, split_windows
 from kvbits.codecs import Policy
@@ -54,10 +54,7 @@ def calibrate(
     """
     geometry = loaded.geometry
     policies_of(loaded, [sink or "int8"], sizes.context)
-    if goal.bits is not None:
-        check_bits(geometry, goal.bits)
-    if goal.memory is not None:
-        check_memory(geometry, sink, goal.memory, goal.sessions, goal.session_tokens)
+    check_goal(geometry, goal, sink)
     check_counts(sizes.context, sizes.windows, sizes.check_windows)
     Layers(loaded)
     if texts:

@@ -95,10 +95,10 @@ def evaluate(
     parts = parts_of(tasks, text is not None)
     check_formats(task_dtype)
     content = None if text is None else read_text(text)
-    if content is not None and {FIDELITY, LAYERS} & set(parts):
-        check_text(content, window, windows)
     book = content if haystack is None else read_text(haystack)
     check_model(model, dtypes, dtype=dtype, weights=weights, device=device, context=None if text is None else window)
+    if content is not None and {FIDELITY, LAYERS} & set(parts):
+        check_text([content], window, windows)
     from kvbits.evaluation.compare import policies_of
     from kvbits.evaluation.laboratory import Laboratory
     from kvbits.evaluation.resume import ResumeCache

@@ -24,13 +24,13 @@ def read_text(path: Path) -> str:
         ) from error
 
 
-def check_text(text: str, context: int, count: int) -> None:
-    """Raise ``ConfigError`` for a text that cannot have ``count`` windows: no token is shorter than a byte. No model is
+def check_text(texts: Sequence[str], context: int, count: int) -> None:
+    """Raise ``ConfigError`` for texts that cannot have ``count`` windows: no token is shorter than a byte. No model is
     needed for that."""
-    size = len(text.encode())
-    if size < context * count:
+    sizes = [len(text.encode()) for text in texts]
+    if sum(size // context for size in sizes) < count:
         raise ConfigError(
-            f"the text has {size:,} bytes, and so at most as many tokens; {count} windows of {context} need "
+            f"the text has {sum(sizes):,} bytes, and so at most as many tokens; {count} windows of {context} need "
             f"{context * count:,}"
         )
 
