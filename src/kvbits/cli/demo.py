@@ -59,7 +59,7 @@ def demo(
         needed = (document_tokens + new_tokens) * outline.geometry.bytes_per_token_16bit()
         if memory < needed:
             raise ConfigError(
-                f"--kv-cache-memory is {kv_cache_memory}; one conversation needs {size_of(needed)} in 16 bit"
+                f"--kv-cache-memory is {kv_cache_memory}; one conversation in 16 bit needs {size_of(needed)}"
             )
     results = JsonFile(folder(output) / "demo.json" if json_file is None else json_file)
     from kvbits.evaluation.demo import show
