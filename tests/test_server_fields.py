@@ -298,6 +298,18 @@ def test_a_chat_echoes_the_message_that_it_continues(client: openai.OpenAI, serv
     assert chat(server, echo=True)["choices"] == chat(server)["choices"]
 
 
+def test_openai_s_helper_sees_calls_and_words_end(client: openai.OpenAI) -> None:
+    colour = {"type": "object", "properties": {"c": {"enum": ["red"]}}, "required": ["c"],
+              "additionalProperties": False}  # fmt: skip
+    tool: Any = {"type": "function", "function": {"name": "paint", "strict": True, "parameters": colour}}
+    named: Any = {"type": "function", "function": {"name": "paint"}}
+    fields: dict[str, Any] = {**ASK, "max_tokens": 200}
+    for more, ended in (({}, "content.done"), ({"tools": [tool], "tool_choice": named}, "arguments.done")):
+        with client.chat.completions.stream(**fields, **more) as stream:
+            kinds = [event.type for event in stream]
+        assert sum(kind.endswith(ended) for kind in kinds) == 1, kinds
+
+
 def test_all_wrong_keys_of_a_bias_are_named(server: Running) -> None:
     message = post(server, CHAT, ASK, logit_bias={"bad1": 1, "5": 1, "bad2": 2}).json()["error"]["message"]
     assert "'bad1', 'bad2'" in message

@@ -119,11 +119,12 @@ class ChatAnswer:
         parts: list[dict[str, Any]] = [{"content": piece.text}] if piece.text or piece.logprobs else []
         for number, call in enumerate(piece.calls, start=len(choice.calls) - len(piece.calls)):
             parts.append({"tool_calls": [call.as_json(number)]})
-        if not parts and piece.finish_reason is not None:
-            parts = [{}]
+        # The end comes with the last words, so that every chunk of a stream has something new. Clients end a call only
+        # at a chunk behind it.
+        if piece.finish_reason is not None and (piece.calls or not parts):
+            parts.append({})
         for part in parts:
             logprobs = piece.logprobs or None if "content" in part else None
-            # The end comes with the last words, so that every chunk of a stream has something new.
             ended = piece.finish_reason if part is parts[-1] else None
             chunks.append(self._chunk(choice, part, logprobs, ended))
         return chunks
