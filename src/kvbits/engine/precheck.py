@@ -77,7 +77,10 @@ def check_engine(
 def check_chat(outline: Outline) -> None:
     """Raise ``RequestError`` for a model without a chat template."""
     if outline.has_template is False:
-        raise RequestError(f"the tokenizer of {outline.name} has no chat template; use generate with a plain prompt")
+        raise RequestError(
+            f"the tokenizer of {outline.name} has no chat template, as base models have none; "
+            "use generate with a plain prompt"
+        )
 
 
 def check_length(asked: int, name: str, longest: int) -> None:
