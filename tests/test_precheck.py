@@ -124,7 +124,7 @@ def mistakes(model: str) -> list[tuple[str, str]]:
         ("calibrate MODEL -o out --bits 4 --text text.txt --window 512", "has 3,600 bytes"),
         ("calibrate MODEL -o out --bits 99", "the model's own cache has 16"),
         ("serve MODEL --kv-offload-size 9", "kv_offload_size is 9 bytes; one page needs at least"),
-        ("demo MODEL --document-tokens 64 --new-tokens 9 --kv-cache-memory 9KiB", "one conversation in 16 bit needs"),
+        ("demo --kv-cache-memory 1MiB", "one conversation in 16 bit needs"),
         ("calibrate MODEL -o out --bits 4 --window 64", "windows of 64 tokens are too short; at least 192"),
         ("bench MODEL --kv-cache-dtype int8 --context 9999", f"over the {CONTEXT} tokens"),
         ("calibrate MODEL -o out --bits 4 --max-kl 1", "exactly one of"),

@@ -173,7 +173,9 @@ class Tokenizer:
 
     def _ask(self, path: str, **body: Any) -> Any:
         keys = {} if CURRENT[-1].key is None else {"Authorization": f"Bearer {CURRENT[-1].key}"}
-        return httpx.post(CURRENT[-1].url_for(path), json=body, headers=keys, timeout=60).json()
+        answer = httpx.post(CURRENT[-1].url_for(path), json=body, headers=keys, timeout=60)
+        assert answer.is_success, answer.text
+        return answer.json()
 
 
 PARTS: dict[str, Any] = {
