@@ -133,7 +133,7 @@ def mistakes(model: str) -> list[tuple[str, str]]:
         ("demo MODEL --document-tokens 9999", f"over the {CONTEXT} tokens"),
         ("cache load MODEL none", "cannot read 'none'"),
         ("export MODEL --to modelopt --text none.txt -o out", "No such file"),
-        ("export MODEL --to modelopt --text text.txt -o out --window 512", "has 3,600 bytes"),
+        ("export MODEL --to modelopt --text text.txt -o out --window 512 --windows 9", "has 3,600 bytes"),
         ("export MODEL --to nothing", "choose from"),
         ("export MODEL --to flags --kv-cache-dtype int7", "unknown KV cache dtype 'int7'"),
         ("plan llama-3.1-8b --memory 80GiB --kv-cache-dtype int7", "unknown KV cache dtype 'int7'"),
