@@ -92,8 +92,8 @@ CLIENTS_MODEL ?= $(MODEL)
 test-clients: $(INSTALLED) ## other people's clients, in an environment apart (CLIENTS_MODEL)
 	$(BIN)/python tests/clients/run.py --model $(CLIENTS_MODEL) --environment build/clients
 
-test-foreign: $(INSTALLED) ## vLLM's own tests of its API against this server (CLIENTS_MODEL)
-	$(BIN)/python tests/foreign/run.py --model $(CLIENTS_MODEL) --environment build/foreign
+test-foreign: $(INSTALLED) ## vLLM's own tests of its API against this server (CLIENTS_MODEL), and SGLang's (SGLANG, a checkout)
+	$(BIN)/python tests/foreign/run.py --model $(CLIENTS_MODEL) --environment build/foreign $(if $(SGLANG),--sglang $(SGLANG))
 
 lint: $(INSTALLED) ## ruff, mypy, import contracts, clang-format
 	$(BIN)/ruff check src tests benchmarks examples

@@ -40,11 +40,12 @@ def bench(
     from kvbits.engine.precheck import check_model
     from kvbits.engine.speculation.config import SpeculativeConfig
     from kvbits.evaluation.documents import reference_text
-    from kvbits.evaluation.windows import read_text
+    from kvbits.evaluation.windows import check_text, read_text
 
     speculative = SpeculativeConfig.of(speculative_config)
     content = reference_text() if text is None else read_text(text)
     check_model(model, dtypes, dtype=dtype, weights=weights, device=device, context=context + new_tokens)
+    check_text([content], context + batch, 1)
     from kvbits.evaluation.compare import policies_of
     from kvbits.evaluation.speed import distinct_prompts, longest_sequence, measure_speed
 

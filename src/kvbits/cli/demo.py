@@ -14,6 +14,7 @@ from kvbits.cli import options
 from kvbits.cli.extras import require
 from kvbits.cli.output import JsonFile, folder
 from kvbits.cli.session import Bar, load, machine, note, tokens_of
+from kvbits.errors import ConfigError
 
 if TYPE_CHECKING:
     from kvbits.codecs import Policy
@@ -50,12 +51,21 @@ def demo(
     from kvbits.engine.precheck import check_model
     from kvbits.evaluation.documents import hide_facts
     from kvbits.memory import check_host
+    from kvbits.memory import show as size_of
 
     require("plot")
     memory = parse_bytes(kv_cache_memory)
     check_host({"--kv-cache-memory": memory})
     dtypes = options.cache_dtypes(list(DTYPES), kv_policy)
-    check_model(model, dtypes, dtype=dtype, weights=weights, context=max(WINDOW, document_tokens + new_tokens))
+    outline = check_model(
+        model, dtypes, dtype=dtype, weights=weights, context=max(WINDOW, document_tokens + new_tokens)
+    )
+    if outline.geometry is not None:
+        needed = (document_tokens + new_tokens) * outline.geometry.bytes_per_token_16bit()
+        if memory < needed:
+            raise ConfigError(
+                f"--kv-cache-memory is {kv_cache_memory}; one conversation in 16 bit needs {size_of(needed)}"
+            )
     if also is not None:
         check_model(also, dtypes, dtype=dtype, weights=weights, context=WINDOW)
     results = JsonFile(folder(output) / "demo.json" if json_file is None else json_file)

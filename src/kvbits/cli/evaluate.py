@@ -89,14 +89,16 @@ def evaluate(
     dtypes = options.cache_dtypes(kv_cache_dtype, kv_policy)
     from kvbits.engine.precheck import check_model
     from kvbits.evaluation.parts import FIDELITY, LAYERS, parts_of
-    from kvbits.evaluation.windows import read_text
+    from kvbits.evaluation.windows import check_text, read_text
     from kvbits.models.formats import check_formats
 
-    parts_of(tasks, text is not None)
+    parts = parts_of(tasks, text is not None)
     check_formats(task_dtype)
     content = None if text is None else read_text(text)
     book = content if haystack is None else read_text(haystack)
     check_model(model, dtypes, dtype=dtype, weights=weights, device=device, context=None if text is None else window)
+    if content is not None and {FIDELITY, LAYERS} & set(parts):
+        check_text([content], window, windows)
     from kvbits.evaluation.compare import policies_of
     from kvbits.evaluation.laboratory import Laboratory
     from kvbits.evaluation.resume import ResumeCache

@@ -17,13 +17,18 @@ from kvbits.errors import RequestError
 if TYPE_CHECKING:
     from kvbits.engine.outputs import Delta, RequestOutput
 
+_COMPLETION, _ANSWER = 128, 512
+"""Most new tokens."""
+
 
 def generate(
     model: options.Model,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="May be repeated.")] = None,
     prompt_file: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="A UTF-8 text file as prompt.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")] = False,
-    max_tokens: Annotated[int, typer.Option(metavar="N", help="Most new tokens.")] = 128,
+    max_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Most new tokens. Default: 128, or 512 with --chat.")
+    ] = None,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
     top_k: options.TopK = None,
@@ -64,6 +69,8 @@ def generate(
         "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty,
     }  # fmt: skip
+    if max_tokens is None:
+        max_tokens = _ANSWER if chat else _COMPLETION
     SamplingParams.of({}, max_tokens, **sampling)
     Wanted(kv_cache_dtype, max_kl, text)
     speculative = SpeculativeConfig.of(speculative_config)
@@ -92,6 +99,8 @@ def generate(
             print(f"=== {' '.join(asked.split())[:60]}\n{output.outputs[0].text if not output.error else ''}")
         elif not output.error:
             print()
+        if output.outputs[0].finish_reason == "length" and not output.error:
+            note(f"[cut by --max-tokens, {max_tokens}]" if output.outputs[0].note is None else output.outputs[0].note)
     found: dict[str, Any] = {"results": [_json(t, o) for t, o in zip(texts, outputs, strict=True)]}
     if llm.speculation is not None:
         note(llm.speculation.line())
