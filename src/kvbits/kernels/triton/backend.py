@@ -10,9 +10,10 @@ from kvbits.codecs import Scheme
 from kvbits.config import LayerGeometry
 from kvbits.errors import ConfigError
 from kvbits.kernels import GPUS, Backend, BatchLayout
+from kvbits.kernels.triton import flash
 from kvbits.kernels.triton.format import block_of, refusal, shape_of
 from kvbits.kernels.triton.launch import Launch, LayerKernels, Sides, append, decode, prefill, rounding_of, run, seal
-from kvbits.kernels.triton.tables import StepTables, Tiles, step_tables, step_tiles
+from kvbits.kernels.triton.tables import StepTables, Tiles, prompts, step_tables, step_tiles
 from kvbits.pool import LayerView
 
 
@@ -57,7 +58,8 @@ class TritonBackend(Backend):
         out = query.new_empty(rows, layer.num_heads, layer.value_dim)
         seal(self._launch, kernels, tables, sides)
         self._attend_few(view, batch, kernels, tables, few, sides, sinks, out)
-        prefill(self._launch, kernels, tables, many, sides, sinks, out)
+        before = self._before_own_page(view, batch, kernels, tables, query)
+        prefill(self._launch, kernels, tables, many, sides, sinks, out, before)
         append(self._launch, kernels, tables, sides)
         return out
 
@@ -67,6 +69,16 @@ class TritonBackend(Backend):
     ) -> None:  # fmt: skip
         """Attention of sequences with few new tokens."""
         decode(self._launch, kernels, tables, tiles, sides, sinks, out)
+
+    def _before_own_page(
+        self, view: LayerView, batch: BatchLayout, kernels: LayerKernels, tables: StepTables, query: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """Prompts' attention to earlier pages by FlashAttention, where it can."""
+        sequences = prompts(batch, view.geometry.group_size)
+        if not sequences or flash.refusal(view.geometry, query.device, query.dtype) is not None:
+            return None
+        found = flash.before_own_page(self._launch, kernels, tables, batch, sequences, query)
+        return found.mean, found.lse
 
     def _kernels(self, view: LayerView, draft: bool) -> LayerKernels:
         known = self._layers.get((view.index, draft))

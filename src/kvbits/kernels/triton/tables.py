@@ -72,11 +72,12 @@ def step_tables(batch: BatchLayout, first_page_apart: bool, device: torch.device
 
 def step_tiles(batch: BatchLayout, group: int, device: torch.device) -> tuple[Tiles, Tiles]:
     """The tiles of sequences with few new tokens (decode), and of the others (prefill), for ``group`` heads a row."""
-    least = max(16, 1 << (group - 1).bit_length())
+    least = _decode_rows(group)
     sizes = least, max(least, PREFILL_ROWS)
+    many = set(prompts(batch, group))
     tiles: tuple[list[tuple[int, int, int, int]], ...] = ([], [])
     for s, (start, count) in enumerate(zip(batch.starts.tolist(), batch.counts.tolist(), strict=True)):
-        kind = 0 if count <= least // group else 1
+        kind = 1 if s in many else 0
         position, end = start, start + count
         while position < end:
             stop = min(end, position + sizes[kind] // group, (position // PAGE_TOKENS + 1) * PAGE_TOKENS)
@@ -88,6 +89,15 @@ def step_tiles(batch: BatchLayout, group: int, device: torch.device) -> tuple[Ti
     deepest = max((t[3] // PAGE_TOKENS for t in tiles[0]), default=0)
     slots = 1 + -(-deepest // SPLIT_PAGES)
     return Tiles(tables[0], sizes[0], slots), Tiles(tables[1], sizes[1], 0)
+
+
+def prompts(batch: BatchLayout, group: int) -> list[int]:
+    """The sequences with more new tokens than a tile of decode has queries."""
+    return np.flatnonzero(batch.counts > _decode_rows(group) // group).tolist()
+
+
+def _decode_rows(group: int) -> int:
+    return max(16, 1 << (group - 1).bit_length())
 
 
 def _columns(frames: Ints) -> Ints:
