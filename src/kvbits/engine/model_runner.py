@@ -33,7 +33,7 @@ class ModelRunner:
         return self._pool.policy
 
     def run(self, batch: StepBatch) -> Tensor:
-        """Store the batch's keys and values; returns logits, float32 ``[outputs, vocab]``."""
+        """Store the batch's keys and values; returns logits, float32 ``[outputs, vocab]``, on the model's device."""
         with torch.inference_mode():
             for source, target in self._pages.take_copies():
                 self._pool.copy(source, target)
@@ -53,7 +53,7 @@ class ModelRunner:
                 end = start + len(part)
                 pages.reserve(seq_id, len(part))
                 outputs = max(0, min(len(part), end - first))
-                logits = self.run(build([Piece(seq_id, start, part, outputs)], pages))
+                logits = self.run(build([Piece(seq_id, start, part, outputs)], pages)).cpu()
                 pages.commit(seq_id, part)
                 if outputs:
                     if not all(finite_rows(logits)):
