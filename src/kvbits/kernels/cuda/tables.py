@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-
 from kvbits.kernels.base import BatchLayout
 from kvbits.kernels.cuda.attend import Tables
-from kvbits.kernels.cuda.work import work_list
+from kvbits.kernels.cuda.work import Work, most_items, work_list
+from kvbits.kernels.static import Arrays, padded, upload
 from kvbits.pool import LayerView
 
 
 def tables_of(batch: BatchLayout, view: LayerView, blocks: int) -> Tables:
-    """What layers like ``view`` need of ``batch``, on the pool's device; ``blocks`` run at once there."""
+    """What layers like ``view`` need of ``batch``, on the pool's device; ``blocks`` run at once there.
+
+    Of a static layout the items are as many as there can be; those that are none are of the tile -1.
+    """
     layer, first = view.geometry, view.first_page
-    work = work_list(batch, layer.group_size, layer.num_kv_heads, layer.window, first is not None, blocks)
-    sink = None if first is None or not batch.sink.shape[1] else batch.sink[:, first.frame]
-    arrays = [work.tiles, work.items, work.first_pages, batch.starts, batch.rows[:-1], batch.sealed]
-    arrays += [batch.head[:, view.open.frame], *([] if sink is None else [sink])]
-    parts = _upload(arrays, view.buffer.device)
+    sequences = len(batch.counts)
+
+    def work_of() -> Work:
+        work = work_list(batch, layer.group_size, layer.num_kv_heads, layer.window, first is not None, blocks)
+        if not batch.static:
+            return work
+        most = most_items(sequences, layer.num_kv_heads, blocks)
+        items, alone = padded(work.items, most, -1), padded(work.first_pages, sequences, -1)
+        return Work(padded(work.tiles, sequences, 0), items, alone, layer.group_size, most + sequences)
+
+    work = work_of()
+    made = [work]
+
+    def arrays() -> Arrays:
+        work = made.pop() if made else work_of()
+        found = [work.tiles, work.items, work.first_pages, batch.starts, batch.rows[:-1], batch.sealed]
+        found.append(batch.head[:, view.open.frame])
+        if first is not None and batch.sink.shape[1]:
+            found.append(batch.sink[:, first.frame])
+        return found
+
+    parts = upload(arrays, view.buffer.device, batch)
     tiles, items, first_pages, starts, first_rows, sealed, open_frames = parts[:7]
-    sink_frames = parts[7] if sink is not None else None
+    sink_frames = parts[7] if len(parts) > 7 else None
     return Tables(work, tiles, items, first_pages, starts, first_rows, sealed, open_frames, sink_frames)
-
-
-def _upload(arrays: list[NDArray[np.int32]], device: torch.device) -> list[Tensor]:
-    sizes = [a.size for a in arrays]
-    whole = torch.from_numpy(np.concatenate([a.ravel() for a in arrays]).astype(np.int32, copy=False)).to(device)
-    return [part.view(a.shape) for part, a in zip(whole.split(sizes), arrays, strict=True)]

@@ -32,7 +32,7 @@ class Work:
 
 def decoding(batch: BatchLayout, group: int) -> Ints:
     """The sequences with few enough new tokens for these kernels, ``int32 [n]``."""
-    return np.flatnonzero(batch.counts <= MAX_ROWS // group).astype(np.int32)
+    return np.flatnonzero((batch.counts > 0) & (batch.counts <= MAX_ROWS // group)).astype(np.int32)
 
 
 def work_list(batch: BatchLayout, group: int, kv_heads: int, window: int | None, apart: bool, blocks: int) -> Work:
@@ -76,6 +76,11 @@ def _tiles(batch: BatchLayout, group: int, window: int | None) -> tuple[Ints, In
     high = tiles[:, 3] // PAGE_TOKENS
     low = np.zeros_like(high) if window is None else np.maximum(tiles[:, 3] - window + 1, 0) // PAGE_TOKENS
     return tiles, low, high
+
+
+def most_items(tiles: int, kv_heads: int, blocks: int) -> int:
+    """The most items that :func:`work_list` makes of ``tiles`` tiles."""
+    return max(WAVES * blocks // kv_heads, 2 * tiles)
 
 
 def pages_of_an_item(pages: Ints, kv_heads: int, blocks: int) -> int:

@@ -29,6 +29,8 @@ def decode_splits(query, key, value, cache, tiles, starts, first_rows, sealed, h
     index, head, slot = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, first, count, positions, rows, heads, valid = tile_rows(tiles, index, head, SHAPE, M)
     page = first // _TOKENS
+    if (slot - 1) * _SPLIT >= page and slot > 0:
+        return
     q = load_query(query, rows, heads, valid, tl.arange(0, SHAPE.key_block), SHAPE)
     m = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
@@ -57,19 +59,19 @@ def decode_splits(query, key, value, cache, tiles, starts, first_rows, sealed, h
     tl.store(partial[0] + place[:, None] * SHAPE.value_block + channel[None, :], acc)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def merge_splits(partial, tiles, sinks, out, slots, SHAPE: tl.constexpr, M: tl.constexpr):
     """Grid ``(tiles, kv_heads)``: the slots of :func:`decode_splits` in order, then the result.
 
     ``out``: (pointer, stride of a row, stride of a head).
     """
     index, head = tl.program_id(0), tl.program_id(1)
-    _, _, _, _, rows, heads, valid = tile_rows(tiles, index, head, SHAPE, M)
+    _, first, _, _, rows, heads, valid = tile_rows(tiles, index, head, SHAPE, M)
     row, channel = tl.arange(0, M), tl.arange(0, SHAPE.value_block)
     m = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.full([M, SHAPE.value_block], 0.0, tl.float32)
-    for slot in range(slots):
+    for slot in range(1 + tl.cdiv(first // _TOKENS, _SPLIT)):  # the rest holds nothing
         place = ((index * SHAPE.kv_heads + head) * slots + slot).to(tl.int64) * M + row
         m_new = tl.maximum(m, tl.load(partial[1] + place))
         base = tl.where(m_new == float("-inf"), 0.0, m_new)

@@ -8,7 +8,8 @@ by their log-sum-exp (Dao et al. 2022, FlashAttention); the queries' own pages f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,13 @@ def refusal(layer: LayerGeometry, device: torch.device, dtype: torch.dtype) -> s
         return "float32 rows"
     capable = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
     return None if capable else "FlashAttention needs compute capability 8.0"
+
+
+def line(layers: Sequence[LayerGeometry], device: torch.device) -> str:
+    """Whose kernels compute prompts of bfloat16 rows, for users to read."""
+    reasons = Counter(refusal(layer, device, torch.bfloat16) for layer in layers)
+    parts = [f"FlashAttention for {reasons.pop(None)} layers"] if None in reasons else []
+    return ", ".join([*parts, *(f"Triton's kernels for {count} ({reason})" for reason, count in reasons.items())])
 
 
 def flash(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
