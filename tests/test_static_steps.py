@@ -6,31 +6,33 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.attention import PLAIN, make_inputs
+from helpers.attention import make_inputs
 from helpers.driver import Frames
 from helpers.emulated import COMPILER, Emulation
 from torch import Tensor
 
-from kvbits.config import ModelGeometry
+from kvbits.config import LayerGeometry, ModelGeometry
 from kvbits.kernels import Backend, BatchLayout
+from kvbits.kernels.reference import ReferenceBackend
 from kvbits.kernels.static import refill, static_layout
 
 pytest.importorskip("triton", reason="Triton exists for Linux only")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STARTS = (62, 130, 5)
+LAYER = LayerGeometry(3, 1, 64, 64, 64**-0.5)
 pytestmark = pytest.mark.triton
 
 
 def run(backend: Backend, dtype: str, static: bool, emulation: Emulation | None = None) -> list[Tensor]:
-    """Three sequences, then two steps of a token of each and one of two sequences; results and the pool's bytes."""
-    geometry = ModelGeometry("test", (PLAIN, PLAIN), 8192, 16)
+    """Three sequences by the reference, then two steps of a token of each and one of two sequences; results and the pool's bytes."""
+    geometry = ModelGeometry("test", (LAYER, LAYER), 8192, 16)
     frames = Frames(geometry, dtype, 40)
     pool = frames.pool
     view = pool.layers[1]
     if emulation is not None:
         emulation.pool = pool.buffer
-    inputs = make_inputs(PLAIN, [start + 3 for start in STARTS])
+    inputs = make_inputs(LAYER, [start + 3 for start in STARTS])
     rows = [[x.bfloat16() for x in part] for part in (inputs.query, inputs.key, inputs.value)]
     layout = static_layout(4, 16, pool.layout.open.frames, pool.layout.sink.frames if pool.layout.sink else 0)
     found = []
@@ -38,10 +40,9 @@ def run(backend: Backend, dtype: str, static: bool, emulation: Emulation | None 
     def step(batch: BatchLayout, parts: list[Tensor]) -> None:
         found.append(backend.forward(view, batch, *parts, None)[: len(parts[0])])
 
-    step(
-        BatchLayout.of([frames.slice(s, start) for s, start in enumerate(STARTS)]),
-        [torch.cat([x[:start] for x, start in zip(part, STARTS, strict=True)]) for part in rows],
-    )
+    prompts = BatchLayout.of([frames.slice(s, start) for s, start in enumerate(STARTS)])
+    parts = [torch.cat([x[:start] for x, start in zip(part, STARTS, strict=True)]) for part in rows]
+    ReferenceBackend().forward(view, prompts, *parts, None)
     if static:  # recorded without a sequence: nothing may change
         before = pool.buffer.clone()
         step(layout, [torch.zeros(4, *part[0].shape[1:], dtype=torch.bfloat16) for part in rows])

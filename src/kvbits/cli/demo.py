@@ -31,7 +31,7 @@ def demo(
     kv_cache_memory: options.KVCacheMemory = "160MiB",
     kv_policy: options.KVPolicies = None,
     windows: Annotated[int, typer.Option(min=1, metavar="N", help="Windows of 2,048 tokens for KL and top-1.")] = 1,
-    max_num_batched_tokens: options.MaxNumBatchedTokens = 512,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = None,
     dtype: options.Dtype = "bfloat16",
     weights: options.Weights = "auto",
     threads: options.Threads = None,
@@ -42,6 +42,7 @@ def demo(
     """Show what a quantized cache buys and costs: sessions at once, bytes, speed, fidelity, answers found."""
     begin = time.perf_counter()
     from kvbits.config import parse_bytes
+    from kvbits.engine.config import step_tokens
     from kvbits.engine.precheck import check_model
     from kvbits.evaluation.documents import hide_facts
     from kvbits.memory import check_host
@@ -58,7 +59,8 @@ def demo(
     # Fidelity in float32, as evaluate does it: bfloat16 layers add noise of their own that INT8 would be blamed for.
     exact = load(model, "float32", threads, weights, trust_remote_code=trust_remote_code)
     policies = [exact.policy(name) for name in dtypes]
-    fidelity = _fidelity(exact, policies, windows, max_num_batched_tokens)
+    budget = step_tokens(max_num_batched_tokens, "cpu")
+    fidelity = _fidelity(exact, policies, windows, budget)
     del exact
     loaded = load(model, dtype, threads, weights, trust_remote_code=trust_remote_code)
     documents = hide_facts(sessions, document_tokens, lambda part: len(tokens_of(loaded, part)))
@@ -68,7 +70,7 @@ def demo(
     for policy in policies:
         with Bar(prompts + sessions * new_tokens, f"{policy.label} conversations") as advance:
             summary = fidelity[policy.label]
-            shown.append(show(loaded, policy, memory, documents, summary, new_tokens, max_num_batched_tokens, advance))
+            shown.append(show(loaded, policy, memory, documents, summary, new_tokens, budget, advance))
     picture = output / "demo.png"
     draw(shown, memory, folder(output) / "demo.png")
     seconds = time.perf_counter() - begin

@@ -81,4 +81,6 @@ def upload(make: Callable[[], Arrays], device: torch.device, batch: BatchLayout)
 def padded(table: NDArray[np.int32], rows: int, value: int) -> NDArray[np.int32]:
     """``table`` ``[n, columns]`` with ``rows`` rows, those that are added full of ``value``."""
     assert len(table) <= rows, (table.shape, rows)
-    return np.pad(table, ((0, rows - len(table)), (0, 0)), constant_values=value)
+    whole = np.full((rows, table.shape[1]), value, dtype=np.int32)  # np.pad takes ten times as long
+    whole[: len(table)] = table
+    return whole

@@ -80,7 +80,7 @@ class CudaBackend(TritonBackend):
             return
         if not len(tiles.table):
             return
-        found = self._tables_of(view, batch)
+        found = self._tables_of(view, batch, tables)
         needed = len(found.work.tiles) * view.geometry.num_kv_heads
         arrived = self._counters(batch, needed, out.device)
         rows = _even(sides.query), _even(sides.key), _even(sides.value)
@@ -102,7 +102,7 @@ class CudaBackend(TritonBackend):
             self._warned = True
         return False
 
-    def _tables_of(self, view: LayerView, batch: BatchLayout) -> Tables:
+    def _tables_of(self, view: LayerView, batch: BatchLayout, steps: StepTables) -> Tables:
         """The step's tables, made once for all layers that can share them."""
         layer, first, known = view.geometry, view.first_page, batch.shared
         frames = view.open.frame, None if first is None else first.frame
@@ -110,7 +110,7 @@ class CudaBackend(TritonBackend):
         if key not in known:
             rows = layer.group_size * int(batch.counts[decoding(batch, layer.group_size)].max(initial=1))
             blocks = self._multiprocessors * blocks_at_once(layer.key_dim, rows)
-            known[key] = tables_of(batch, view, blocks)
+            known[key] = tables_of(batch, view, blocks, steps)
         found: Tables = known[key]
         return found
 

@@ -57,15 +57,17 @@ def _arrays(batch: BatchLayout, first_page_apart: bool) -> list[Ints]:
     full = [(s, page) for s in np.flatnonzero(end > first).tolist() for page in range(first[s], end[s])]
     pages = np.array(full, dtype=np.int32).reshape(-1, 2)
     apart = (pages[:, 1] == 0) & first_page_apart
-    kinds = [pages[~apart], pages[apart]]
+    kinds = [pages[~apart], pages[apart]] if len(pages) else [pages, pages]
     if batch.static:
         kinds = [padded(x, len(batch.counts), -1) for x in kinds]
-    columns = -(-batch.sealed.shape[1] // 16) * 16
+    sealed = batch.sealed
+    if sealed.shape[1] % 16:
+        sealed = np.pad(sealed, ((0, 0), (0, -sealed.shape[1] % 16)), constant_values=-1)
     return [
         batch.starts,
         batch.counts,
         batch.rows[:-1],
-        np.pad(batch.sealed, ((0, 0), (0, columns - batch.sealed.shape[1])), constant_values=-1),
+        sealed,
         _columns(batch.head),
         _columns(batch.tail),
         _columns(batch.sink),
@@ -116,4 +118,6 @@ def _decode_rows(group: int) -> int:
 
 def _columns(frames: Ints) -> Ints:
     """Column by column, each padded so that it begins at a multiple of 16 bytes: kernels are compiled for that."""
-    return np.ascontiguousarray(np.pad(frames, ((0, -len(frames) % 4), (0, 0))).T)
+    whole = np.zeros((frames.shape[1], -(-len(frames) // 4) * 4), dtype=np.int32)
+    whole[:, : len(frames)] = frames.T
+    return whole
