@@ -21,7 +21,6 @@ from report import write
 from kvbits.codecs import PoolLayout, parse_policy
 from kvbits.config import PAGE_TOKENS, LayerGeometry, ModelGeometry
 from kvbits.kernels import Backend, BatchLayout, SequencePages
-from kvbits.kernels.cuda.attend import Step
 from kvbits.kernels.cuda.backend import CudaBackend
 from kvbits.kernels.cuda.variant import Variant
 from kvbits.kernels.static import refill, static_layout
@@ -118,7 +117,8 @@ def main() -> None:
     for backend in (CudaWithout(), TritonBackend("cuda", Nothing())):
         found = measure(backend, args.dtype, args.layers, args.batch, args.context)
         results.append({"kernels": backend.name, **found})
-        print(f"{backend.name:8}{found['tables'] * 1e6:10.0f}{found['attention'] * 1e6:14.0f}{found['replayed'] * 1e6:13.0f}")
+        tables, attention, replayed = (1e6 * seconds for seconds in found.values())
+        print(f"{backend.name:8}{tables:10.0f}{attention:14.0f}{replayed:13.0f}")
     if args.json:
         write(args.json, {"results": results})
 

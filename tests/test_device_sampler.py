@@ -84,9 +84,7 @@ def test_the_same_random_numbers_give_the_same_tokens(filters: tuple[float, int,
 
 def test_filters_of_a_batch_do_not_meet() -> None:
     """Every row's own filters, in one call; draws follow each row's distribution (chi-square, 0.1 %)."""
-    rows = [
-        state_of(temperature=t, top_k=k, top_p=p, min_p=m, seed=i) for i, (t, k, p, m) in enumerate(FILTERS[:8])
-    ]
+    rows = [state_of(temperature=t, top_k=k, top_p=p, min_p=m, seed=i) for i, (t, k, p, m) in enumerate(FILTERS[:8])]
     logits = logits_of(11, spread=1.0).repeat(len(rows), 1)
     draws = 3000
     found = [Counter[int]() for _ in rows]

@@ -7,10 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers.tiny_engine import GREEDY, PROMPTS, loaded, make, one_thread, original, packed, prompt_of, tokens
+from helpers.tiny import tiny_model
+from helpers.tiny_engine import PROMPTS, loaded, make, one_thread, original, packed, prompt_of, tokens
 from torch import Tensor
 
 from kvbits.engine import graphs, model_runner
+from kvbits.engine.config import EngineConfig
+from kvbits.engine.engine import Engine
 from kvbits.engine.graphs import SIZES, DecodeGraphs
 from kvbits.engine.params import SamplingParams
 from kvbits.kernels import Backend, SequencePages
@@ -18,6 +21,7 @@ from kvbits.kernels.base import BatchLayout
 from kvbits.kernels.reference import ReferenceBackend
 from kvbits.kernels.static import refill, static_layout
 from kvbits.models import LoadedModel
+from kvbits.models.load import wrap
 from kvbits.pool import PagedPool
 
 __all__ = ["loaded", "one_thread", "original", "packed"]
@@ -131,4 +135,23 @@ def test_a_layout_is_refilled_where_it_is() -> None:
     assert layout.head[:, 0].tolist() == [5, 130, 0, 0]
     with pytest.raises(AssertionError):
         refill(layout, batch(64 * 17))
-    assert SIZES == tuple(2**i for i in range(7))
+    assert tuple(2**i for i in range(7)) == SIZES
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_devices_own_graphs() -> None:
+    """Steps that the GPU replays give the tokens of steps that it does not."""
+    answers = []
+    for graphs_are_on in (True, False):
+        model = tiny_model("llama", max_position_embeddings=1024, head_dim=64).to(torch.bfloat16).to("cuda")
+        engine = Engine(wrap(model, None, "tiny"), EngineConfig("int8", 1 << 24))
+        if not graphs_are_on:
+            engine._runner.graphs = None
+        else:
+            assert engine._runner.graphs is not None
+            assert engine._runner.graphs.off is None
+        engine.add_request(prompt_of(100), SamplingParams(temperature=0.0, max_tokens=80, ignore_eos=True))
+        answers.append([t for _ in range(100) for delta in engine.step() for t in delta.token_ids])
+    assert len(answers[0]) == 80
+    assert answers[0] == answers[1]

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.triton
 
 
 def run(backend: Backend, dtype: str, static: bool, emulation: Emulation | None = None) -> list[Tensor]:
-    """Three sequences by the reference, then two steps of a token of each and one of two sequences; results and the pool's bytes."""
+    """Results and the pool's bytes: two steps of a token of each of three sequences, one of two of them."""
     geometry = ModelGeometry("test", (LAYER, LAYER), 8192, 16)
     frames = Frames(geometry, dtype, 40)
     pool = frames.pool

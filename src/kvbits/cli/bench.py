@@ -57,9 +57,7 @@ def bench(
     found = []
     for policy in policies:
         with Bar(batch * (context + new_tokens), policy.label) as advance:
-            found.append(
-                measure_speed(loaded, policy, prompts, new_tokens, budget, advance, speculative)
-            )
+            found.append(measure_speed(loaded, policy, prompts, new_tokens, budget, advance, speculative))
     _print(found)
     for speed in found:
         if speed.speculation is not None:

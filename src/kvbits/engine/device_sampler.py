@@ -85,7 +85,9 @@ class _Places:
     def apply(self, x: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Replace the elements by ``change`` of them and the numbers."""
         if self.rows:
-            place = tuple(torch.from_numpy(np.stack([np.concatenate(self.rows), np.concatenate(self.tokens)])).to(x.device))
+            place = tuple(
+                torch.from_numpy(np.stack([np.concatenate(self.rows), np.concatenate(self.tokens)])).to(x.device)
+            )
             x[place] = change(x[place], torch.from_numpy(np.concatenate(self.numbers)).to(x.device))
 
 

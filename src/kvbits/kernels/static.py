@@ -14,9 +14,7 @@ from kvbits.kernels.base import BatchLayout
 Arrays = Sequence[NDArray[np.int32]]
 
 
-def static_layout(
-    sequences: int, pages: int, open_frames: int, sink_frames: int, draft: bool = False
-) -> BatchLayout:
+def static_layout(sequences: int, pages: int, open_frames: int, sink_frames: int, draft: bool = False) -> BatchLayout:
     """A layout for steps of one new token each of up to ``sequences`` sequences of up to ``pages`` sealed pages.
 
     It begins without any; :func:`refill` makes it a step. Sequences that are not there have no new token (``counts`` 0)

@@ -152,7 +152,9 @@ def _second_halves(
     def second(x: Tensor) -> Tensor:
         return _runs(x, PAGE_TOKENS * group * half, 2 * pair + 1, pairs, PAGE_TOKENS * group * length)
 
-    first_keys, first_values = (_runs(x, PAGE_TOKENS * half, 2 * pair, pairs, PAGE_TOKENS * half) for x in (keys, values))
+    first_keys, first_values = (
+        _runs(x, PAGE_TOKENS * half, 2 * pair, pairs, PAGE_TOKENS * half) for x in (keys, values)
+    )
     mean, lse = flash(second(query), first_keys, first_values, scale)
     Before(second(found.mean), second(found.lse)).merge(mean, lse)
 
