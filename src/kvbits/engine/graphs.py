@@ -112,7 +112,8 @@ class DecodeGraphs:
         pages = max(_LEAST_PAGES, 1 << (pages - 1).bit_length())
         key = size, pages, sink_frames, draft
         if key not in self._known and self.off is None:
-            layout = static_layout(size, pages, self._pool.layout.open.frames, sink_frames, draft)
+            frames, groups = self._pool.layout.open.frames, len(self._pool.layout.groups)
+            layout = static_layout(size, pages, frames, sink_frames, draft, groups)
             try:
                 self._known[key] = self._record(layout)
             # A model's own code may do what no graph can hold; its steps are right without.

@@ -14,7 +14,9 @@ from kvbits.kernels.base import BatchLayout
 Arrays = Sequence[NDArray[np.int32]]
 
 
-def static_layout(sequences: int, pages: int, open_frames: int, sink_frames: int, draft: bool = False) -> BatchLayout:
+def static_layout(
+    sequences: int, pages: int, open_frames: int, sink_frames: int, draft: bool = False, groups: int = 1
+) -> BatchLayout:
     """A layout for steps of one new token each of up to ``sequences`` sequences of up to ``pages`` sealed pages.
 
     It begins without any; :func:`refill` makes it a step. Sequences that are not there have no new token (``counts`` 0)
@@ -24,7 +26,7 @@ def static_layout(sequences: int, pages: int, open_frames: int, sink_frames: int
         starts=np.zeros(sequences, dtype=np.int32),
         counts=np.zeros(sequences, dtype=np.int32),
         rows=np.arange(sequences + 1, dtype=np.int32),
-        sealed=np.full((sequences, pages), -1, dtype=np.int32),
+        sealed=np.full((groups * sequences, pages), -1, dtype=np.int32),
         head=np.zeros((sequences, open_frames), dtype=np.int32),
         tail=np.zeros((sequences, open_frames), dtype=np.int32),
         sink=np.full((sequences, sink_frames), -1, dtype=np.int32),
@@ -42,8 +44,10 @@ def refill(layout: BatchLayout, batch: BatchLayout) -> None:
         own = getattr(layout, name)
         own[:count] = getattr(batch, name)
         own[count:] = -1 if name == "sink" else 0
-    layout.sealed[:count, : batch.sealed.shape[1]] = batch.sealed
-    layout.sealed[:count, batch.sealed.shape[1] :] = -1
+    groups, deep = len(batch.sealed) // count, batch.sealed.shape[1]
+    sealed = layout.sealed.reshape(groups, len(layout.counts), -1)
+    sealed[:, :count, :deep] = batch.sealed.reshape(groups, count, deep)
+    sealed[:, :count, deep:] = -1
     for refresh in layout.refreshers:
         refresh()
 
