@@ -8,12 +8,19 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from helpers.tiny_engine import loaded, make, one_thread, original, packed, prompt_of, tokens
 from test_sampler import FILTERS, VOCAB, logits_of, naive, state_of
 from torch import Tensor
 
+from kvbits.engine import answer
 from kvbits.engine.device_sampler import adjust_rows, on_cpu, pick, sample_on_device
+from kvbits.engine.params import SamplingParams
 from kvbits.engine.sampler import NO_TOKEN_LEFT, NOT_FINITE, adjust, sample
 from kvbits.engine.sampling import SamplingState
+from kvbits.kernels import default_backend
+from kvbits.models import LoadedModel
+
+__all__ = ["loaded", "one_thread", "original", "packed"]
 
 OPTIONS: dict[str, dict[str, object]] = {
     "nothing": {},
@@ -160,3 +167,19 @@ def test_what_goes_the_cpus_way_is_named() -> None:
     assert [s.token for s in got[::2]] == logits[::2].argmax(-1).tolist()
     assert got[1].token % 3 == 0
     assert got[1].token != 0
+
+
+@pytest.mark.parametrize("method", [None, "ngram"])
+def test_an_engine_chooses_the_same_tokens(
+    packed: LoadedModel, monkeypatch: pytest.MonkeyPatch, method: str | None
+) -> None:
+    """Requests of all kinds in one batch, guesses too."""
+    wishes: list[dict[str, object]] = [{}, {"temperature": 0.0}, {"top_k": 5, "top_p": 0.8}, *OPTIONS.values()]
+    params = [SamplingParams(**{"max_tokens": 12, "seed": i, **wish}) for i, wish in enumerate(wishes)]
+    prompts = [prompt_of(5 + 13 * i, i) for i in range(len(wishes))]
+    answers = []
+    for choose in (sample, sample_on_device):
+        monkeypatch.setattr(answer, "sample", choose)
+        llm = make(packed, default_backend(), "int8", speculative_config=method)
+        answers.append(tokens(llm, prompts, params))
+    assert answers[0] == answers[1]
