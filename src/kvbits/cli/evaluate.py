@@ -54,7 +54,7 @@ def evaluate(
     self_check: Annotated[
         bool, typer.Option(help="Run each dtype also with its scales off by 5 %, to see that the verdict notices.")
     ] = False,
-    max_num_batched_tokens: options.MaxNumBatchedTokens = 512,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = None,
     dtype: Annotated[
         str,
         typer.Option(
@@ -87,6 +87,7 @@ def evaluate(
         require("plot")
         writable(html)
     dtypes = options.cache_dtypes(kv_cache_dtype, kv_policy)
+    from kvbits.engine.config import step_tokens
     from kvbits.engine.precheck import check_model
     from kvbits.evaluation.parts import FIDELITY, LAYERS, parts_of
     from kvbits.evaluation.windows import check_text, read_text
@@ -116,7 +117,8 @@ def evaluate(
     only_text = set(selection.parts) <= {FIDELITY, LAYERS}
     again = not only_text and task_dtype != dtype
     served = load(model, task_dtype, threads, weights, device, trust_remote_code) if again else loaded
-    laboratory = Laboratory(loaded, policies, resume_cache, Bar, dtype, served, task_dtype, max_num_batched_tokens)
+    budget = step_tokens(max_num_batched_tokens, device)
+    laboratory = Laboratory(loaded, policies, resume_cache, Bar, dtype, served, task_dtype, budget)
     run_tasks(laboratory, selection, tokens, book, sizes)
     rows = laboratory.results()
     if text is not None:

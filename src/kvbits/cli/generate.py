@@ -45,7 +45,7 @@ def generate(
     kv_cache_memory: options.KVCacheMemory = "1GiB",
     max_model_len: options.MaxModelLen = None,
     max_num_seqs: options.MaxNumSeqs = 64,
-    max_num_batched_tokens: options.MaxNumBatchedTokens = 512,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = None,
     speculative_config: options.Speculative = None,
     dtype: options.Dtype = "bfloat16",
     weights: options.Weights = "auto",
@@ -59,7 +59,7 @@ def generate(
     kv_cache_dtype = options.cache_dtype(kv_cache_dtype, kv_policy)
     texts = prompts_of(prompt or [], prompt_file or [])
     from kvbits.auto.wanted import Wanted
-    from kvbits.engine.config import EngineConfig
+    from kvbits.engine.config import EngineConfig, step_tokens
     from kvbits.engine.params import SamplingParams
     from kvbits.engine.precheck import check_chat, check_engine
     from kvbits.engine.speculation.config import SpeculativeConfig
@@ -76,7 +76,7 @@ def generate(
     speculative = SpeculativeConfig.of(speculative_config)
     engine: dict[str, Any] = {
         "kv_cache_dtype": kv_cache_dtype, "kv_cache_memory": kv_cache_memory, "max_model_len": max_model_len,
-        "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens,
+        "max_num_seqs": max_num_seqs, "max_num_batched_tokens": step_tokens(max_num_batched_tokens, device),
     }  # fmt: skip
     outline = check_engine(model, EngineConfig.of(**engine), speculative, dtype=dtype, weights=weights, device=device)
     if chat:

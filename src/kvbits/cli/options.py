@@ -82,7 +82,12 @@ MaxModelLen = Annotated[
     int | None, typer.Option(metavar="TOKENS", help="Longest prompt plus answer. Default: the model's context.")
 ]
 MaxNumSeqs = Annotated[int, typer.Option(metavar="N", help="Most sequences that run at once.")]
-MaxNumBatchedTokens = Annotated[int, typer.Option(metavar="TOKENS", help="Token budget of one step, prefill included.")]
+MaxNumBatchedTokens = Annotated[
+    int | None,
+    typer.Option(
+        metavar="TOKENS", help="Token budget of one step, prefill included. Default: 512 on a CPU, 2048 on a GPU."
+    ),
+]
 Speculative = Annotated[
     str | None,
     typer.Option(

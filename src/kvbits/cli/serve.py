@@ -31,7 +31,7 @@ def serve(
     kv_cache_memory: options.KVCacheMemory = "1GiB",
     max_model_len: options.MaxModelLen = None,
     max_num_seqs: options.MaxNumSeqs = 64,
-    max_num_batched_tokens: options.MaxNumBatchedTokens = 512,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = None,
     enable_prefix_caching: Annotated[
         bool, typer.Option(help="Keep sealed pages after a request for prompts that begin alike.")
     ] = True,
@@ -119,7 +119,7 @@ def serve(
     require("server")
     from kvbits.auto.wanted import Wanted
     from kvbits.config import parse_bytes
-    from kvbits.engine.config import EngineConfig
+    from kvbits.engine.config import EngineConfig, step_tokens
     from kvbits.server.hosts import names_of
     from kvbits.server.logs import check_level, set_up
     from kvbits.server.options import ServerOptions
@@ -145,7 +145,7 @@ def serve(
         kv_cache_memory=kv_cache_memory,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_batched_tokens=step_tokens(max_num_batched_tokens, device),
         enable_prefix_caching=enable_prefix_caching,
         batch_invariant=batch_invariant,
         kv_offload_size=kv_offload_size,

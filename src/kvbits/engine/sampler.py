@@ -27,6 +27,9 @@ NOT_FINITE = (
 )
 """Why no token can be chosen, or a log-probability given."""
 
+NO_TOKEN_LEFT = "no token is left that allowed_token_ids, bad_words, min_tokens and the grammar all allow"
+"""Why no token can be chosen, by the request's own rules."""
+
 _HEAD = 256
 """How many of the likeliest tokens are put in order; where more are needed, a threshold says which."""
 
@@ -124,7 +127,7 @@ def adjust(raw: Tensor, state: SamplingState) -> Tensor:
         if state.matcher is not None and not torch.isfinite(logits.max()):
             logits = free
     if not torch.isfinite(logits.max()):
-        raise RequestError("no token is left that allowed_token_ids, bad_words, min_tokens and the grammar all allow")
+        raise RequestError(NO_TOKEN_LEFT)
     return logits
 
 
