@@ -29,6 +29,7 @@ from kvbits.replay.target import find_target
 ROOT = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if 'if __name__ == "__main__"' in path.read_text("utf-8"))
 ELSEWHERE = {
+    "evidence": "has a file of its own, test_evidence.py",
     "cuda_cycles": "needs NVRTC and NVIDIA's disassembler",
     "llama_server": "needs llama-server, which peers/install.py builds",
     "ray_faults": "needs a Ray cluster",

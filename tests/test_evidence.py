@@ -1,0 +1,97 @@
+"""The evidence's script on a tiny model: stages, what is kept, tables."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from helpers.serving import CONTEXT, byte_tokenizer
+from helpers.tiny import save, tiny_model
+
+from kvbits.evaluation.documents import reference_text
+
+ROOT = Path(__file__).parents[1] / "benchmarks"
+WINDOW = 256
+
+
+@pytest.fixture
+def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The script's stages for one tiny model and small sizes."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    module = importlib.import_module("evidence_stages")
+    model = tiny_model("llama", head_dim=64, vocab_size=259, max_position_embeddings=CONTEXT)
+    folder = save(model, tmp_path / "model", byte_tokenizer)
+    small = {
+        "SUBJECTS": {"tiny": module.Subject(folder, windows=2, longest=2 * WINDOW, chat=False)},
+        "CONTEXT": WINDOW,
+        "WRITTEN": WINDOW,
+        "FIT_WINDOWS": 2,
+        "CHECK_WINDOWS": 1,
+        "BUDGETS": (4.6,),
+        "FEW": ("int8", "4.6"),
+    }
+    for name, value in small.items():
+        monkeypatch.setattr(module, name, value)
+    yield module
+    for name in ("evidence", "evidence_tables"):
+        sys.modules.pop(name, None)
+
+
+def run(data: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> int:
+    script = importlib.import_module("evidence")
+    line = ["evidence.py", "--models", data, "--data-dir", data, "--out", out, "--stages", *names]
+    monkeypatch.setattr(sys, "argv", list(map(str, line)))
+    code: int = script.main()
+    return code
+
+
+def test_stages_are_kept_and_never_run_again(
+    stages: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    text = reference_text()
+    for index, name in enumerate((stages.TEXT, *stages.BOOKS)):
+        (data / name).write_text(text[index * 5000 : (index + 1) * 5000])
+    names = ("calibrate", "fidelity", "written", "positions", "tools", "retrieval-8k")
+    assert run(data, out, monkeypatch, *names) == 0
+
+    rows = json.loads((out / "tiny" / "fidelity.json").read_text())["rows"]
+    assert [row["dtype"] for row in rows] == ["int8", "int6", "int4", "4.6"]
+    assert all(row["windows"] == 2 and row["tokens"] == 2 * (WINDOW // 2 - 1) for row in rows)
+    assert rows[0]["kl_mean"] < rows[1]["kl_mean"] < rows[2]["kl_mean"]
+    assert rows[3]["bits_per_element"] == pytest.approx(4.6, abs=0.2)
+    assert rows[3]["kl_mean"] < rows[2]["kl_mean"]
+    for stage, length in (("positions", 2 * WINDOW), ("written", WINDOW)):
+        found = json.loads((out / "tiny" / f"{stage}.json").read_text())["rows"]
+        assert [row["dtype"] for row in found] == ["int8", "4.6"]
+        assert found[0]["by_position"][0]["begin"] == 0
+        assert found[0]["by_position"][-1]["end"] == length
+    # no chat template, and too short a context
+    assert not (out / "tiny" / "tools.json").exists()
+    assert not (out / "tiny" / "retrieval-8k.json").exists()
+    tables = (out / "tables.md").read_text()
+    assert "## tiny, 2 windows of" in tables
+    assert "| `--bits 4.6` |" in tables
+    assert (out / "evidence-bits.png").read_bytes().startswith(b"\x89PNG")
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr(stages, "load_model", never)
+    capsys.readouterr()
+    assert run(data, out, monkeypatch, *names) == 0
+    assert "==" not in capsys.readouterr().err
+
+
+def test_a_policy_that_is_not_calibrated_is_named(
+    stages: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / stages.TEXT).write_text(reference_text()[:5000])
+    with pytest.raises(SystemExit, match=r"no policy of 4\.6 bits: run the stage 'calibrate' first"):
+        run(tmp_path, tmp_path / "out", monkeypatch, "fidelity")
