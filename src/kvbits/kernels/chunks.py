@@ -89,7 +89,7 @@ class ChunkCoder:
             raise UnsupportedError(
                 f"a chunk has the shape {tuple(chunk.shape)}; expected [2, {layers}, tokens, {width}]"
             )
-        return chunk.unflatten(-1, (self.kv_heads, self.head_size))
+        return chunk.view(*chunk.shape[:3], self.kv_heads, self.head_size)
 
     def size(self, tokens: int) -> int:
         """Bytes of a chunk of ``tokens`` tokens."""
@@ -116,7 +116,8 @@ class ChunkCoder:
         return self.size(tokens)
 
     def decode(self, data: Tensor, model: str, shares: Sequence[Tensor]) -> None:
-        """Undo :meth:`encode`: ``data`` ``uint8 [bytes]`` into ``shares``. Raises ``CacheError`` for another's bytes."""
+        """Undo :meth:`encode`: ``data`` ``uint8 [bytes]`` into ``shares``. Raises ``CacheError`` for
+        another's bytes."""
         expected = self._format(model, shares)
         if len(data) < self.size(expected.tokens):
             raise CacheError(f"a chunk of {expected.tokens} tokens has {len(data)} bytes, too few")
