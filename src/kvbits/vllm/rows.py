@@ -7,6 +7,7 @@ value of a head lie side by side (``vllm/v1/kv_cache_layout.py``, ``vllm/v1/kv_o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -37,11 +38,16 @@ class RowLayout:
     def shares(self, row: Tensor, layers: int, dtype: torch.dtype) -> list[Tensor]:
         """Views ``[2, layers, blocks, tokens, heads, head_size]`` of every worker's part of ``row`` ``uint8 [bytes]``.
 
-        ``layers``: those of one of vLLM's groups, which share memory: a small one fills the first places.
+        ``layers``: those of one of vLLM's groups, which share memory: a small one leaves the rest of a block.
         """
-        sizes = {"L": self.layers, "B": self.blocks, "H": self.heads, "N": self.tokens}
+        sizes = {"L": layers, "B": self.blocks, "H": self.heads, "N": self.tokens}
         order = [axis for axis in self.layout if axis in sizes]
         shape = [*(sizes[axis] for axis in order), 2, self.head_size]
         axes = [len(order), *(order.index(axis) for axis in "LBNH"), len(order) + 1]
-        parts = row[: self.workers * self.part_bytes].view(self.workers, -1)
-        return [part.view(dtype).view(shape).permute(axes)[:, :layers] for part in parts]
+        outer = shape[0]
+        used = math.prod(shape) // outer
+        parts = row[: self.workers * self.part_bytes].view(dtype).view(self.workers, -1)
+        if order[0] == "L":  # the layers that this group has not come last
+            parts = parts[:, : outer * used]
+        blocks = parts.unflatten(1, (outer, -1))[..., :used]
+        return [part.unflatten(-1, shape[1:]).permute(axes) for part in blocks]
