@@ -33,7 +33,8 @@ PIECE = 128
 
 def read(model: Any, tokens: Tensor, cache: Any) -> Tensor:
     """Log-probabilities ``float32 [tokens, vocab]`` after each of ``tokens``, which ``cache`` takes in."""
-    return model(tokens[None], past_key_values=cache).logits[0].float().log_softmax(-1)
+    logits: Tensor = model(tokens[None], past_key_values=cache).logits[0]
+    return logits.float().log_softmax(-1)
 
 
 def divergences(model: Any, tokens: Tensor, reference: Any, caches: dict[str, Any]) -> dict[str, float]:
@@ -49,7 +50,7 @@ def divergences(model: Any, tokens: Tensor, reference: Any, caches: dict[str, An
 def tripped(cache: DynamicCache, coder: ChunkCoder | None) -> DynamicCache:
     """``cache`` in bfloat16; with a ``coder`` there and back."""
     found = copy.deepcopy(cache)
-    layers = found.layers
+    layers: list[Any] = found.layers
     chunk = torch.stack(
         [torch.stack([getattr(x, side)[0].transpose(0, 1) for x in layers]) for side in ("keys", "values")]
     )

@@ -19,14 +19,23 @@ class Recorder:
 
     model_runner: Any
 
-    def record(self, layers: list[int] | None = None) -> None:
-        """Keep queries, keys, values and results of ``layers`` (default: all), by request and position; the last."""
+    def record(self, layers: list[int] | None = None, triton: bool = False) -> None:
+        """Keep queries, keys, values and results of ``layers`` (default: all), by request and position; the last.
+
+        ``triton``: from now on a GPU's kernels run, in the interpreter.
+        """
         from kvbits.vllm.backend import KvbitsImpl
 
         self.rows: Any = defaultdict(dict)  # (request, layer) -> position -> rows
         self.impls: dict[int, Any] = {}
         self.steps: list[Any] = []
         run = KvbitsImpl.forward
+        if triton:
+            from kvbits.kernels.triton.backend import TritonBackend
+
+            context = self.model_runner.compilation_config.static_forward_context
+            (shared,) = {x.impl.shared for x in context.values() if isinstance(getattr(x, "impl", None), KvbitsImpl)}
+            shared._backend = TritonBackend("cpu")
 
         def forward(impl: Any, layer: Any, query: Tensor, key: Tensor, value: Tensor, memory: Tensor, step: Any,
                     output: Tensor, **others: Any) -> Tensor:  # fmt: skip
