@@ -164,9 +164,10 @@ class KvbitsImpl(AttentionImpl[Any]):
         if self._view is None or self._view[0] is not kv_cache:
             self._view = kv_cache, view_of(kv_cache, self.index, self.geometry, self.shared)
             self.shared.backend.prepare([self._view[1]])
-        self.shared.backend.forward(
-            self._view[1], batch, query[:rows], key[:rows], value[:rows], self.sinks, output[:rows]
-        )
+        given = query, key, value, output
+        if len(query) != rows:
+            given = query[:rows], key[:rows], value[:rows], output[:rows]
+        self.shared.backend.forward(self._view[1], batch, *given[:3], self.sinks, given[3])
         return output
 
 
