@@ -7,15 +7,17 @@ the kernels. Rows are compared with the slow reference, which knows no blocks; t
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.tiny import VOCAB, save, tiny_model
 from helpers.vllm_engine import Engine
-from vllm.platforms import current_platform
+from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from kvbits.errors import UnsupportedError
 from kvbits.vllm import register
 from kvbits.vllm.backend import KvbitsBackend, StepBuilder
 from kvbits.vllm.blocks import PageBackend
@@ -51,7 +53,7 @@ def test_triton_attends_as_the_reference_does(
     assert found.counter("prefix_cache_hits") == 128
 
 
-class Gpu(type(current_platform)):  # type: ignore[misc]
+class Gpu(CpuPlatform):
     """What vLLM asks of a platform, answered as on a GPU."""
 
     device_type = "cuda"
@@ -70,18 +72,20 @@ def test_a_gpu_gets_the_custom_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_names_that_gpus_serve_themselves_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM 0.32 has ``int4_per_token_head`` on GPUs; a later one takes names of kvbits' own."""
+    """vLLM 0.32 has ``int4_per_token_head`` on GPUs, where a policy is refused; a later one takes kvbits' own names."""
     own = Gpu()
-    before = type(own)
     monkeypatch.setattr("vllm.platforms.current_platform", own)
     register()
-    names = getattr(type(own), "kvbits_names", None)
-    try:
-        from vllm.config.cache import register_kv_cache_dtype  # noqa: F401
-    except ImportError:
-        assert type(own) is before
-    else:
+    names = type(own).kvbits_names
+    assert "int4_per_token_head" not in names
+    asked = SimpleNamespace(
+        cache_config=SimpleNamespace(cache_dtype="auto"), additional_config={"kvbits": {"policy": "int4"}}
+    )
+    if names.carrier:
         assert names.carrier == "kvbits"
+    else:
+        with pytest.raises(UnsupportedError, match=r"0\.33 or later on a GPU"):
+            own.check_and_update_config(asked)
 
 
 def test_no_graph_holds_a_launch() -> None:

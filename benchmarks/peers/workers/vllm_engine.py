@@ -34,11 +34,12 @@ class Engine:
             max_num_seqs=max_seqs,
         )
         self._engine: Any = llm.llm_engine
+        self._vocab = min(10_000, self._engine.model_config.get_vocab_size())
         self._numbers = np.random.default_rng(0)
         self._names = 0
 
     def tokens(self, count: int) -> list[int]:
-        found: list[int] = self._numbers.integers(100, 10_000, count).tolist()
+        found: list[int] = self._numbers.integers(10, self._vocab, count).tolist()
         return found
 
     def run(self, prompts: list[list[int]], new: int) -> list[tuple[float, int]]:

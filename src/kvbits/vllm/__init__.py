@@ -21,6 +21,4 @@ def register() -> None:
     from kvbits.vllm.names import register_names
     from kvbits.vllm.platform import serve_on
 
-    names = register_names(current_platform.is_cpu())
-    if names is not None:
-        serve_on(current_platform, names)
+    serve_on(current_platform, register_names(current_platform.is_cpu()))

@@ -46,6 +46,8 @@ class _Serving:
         cache, names = vllm_config.cache_config, cls.kvbits_names
         policy = policy_asked(cache.cache_dtype, vllm_config.additional_config, names)
         if policy is not None:
+            if not names.carrier:
+                raise UnsupportedError(f"kvbits' cache in vLLM ('{policy}') needs vLLM 0.33 or later on a GPU")
             check_engine(vllm_config, policy)
         super().check_and_update_config(vllm_config)  # type: ignore[misc]
         if policy is not None:
