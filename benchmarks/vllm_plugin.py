@@ -29,13 +29,14 @@ CASES = [(8, 4096), (8, 7680), (8, 512), (1, 4096)]
 
 
 class Engine:
-    """A process with one vLLM engine; what it has to say beside its results goes to ``log``."""
+    """A process with one vLLM engine; what it has to say beside its results goes to ``log``, in two files."""
 
     def __init__(self, kv: str, args: argparse.Namespace, log: Path) -> None:
         longest = max(context for _, context in args.case) + args.steps + 64
         sizes = longest, max(batch for batch, _ in args.case), args.cache_bytes
         cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[: args.threads]))
         self.kv, self._log = kv, log
+        self._said = log.with_suffix(".out").open("w")
         self._process = subprocess.Popen(
             [args.python, str(WORKER), args.model, kv, *map(str, sizes)],
             env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": cores}, text=True,
@@ -53,6 +54,8 @@ class Engine:
         for line in self._process.stdout:
             if line.startswith("RESULT "):
                 return float(line.split()[1])
+            self._said.write(line)
+        self._said.close()
         raise SystemExit(f"vLLM with the cache {self.kv} ended; see {self._log}")
 
     def close(self) -> None:

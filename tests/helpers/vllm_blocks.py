@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import OffloadingConnectorWorker
-from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, KVCacheLayout, SlidingWindowSpec
 from vllm.v1.kv_offload.config import (
     OffloadingCacheConfig,
@@ -26,6 +25,11 @@ from vllm.v1.kv_offload.config import (
 from vllm.v1.kv_offload.cpu.gpu_worker import SingleDirectionOffloadingHandler
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.worker.utils import allocate_kv_cache
+
+try:  # 0.33
+    from vllm.v1.core.kv_cache_planning import get_kv_cache_config_from_groups
+except ImportError:
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups
 
 HEADS, DIM = 4, 32
 GROUPS = (

@@ -67,6 +67,12 @@ class Offload:
             self.manager.complete_load([key], self.request)
         return found
 
+    def forget(self) -> None:
+        """Host memory forgets, the tier does not."""
+        self.manager.reset_cache()
+        if hasattr(self.manager, "on_reset_flushed"):  # 0.33
+            self.manager.on_reset_flushed()
+
     def rows(self, layer: str, blocks: list[int]) -> Tensor:
         """``[heads, tokens, 2 * dim]`` of a layer, all workers' heads."""
         return torch.cat([w.caches[layer][blocks].transpose(0, 1).flatten(1, 2) for w in self.workers])
@@ -120,7 +126,7 @@ def test_chunks_come_back_as_their_codecs_say(
     back = list(range(18, 18 + 6))[:blocks] if blocks <= 6 else [*range(18, 24), 6, 8]
     for group, key in enumerate(keys):
         run.store(key, group, places[group])
-    run.manager.reset_cache()  # host memory forgets, the tier does not
+    run.forget()
     for group, key in enumerate(keys):
         before = {name: run.rows(name, places[group]) for name in GROUPS[group]}
         assert run.load(key, group, back) is LookupResult.HIT
@@ -140,7 +146,7 @@ def test_what_was_used_longest_ago_makes_room(offloads: Any) -> None:
     assert {run.tier.lookup(k, run.request) for k in keys[:2]} == {LookupResult.HIT}
     run.manager.touch(keys[:1], run.request)
     run.store(keys[2], 0, [2])
-    run.manager.reset_cache()
+    run.forget()
     found = [run.tier.lookup(key, run.request) for key in keys]
     assert found == [LookupResult.HIT, LookupResult.MISS, LookupResult.HIT]
     assert run.tier._kept.nbytes <= 80_000
@@ -150,7 +156,7 @@ def test_a_second_store_moves_nothing(offloads: Any) -> None:
     run = offloads(Model("LBNHC", 64, 1))
     key = make_offload_key(b"k" * 32, 0)
     run.store(key, 0, [1])
-    run.manager.reset_cache()
+    run.forget()
     run.manager.on_new_request(run.request)
     run.store(key, 0, [1])
     (result,) = run.tier.get_finished_jobs()
@@ -187,7 +193,7 @@ class TestFiles:
         """Nothing reaches host memory, the file goes, and vLLM computes the chunk again."""
         run = self.stored(offloads, tmp_path)
         run.store(self.KEY, 0, [3])
-        run.manager.reset_cache()
+        run.forget()
         (path,) = tmp_path.rglob("*.kvbits")
         data = bytearray(path.read_bytes())
         if damage == "a bit":
