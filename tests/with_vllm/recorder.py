@@ -98,7 +98,7 @@ def alone(impl: Any, query: Tensor, key: Tensor, value: Tensor, backend: Any) ->
     geometry = ModelGeometry("one layer", (impl.geometry,), len(query), 1)
     full = len(query) // PAGE_TOKENS
     frame = PagedPool.smallest(geometry, policy).layout
-    pool = PagedPool(geometry, policy, frame.bytes_of(full + frame.open.frames + 1))
+    pool = PagedPool(geometry, policy, frame.bytes_of(full + frame.open.frames + 1), free_windows=False)
     own = list(range(full, full + frame.open.frames))
     batch = BatchLayout.of([SequencePages(0, len(query), list(range(full)), own, own, [])])
     return (backend or CpuBackend()).forward(pool.layers[0], batch, query, key, value, impl.sinks)
