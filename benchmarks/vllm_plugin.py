@@ -17,6 +17,7 @@ import json
 import os
 import statistics
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from report import facts_of, publish
 
 WORKER = Path(__file__).parent / "peers" / "workers" / "vllm_engine.py"
 OWN = ("auto", "fp8")
+PAUSE = 1.2
+"""Seconds between two engines: a worker of vLLM's spins for one more after its last step."""
 CASES = [(8, 4096), (8, 7680), (8, 512), (1, 4096)]
 
 
@@ -85,7 +88,7 @@ def main() -> None:
     parser.add_argument("--case", nargs="+", type=parse_case, default=CASES, metavar="BATCHxCONTEXT")
     parser.add_argument("--prefill", type=int, default=4096, help="tokens of the prompts whose prefill is timed")
     parser.add_argument("--steps", type=int, default=48, help="decode steps of a repeat")
-    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cache-bytes", type=int, default=3 << 29, help="of every engine's cache")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", type=Path, default=Path("out/vllm_plugin.json"))
@@ -102,6 +105,7 @@ def main() -> None:
         for case, asked in cases.items():
             for repeat in range(args.repeats + 1):  # the first one fills the prefix cache
                 for engine in engines[:: -1 if repeat % 2 else 1]:
+                    time.sleep(PAUSE)
                     speed = engine.ask(**asked)
                     if repeat:
                         found[case][engine.kv].append(speed)
