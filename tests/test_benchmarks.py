@@ -423,3 +423,11 @@ def test_conformance(
             with pytest.raises(SystemExit) as caught:
                 module.main()
             assert caught.value.code == status, capsys.readouterr().out
+
+
+def test_round_trip(run: Run, model: str, tmp_path: Path) -> None:
+    small = ("--windows", 1, "--context", 128, "--rest", 64, "--kv-cache-dtype", "int8", "int4")
+    run("round_trip", model, *small, "--json", tmp_path / "r.json")
+    int8, int4 = results(tmp_path / "r.json")["rows"]
+    assert 0 < int8["trip"] < int4["trip"]
+    assert int4["trip"] < 3 * int4["own"]

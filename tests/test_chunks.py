@@ -64,10 +64,10 @@ def test_a_chunk_comes_back_as_its_pages_say(text: str, tokens: int, dtype: torc
     policy = parse_policy(text, 3)
     x, coder = chunk(policy, tokens, dtype), ChunkCoder(policy, HEADS, DIM)
     data = torch.full((coder.size(tokens) + 100,), 0xAB, dtype=torch.uint8)
-    assert coder.encode(x, "m", data) == coder.size(tokens)
+    assert coder.encode([coder.heads(x)], "m", data) == coder.size(tokens)
     assert (data[-100:] == 0xAB).all()
     back = torch.full_like(x, torch.nan)
-    coder.decode(data, "m", back)
+    coder.decode(data, "m", [coder.heads(back)])
     full = tokens // 64 * 64
     assert torch.equal(back[:, :, full:], x[:, :, full:])
     for index, scheme in enumerate(policy.layers):
@@ -86,7 +86,7 @@ def test_calibrated_rounding_is_kept() -> None:
     policy = Policy("calibrated-x", parse_policy("int4", 2).layers, rounding=rounding)
     coder, x = ChunkCoder(policy, HEADS, DIM), chunk(policy, 128)
     data = torch.zeros(coder.size(128), dtype=torch.uint8)
-    coder.encode(x, "m", data)
+    coder.encode([coder.heads(x)], "m", data)
     key = policy.layers[0].key
     pages = x[0, 1].float().unflatten(-1, (HEADS, DIM)).unflatten(0, (-1, 64)).transpose(1, 2)
     expected = key.encode(pages, "key", rounding[1].key)
@@ -102,14 +102,14 @@ class TestMismatch:
         policy = parse_policy("int4", 2)
         coder = ChunkCoder(policy, HEADS, DIM)
         data = torch.zeros(coder.size(128), dtype=torch.uint8)
-        coder.encode(chunk(policy, 128), "m", data)
+        coder.encode([coder.heads(chunk(policy, 128))], "m", data)
         return coder, data
 
     def refuse(self, coder: ChunkCoder, data: Tensor, says: str, model: str = "m", **changes: object) -> None:
         shape = {"layers": 2, "tokens": 128, "dtype": torch.bfloat16, **changes}
         target = torch.zeros(2, shape["layers"], shape["tokens"], HEADS * DIM, dtype=shape["dtype"])
         with pytest.raises(CacheError, match=says):
-            coder.decode(data, model, target)
+            coder.decode(data, model, [coder.heads(target)])
         assert not target.any()
 
     def test_each_difference(self) -> None:
@@ -131,9 +131,9 @@ class TestMismatch:
         coder, data = self.data()
         for shape in ((1, 2, 128, HEADS * DIM), (2, 3, 128, HEADS * DIM), (2, 2, 128, 5), (2, 2, HEADS * DIM)):
             with pytest.raises(UnsupportedError, match="shape"):
-                coder.encode(torch.zeros(shape).bfloat16(), "m", data)
+                coder.heads(torch.zeros(shape))
         with pytest.raises(UnsupportedError, match="float32"):
-            coder.encode(torch.zeros(2, 2, 128, HEADS * DIM), "m", data)
+            coder.encode([coder.heads(torch.zeros(2, 2, 128, HEADS * DIM))], "m", data)
         with pytest.raises(UnsupportedError, match="first page"):
             ChunkCoder(parse_policy("int4+sink:int8", 2), HEADS, DIM)
         with pytest.raises(UnsupportedError, match="head size 40"):

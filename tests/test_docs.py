@@ -123,7 +123,7 @@ def test_files_of_the_project_exist(page: Path) -> None:
 
 
 FOREIGN = {
-    "--additional-config", "--block-size", "--kv-cache-memory-bytes",
+    "--additional-config", "--block-size", "--kv-cache-memory-bytes", "--kv-transfer-config", "--enable-dbo",
     "--geometry", "--isa", "--phase", "--repeats", "--rounds", "--case", "--stress-seed",
     "--install-completion", "--no-deps", "--platform", "--help", "--kl-divergence",
     "--quantization-param-path", "--quant-policy", "--kv-cache-dtype-skip-layers",

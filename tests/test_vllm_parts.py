@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.vllm_memory import BLOCKS, LAYERS, VllmMemory
 from torch import Tensor
 
-from kvbits.codecs import OPEN, SCHEMES, parse_policy
+from kvbits.codecs import SCHEMES, parse_policy
 from kvbits.config import PAGE_TOKENS, LayerGeometry, ModelGeometry
 from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.kernels import BatchLayout, SequencePages
@@ -71,7 +72,8 @@ def engine(**changes: object) -> SimpleNamespace:
             kv_offloading_size=None,
         ),
         parallel_config=SimpleNamespace(
-            decode_context_parallel_size=1, prefill_context_parallel_size=1, pipeline_parallel_size=1
+            decode_context_parallel_size=1, prefill_context_parallel_size=1, pipeline_parallel_size=1,
+            use_ubatching=False,
         ),
         scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=None),
         speculative_config=None, kv_transfer_config=None, use_v2_model_runner=False,
@@ -108,6 +110,7 @@ class TestRefusals:
             ({"kv_transfer_config": object()}, "int4", "connector"),
             ({"scheduler_config__disable_hybrid_kv_cache_manager": True}, "int4", "hybrid"),
             ({"parallel_config__pipeline_parallel_size": 2}, "int4", "--pipeline-parallel-size 2"),
+            ({"parallel_config__use_ubatching": True}, "int4", "--enable-dbo"),
             ({"use_v2_model_runner": True}, "int4", "VLLM_USE_V2_MODEL_RUNNER"),
             ({"speculative_config": SimpleNamespace(method="eagle", num_speculative_tokens=2)}, "int4", "'eagle'"),
             ({"speculative_config": SimpleNamespace(method="ngram", num_speculative_tokens=64)}, "int4", "64 drafts"),
@@ -120,36 +123,6 @@ class TestRefusals:
     def test_a_wrong_policy_is_named(self) -> None:
         with pytest.raises(ConfigError, match="layers are 0 to 2"):
             check_engine(engine(), "0-3:int4")
-
-
-LAYERS = (LayerGeometry(6, 2, 64, 64, 0.125), LayerGeometry(4, 1, 32, 32, 0.2, window=70, softcap=20.0, sinks=True))
-BLOCKS = 40
-
-
-class VllmMemory:
-    """Blocks as vLLM lays them out (``BLHNC``): layer after layer in a block; open pages begin at its start too."""
-
-    def __init__(self, dtype: str, parities: int) -> None:
-        self.policy, self.parities = parse_policy(dtype, len(LAYERS)), parities
-        sizes = [s.layer_bytes(g) for s, g in zip(self.policy.layers, LAYERS, strict=True)]
-        opened = [OPEN.layer_bytes(g) for g in LAYERS]
-        self.frame = max(sum(sizes), *opened)
-        self.bytes = torch.full((BLOCKS, self.frame), 0xFF, dtype=torch.uint8)
-        self._starts = np.cumsum([0, *sizes])
-
-    def layer(self, index: int) -> Tensor:
-        return self._part(int(self._starts[index]), LAYERS[index], self.policy.layers[index].head_bytes(LAYERS[index]))
-
-    def open_memory(self, index: int, parity: int) -> Tensor:
-        return self._part(0, LAYERS[index], OPEN.head_bytes(LAYERS[index])).view(torch.bfloat16)
-
-    def open_frame(self, index: int) -> int:
-        return index
-
-    def _part(self, start: int, layer: LayerGeometry, head: int) -> Tensor:
-        token = head // PAGE_TOKENS
-        shape = (BLOCKS, layer.num_kv_heads, PAGE_TOKENS, token)
-        return self.bytes.as_strided(shape, (self.frame, head, token, 1), start)
 
 
 class OpenBlocks:

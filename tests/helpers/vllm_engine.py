@@ -36,21 +36,22 @@ Engine = Callable[..., Run]
 
 
 def run_engine(
-    directory: Path, model: str, rounds: list[dict[str, Any]], policy: str | None, record: Any = False, **options: Any
+    directory: Path, model: str, rounds: list[dict[str, Any]], policy: str | None,
+    record: dict[str, Any] | None = None, environment: dict[str, str] | None = None, **options: Any,
 ) -> Run:  # fmt: skip
     """Run ``rounds`` of prompts (token ids) with a policy of kvbits', or (``None``) with vLLM's own cache."""
     given = {"kv_cache_memory_bytes": 256 << 20, "enforce_eager": True, "max_num_seqs": 8, **options}
     if policy is not None:
         given["additional_config"] = {"kvbits": {"policy": policy}}
     job: dict[str, Any] = {"engine": {"model": model, **given}, "rounds": rounds}
-    if record is not False:
+    if record is not None:
         job["record"] = record
     (directory / "job.json").write_text(json.dumps(job))
     # what threads wait for is decided by vLLM, except that they must not spin where cores are shared
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_WAIT_POLICY": "PASSIVE"}
+    variables = {**os.environ, "PYTHONPATH": str(HERE), "OMP_WAIT_POLICY": "PASSIVE", **(environment or {})}
     process = subprocess.run(
         [sys.executable, str(HERE / "engine_process.py"), str(directory / "job.json"), str(directory / "out.json")],
-        env=environment, capture_output=True, text=True, check=False,
+        env=variables, capture_output=True, text=True, check=False,
     )  # fmt: skip
     said = process.stdout + process.stderr
     errors = "\n".join(line for line in said.splitlines() if "Error" in line)  # its processes' own come far before

@@ -2,7 +2,7 @@
 
 A job has ``engine`` (arguments of ``vllm.LLM``) and ``rounds``, each with ``prompts`` (token ids) and ``params``
 (of ``SamplingParams``). The answer has the rounds' tokens and log-probabilities and the engine's counters after each.
-With ``record`` (layers, or ``null`` for all) the rows of the requests are replayed in the worker, see recorder.py;
+With ``record`` (arguments of ``Recorder.record``) the rows of the requests are replayed in the worker, see recorder.py;
 prompts of later rounds that equal one of an earlier round found their beginning in the cache.
 """
 
@@ -21,7 +21,7 @@ def main() -> None:
     recording = {"worker_extension_cls": "recorder.Recorder"} if "record" in job else {}
     llm = LLM(**job["engine"], **recording, disable_log_stats=False)
     if recording:
-        llm.collective_rpc("record", args=(job["record"],))
+        llm.collective_rpc("record", kwargs=job["record"])
     rounds, replayed = [], []
     first: dict[tuple[int, ...], str] = {}
     lengths: dict[str, int] = {}

@@ -18,15 +18,27 @@ class Recorder:
     """Mixed into vLLM's worker; methods are called by ``LLM.collective_rpc``."""
 
     model_runner: Any
+    expected: Any = None
 
-    def record(self, layers: list[int] | None = None) -> None:
-        """Keep queries, keys, values and results of ``layers`` (default: all), by request and position; the last."""
+    def record(self, layers: list[int] | None = None, triton: bool = False) -> None:
+        """Keep queries, keys, values and results of ``layers`` (default: all), by request and position; the last.
+
+        ``triton``: from now on a GPU's kernels run, in the interpreter.
+        """
         from kvbits.vllm.backend import KvbitsImpl
 
         self.rows: Any = defaultdict(dict)  # (request, layer) -> position -> rows
         self.impls: dict[int, Any] = {}
         self.steps: list[Any] = []
         run = KvbitsImpl.forward
+        if triton:
+            from kvbits.kernels.reference import ReferenceBackend
+            from kvbits.kernels.triton.backend import TritonBackend
+
+            context = self.model_runner.compilation_config.static_forward_context
+            (shared,) = {x.impl.shared for x in context.values() if isinstance(getattr(x, "impl", None), KvbitsImpl)}
+            shared._backend = TritonBackend("cpu")
+            self.expected = ReferenceBackend()
 
         def forward(impl: Any, layer: Any, query: Tensor, key: Tensor, value: Tensor, memory: Tensor, step: Any,
                     output: Tensor, **others: Any) -> Tensor:  # fmt: skip
@@ -62,7 +74,7 @@ class Recorder:
             query, key, value, _ = (
                 torch.stack(t) for t in zip(*(whole[i] for i in range(lengths[request])), strict=True)
             )
-            expected = alone(self.impls[layer], query, key, value)
+            expected = alone(self.impls[layer], query, key, value, self.expected)
             for position, (_, _, _, output) in found.items():
                 if position < lengths[request]:
                     rows += 1
@@ -72,8 +84,8 @@ class Recorder:
         return {"rows": rows, "differing": differing, "most": most, "requests": len(lengths), "steps": self.steps}
 
 
-def alone(impl: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """One sequence in a pool of kvbits' for one layer, all rows in one step."""
+def alone(impl: Any, query: Tensor, key: Tensor, value: Tensor, backend: Any) -> Tensor:
+    """One sequence in a pool of kvbits' for one layer, all rows in one step of ``backend`` (default: the CPU's)."""
     from kvbits.codecs import Policy
     from kvbits.config import PAGE_TOKENS, ModelGeometry
     from kvbits.kernels import BatchLayout, SequencePages
@@ -86,7 +98,7 @@ def alone(impl: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     geometry = ModelGeometry("one layer", (impl.geometry,), len(query), 1)
     full = len(query) // PAGE_TOKENS
     frame = PagedPool.smallest(geometry, policy).layout
-    pool = PagedPool(geometry, policy, frame.bytes_of(full + frame.open.frames + 1))
+    pool = PagedPool(geometry, policy, frame.bytes_of(full + frame.open.frames + 1), free_windows=False)
     own = list(range(full, full + frame.open.frames))
     batch = BatchLayout.of([SequencePages(0, len(query), list(range(full)), own, own, [])])
-    return CpuBackend().forward(pool.layers[0], batch, query, key, value, impl.sinks)
+    return (backend or CpuBackend()).forward(pool.layers[0], batch, query, key, value, impl.sinks)

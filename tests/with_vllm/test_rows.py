@@ -44,9 +44,7 @@ def saved(directory: Path, family: str) -> str:
 def run_model(engine: Engine, model: str, policy: str, n: int, **options: Any) -> Run:
     one = {"prompts": prompts(), "params": {"max_tokens": 80, "temperature": 0 if n == 1 else 1, "seed": 1, "n": n,
                                             "ignore_eos": True}}  # fmt: skip
-    found = engine(
-        model, [one, one], policy, record=None, max_model_len=1024, kv_cache_memory_bytes=16 << 20, **options
-    )
+    found = engine(model, [one, one], policy, record={}, max_model_len=1024, kv_cache_memory_bytes=16 << 20, **options)
     (replayed,) = found.replayed
     assert replayed["rows"] > len(LENGTHS) * 80
     assert replayed["differing"] == 0, replayed["most"]

@@ -8,9 +8,9 @@ what the bytes mean; whatever reads them as something else is refused.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ class ChunkFormat:
 
 
 class ChunkCoder:
-    """Codes chunks ``[2, layers, tokens, kv_heads * head_size]`` (keys, values) of one model by ``policy``."""
+    """Codes chunks of one model's keys and values by ``policy``."""
 
     def __init__(self, policy: Policy, kv_heads: int, head_size: int) -> None:
         """Raises ``UnsupportedError`` where a codec does not fit the heads, or for a first page of its own dtype."""
@@ -73,17 +73,23 @@ class ChunkCoder:
         self.policy, self.kv_heads, self.head_size = policy, kv_heads, head_size
         self._coder = PageCoder()
 
-    def format(self, model: str, shape: tuple[int, ...], dtype: torch.dtype) -> ChunkFormat:
-        """Of a chunk of ``shape``. Raises ``UnsupportedError`` for a shape or dtype that this is not for."""
-        width = self.kv_heads * self.head_size
-        if len(shape) != 4 or shape[0] != 2 or shape[1] != len(self.policy.layers) or shape[3] != width:
-            raise UnsupportedError(
-                f"a chunk has the shape {tuple(shape)}; expected [2, {len(self.policy.layers)}, tokens, {width}]"
-            )
+    def format(self, model: str, tokens: int, dtype: torch.dtype) -> ChunkFormat:
+        """Of a chunk of ``tokens`` tokens. Raises ``UnsupportedError`` for a dtype that this is not for."""
         if dtype not in (torch.bfloat16, torch.float16):
             raise UnsupportedError(f"a chunk has the dtype {dtype}; expected bfloat16 or float16")
         name = str(dtype).removeprefix("torch.")
-        return ChunkFormat(model, self.policy.name, shape[1], self.kv_heads, self.head_size, shape[2], name)
+        layers = len(self.policy.layers)
+        return ChunkFormat(model, self.policy.name, layers, self.kv_heads, self.head_size, tokens, name)
+
+    def heads(self, chunk: Tensor) -> Tensor:
+        """``chunk`` ``[2, layers, tokens, kv_heads * head_size]`` head by head. Raises ``UnsupportedError`` for another
+        shape."""
+        layers, width = len(self.policy.layers), self.kv_heads * self.head_size
+        if chunk.dim() != 4 or chunk.shape[:2] != (2, layers) or chunk.shape[3] != width:
+            raise UnsupportedError(
+                f"a chunk has the shape {tuple(chunk.shape)}; expected [2, {layers}, tokens, {width}]"
+            )
+        return chunk.view(*chunk.shape[:3], self.kv_heads, self.head_size)
 
     def size(self, tokens: int) -> int:
         """Bytes of a chunk of ``tokens`` tokens."""
@@ -92,47 +98,86 @@ class ChunkCoder:
         whole = sum(pages * self.kv_heads * c.page_bytes(self.head_size) for c in codecs)
         return HEADER_BYTES + whole + len(codecs) * rest * self.kv_heads * self.head_size * 2
 
-    def encode(self, chunk: Tensor, model: str, out: Tensor) -> int:
-        """Write ``chunk`` to the beginning of ``out`` ``uint8 [bytes]``; returns the bytes written."""
-        header = self.format(model, tuple(chunk.shape), chunk.dtype).header()
+    def encode(self, shares: Sequence[Tensor], model: str, out: Tensor) -> int:
+        """Write a chunk to the beginning of ``out`` ``uint8 [bytes]``; returns the bytes written.
+
+        ``shares`` ``[2, layers, tokens, heads, head_size]`` (keys, values), the last dimension contiguous, each with
+        some of the KV heads, in their order; tokens may take two dimensions.
+        """
+        header = self._format(model, shares).header()
+        tokens = shares[0].shape[2:-2].numel()
         out[:HEADER_BYTES] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
-        for codec, side, rounding, rows, pages in self._parts(chunk.to(torch.bfloat16), out):
-            self._coder.encode(codec, side, rows, pages, rounding)
-        rest = self._rest(out, chunk)
-        rest.copy_(chunk[:, :, chunk.shape[2] - rest.shape[2] :])
-        return self.size(chunk.shape[2])
+        for part in self._parts(shares, out):
+            rows = part.of.flatten(0, -3)
+            whole = part.pages.shape[0] * PAGE_TOKENS
+            if whole:
+                self._coder.encode(part.codec, part.side, rows[:whole].to(torch.bfloat16), part.pages, part.rounding)
+            part.rest.copy_(rows[whole:])
+        return self.size(tokens)
 
-    def decode(self, data: Tensor, model: str, chunk: Tensor) -> None:
-        """Undo :meth:`encode`: ``data`` ``uint8 [bytes]`` into ``chunk``. Raises ``CacheError`` for another's bytes."""
-        expected = self.format(model, tuple(chunk.shape), chunk.dtype)
-        if len(data) < self.size(chunk.shape[2]):
-            raise CacheError(f"a chunk of {chunk.shape[2]} tokens has {len(data)} bytes, too few")
+    def decode(self, data: Tensor, model: str, shares: Sequence[Tensor]) -> None:
+        """Undo :meth:`encode`: ``data`` ``uint8 [bytes]`` into ``shares``. Raises ``CacheError`` for
+        another's bytes."""
+        expected = self._format(model, shares)
+        if len(data) < self.size(expected.tokens):
+            raise CacheError(f"a chunk of {expected.tokens} tokens has {len(data)} bytes, too few")
         expected.check(data[:HEADER_BYTES].numpy().tobytes())
-        rows = chunk if chunk.dtype == torch.bfloat16 else torch.empty_like(chunk, dtype=torch.bfloat16)
-        for codec, side, _, part, pages in self._parts(rows, data):
-            self._coder.decode(codec, side, pages, part)
-        if rows is not chunk:
-            chunk.copy_(rows)
-        rest = self._rest(data, chunk)
-        chunk[:, :, chunk.shape[2] - rest.shape[2] :] = rest
+        for part in self._parts(shares, data):
+            rows = part.of.flatten(0, -3)  # a copy where blocks are apart, whose rows are written back
+            whole = part.pages.shape[0] * PAGE_TOKENS
+            coded = rows if rows.dtype == torch.bfloat16 else torch.empty_like(rows, dtype=torch.bfloat16)
+            if whole:
+                self._coder.decode(part.codec, part.side, part.pages, coded[:whole])
+            if coded is not rows:
+                rows[:whole] = coded[:whole]
+            rows[whole:] = part.rest
+            if rows.data_ptr() != part.of.data_ptr():
+                part.of.copy_(rows.view_as(part.of))
 
-    def _parts(self, chunk: Tensor, data: Tensor) -> Iterator[tuple[Codec, Side, Rounding, Tensor, Tensor]]:
-        """Every layer's keys and values: codec, side, rounding, rows ``[tokens, heads, dim]`` and pages."""
-        count = chunk.shape[2] // PAGE_TOKENS
-        at = HEADER_BYTES
-        rounding = self.policy.rounding or (LayerRounding(),) * len(self.policy.layers)
+    def _format(self, model: str, shares: Sequence[Tensor]) -> ChunkFormat:
+        heads = sum(share.shape[-2] for share in shares)
+        shapes = {(share.shape[0], share.shape[1], share.shape[-1], share.shape[2:-2].numel()) for share in shares}
+        tokens = shares[0].shape[2:-2].numel()
+        assert shapes == {(2, len(self.policy.layers), self.head_size, tokens)}, shapes
+        assert heads == self.kv_heads, heads
+        return self.format(model, tokens, shares[0].dtype)
+
+    def _parts(self, shares: Sequence[Tensor], data: Tensor) -> Iterator[_Part]:
+        """Every share of every layer's keys and values, and where its bytes are in ``data``."""
+        pages, rest = divmod(shares[0].shape[2:-2].numel(), PAGE_TOKENS)
+        at, layers, row = HEADER_BYTES, len(self.policy.layers), self.kv_heads * self.head_size
+        rounding = self.policy.rounding or (LayerRounding(),) * layers
+        end = self.size(pages * PAGE_TOKENS + rest)
+        beyond = data[end - 4 * layers * rest * row : end].view(shares[0].dtype)
+        beyond = beyond.view(2, layers, rest, self.kv_heads, self.head_size)
         sides: tuple[Side, Side] = ("key", "value")
         for index, scheme in enumerate(self.policy.layers):
             for number, (codec, side) in enumerate(zip((scheme.key, scheme.value), sides, strict=True)):
-                rows = chunk[number, index, : count * PAGE_TOKENS].unflatten(-1, (self.kv_heads, self.head_size))
-                size = count * self.kv_heads * codec.page_bytes(self.head_size)
-                pages = data[at : at + size].view(count, self.kv_heads, -1) if size else None
-                if pages is not None:
-                    yield codec, side, rounding[index].key if side == "key" else rounding[index].value, rows, pages
-                at += size
+                size = pages * self.kv_heads * codec.page_bytes(self.head_size)
+                coded = data[at : at + size].view(pages, self.kv_heads, codec.page_bytes(self.head_size))
+                at, head = at + size, 0
+                chosen = rounding[index].key if side == "key" else rounding[index].value
+                for share in shares:
+                    own = slice(head, head + share.shape[-2])
+                    yield _Part(codec, side, _of_heads(chosen, own), share[number, index], coded[:, own],
+                                beyond[number, index][:, own])  # fmt: skip
+                    head = own.stop
 
-    def _rest(self, data: Tensor, chunk: Tensor) -> Tensor:
-        tokens = chunk.shape[2] % PAGE_TOKENS
-        end = self.size(chunk.shape[2])
-        size = 2 * len(self.policy.layers) * tokens * chunk.shape[3] * 2
-        return data[end - size : end].view(chunk.dtype).view(2, len(self.policy.layers), tokens, chunk.shape[3])
+
+class _Part(NamedTuple):
+    """One side of a layer of one share: rows ``[tokens, heads, dim]``, pages ``[pages, heads, bytes]``, and the rows
+    beyond them."""
+
+    codec: Codec
+    side: Side
+    rounding: Rounding
+    of: Tensor
+    pages: Tensor
+    rest: Tensor
+
+
+def _of_heads(rounding: Rounding, heads: slice) -> Rounding:
+    feedback, clip, order = (
+        None if x is None else x[heads] for x in (rounding.feedback, rounding.clip, rounding.order)
+    )
+    return Rounding(feedback, clip, order)

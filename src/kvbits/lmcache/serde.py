@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lmcache.v1.distributed.serde.async_processor import AsyncSerdeProcessor
 from lmcache.v1.distributed.serde.base import Deserializer, Serializer
 from torch import Tensor
@@ -24,12 +25,13 @@ class KvbitsSerializer(Serializer):
         self._coder = coder
 
     def serialize(self, src: Any, dst: Any, key: Any) -> int:
-        return self._coder.encode(_tensor(src), key.model_name, _tensor(dst).flatten())
+        return self._coder.encode([self._coder.heads(_tensor(src))], key.model_name, _tensor(dst).flatten())
 
     def estimate_serialized_size(self, layout_desc: Any) -> int:
         """The bytes exactly: a tier keeps whatever is allocated."""
         (shape,), (dtype,) = _only(layout_desc.shapes), _only(layout_desc.dtypes)
-        return self._coder.size(self._coder.format("", tuple(shape), dtype).tokens)
+        chunk = self._coder.heads(torch.empty(shape, dtype=dtype, device="meta"))
+        return self._coder.size(self._coder.format("", chunk.shape[2], dtype).tokens)
 
 
 class KvbitsDeserializer(Deserializer):
@@ -39,7 +41,7 @@ class KvbitsDeserializer(Deserializer):
         self._coder = coder
 
     def deserialize(self, src: Any, dst: Any, key: Any) -> None:
-        self._coder.decode(_tensor(src).flatten(), key.model_name, _tensor(dst))
+        self._coder.decode(_tensor(src).flatten(), key.model_name, [self._coder.heads(_tensor(dst))])
 
 
 def create_serde(options: Mapping[str, Any]) -> AsyncSerdeProcessor:

@@ -1,4 +1,4 @@
-"""kvbits' cache inside stock vLLM, on CPUs: an attention backend that vLLM finds through an entry point.
+"""kvbits' cache inside stock vLLM: an attention backend that vLLM finds through an entry point.
 
 Nothing here is imported by the rest of kvbits, and this module imports vLLM only when vLLM itself calls
 :func:`register`. docs/vllm.md says how it is used, and what was measured.
@@ -10,13 +10,15 @@ from __future__ import annotations
 def register() -> None:
     """Entry point ``vllm.general_plugins``: called in vLLM's front end, its engine and every worker; again is harmless.
 
-    Where vLLM does not run on a CPU nothing is registered, so that the dtypes' names are refused there.
+    Where kvbits has no kernels for vLLM's device nothing is registered, so that the dtypes' names are refused there.
     """
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
+    from kvbits.kernels import GPUS
+
+    if current_platform.device_type not in ("cpu", *GPUS):
         return
     from kvbits.vllm.names import register_names
     from kvbits.vllm.platform import serve_on
 
-    serve_on(current_platform, register_names())
+    serve_on(current_platform, register_names(current_platform.is_cpu()))

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
-from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder, AttentionType
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionImpl, AttentionMetadataBuilder, AttentionType
 from vllm.v1.kv_cache_interface import AttentionSpec, KVQuantMode
 
 from kvbits.codecs import OPEN, Scheme
@@ -69,7 +69,13 @@ def backend_of(scheme: Scheme) -> type[KvbitsBackend]:
 
 
 class StepBuilder(AttentionMetadataBuilder[Any]):
-    """Metadata of a step, one for all layers of a group."""
+    """Metadata of a step, one for all layers of a group.
+
+    Grids are of the step's own size, and tables are made on the host: no CUDA graph may hold a launch. vLLM's
+    piecewise graphs leave attention out.
+    """
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -157,9 +163,11 @@ class KvbitsImpl(AttentionImpl[Any]):
         rows = batch.num_rows
         if self._view is None or self._view[0] is not kv_cache:
             self._view = kv_cache, view_of(kv_cache, self.index, self.geometry, self.shared)
-        self.shared.backend.forward(
-            self._view[1], batch, query[:rows], key[:rows], value[:rows], self.sinks, output[:rows]
-        )
+            self.shared.backend.prepare([self._view[1]])
+        given = query, key, value, output
+        if len(query) != rows:
+            given = query[:rows], key[:rows], value[:rows], output[:rows]
+        self.shared.backend.forward(self._view[1], batch, *given[:3], self.sinks, given[3])
         return output
 
 

@@ -86,6 +86,8 @@ def _of_engine(config: Any) -> Iterator[str]:
     for option in ("decode_context_parallel_size", "prefill_context_parallel_size", "pipeline_parallel_size"):
         if getattr(parallel, option) > 1:
             yield f"--{option.replace('_', '-')} {getattr(parallel, option)}"
+    if parallel.use_ubatching:
+        yield "two batches at once (--enable-dbo, --ubatch-size)"
     if config.use_v2_model_runner:
         yield "the second model runner: set VLLM_USE_V2_MODEL_RUNNER=0"
     if speculative is not None:

@@ -15,12 +15,12 @@ from kvbits.vllm.options import PREFIX, Names
 _OF_0_32 = {"int8_per_token_head": "int8", "int4_per_token_head": "int4"}
 
 
-def register_names() -> Names:
-    """Make the names known to this process's vLLM."""
+def register_names(on_cpu: bool) -> Names:
+    """Make the names known to this process's vLLM; none where it serves its own list itself, as 0.32 does on GPUs."""
     try:
         from vllm.config.cache import KV_CACHE_DTYPES, register_kv_cache_dtype
     except ImportError:
-        return Names(dict(_OF_0_32), carrier="int8_per_token_head")
+        return Names(dict(_OF_0_32), carrier="int8_per_token_head") if on_cpu else Names({}, carrier="")
     names = Names({f"{PREFIX}_{name}": name for name in SCHEMES}, carrier=PREFIX)
     for name in (names.carrier, *names.dtypes):
         if name not in KV_CACHE_DTYPES:

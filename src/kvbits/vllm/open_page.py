@@ -37,7 +37,7 @@ class OpenPageSpec(CircularBufferSpec):
 
 @dataclass(frozen=True)
 class OpenTable:
-    """Of a group of open pages in a step: the block of every request, ``int32 [requests, 1 or more]``."""
+    """Of a group of open pages in a step: the block of every request, ``int32 [requests]``, on the CPU."""
 
     group: tuple[str, ...]
     table: Tensor
@@ -50,7 +50,7 @@ class OpenTableBuilder(AttentionMetadataBuilder[Any]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> OpenTable:
-        return OpenTable(tuple(self.layer_names), common_attn_metadata.block_table_tensor)
+        return OpenTable(tuple(self.layer_names), common_attn_metadata.block_table_tensor[:, 0].cpu())
 
 
 class OpenPageBackend(PageBackend):

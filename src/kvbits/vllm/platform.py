@@ -1,7 +1,7 @@
-"""vLLM's CPU platform, made to answer for kvbits' dtypes; whatever else is asked of it, it answers as before.
+"""vLLM's platform, made to answer for kvbits' dtypes; whatever else is asked of it, it answers as before.
 
 vLLM resolves its platform once for each process, and modules keep the one instance. It becomes an instance of a
-subclass of its own class (``CpuPlatform`` or one that derives from it), so no other engine's choice is captured and
+subclass of its own class (``CpuPlatform``, ``NvmlCudaPlatform``), so no other engine's choice is captured and
 no function is replaced. A platform plug-in would not do: an explicit ``VLLM_TARGET_DEVICE=cpu`` asks none.
 """
 
@@ -33,7 +33,10 @@ class _Serving:
             return found
         from kvbits.vllm.backend import KvbitsBackend
 
-        reasons = KvbitsBackend.validate_configuration(device_capability=None, **attn_selector_config._asdict())
+        reasons = KvbitsBackend.validate_configuration(
+            device_capability=cls.get_device_capability(),  # type: ignore[attr-defined]
+            **attn_selector_config._asdict(),
+        )
         if reasons:
             raise UnsupportedError(f"kvbits' cache in vLLM cannot serve this model: {'; '.join(reasons)}")
         return BACKEND
@@ -43,6 +46,8 @@ class _Serving:
         cache, names = vllm_config.cache_config, cls.kvbits_names
         policy = policy_asked(cache.cache_dtype, vllm_config.additional_config, names)
         if policy is not None:
+            if not names.carrier:
+                raise UnsupportedError(f"kvbits' cache in vLLM ('{policy}') needs vLLM 0.33 or later on a GPU")
             check_engine(vllm_config, policy)
         super().check_and_update_config(vllm_config)  # type: ignore[misc]
         if policy is not None:
@@ -53,6 +58,9 @@ class _Serving:
 
 def serve_on(platform: Any, names: Names) -> None:
     """Let ``platform`` (vLLM's current one) answer for ``names`` too."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
     own = type(platform)
     if not issubclass(own, _Serving):
         platform.__class__ = type(own.__name__, (_Serving, own), {"kvbits_names": names, "__module__": own.__module__})

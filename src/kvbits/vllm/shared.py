@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from torch import Tensor
@@ -13,12 +13,16 @@ from vllm.forward_context import get_forward_context
 from kvbits.codecs import Policy
 from kvbits.config import LayerGeometry
 from kvbits.errors import UnsupportedError
+from kvbits.kernels import choose_backend, kernels_line
 from kvbits.kernels.cpu import CpuBackend
 from kvbits.kernels.hugepages import collapse_to_huge_pages
 from kvbits.vllm.open_page import OpenPage, OpenTable
 from kvbits.vllm.options import policy_asked
 from kvbits.vllm.policy import read_policy
 from kvbits.vllm.step import Ints
+
+if TYPE_CHECKING:
+    from kvbits.kernels.triton.backend import TritonBackend
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +35,7 @@ class Shared:
         self._context: dict[str, Any] = config.compilation_config.static_forward_context
         self._geometry: list[LayerGeometry] = []
         self._policy: Policy | None = None
-        self._backend: CpuBackend | None = None
+        self._backend: CpuBackend | TritonBackend | None = None
         self._groups: list[list[str]] | None = None
         self._frames: list[int] = []
         self.parities = 1 if config.speculative_config is None else 2
@@ -68,21 +72,28 @@ class Shared:
                 reason = self.backend.supports(scheme, layer)
                 if reason:
                     raise UnsupportedError(f"layer {index} as '{scheme.name}': {reason}")
-            log.info("KV cache: %s; kernels: %s, %d threads", text, self.backend.isa, self.backend.threads)
+            log.info("KV cache: %s; kernels: %s", text, self._kernels(self._policy))
         return self._policy
 
     @property
-    def backend(self) -> CpuBackend:
-        """The kernels; not made before vLLM has bound its threads."""
+    def backend(self) -> CpuBackend | TritonBackend:
+        """The kernels; not made before vLLM has bound its threads, or set its device."""
         if self._backend is None:
-            self._backend = CpuBackend()
+            from vllm.platforms import current_platform
+
+            self._backend = cast("CpuBackend | TritonBackend", choose_backend("auto", current_platform.device_type))
         return self._backend
+
+    def _kernels(self, policy: Policy) -> str:
+        if isinstance(self.backend, CpuBackend):
+            return f"{self.backend.isa}, {self.backend.threads} threads"
+        return kernels_line(self.backend, policy.layers, self._geometry)
 
     def open_blocks(self, requests: Ints) -> Ints:
         """``int32 [parities, len(requests), open frames]``: blocks of the open pages of the step that runs."""
         found = get_forward_context().attn_metadata
         names = self._known_groups(found)
-        tables = [[found[name].table.numpy()[requests, 0] for name in row] for row in names]
+        tables = [[found[name].table.numpy()[requests] for name in row] for row in names]
         return np.stack([np.stack(row, axis=1) for row in tables]).astype(np.int32)
 
     def open_frame(self, index: int) -> int:
@@ -101,7 +112,8 @@ class Shared:
             if any(row != frames[0] for row in frames):
                 raise UnsupportedError("vLLM packs the two open pages of a request differently; run without drafts")
             self._frames, self._groups = frames[0], groups
-            collapse_to_huge_pages()  # the first step: weights and blocks are where they stay
+            if isinstance(self.backend, CpuBackend):
+                collapse_to_huge_pages()  # the first step: weights and blocks are where they stay
         return self._groups
 
 

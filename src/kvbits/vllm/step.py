@@ -41,11 +41,11 @@ class Step:
     @classmethod
     def of(cls, num_requests: int, query_start: Tensor, lengths: Tensor, blocks: Tensor) -> Step:
         """From ``query_start`` ``int32 [requests + 1]`` (first row of each), ``lengths`` ``int32 [requests]`` (tokens
-        after this step) and the block table ``blocks`` ``int32 [requests, pages]``, all on the CPU."""
+        after this step) and the block table ``blocks`` ``int32 [requests, pages]``; from a GPU they are fetched."""
         rows = query_start[: num_requests + 1].numpy().astype(np.int32)
         counts = np.diff(rows)
         requests = np.flatnonzero(counts > 0).astype(np.int32)
-        ends = lengths[:num_requests].numpy().astype(np.int32)[requests]
+        ends = lengths[:num_requests].cpu().numpy().astype(np.int32)[requests]
         pages = max(1, int((ends // PAGE_TOKENS).max(initial=0)))
         return cls(
             requests=requests,
@@ -53,7 +53,7 @@ class Step:
             counts=np.ascontiguousarray(counts[requests]),
             # those without tokens take no rows, so what is left is packed as before
             rows=np.append(rows[requests], rows[-1]).astype(np.int32),
-            sealed=np.ascontiguousarray(blocks.numpy()[requests, :pages].astype(np.int32)),
+            sealed=np.ascontiguousarray(blocks[:, :pages].cpu().numpy()[requests].astype(np.int32)),
         )
 
     def batch(self, tables: OpenTables) -> BatchLayout:

@@ -31,7 +31,8 @@ def view_of(memory: Tensor, index: int, geometry: LayerGeometry, pages: Pages) -
     policy = pages.policy
     scheme = policy.layers[index]
     storage, frame = memory.untyped_storage(), _bytes(memory, 0)
-    buffer = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes() // frame, frame), (frame, 1))
+    buffer = torch.empty(0, dtype=torch.uint8, device=memory.device)
+    buffer.set_(storage, 0, (storage.nbytes() // frame, frame), (frame, 1))
     assert _bytes(memory, 1) == scheme.head_bytes(geometry), (memory.shape, memory.stride(), scheme)
     offsets = set()
     for parity in range(pages.parities):

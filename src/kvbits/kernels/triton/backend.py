@@ -52,8 +52,16 @@ class TritonBackend(Backend):
         return refusal(scheme, layer)
 
     def forward(
-        self, view: LayerView, batch: BatchLayout, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None
+        self,
+        view: LayerView,
+        batch: BatchLayout,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        out: Tensor | None = None,
     ) -> Tensor:
+        """As every backend's; the result is written to ``out``, in the query's dtype, where given."""
         layer, rows = view.geometry, batch.num_rows
         assert query.shape == (rows, layer.num_heads, layer.key_dim), (query.shape, rows, layer)
         assert key.shape == (rows, layer.num_kv_heads, layer.key_dim), (key.shape, rows, layer)
@@ -64,7 +72,11 @@ class TritonBackend(Backend):
         sides = Sides(_rows(query), _rows(key.to(torch.bfloat16)), _rows(value.to(torch.bfloat16)))
         kernels = self._kernels(view, batch.draft)
         tables, (few, many) = self._step(view, batch)
-        out = query.new_empty(rows, layer.num_heads, layer.value_dim)
+        shape = (rows, layer.num_heads, layer.value_dim)
+        out = query.new_empty(shape) if out is None else out
+        assert out.shape == shape, (out.shape, shape)
+        assert out.dtype == query.dtype, (out.dtype, query.dtype)
+        assert out.stride(-1) == 1, out.stride()
         seal(self._launch, kernels, tables, sides)
         self._attend_few(view, batch, kernels, tables, few, sides, sinks, out)
         before = self._before_own_page(view, batch, kernels, tables, query)
