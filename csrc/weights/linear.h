@@ -1,11 +1,11 @@
 // A packed weight and the rows that it is multiplied with.
 #pragma once
 #include <functional>
-#include <memory>
 #include <vector>
 
 #include "../decoder/rows.h"
 #include "../step.h"
+#include "memory.h"
 #include "pack.h"
 
 namespace kvbits {
@@ -45,12 +45,9 @@ class Linear {
   void add_bias(int column, int count, float* products) const;
 
  private:
-  struct Free {
-    void operator()(uint8_t* p) const;
-  };
   const WeightFormat& format_;
   int out_, in_;
-  std::unique_ptr<uint8_t, Free> data_;
+  std::shared_ptr<uint8_t> data_;
   std::vector<float> bias_;
 };
 

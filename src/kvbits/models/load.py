@@ -24,7 +24,7 @@ from kvbits.models.formats import check_formats
 from kvbits.models.fused import FusedModel, fuse
 from kvbits.models.geometry import geometry_of
 from kvbits.models.locate import locate
-from kvbits.models.packed import depends_on_rows, pack_linears, packed_weights, round_linears
+from kvbits.models.packed import depends_on_rows, pack_linears, packed_weights, round_linears, settle
 from kvbits.models.reader import Reader
 from kvbits.models.sampling import sampling_defaults
 
@@ -122,8 +122,8 @@ def load_model(
     reader = Reader(name, source, trust_remote_code)
     geometry = geometry_of(reader.configuration(), name)  # refused before a weight is read
     register()
-    native = weights == "auto" and dtype == "bfloat16" and place.type == "cpu"
-    weights_of = reader.weights(_DTYPES[dtype], IMPLEMENTATION, native)
+    packs = dtype == "bfloat16" and place.type == "cpu"
+    weights_of = reader.weights(_DTYPES[dtype], IMPLEMENTATION, packs and weights == "auto", packs)
     tokenizer = reader.tokenizer()
     model = weights_of()
     loaded = replace(wrap(model, tokenizer, name, geometry), trust_remote_code=trust_remote_code, weights=weights)
@@ -134,6 +134,7 @@ def load_model(
         round_linears(model, weights)  # after the fingerprint, which reads the plain weights
         return loaded
     packed = pack_linears(model, weights if rounded else "bf16")
+    settle(model, _DTYPES[dtype])
     if rounded and not packed:
         raise UnsupportedError(f"the model '{name}' has no linear layer that can be stored as {weights}")
     if packed or any(packed_weights(model)):

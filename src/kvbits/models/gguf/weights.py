@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from kvbits.errors import ConfigError, UnsupportedError
+from kvbits.models.buffers import fill_buffers
 from kvbits.models.gguf.families import FAMILIES, Family
 from kvbits.models.gguf.file import GgufFile
 from kvbits.models.gguf.header import TensorInfo
@@ -68,7 +69,7 @@ class Weights:
         With ``native``, what the kernels can multiply as it is stays in its bits.
         """
         model = self._model
-        _buffers(model)  # while the parameters have no memory: a new model's buffers and weights are set together
+        fill_buffers(model)  # while the parameters have no memory: a new model's buffers and weights are set together
         packed = [source for source in self._sources if self._native and native_format(source, model) is not None]
         layers = {source.name.rpartition(".")[0] for source in packed}
         biases = [source for source in self._sources if _bias_of(source) in layers]
@@ -201,14 +202,3 @@ def _check_types(sources: Iterable[Source]) -> None:
                 f"tensor {source.tensor.name} of the GGUF file '{source.tensor.file.path}' is of type {kind.name}, "
                 "which kvbits cannot unpack"
             ) from error
-
-
-def _buffers(model: Any) -> None:
-    """Give memory to the buffers that no file holds, and let the model set them as it does for a new model."""
-    for module in model.modules():
-        found = {name: b for name, b in module.named_buffers(recurse=False) if b.is_meta}
-        for name, buffer in found.items():
-            setattr(module, name, torch.empty_like(buffer, device="cpu"))
-        if found:
-            with torch.no_grad():
-                model._init_weights(module)
