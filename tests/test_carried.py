@@ -129,6 +129,12 @@ def test_groups_that_blocks_do_not_divide_are_refused(tmp_path: Path) -> None:
         load_model(str(tmp_path))
 
 
+def test_scales_of_a_cache_alone_are_no_quantization_of_weights(tmp_path: Path) -> None:
+    save(model_of(), tmp_path)
+    change_config(tmp_path, quantization_config={"quant_method": "modelopt", "config_groups": {}})
+    assert {weight.weight_format.name for _, weight in packed_weights(load_model(str(tmp_path)).model)} == {"bf16"}
+
+
 @pytest.mark.parametrize(
     ("config", "says"),
     [

@@ -105,8 +105,8 @@ def load_model(
 ) -> LoadedModel:
     """Load ``name``: a packaged model, a ``.gguf`` file, a directory (safetensors or one GGUF) or a Hugging Face id.
 
-    ``dtype`` is ``"bfloat16"`` or ``"float32"``. ``weights`` are those of linear layers and embeddings: ``"auto"``, a
-    GGUF file's own bits (unpacked for ``float32`` and on a GPU); ``"bf16"``, unpacked; ``"int8"`` and ``"int4"``,
+    ``dtype`` is ``"bfloat16"`` or ``"float32"``. ``weights`` are those of linear layers and embeddings: ``"auto"``, the
+    file's own bits (unpacked for ``float32`` and on a GPU); ``"bf16"``, unpacked; ``"int8"`` and ``"int4"``,
     rounded in groups of 32 with a scale each, on the CPU only (in ``float32`` the rounded values are unpacked again).
     ``device`` is a torch device; ``progress``
     gets a line of text before each long stage; ``trust_remote_code`` runs Python code that comes with the model, which
@@ -143,7 +143,7 @@ def load_model(
             loaded = replace(loaded, fused=fused)
         else:
             report(f"The layers of {name} run as transformers' own code: {fused}")
-    collapse_to_huge_pages()
+            collapse_to_huge_pages()  # weights that are not packed
     return loaded
 
 

@@ -13,6 +13,7 @@ from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 from gguf.quants import dequantize
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.initialization import no_init_weights
 
 from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.models.buffers import fill_buffers
@@ -57,7 +58,7 @@ class Weights:
         native: bool = False,
     ) -> None:
         options: dict[str, Any] = {"dtype": dtype} | ({"attn_implementation": attention} if attention else {})
-        with quiet(), torch.device("meta"):
+        with quiet(), torch.device("meta"), no_init_weights():
             self._model: Any = AutoModelForCausalLM.from_config(config, **options)
         self._dtype, self._native = dtype, native
         self._sources = list(plan(file, self._model, FAMILIES[file.architecture]))

@@ -34,7 +34,7 @@ def carried_by(name: str, config: Mapping[str, Any]) -> Carried | None:
     if not isinstance(fields, Mapping):
         _refuse(name, "a quantization_config that is no mapping")
     method = str(fields.get("quant_method", "")).lower()
-    if method in _UNPACKED_BY_TRANSFORMERS:
+    if method in _UNPACKED_BY_TRANSFORMERS or fields.get("config_groups") == {}:  # none: scales of a cache alone
         return None
     reader = {"compressed-tensors": _compressed, "gptq": _gptq, "awq": _awq}.get(method)
     if reader is None:
@@ -59,8 +59,6 @@ def _compressed(name: str, fields: Mapping[str, Any]) -> Carried | None:
             _refuse(name, f"compressed-tensors weights of {weights.get('num_bits')} bits ({weights.get('type')})")
         if group.get("input_activations"):
             _refuse(name, "compressed-tensors weights whose inputs are quantized too")
-    if not groups:
-        _refuse(name, f"compressed-tensors weights of the format {layout} without groups")
     return Carried("compressed-tensors")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.initialization import no_init_weights
 
 from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.kernels.products import PackedWeight, Products
@@ -44,7 +45,7 @@ class Weights:
         carried: Carried | None = None,
     ) -> None:
         options: dict[str, Any] = {"dtype": dtype} | ({"attn_implementation": attention} if attention else {})
-        with quiet(), torch.device("meta"):
+        with quiet(), torch.device("meta"), no_init_weights():
             self._model: Any = AutoModelForCausalLM.from_config(config, **options)
         self._directory, self._dtype, self._maps = directory, dtype, Maps()
         self._state: dict[str, Tensor] = self._model.state_dict()
