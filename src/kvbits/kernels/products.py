@@ -17,8 +17,8 @@ from kvbits.weights import FORMATS, WeightFormat
 STRIP = int(_native.STRIP_OUTPUTS)
 """Outputs that lie together in a packed weight."""
 
-_PART = 1 << 21
-"""Weights that are rounded and packed at a time."""
+_PART = 1 << 19
+"""Weights that are rounded and packed at a time: with more, memory for numbers on the way is mapped anew each time."""
 
 
 @dataclass(frozen=True)
