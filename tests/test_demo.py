@@ -38,14 +38,28 @@ def test_the_demo_runs_more_sessions_from_the_same_bytes(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # 16 bit: 64 tokens x 3 layers x 2 heads x 32 elements x 2 bytes = 24 KiB a page, so two sessions of 1,000 tokens.
-    options = ("--sessions", "8", "--document-tokens", "800", "--windows", "1", "--kv-cache-memory", "1MiB")
+    options = (
+        "--sessions",
+        "8",
+        "--document-tokens",
+        "800",
+        "--windows",
+        "1",
+        "--kv-cache-memory",
+        "1MiB",
+        "--also",
+        model,
+    )
     with pytest.raises(SystemExit) as caught:
         run(["demo", model, "--dtype", "float32", "--output", str(tmp_path), *options])
     shown = capsys.readouterr()
     assert caught.value.code == 0, shown.err
     assert "sessions at once" in shown.out
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
-    rows = json.loads((tmp_path / "demo.json").read_text())["dtypes"]
+    assert f"KL of {Path(model).stem}" in " ".join(shown.out.split())
+    found = json.loads((tmp_path / "demo.json").read_text())
+    rows = found["dtypes"]
+    assert found["also"]["dtypes"]["int4"]["kl_mean"] == rows[2]["kl_mean"]  # the same model twice
     assert [row["dtype"] for row in rows] == ["bf16", "int8", "int4"]
     for row in rows:
         assert set(KEYS.split()) <= set(row)

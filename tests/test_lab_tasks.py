@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -118,6 +119,17 @@ def test_variables_follow_from_the_assignments_in_the_text(words: Words, files: 
                 holders.append(name)
         assert re.findall(r"[A-Z]{3}", words.decode(probe.gold).replace("VAR", "")) == holders
         assert len(holders) == 5
+
+
+def test_common_words_are_the_most_frequent_of_their_list_in_its_order(words: Words, files: dict[str, Path]) -> None:
+    for probe in TASKS["common-words"].make(material(words, files)):
+        text = words.decode(probe.prompt)
+        own = text[text.rindex(" 1 . ") :]  # after the example
+        listed = re.findall(r"\d+ \. (\w+ - \w+)", own)
+        counts = Counter(listed)
+        often = [word for word, _ in counts.most_common(10)]
+        assert min(counts[w] for w in often) > max(n for w, n in counts.items() if w not in often)
+        assert re.findall(r"\w+ - \w+", words.decode(probe.gold)) == sorted(often, key=listed.index)
 
 
 def test_published_files_are_used(words: Words, files: dict[str, Path], tmp_path: Path) -> None:

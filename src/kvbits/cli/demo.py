@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,6 +33,9 @@ def demo(
     kv_cache_memory: options.KVCacheMemory = "160MiB",
     kv_policy: options.KVPolicies = None,
     windows: Annotated[int, typer.Option(min=1, metavar="N", help="Windows of 2,048 tokens for KL and top-1.")] = 1,
+    also: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A second model, whose KL is shown beside the first one's.")
+    ] = None,
     max_num_batched_tokens: options.MaxNumBatchedTokens = 512,
     dtype: options.Dtype = "bfloat16",
     weights: options.Weights = "auto",
@@ -51,16 +56,21 @@ def demo(
     check_host({"--kv-cache-memory": memory})
     dtypes = options.cache_dtypes(list(DTYPES), kv_policy)
     check_model(model, dtypes, dtype=dtype, weights=weights, context=max(WINDOW, document_tokens + new_tokens))
+    if also is not None:
+        check_model(also, dtypes, dtype=dtype, weights=weights, context=WINDOW)
     results = JsonFile(folder(output) / "demo.json" if json_file is None else json_file)
     from kvbits.evaluation.demo import show
     from kvbits.evaluation.picture import draw
 
     # Fidelity in float32, as evaluate does it: bfloat16 layers add noise of their own that INT8 would be blamed for.
-    exact = load(model, "float32", threads, weights, trust_remote_code=trust_remote_code)
-    policies = [exact.policy(name) for name in dtypes]
-    fidelity = _fidelity(exact, policies, windows, max_num_batched_tokens)
-    del exact
+    def measured(name: str) -> dict[str, FidelitySummary]:
+        exact = load(name, "float32", threads, weights, trust_remote_code=trust_remote_code)
+        return _fidelity(exact, [exact.policy(dtype) for dtype in dtypes], windows, max_num_batched_tokens)
+
+    beside = None if also is None else measured(also)
+    fidelity = measured(model)
     loaded = load(model, dtype, threads, weights, trust_remote_code=trust_remote_code)
+    policies = [loaded.policy(name) for name in dtypes]
     documents = hide_facts(sessions, document_tokens, lambda part: len(tokens_of(loaded, part)))
     note(f"{sessions} conversations over documents of {document_tokens}+ tokens; each cache has {kv_cache_memory}.")
     shown = []
@@ -72,8 +82,10 @@ def demo(
     picture = output / "demo.png"
     draw(shown, memory, folder(output) / "demo.png")
     seconds = time.perf_counter() - begin
-    results.write({"dtypes": [s.as_json() for s in shown], "pool_bytes": memory, "seconds": seconds, **machine()})
-    _print(shown, kv_cache_memory)
+    second = None if beside is None else {"model": also, "dtypes": {name: asdict(s) for name, s in beside.items()}}
+    found = {"dtypes": [s.as_json() for s in shown], "pool_bytes": memory, "also": second, "seconds": seconds}
+    results.write(found | machine())
+    _print(shown, kv_cache_memory, beside, "" if also is None else Path(also).stem)
     print(f"picture: {picture}\nresults: {results.path}\n{seconds:.0f} s in all")
 
 
@@ -90,7 +102,10 @@ def _fidelity(
         return {c.dtype: c.summary for c in compare(loaded, policies, parts, max_num_batched_tokens, advance)}
 
 
-def _print(shown: list[Showing], memory: str) -> None:
+def _print(
+    shown: list[Showing], memory: str, beside: Mapping[str, FidelitySummary] | None = None, also: str = ""
+) -> None:
+    """``beside``: what the dtypes cost the model named ``also``."""
     from rich.console import Console
     from rich.table import Table
 
@@ -109,6 +124,8 @@ def _print(shown: list[Showing], memory: str) -> None:
         "same top token": [f"{100 * s.top1_agreement:.1f} %" for s in shown],
         "answers found": [f"{s.answers_found} of {s.answers_total}" for s in shown],
     }
+    if beside is not None:
+        rows[f"KL of {also}"] = [f"{beside[s.dtype].kl_mean:.2g}" for s in shown]
     for name, cells in rows.items():
         table.add_row(name, *cells)
     Console().print(table)

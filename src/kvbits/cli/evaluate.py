@@ -13,8 +13,8 @@ from kvbits.cli.output import JsonFile, writable
 from kvbits.cli.session import Bar, load, machine, note, tokens_of
 
 _PARTS = (
-    "fidelity, layers, passkey, needle, kv-retrieval, lines, multikey, variables, babi, generation, tools, gsm8k, "
-    "or all"
+    "fidelity, layers, passkey, needle, kv-retrieval, lines, multikey, variables, common-words, babi, "
+    "generation, tools, gsm8k, or all"
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvbits.errors import ConfigError
 
 FIDELITY, LAYERS, GENERATION, TOOLS, ARITHMETIC = "fidelity", "layers", "generation", "tools", "gsm8k"
-TASK_NAMES = ("passkey", "needle", "kv-retrieval", "lines", "multikey", "variables", "babi")
+TASK_NAMES = ("passkey", "needle", "kv-retrieval", "lines", "multikey", "variables", "common-words", "babi")
 NAMES = (FIDELITY, LAYERS, *TASK_NAMES, GENERATION, TOOLS, ARITHMETIC)
 """Every part of the laboratory, in the order in which they run."""
 

@@ -9,6 +9,7 @@ from kvbits.evaluation.probes import Probe
 from kvbits.evaluation.tasks.babi import FILES as BABI_FILES
 from kvbits.evaluation.tasks.babi import babi
 from kvbits.evaluation.tasks.base import Material
+from kvbits.evaluation.tasks.common_words import common_words
 from kvbits.evaluation.tasks.needle import needle
 from kvbits.evaluation.tasks.pairs import KV_FILE, LINES_FILE, kv_retrieval, lines, multikey
 from kvbits.evaluation.tasks.passkey import passkey
@@ -33,6 +34,7 @@ TASKS: dict[str, Task] = {
     "lines": Task(lines, "the number of one line in a long record", uses=(LINES_FILE,)),
     "multikey": Task(multikey, "one magic number in a context full of them"),
     "variables": Task(variables, "chains of assignments"),
+    "common-words": Task(common_words, "the words that a long list holds most often"),
     "babi": Task(babi, "facts about people hidden in a book", needs=BABI_FILES),
 }
 """One line a task."""
