@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.models import load_model
-from kvbits.models.locate import locate
+from kvbits.models.hub import checkpoint
+from kvbits.models.locate import Source, locate
 from kvbits.models.packed import PackedEmbedding, StoredParameter, packed_weights
 from kvbits.models.reader import Reader
 
@@ -176,3 +177,19 @@ def test_bytes_that_do_not_fit_a_shape_are_refused(offsets: list[int], tmp_path:
     file.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + length :])
     with pytest.raises(ConfigError, match=f"tensor {NORM} has the shape"):
         load_model(str(tmp_path))
+
+
+def test_files_in_the_hubs_cache_are_found_where_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository, commit = tmp_path / "models--some--model", "0123456789" * 4
+    snapshot = repository / "snapshots" / commit
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    snapshot.mkdir(parents=True)
+    assert checkpoint(Source("some/model")) is None
+    tiny_model("llama").save_pretrained(snapshot, max_shard_size="60KB")
+    assert checkpoint(Source("some/model")) == snapshot
+    for file in snapshot.glob("*.safetensors*"):
+        file.unlink()
+    tiny_model("llama").save_pretrained(snapshot)
+    assert checkpoint(Source("some/model")) == snapshot
