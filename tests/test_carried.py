@@ -129,6 +129,13 @@ def test_groups_that_blocks_do_not_divide_are_refused(tmp_path: Path) -> None:
         load_model(str(tmp_path))
 
 
+def test_codes_that_the_configuration_does_not_name_are_refused(tmp_path: Path) -> None:
+    write(model_of(), tmp_path, FORMS["gptq"][0])
+    change_config(tmp_path, quantization_config=None)
+    with pytest.raises(UnsupportedError, match=r"has model\.layers\.\d\..*_proj in bits, which its config\.json"):
+        load_model(str(tmp_path))
+
+
 def test_scales_of_a_cache_alone_are_no_quantization_of_weights(tmp_path: Path) -> None:
     save(model_of(), tmp_path)
     change_config(tmp_path, quantization_config={"quant_method": "modelopt", "config_groups": {}})

@@ -89,6 +89,9 @@ LEAVES = frozenset({
 })  # fmt: skip
 """Last names of the tensors that make a weight."""
 
+CODES = frozenset({"weight_packed", "qweight"})
+"""Those that no plain checkpoint has."""
+
 
 def _compressed(name: str, parts: Mapping[str, Tensor], shape: tuple[int, int], _: int) -> Coded:
     words, scales = parts["weight_packed"], parts["weight_scale"]

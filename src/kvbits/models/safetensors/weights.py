@@ -18,7 +18,7 @@ from kvbits.models.buffers import fill_buffers
 from kvbits.models.packed import PackedLinear, StoredParameter, is_embedding, is_packed_later, packed_embedding
 from kvbits.models.quiet import quiet
 from kvbits.models.safetensors.carried import Carried
-from kvbits.models.safetensors.codes import LEAVES, Coded, read_coded
+from kvbits.models.safetensors.codes import CODES, LEAVES, Coded, read_coded
 from kvbits.models.safetensors.file import Stored
 from kvbits.models.safetensors.grouped import Grouped, grouped
 from kvbits.models.safetensors.maps import Maps
@@ -53,7 +53,8 @@ class Weights:
         self._grouped: dict[str, Grouped] = {}
         self.whole = not self._model._keep_in_fp32_modules_strict
         """Whether every tensor is one parameter; where not, transformers has to read the files."""
-        in_bits = {name for name in stored if carried is not None and name.rpartition(".")[2] in LEAVES}
+        leaves = LEAVES if carried is not None else CODES
+        in_bits = {name for name in stored if name.rpartition(".")[2] in leaves}
         names = placed(self._model, [name for name in stored if name not in in_bits])
         layers = placed(self._model, {f"{_stem(name)}.weight" for name in in_bits})
         if names is None or layers is None:
