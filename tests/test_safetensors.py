@@ -118,6 +118,7 @@ BAD = {
     "missing": (lambda t: t.pop(NORM), ConfigError, f"no tensor {NORM}"),
     "embedding": (lambda t: t.pop("model.embed_tokens.weight"), ConfigError, "no tensor model.embed_tokens.weight"),
     "shape": (lambda t: t.update({NORM: torch.ones(5)}), ConfigError, rf"{NORM} .*\[5\].*\[64\]"),
+    "float8": (lambda t: t.update({NORM: t[NORM].to(torch.float8_e4m3fn)}), UnsupportedError, rf"{NORM} .*F8_E4M3"),
     "bias": (lambda t: t.update({"model.layers.0.mlp.up_proj.bias": torch.ones(96)}), UnsupportedError, "up_proj.bias"),
 }
 

@@ -27,6 +27,8 @@ from kvbits.models.safetensors.names import placed
 _ROWS = 1024
 """Outputs that are taken out of their codes at a time; a multiple of 32."""
 
+_FLOATS = ("BF16", "F16", "F32", "F64")
+
 
 class Weights:
     """The causal language model of ``config`` without memory, and where each of its weights lies in ``directory``.
@@ -93,7 +95,7 @@ class Weights:
     ) -> None:
         for name, target in names.items():
             if target in self._state:
-                _expect_shape(stored[name], target, tuple(self._state[target].shape))
+                _expect(stored[name], target, self._state[target])
                 self._plain[target] = stored[name]
             else:
                 self._check_unknown(stored[name], target)
@@ -174,9 +176,14 @@ def _takes_bits(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear or is_embedding(layer)
 
 
-def _expect_shape(stored: Stored, target: str, shape: tuple[int, ...]) -> None:
-    if stored.shape != shape:
+def _expect(stored: Stored, target: str, wanted: Tensor) -> None:
+    if stored.shape != tuple(wanted.shape):
         raise ConfigError(
             f"tensor {stored.name} of '{stored.path}' has the shape {list(stored.shape)}; the model's {target} has "
-            f"{list(shape)}"
+            f"{list(wanted.shape)}"
+        )
+    if wanted.is_floating_point() and stored.dtype not in _FLOATS:
+        raise UnsupportedError(
+            f"tensor {stored.name} of '{stored.path}' is of type {stored.dtype}; kvbits reads {', '.join(_FLOATS)} and "
+            "weights in bits whose config.json names a quantization that it knows"
         )
