@@ -48,7 +48,7 @@ class Sample:
     ``first`` has no rows where a sequence's first page has no format of its own.
     """
 
-    sealed: Tensor
+    sealed: tuple[Tensor, ...]
     open: Tensor
     first: Tensor
 
@@ -69,10 +69,11 @@ class FillingRunner(ModelRunner):
         for s in range(len(layout.counts)):
             if layout.counts[s] == 1:
                 continue  # a sequence that decodes along; its pages are there
-            sealed = _frames(layout.sealed[s])
-            for first in range(0, len(sealed), len(sample.sealed)):
-                part = sealed[first : first + len(sample.sealed)]
-                buffer[part] = sample.sealed[: len(part)]
+            for row, pages in zip(layout.sealed[s :: len(layout.counts)], sample.sealed, strict=True):
+                sealed = _frames(row)
+                for first in range(0, len(sealed), len(pages)):
+                    part = sealed[first : first + len(pages)]
+                    buffer[part] = pages[: len(part)]
             buffer[layout.tail[s].tolist()] = sample.open
             if len(sample.first) and layout.sink.shape[1]:
                 buffer[layout.sink[s].tolist()] = sample.first
@@ -91,8 +92,8 @@ def sample_pages(loaded: LoadedModel, dtype: str) -> Sample:
     filled.engine.step()
     assert filled.runner.batch is not None
     layout, buffer = filled.runner.batch.layout, filled.engine.pool.buffer
-    parts = (_frames(layout.sealed[0]), layout.tail[0].tolist(), layout.sink[0].tolist())
-    return Sample(*(buffer[part].clone() for part in parts))
+    groups = tuple(buffer[_frames(row)].clone() for row in layout.sealed)
+    return Sample(groups, *(buffer[part].clone() for part in (layout.tail[0].tolist(), layout.sink[0].tolist())))
 
 
 class FilledEngine:

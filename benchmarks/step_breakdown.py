@@ -26,7 +26,7 @@ import argparse
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from filled import FilledEngine, sample_pages
 from matplotlib.figure import Figure
@@ -69,11 +69,11 @@ def clocked(loaded: LoadedModel) -> tuple[LoadedModel, Clocks]:
     if fused is None:
         raise SystemExit(f"{loaded.name} runs as transformers' own code, which has no single call to take apart")
     decoder: Any = copy(fused.decoder)
-    clocks = Clocks(Clock(decoder.native), Clock(fused.embedding), Clock(fused.rotary))
+    clocks = Clocks(Clock(decoder.native), Clock(fused.embedding), Clock(fused.rope.module))
     decoder.native = clocks.native
     embedding: Any = clocks.embedding
-    rotary: Any = clocks.rotary
-    return replace(loaded, fused=replace(fused, decoder=decoder, embedding=embedding, rotary=rotary)), clocks
+    rope = replace(fused.rope, module=cast(Any, clocks.rotary))
+    return replace(loaded, fused=replace(fused, decoder=decoder, embedding=embedding, rope=rope)), clocks
 
 
 class Subject:

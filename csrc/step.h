@@ -34,7 +34,9 @@ class Pages {
     if (is_sink(page)) {
       return at(layer_.sink, batch_.sink[static_cast<size_t>(s) * batch_.sink_frames + layer_.sink.frame], head);
     }
-    const int32_t frame = batch_.sealed[static_cast<size_t>(s) * batch_.max_pages + page];
+    // A sealed page has one frame for each group of layers; the tables of one group lie after those of another.
+    const size_t row = static_cast<size_t>(layer_.sealed.frame) * batch_.sequences + s;
+    const int32_t frame = batch_.sealed[row * batch_.max_pages + page];
     return at(layer_.sealed, frame, head);
   }
   // A sequence's first page may be sealed in a format of its own.

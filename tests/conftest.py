@@ -21,6 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--hostile-requests", type=int, default=10_000, help="malformed and hostile requests (-m soak)")
     group.addoption("--stress-seed", type=int, default=None, help="which run of the engine's stress (-m soak)")
     group.addoption("--stress-method", default=None, help="its method of speculation")
+    group.addoption("--stress-family", default=None, help="the shape of its model")
     group.addoption("--page-screenshot", default=None, metavar="FILE", help="write the page's picture (-m browser)")
     group.addoption("--chat-templates", default=None, metavar="DIR", help="chat templates of other projects, *.jinja")
 

@@ -132,6 +132,8 @@ def test_bench_measures_prefill_and_decode(model: str, text: str, tmp_path: Path
     # 3 layers x 2 heads x (16 + 16) elements at 8 bits; of 64 tokens, keys have 16 bits of scale and of zero for each
     # channel, values 16 bits of scale for each token
     assert found["kv_bytes_per_token"] == 3 * 2 * ((16 + 4 * 16 / 64) + (16 + 2))
+    # 3 full pages and an open one, which takes two frames
+    assert found["kv_bytes_per_session"] == (3 + 2) * 64 * found["kv_bytes_per_token"]
     assert {"threads", "isa", "dtype", "context", "batch"} <= set(found)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers.asks import METHODS
+from helpers.asks import FAMILIES, METHODS
 from helpers.stress import Stress
 
 SEEDS = 7
@@ -27,11 +27,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", METHODS)
-def test_a_mixed_load_with_faults(method: str) -> None:
+def test_a_mixed_load_with_faults(method: str, family: str) -> None:
     total: Counter[str] = Counter()
     for seed in range(SEEDS):
-        total += Stress(seed, method).run()
+        total += Stress(seed, method, family).run()
     # The load was one.
     kinds = ("equal answers", "cached tokens", "preemptions", "cancels", "errors", "imported pages", "faults: model")
     for kind in kinds:
@@ -45,7 +46,8 @@ def test_replay(request: pytest.FixtureRequest) -> None:
     seed = request.config.getoption("--stress-seed")
     if seed is None:
         pytest.skip("--stress-seed says which run")
-    for kind, count in sorted(Stress(seed, request.config.getoption("--stress-method")).run().items()):
+    chosen = (request.config.getoption(f"--stress-{option}") for option in ("method", "family"))
+    for kind, count in sorted(Stress(seed, *chosen).run().items()):
         print(f"{count:9,} {kind}")
 
 
@@ -56,7 +58,7 @@ def test_a_long_mixed_load_of_the_engine(request: pytest.FixtureRequest) -> None
     total: Counter[str] = Counter()
     print(f"seeds from {first}")
     while time.monotonic() < end:
-        total += Stress(seed, METHODS[seed % len(METHODS)]).run()
+        total += Stress(seed).run()
         seed += 1
     print(f"{seed - first:,} runs")
     for kind, count in sorted(total.items()):

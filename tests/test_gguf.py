@@ -19,7 +19,9 @@ from kvbits.models.gguf import GgufFile, Weights, configuration
 from kvbits.models.locate import locate
 from kvbits.models.reader import Reader
 
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "phi3", "olmo2", "gemma", "gemma2", "gemma3_text")
+FAMILIES = (
+    "llama", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "phi3", "olmo2", "gemma", "gemma2", "gemma3_text",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -243,7 +245,9 @@ def test_an_array_with_one_value_for_all_layers_is_that_value(tmp_path: Path) ->
         ("llama", {"llama.attention.sliding_window": 64}, "llama.attention.sliding_window"),
         ("llama", {"llama.logit_scale": 0.5}, "llama.logit_scale"),
         ("llama", {"llama.attention.causal": False}, "llama.attention.causal"),
-        ("llama", {"llama.expert_count": 8}, "llama.expert_count"),
+        ("qwen2", {"qwen2.expert_count": 8}, "qwen2.expert_count"),
+        ("mixtral", {"llama.expert_gating_func": 2}, "llama.expert_gating_func"),
+        ("mixtral", {"llama.expert_weights_norm": False}, "llama.expert_weights_norm"),
         ("llama", {"llama.attention.value_length": 32}, "llama.attention.value_length"),
         ("llama", {"llama.rope.dimension_count": 8}, "llama.rope.dimension_count"),
         ("llama", {"llama.rope.scaling.attn_factor": 1.2, "llama.rope.scaling.factor": 2.0}, "attn_factor"),

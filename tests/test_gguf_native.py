@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,16 @@ from kvbits.errors import ConfigError
 from kvbits.models import load_model
 from kvbits.models.load import wrap
 from kvbits.models.locate import locate
-from kvbits.models.packed import PackedEmbedding, PackedLinear, packed_weights
+from kvbits.models.packed import PackedEmbedding, PackedLinear, packed_parameters, packed_weights
 from kvbits.models.reader import Reader
 from kvbits.weights import FORMATS
 
-FAMILIES = ("llama", "qwen2", "qwen3", "phi3", "olmo2", "gemma2", "gemma3_text")
+FAMILIES = ("llama", "qwen2", "qwen3", "phi3", "olmo2", "gemma2", "gemma3_text", "mixtral", "qwen3_moe")
 MIX = ("Q8_0", "Q4_0", "Q5_1", "Q4_1", "Q5_0", "F16")
 """In the order of the tensors, again and again, so that parts of merged products differ."""
+
+EVERY_EXPERT = {"mixtral": 5, "qwen3_moe": 6}
+"""So that no last bit decides which experts a token goes to."""
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +35,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def mixed_file(model: Any, path: Path) -> str:
-    stored = [name for name, values in tensors_of(model).items() if values.ndim == 2]
+    stored = [name for name, values in tensors_of(model).items() if values.ndim > 1]
     kinds = {name: GGMLQuantizationType[MIX[i % len(MIX)]] for i, name in enumerate(stored)}
     return save_gguf(model, path, kinds=kinds)
 
@@ -40,6 +44,10 @@ def model_of(family: str, tied: bool) -> Any:
     changes = {"query_pre_attn_scalar": 32} if family.startswith("gemma") else {}
     if family == "gemma3_text":
         changes["layer_types"] = ["sliding_attention"] * 3
+    if family == "qwen3_moe":
+        changes = {"mlp_only_layers": [], "moe_intermediate_size": 64}
+    if family in EVERY_EXPERT:
+        changes["num_experts_per_tok"] = EVERY_EXPERT[family]
     return tiny_model(family, tie_word_embeddings=tied, **changes)
 
 
@@ -51,12 +59,11 @@ def test_the_same_values_as_unpacked(family: str, tied: bool, tmp_path: Path) ->
     plain = Reader("m", locate(path)).weights(torch.float32)()
     found = Reader("m", locate(path)).weights(torch.bfloat16, native=True)()
     expected = dict(plain.named_parameters())
-    packed = dict(packed_weights(found))
-    assert len({weight.weight_format.name for weight in packed.values()}) >= 4
-    for name, weight in packed.items():
-        assert torch.equal(weight.unpack(torch.arange(weight.out_features)), expected.pop(name)), name
-        if weight.bias is not None:
-            assert torch.equal(weight.bias, expected.pop(name.replace("weight", "bias")))
+    assert len({weight.weight_format.name for _, weight in packed_weights(found)}) >= 4
+    packed = {name: (shape, rows) for name, shape, rows in packed_parameters(found)}
+    assert any(name.endswith("experts.down_proj") for name in packed) == (family in EVERY_EXPERT)
+    for name, (shape, rows) in packed.items():
+        assert torch.equal(rows(torch.arange(math.prod(shape[:-1]))).reshape(shape), expected.pop(name)), name
     for name, parameter in found.named_parameters():
         assert torch.equal(parameter, expected.pop(name).to(torch.bfloat16)), name
     assert not expected

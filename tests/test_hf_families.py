@@ -45,9 +45,11 @@ def test_sixteen_bit_generation_is_that_of_the_librarys_own_cache(family: str) -
 
 ALL_EXPERTS: dict[str, dict[str, int]] = {
     "gpt_oss": {"num_experts_per_tok": 4},
+    "mixtral": {"num_experts_per_tok": 5},
+    "qwen3_moe": {"num_experts_per_tok": 6},
     "deepseek_v3": {"num_experts_per_tok": 4, "n_group": 1, "topk_group": 1},
 }
-"""Every token goes to all four experts: else the last bit of a sum decides which ones, and the logits jump."""
+"""Every token goes to all experts: else the last bit of a sum decides which ones, and the logits jump."""
 
 
 def forced(model: torch.nn.Module, dtype: str, chunks: list[int], backend: Backend | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvbits.errors import CacheError, OutOfPages
 from kvbits.pages import PageManager, SequencePages
+from kvbits.pages.groups import GONE
 
 P = 4
 """Tokens in a page of the random test: small, so that boundaries are everywhere."""
@@ -101,7 +102,7 @@ class PageMachine(RuleBasedStateMachine):
         for seq_id, sim in self.live.items():
             pages = self.manager.slice(seq_id) if sim.step else self.manager.stored(seq_id)
             frames |= {*pages.sink, *pages.sealed, *pages.head, *pages.tail}
-        return frames
+        return frames - {GONE}
 
     def idle(self) -> dict[Key, tuple[int, ...]]:
         named = self.named()
@@ -161,6 +162,14 @@ class PageMachine(RuleBasedStateMachine):
         others = {f for other in self.live if other != seq_id for f in self.manager.stored(other).head}
         own_open = bool(pages.head) and not others & set(pages.head)
         return after - before + self.open_frames * ((not own_open) + (tentative and crossing))
+
+    def note(self, key: Key, frames: tuple[int, ...]) -> None:
+        """A page was sealed in ``frames``."""
+        self.cached.setdefault(key, frames)
+
+    def gone(self, page: int, part: int, sealed: int) -> bool:
+        """Whether a frame of a page was given back when ``sealed`` are full."""
+        return False
 
     def expected_hit(self, tokens: list[int], salt: bytes) -> int:
         pages = 0
@@ -228,7 +237,9 @@ class PageMachine(RuleBasedStateMachine):
                 self.manager.reserve(seq_id, count, tentative)
             assert before == (self.manager.stats(), {i: self.manager.stored(i) for i in self.live}, self.cached)
             return
+        self.moved: dict[int, int] = {}
         self.manager.reserve(seq_id, count, tentative)
+        named = {self.moved.get(frame, frame) for frame in named}
         sim.step, sim.tentative = step, tentative
         pages = self.manager.slice(seq_id)
         assert len(pages.head) == len(pages.tail) == self.open_frames
@@ -254,14 +265,14 @@ class PageMachine(RuleBasedStateMachine):
             sim = self.live[seq_id]
             count = data.draw(st.integers(0, len(sim.step))) if sim.tentative else len(sim.step)
             first = len(sim.tokens) // P
+            pages = self.manager.slice(seq_id)
             self.manager.commit(seq_id, sim.step[:count])
             sim.tokens += sim.step[:count]
             sim.prompt = sim.prompt[count:]
             sim.step = []
-            pages = self.manager.stored(seq_id)
             for page in range(first, len(sim.tokens) // P):
                 if self.caching:
-                    self.cached.setdefault(sim.key(page + 1), self.page(pages, page))
+                    self.note(sim.key(page + 1), self.page(pages, page))
 
     @rule(data=st.data())
     @precondition(lambda self: self.ids(reserved=True))
@@ -350,7 +361,11 @@ class PageMachine(RuleBasedStateMachine):
             rows = [sim.row(i) for i in range(len(sim.tokens))]
             for page in range(sealed):
                 for part, frame in enumerate(self.page(pages, page)):
-                    assert buffer[frame] == ("sealed", part, rows[page * P : (page + 1) * P]), (seq_id, page)
+                    assert (frame == GONE) == self.gone(page, part, sealed), (seq_id, page, part)
+                    assert frame == GONE or buffer[frame] == ("sealed", part, rows[page * P : (page + 1) * P]), (
+                        seq_id,
+                        page,
+                    )
             count = len(sim.tokens) - sealed * P
             for part, frame in enumerate(pages.head if count else ()):
                 held = buffer[frame]

@@ -111,14 +111,28 @@ inline float exponential(float x) {
   return p;
 }
 
-void gate_any(const float* gate, const float* up, int count, Activation activation, uint16_t* out) {
-  if (activation == Activation::kSilu) {
-    for (int i = 0; i < count; ++i) out[i] = bf16_from_float(gate[i] / (1.0f + exponential(-gate[i])) * up[i]);
-    return;
-  }
-  for (int i = 0; i < count; ++i) {  // 0.5 (1 + tanh y) = 1 / (1 + e^-2y)
-    const float g = gate[i], y = 0.7978845608f * (g + 0.044715f * g * g * g);
-    out[i] = bf16_from_float(g / (1.0f + exponential(-2.0f * y)) * up[i]);
+// The activation's kind decided once, so that each loop is one of vectors.
+template <class Activated>
+inline void gate_with(const float* gate, const float* up, int count, uint16_t* out, const Activated& activated) {
+  for (int i = 0; i < count; ++i) out[i] = bf16_from_float(activated(gate[i], up[i]));
+}
+
+void gate_any(const float* gate, const float* up, int count, const Gate& how, uint16_t* out) {
+  const float alpha = how.alpha, limit = how.limit;
+  switch (how.activation) {
+    case Activation::kSilu:
+      return gate_with(gate, up, count, out, [](float g, float u) { return g / (1.0f + exponential(-g)) * u; });
+    case Activation::kGeluTanh:  // 0.5 (1 + tanh y) = 1 / (1 + e^-2y)
+      return gate_with(gate, up, count, out, [](float g, float u) {
+        const float y = 0.7978845608f * (g + 0.044715f * g * g * g);
+        return g / (1.0f + exponential(-2.0f * y)) * u;
+      });
+    case Activation::kClamped:
+      return gate_with(gate, up, count, out, [=](float g, float u) {
+        g = g > limit ? limit : g;
+        u = u > limit ? limit : u < -limit ? -limit : u;
+        return g / (1.0f + exponential(-alpha * g)) * (u + 1.0f);
+      });
   }
 }
 
@@ -126,4 +140,15 @@ void round_any(const float* x, int count, uint16_t* out) {
   for (int i = 0; i < count; ++i) out[i] = bf16_from_float(x[i]);
 }
 
-const RowKernels kRows = {kIsa, {kRowsAtOnce, false, multiply_any}, norm_any, rotate_any, gate_any, round_any};
+void normalize_any(float* x, const float* weight, float eps, int dim) {
+  const float factor = 1.0f / __builtin_sqrtf(mean_square(x, dim) + eps);
+  for (int i = 0; i < dim; ++i) x[i] *= factor * weight[i];
+}
+
+void soft_cap_any(float* x, float cap, int count) {
+  const float twice = 2.0f / cap;
+  for (int i = 0; i < count; ++i) x[i] = cap - 2.0f * cap / (1.0f + exponential(x[i] * twice));
+}
+
+const RowKernels kRows = {
+    kIsa, {kRowsAtOnce, false, multiply_any}, norm_any, rotate_any, gate_any, round_any, normalize_any, soft_cap_any};

@@ -36,9 +36,18 @@ Linear::Linear(int format, const float* bias, int out, int in) : format_(*weight
   if (bias != nullptr) bias_.assign(bias, bias + out);
 }
 
+Linear::Linear(const Linear& whole, int first, int out)
+    : format_(whole.format_),
+      out_(out),
+      in_(whole.in_),
+      first_strip_(whole.first_strip_ + first / kStrip),
+      data_(whole.data_) {
+  if (!whole.bias_.empty()) bias_.assign(whole.bias_.begin() + first, whole.bias_.begin() + first + out);
+}
+
 void Linear::fill(const uint8_t* stored, size_t row_bytes, const int64_t* order, int first, int last) {
   for (int s = first; s < last; ++s) {
-    uint8_t* strip = data_.get() + s * strip_bytes();
+    uint8_t* strip = data_.get() + (first_strip_ + s) * strip_bytes();
     if (columns(s) < kStrip) std::memset(strip, 0, strip_bytes());
     for (int r = 0; r < columns(s); ++r) {
       const int64_t row = s * kStrip + r;
@@ -80,6 +89,13 @@ uint16_t* Input::get(int rows, int width) {
 
 void Input::borrow(const uint16_t* x, ptrdiff_t stride, int rows, int width) {
   x_ = x, stride_ = stride, rows_ = rows, width_ = width;
+}
+
+Input Input::part(int first, int count) const {
+  Input input;
+  input.borrow(x_ + first * stride_, stride_, count, width_);
+  input.codes_ = codes_ == nullptr ? nullptr : codes_ + static_cast<size_t>(first) * groups();
+  return input;
 }
 
 void Input::reserve_codes() {

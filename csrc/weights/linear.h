@@ -24,6 +24,8 @@ class Linear {
  public:
   // Without weights yet; `format` is one that weight_format knows, `bias` float [out] or null.
   Linear(int format, const float* bias, int out, int in);
+  // Some of another one's outputs, whose memory it shares; `first` is a multiple of kStrip.
+  Linear(const Linear& whole, int first, int out);
 
   // Fill strips `first` to `last` - 1. `stored`: rows of blocks as files hold them, `row_bytes` apart; row o of the
   // weight is the stored row order[o], or o where `order` is null. Strips may be filled by several threads.
@@ -40,13 +42,14 @@ class Linear {
   int strips() const { return (out_ + kStrip - 1) / kStrip; }
   size_t strip_bytes() const { return static_cast<size_t>(blocks()) * format_.strip_bytes; }
   size_t bytes() const { return strip_bytes() * strips(); }
-  const uint8_t* strip(int index) const { return data_.get() + index * strip_bytes(); }
+  const uint8_t* strip(int index) const { return data_.get() + (first_strip_ + index) * strip_bytes(); }
   int columns(int strip) const { return out_ - strip * kStrip < kStrip ? out_ - strip * kStrip : kStrip; }
   void add_bias(int column, int count, float* products) const;
 
  private:
   const WeightFormat& format_;
   int out_, in_;
+  size_t first_strip_ = 0;
   std::shared_ptr<uint8_t> data_;
   std::vector<float> bias_;
 };
@@ -62,6 +65,9 @@ class Input {
   void quantize(const ProductKernels& kernels, int row);
   // Only the first `rows` are meant from now on.
   void shorten(int rows) { rows_ = rows; }
+  // Rows `first` to `first + count - 1` as an input of their own, in the same memory; their codes are written through
+  // it.
+  Input part(int first, int count) const;
 
   int rows() const { return rows_; }
   // Row `first`, the first of one of the product's tiles, and those after it.

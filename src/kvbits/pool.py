@@ -18,9 +18,9 @@ from kvbits.memory import check_host, show
 class LayerView:
     """One layer of the pool: all that a kernel ever gets.
 
-    ``buffer`` is ``uint8 [num_frames, frame_bytes]``; ``sealed``, ``open`` and ``first_page`` (a sequence's first page,
-    where it has a dtype of its own) say where in a page's frames this layer lies and how it is coded; ``rounding`` how
-    codes are chosen when a page other than that one is sealed.
+    ``buffer`` is ``uint8 [num_frames, frame_bytes]``, one frame after another; ``sealed``, ``open`` and ``first_page``
+    (a sequence's first page, where it has a dtype of its own) say where in a page's frames this layer lies and how it
+    is coded; ``rounding`` how codes are chosen when a page other than that one is sealed.
     """
 
     index: int
@@ -46,15 +46,17 @@ class PagedPool:
         memory_bytes: int,
         buffer: Tensor | None = None,
         device: torch.device | str = "cpu",
+        free_windows: bool = True,
     ) -> None:
         """Reserve ``memory_bytes`` of ``device`` (or use ``buffer``, ``uint8``, of at least that size).
 
+        ``free_windows`` false: every page of every layer is kept, and a sealed page is one frame.
         Raises ``ConfigError`` when not even one short sequence fits, ``UnsupportedError`` when a layer does not fit
         its codec.
         """
         self.geometry = geometry
         self.policy = policy
-        self.layout = PoolLayout.of(geometry, policy)
+        self.layout = PoolLayout.of(geometry, policy, free_windows)
         self.num_frames = self.layout.frames_in(memory_bytes)
         least = self.layout.frames_of(PAGE_TOKENS)
         if self.num_frames < least:
@@ -82,10 +84,11 @@ class PagedPool:
     @classmethod
     def smallest(cls, geometry: ModelGeometry, policy: Policy) -> PagedPool:
         """A pool of one page: for what only asks a pool for its layers, or stores no more than that."""
-        return cls(geometry, policy, PoolLayout.of(geometry, policy).session_bytes(PAGE_TOKENS))
+        size = PoolLayout.of(geometry, policy, free_windows=False).session_bytes(PAGE_TOKENS)
+        return cls(geometry, policy, size, free_windows=False)
 
     def copy(self, source: tuple[int, ...], target: tuple[int, ...]) -> None:
-        """Copy a page frame by frame (copy-on-write)."""
+        """Copy frame by frame (copy-on-write, or to make room)."""
         for a, b in zip(source, target, strict=True):
             self.buffer[b] = self.buffer[a]
 

@@ -15,14 +15,27 @@ from kvbits.engine.outputs import Delta
 from kvbits.engine.params import SamplingParams
 from kvbits.engine.speculation import SpeculativeConfig, Speculator
 from kvbits.engine.speculation.methods import draft_model
+from kvbits.kernels.cpu import CpuBackend
 from kvbits.models import LoadedModel
+
+
+class Keeping(CpuBackend):
+    """Kernels that are told to keep every page."""
+
+    layer_groups = False
+
 
 METHODS = ("none", "ngram", "draft_model", "self")
 
 
+FAMILIES = {"llama": 1, "qwen3-window": 3}
+"""Shapes of models: one with plain attention, one with windows whose layers are cut into groups of frames so many times
+as many."""
+
+
 @cache
-def model(seed: int = 0) -> LoadedModel:
-    return packed_byte_model(seed=seed)
+def model(family: str = "llama", seed: int = 0) -> LoadedModel:
+    return packed_byte_model(family=family, seed=seed)
 
 
 @cache
@@ -38,6 +51,7 @@ class Setup:
     """The engine of one run."""
 
     method: str
+    family: str
     dtype: str
     frames: int
     budget: int
@@ -52,11 +66,12 @@ class Setup:
     arrivals: float
 
     @classmethod
-    def draw(cls, rng: random.Random, method: str) -> Setup:
+    def draw(cls, rng: random.Random, method: str, family: str) -> Setup:
         return cls(
             method=method,
+            family=family,
             dtype="int8h" if method == "self" else rng.choice(("int8", "int4", "int4+sink:int8", "nf4", "int8h")),
-            frames=rng.choice((12, 14, 16, 20, 40)),
+            frames=rng.choice((12, 14, 16, 20, 40)) * FAMILIES[family],
             budget=rng.choice((5, 48, 64, 100, 256)),
             seats=rng.choice((3, 6, 12)),
             offload=rng.choice((0, 0, 12, 60)),
@@ -65,14 +80,15 @@ class Setup:
             adaptive=rng.random() < 0.4,
             guesses=rng.choice((1, 3, 6, 20)),
             draft_seed=rng.choice((0, 0, 7)),
-            draft_frames=rng.choice((8, 20, 100)),
+            draft_frames=rng.choice((8, 20, 100)) * FAMILIES[family],
             arrivals=rng.choice((0.05, 0.2, 0.8)),
         )
 
     def engine(self) -> Engine:
-        size = engine_of(model(), kv_cache_dtype=self.dtype).pool.layout.frame_bytes
+        served = model(self.family)
+        size = engine_of(served, kv_cache_dtype=self.dtype).pool.layout.frame_bytes
         engine = engine_of(
-            model(),
+            served,
             kv_cache_dtype=self.dtype,
             kv_cache_memory=self.frames * size,
             max_num_batched_tokens=self.budget,
@@ -85,12 +101,12 @@ class Setup:
             return engine
         options = {"num_speculative_tokens": self.guesses, "adaptive": self.adaptive, "prompt_lookup_min": 1}
         if self.method != "draft_model":
-            return Engine(model(), engine.config, speculative=SpeculativeConfig(method=self.method, **options))
-        draft = engine_of(model(), kv_cache_dtype="int8").pool.layout.frame_bytes
+            return Engine(served, engine.config, speculative=SpeculativeConfig(method=self.method, **options))
+        draft = engine_of(served, kv_cache_dtype="int8").pool.layout.frame_bytes
         config = SpeculativeConfig(
             method="draft_model", model="x", kv_cache_memory=self.draft_frames * draft, **options
         )
-        proposer = draft_model(model(self.draft_seed), config, model(), engine.config)
+        proposer = draft_model(model(self.family, self.draft_seed), config, served, engine.config)
         engine.speculator = Speculator(proposer, config, engine.stats.speculation)
         return engine
 
@@ -129,9 +145,11 @@ def whole(deltas: list[Delta]) -> dict[str, object]:
     }
 
 
-def alone(ask: Ask, dtype: str) -> dict[int, dict[str, object]]:
-    """The answers to ``ask`` without anything beside it."""
-    engine = engine_of(model(), kv_cache_dtype=dtype, kv_cache_memory=8 << 20, enable_prefix_caching=False)
+def alone(ask: Ask, dtype: str, family: str) -> dict[int, dict[str, object]]:
+    """The answers to ``ask`` without anything beside it, from a cache that keeps every page."""
+    engine = engine_of(
+        model(family), Keeping(), kv_cache_dtype=dtype, kv_cache_memory=8 << 20, enable_prefix_caching=False
+    )
     engine.add_request(ask.prompt, ask.params, request_id=ask.id)
     deltas: dict[int, list[Delta]] = {}
     while engine.has_unfinished():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvbits.attention import Forward
-from kvbits.codecs import parse_policy
+from kvbits.codecs import PoolLayout, parse_policy
 from kvbits.config import PAGE_TOKENS, ModelGeometry
 from kvbits.kernels import Backend, BatchLayout, SequencePages
 from kvbits.models import LoadedModel
@@ -23,8 +23,8 @@ class Frames:
 
     def __init__(self, geometry: ModelGeometry, dtype: str, frames: int = 64, seed: int = 0) -> None:
         policy = parse_policy(dtype, geometry.num_layers)
-        probe = PagedPool(geometry, policy, 1 << 26)
-        self.pool = PagedPool(geometry, policy, frames * probe.layout.frame_bytes)
+        probe = PoolLayout.of(geometry, policy, free_windows=False)
+        self.pool = PagedPool(geometry, policy, frames * probe.frame_bytes, free_windows=False)
         self.pool.buffer.fill_(0xFF)
         order = torch.randperm(frames, generator=torch.Generator().manual_seed(seed))
         self._free = order.tolist()

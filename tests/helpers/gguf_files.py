@@ -11,7 +11,7 @@ from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, get_tensor_
 
 from helpers.tiny import VOCAB
 
-NAMES = {"gemma3_text": "gemma3", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+NAMES = {"gemma3_text": "gemma3", "mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
 """transformers' model types whose architecture has another name in GGUF."""
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(4, VOCAB - 2)), "w", "4"]
@@ -40,7 +40,7 @@ def tensors_of(model: Any) -> dict[str, np.ndarray]:
         stored = names.get_name(stem) or {"lm_head": "output"}[stem]
         if arch == "llama" and stored.endswith(("attn_q", "attn_k")):
             heads = config.num_attention_heads if stored.endswith("q") else config.num_key_value_heads
-            values = values.reshape(heads, 2, config.head_dim // 2, *values.shape[1:]).swapaxes(1, 2)
+            values = values.reshape(heads, 2, len(values) // heads // 2, *values.shape[1:]).swapaxes(1, 2)
             values = values.reshape(parameter.shape)
         if arch.startswith("gemma") and stored.endswith("norm"):
             values = values + 1
@@ -71,6 +71,8 @@ def metadata_of(model: Any) -> dict[str, Any]:
     if arch.endswith("moe"):
         found["expert_count"], found["expert_used_count"] = config.num_experts, config.num_experts_per_tok
         found["expert_feed_forward_length"] = config.moe_intermediate_size
+    if config.model_type == "mixtral":
+        found["expert_count"], found["expert_used_count"] = config.num_local_experts, config.num_experts_per_tok
     if arch == "qwen2moe":
         found["expert_shared_feed_forward_length"] = config.shared_expert_intermediate_size
     return {f"{arch}.{name}": value for name, value in found.items()}

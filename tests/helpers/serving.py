@@ -19,6 +19,7 @@ from kvbits import SamplingParams
 from kvbits.auto.loss import Loss
 from kvbits.engine.config import EngineConfig
 from kvbits.engine.engine import Engine
+from kvbits.kernels import Backend
 from kvbits.models import LoadedModel
 from kvbits.models.fused import FusedModel, fuse
 from kvbits.models.load import wrap
@@ -53,12 +54,14 @@ def byte_model(**changes: object) -> LoadedModel:
     return wrap(model, byte_tokenizer(), MODEL)
 
 
-def packed_byte_model(weight_format: str = "bf16", fused: bool = True, **changes: object) -> LoadedModel:
+def packed_byte_model(
+    weight_format: str = "bf16", fused: bool = True, family: str = "llama", **changes: object
+) -> LoadedModel:
     """The byte model in bfloat16 with packed layers: a row's bits do not depend on the rows beside it.
 
     ``fused``: as one native call a step, as real models run; else transformers' code around the packed layers.
     """
-    model = tiny_model("llama", vocab_size=259, max_position_embeddings=CONTEXT, **changes).bfloat16()
+    model = tiny_model(family, vocab_size=259, max_position_embeddings=CONTEXT, **changes).bfloat16()
     loaded = wrap(model, byte_tokenizer(), MODEL)
     if not pack_linears(loaded.model, weight_format):
         pytest.skip("this processor has only portable kernels: layers are torch's")
@@ -69,9 +72,9 @@ def packed_byte_model(weight_format: str = "bf16", fused: bool = True, **changes
     return dataclasses.replace(loaded, fused=found)
 
 
-def engine_of(loaded: LoadedModel, **changes: object) -> Engine:
+def engine_of(loaded: LoadedModel, backend: Backend | None = None, **changes: object) -> Engine:
     options = {"kv_cache_dtype": "int8", "kv_cache_memory": 4 << 20, "max_num_batched_tokens": 256, **changes}
-    return Engine(loaded, EngineConfig(**options))
+    return Engine(loaded, EngineConfig(**options), backend)
 
 
 class Running:

@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 import torch
 
-from helpers.asks import METHODS, Ask, Setup, alone, grammars, whole
+from helpers.asks import FAMILIES, METHODS, Ask, Setup, alone, grammars, whole
 from helpers.mischief import BadGrammar, Mischief, Trouble
 from helpers.serving import CONTEXT
 from kvbits.config import PAGE_TOKENS
@@ -48,13 +48,14 @@ class Unexpected(logging.Handler):
 
 
 class Stress:
-    """One run; ``method`` goes by the seed if it is not given."""
+    """One run; ``method`` and ``family`` go by the seed if they are not given."""
 
-    def __init__(self, seed: int, method: str | None = None) -> None:
+    def __init__(self, seed: int, method: str | None = None, family: str | None = None) -> None:
         self.seed = seed
         self.method = method or METHODS[seed % len(METHODS)]
+        self.family = family or [*FAMILIES][seed // len(METHODS) % len(FAMILIES)]
         self.rng = random.Random(f"{seed} {self.method}")
-        self.setup = Setup.draw(self.rng, self.method)
+        self.setup = Setup.draw(self.rng, self.method, self.family)
         self.engine = self.setup.engine()
         self.mischief = Mischief(self.engine, self.rng) if self.setup.faults else None
         self.bases = [self._base() for _ in range(4)]
@@ -81,7 +82,8 @@ class Stress:
             method = self.method
             raise Fault(
                 f"{type(error).__name__}: {error}\nstep {self.steps} of {self.setup}\nagain: pytest -m soak "
-                f"tests/test_engine_stress.py -k replay --stress-seed {self.seed} --stress-method {method}"
+                f"tests/test_engine_stress.py -k replay --stress-seed {self.seed} --stress-method {method} "
+                f"--stress-family {self.family}"
             ) from error
         finally:
             log.propagate = True
@@ -273,7 +275,7 @@ class Stress:
     # Answers
 
     def _compare(self) -> None:
-        expected = [alone(ask, self.setup.dtype) for ask in self.asks]
+        expected = [alone(ask, self.setup.dtype, self.family) for ask in self.asks]
         for ask, answers in zip(self.asks, expected, strict=True):
             assert sorted(ask.deltas) == sorted(answers), (ask.id, sorted(ask.deltas))
             for index, seq_id in enumerate(ask.seq_ids):

@@ -32,6 +32,12 @@ _FAMILIES: dict[str, dict] = {
         "model_type": "qwen2", "head_dim": 16, "use_sliding_window": True, "sliding_window": 70, "max_window_layers": 1,
     },
     "qwen3": {"head_dim": 32},
+    "qwen3-window": {
+        "model_type": "qwen3", "head_dim": 16, "use_sliding_window": True, "sliding_window": 100,
+        "num_hidden_layers": 5,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention",
+                        "sliding_attention"],
+    },
     "mistral": {"head_dim": 16, "sliding_window": 50},
     "gemma2": {
         "head_dim": 32, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 24,
@@ -43,6 +49,11 @@ _FAMILIES: dict[str, dict] = {
     "gpt_oss": {
         "head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, **_HYBRID,
+    },
+    "mixtral": {"head_dim": 16, "num_local_experts": 5, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "head_dim": 32, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "norm_topk_prob": True,
+        "mlp_only_layers": [1],
     },
     "deepseek_v3": {
         "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16,

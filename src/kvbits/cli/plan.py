@@ -208,7 +208,7 @@ def _print(planned: Planned, facts: ModelFacts, options: Options) -> None:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     names = ["KV cache", "bits", "KV bytes\na token", "context", "sessions", "open\npages", "fills\nfirst", "x 16\nbit",
              "longest\ncontext"]  # fmt: skip
-    for name in [*names, "windows\nfreed"] if windowed else names:
+    for name in [*names, "ideal"] if windowed else names:
         table.add_column(name, justify="left" if name in ("KV cache", "fills\nfirst") else "right")
     for scheme in made.schemes:
         for c in scheme.contexts:
@@ -231,8 +231,8 @@ def _print(planned: Planned, facts: ModelFacts, options: Options) -> None:
         print("* the model's own limit; memory would hold more.")
     if windowed:
         print(
-            "Sessions: every layer keeps all pages, as kvbits does. Windows freed: sessions for an engine that gives "
-            "back pages that have left a sliding window."
+            "Pages that have left a sliding window are given back (on GPUs kvbits keeps them). Ideal: sessions without "
+            "the padding of layer groups to frames of one size."
         )
     if facts.latent:
         print("The cache is the latent of multi-head latent attention; kvbits' own engine stores --mla expanded.")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
+from kvbits.codecs.groups import kinds_of
 from kvbits.engine.answer import Answer, answer
 from kvbits.engine.batch import Piece, build
 from kvbits.engine.config import EngineConfig
@@ -63,7 +64,15 @@ class Engine:
         policy = policy_of(loaded, config, self.backend)
         self.kernels = kernels_line(self.backend, policy.layers, loaded.geometry.layers)
         log.info("Kernels that decode: %s", self.kernels)
-        self.pool = PagedPool(loaded.geometry, policy, config.kv_cache_memory, device=loaded.device)
+        self.pool = PagedPool(
+            loaded.geometry,
+            policy,
+            config.kv_cache_memory,
+            device=loaded.device,
+            free_windows=self.backend.layer_groups,
+        )
+        if not self.backend.layer_groups and set(kinds_of(loaded.geometry)) != {None}:
+            log.warning("The backend '%s' keeps pages that have left a sliding window.", self.backend.name)
         self.backend.prepare(self.pool.layers)
         self.pages = pages_of(self.pool, loaded, config)
         self.limits = limits_of(self.pool, self.max_model_len, config)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvbits.attention import Forward
 from kvbits.codecs import Policy
+from kvbits.config import PAGE_TOKENS
 from kvbits.engine.batch import Piece, StepBatch, build
 from kvbits.engine.sampler import NOT_FINITE, finite_rows
 from kvbits.errors import RequestError
@@ -48,9 +49,13 @@ class ModelRunner:
         # A salt that no request can have (it is not UTF-8) keeps these pages from being found.
         pages.open(seq_id, [], b"\xff%d" % seq_id)
         try:
-            for start in range(0, len(tokens), chunk):
-                part = tokens[start : start + chunk]
-                end = start + len(part)
+            end = 0
+            while (start := end) < len(tokens):
+                end = min(start + chunk, len(tokens))
+                # Windows give back between steps what a shorter one then takes.
+                while end - start > PAGE_TOKENS and pages.frames_needed(seq_id, end - start) > pages.available():
+                    end -= PAGE_TOKENS
+                part = tokens[start:end]
                 pages.reserve(seq_id, len(part))
                 outputs = max(0, min(len(part), end - first))
                 logits = self.run(build([Piece(seq_id, start, part, outputs)], pages))

@@ -193,7 +193,7 @@ class Scheduler:
         pages = self.pages
         need = len(head.tokens)
         most = held[rival] - held[head.client] - need
-        missing = need - pages.available() // pages.sealed_frames * pages.page_tokens
+        missing = need - pages.tokens_in(pages.available())
         freed = 0
         for victim in victims:
             freed += victim.computed
@@ -247,6 +247,8 @@ class Scheduler:
     ) -> int:
         """Plan ``count`` tokens of a running request, and ``draft`` after them; returns how many were planned."""
         if not self._make_room(request, count, plan, scheduled):
+            count = self._shortened(request, count)
+        if not count:
             alone = self.running == [request]
             if alone or len(request.tokens) > self.capacity_tokens:
                 self.remove(request)
@@ -277,6 +279,14 @@ class Scheduler:
                 return False
             self._preempt(victim, plan)
         return True
+
+    def _shortened(self, request: Request, count: int) -> int:
+        """``count`` tokens cut at the end of the page, where windows then give back what the rest needs; else 0."""
+        pages = self.pages
+        inside = pages.page_tokens - request.computed % pages.page_tokens
+        if not pages.shape.frees or inside >= count:
+            return 0
+        return inside if pages.frames_needed(request.seq_id, inside) <= pages.available() else 0
 
     def _victim(self, request: Request, scheduled: Iterable[int]) -> Request | None:
         """Whose frames ``request`` may take; ``None``: it comes last itself."""
@@ -325,7 +335,7 @@ class Scheduler:
         # Prompt log-probabilities need the logits of every prompt token, so none is taken from the cache.
         known = [] if request.params.prompt_logprobs is not None else request.tokens
         cached = self.pages.open(request.seq_id, known, request.salt)
-        needed = self.pages.frames_needed(request.seq_id, len(request.tokens) - cached)
+        needed = self._ahead(request, len(request.tokens) - cached)
         spare = self.pages.num_frames // WATERMARK if self.running else 0
         if needed + promised + spare > self.pages.available():
             self.pages.free(request.seq_id)
@@ -347,9 +357,13 @@ class Scheduler:
         need = self.pages.frames_needed
         under_way = [r for r in self.running if r.remaining > 1]
         return sum(
-            need(r.seq_id, r.remaining) - (need(r.seq_id, planned[r.seq_id]) if r.seq_id in planned else 0)
+            self._ahead(r, r.remaining) - (need(r.seq_id, planned[r.seq_id]) if r.seq_id in planned else 0)
             for r in under_way
         )
+
+    def _ahead(self, request: Request, count: int) -> int:
+        """Frames that ``request`` takes for ``count`` more tokens, in steps of the token budget."""
+        return self.pages.frames_ahead(request.seq_id, count, self.max_num_batched_tokens)
 
 
 def _rank(request: Request) -> tuple[int, int]:

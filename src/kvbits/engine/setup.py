@@ -10,7 +10,7 @@ from kvbits.engine.precheck import check_least, check_length
 from kvbits.errors import UnsupportedError
 from kvbits.kernels import Backend
 from kvbits.models import LoadedModel
-from kvbits.pages import PageManager
+from kvbits.pages import PageGroup, PageManager
 from kvbits.pool import PagedPool
 
 
@@ -62,6 +62,8 @@ def pages_of(pool: PagedPool, loaded: LoadedModel, config: EngineConfig) -> Page
         cache_key=f"{loaded.fingerprint}|{pool.policy.name}".encode(),
         sink_frames=layout.sink.frames if layout.sink else None,
         tier=tier_of(pool, config),
+        groups=[PageGroup(1, group.first_frames, group.kept) for group in layout.groups],
+        move=pool.copy if layout.adjacent else None,
     )
 
 

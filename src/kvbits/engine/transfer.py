@@ -22,6 +22,7 @@ from kvbits.config import PAGE_TOKENS
 from kvbits.engine.engine import Engine
 from kvbits.errors import CacheError, ConfigError
 from kvbits.files import write_bytes
+from kvbits.pages.groups import part_key
 
 FORMAT, VERSION = "kvbits-pages", "2"
 """The version rises when bytes of a dtype change their meaning; 2: keys of ``int8`` have parameters per channel."""
@@ -34,6 +35,7 @@ _SEQUENCE = -1
 class PageBundle:
     """The pages of ``tokens`` (``int64 [pages * 64]``): ``frames`` is ``uint8 [frames, frame_bytes]``, page after page.
 
+    Of layers with a sliding window they are those that the token after all of them sees.
     ``identity`` says what they belong to.
     """
 
@@ -101,7 +103,7 @@ def export_pages(engine: Engine, tokens: Sequence[int], salt: str = "") -> PageB
     try:
         pages.restore(_SEQUENCE, known)
         stored = pages.stored(_SEQUENCE)
-        index = torch.tensor([*stored.sink, *stored.sealed], dtype=torch.long)
+        index = torch.tensor([f for f in (*stored.sink, *stored.sealed) if f >= 0], dtype=torch.long)
         frames = pool.buffer[index.to(pool.buffer.device)].cpu()
         found = torch.tensor(pages.tokens(_SEQUENCE), dtype=torch.int64)
     finally:
@@ -146,17 +148,18 @@ class _BundleSource:
     def __init__(self, engine: Engine, bundle: PageBundle, hashes: Sequence[bytes]) -> None:
         self._buffer = engine.pool.buffer
         self._frames = bundle.frames
-        self._layout = engine.pool.layout
-        self._number = {key: number for number, key in enumerate(hashes)}
+        self._start: dict[bytes, int] = {}
+        shape, start = engine.pages.shape, 0
+        for page, group in shape.kept_parts(len(hashes)):
+            self._start[part_key(hashes[page], group)] = start
+            start += shape.size(page, group)
 
     def holds(self, key: bytes) -> bool:
-        return key in self._number
+        return key in self._start
 
     def fetch(self, key: bytes, frames: tuple[int, ...]) -> bool:
-        number, layout = self._number[key], self._layout
-        start = layout.first_frames + (number - 1) * layout.sealed.frames if number else 0
-        for offset, frame in enumerate(frames):
-            self._buffer[frame].copy_(self._frames[start + offset])
+        for row, frame in enumerate(frames, self._start[key]):
+            self._buffer[frame].copy_(self._frames[row])
         return True
 
 
@@ -165,8 +168,7 @@ def _check(engine: Engine, bundle: PageBundle, what: str) -> None:
     for name, label in _LABELS.items():
         if theirs.get(name) != own[name]:
             raise ConfigError(f"{what} holds pages of {label} '{theirs.get(name)}'; this engine's is '{own[name]}'")
-    layout, pages = engine.pool.layout, bundle.num_tokens // PAGE_TOKENS
-    count = layout.first_frames + (pages - 1) * layout.sealed.frames if pages else 0
+    layout, count = engine.pool.layout, engine.pages.shape.held(bundle.num_tokens // PAGE_TOKENS)
     if bundle.num_tokens % PAGE_TOKENS or tuple(bundle.frames.shape) != (count, layout.frame_bytes):
         raise ConfigError(
             f"{what} holds {bundle.num_tokens} tokens in {list(bundle.frames.shape)} bytes; expected "
@@ -183,7 +185,9 @@ def _identity(engine: Engine) -> dict[str, str]:
     places = [
         [(p.scheme.name, p.frame, p.offset) for p in page.places] for page in (layout.sealed, layout.sink) if page
     ]
-    text = json.dumps([PAGE_TOKENS, layout.frame_bytes, layout.sealed.frames, places])
+    kept = [group.kept for group in layout.groups]
+    windows = [kept] if any(pages is not None for pages in kept) else []
+    text = json.dumps([PAGE_TOKENS, layout.frame_bytes, layout.sealed.frames, places, *windows])
     return {
         "model": engine.loaded.name,
         "fingerprint": engine.loaded.fingerprint,

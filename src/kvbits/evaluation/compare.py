@@ -150,9 +150,12 @@ def policies_of(loaded: LoadedModel, dtypes: Sequence[str], context: int) -> lis
     return policies
 
 
-def pool_bytes(loaded: LoadedModel, policy: Policy, sequences: int, tokens: int) -> int:
+def pool_bytes(
+    loaded: LoadedModel, policy: Policy, sequences: int, tokens: int, max_num_batched_tokens: int = 512
+) -> int:
     """Bytes of a pool for ``sequences`` of ``tokens`` tokens; see :meth:`kvbits.codecs.PoolLayout.pool_bytes`."""
-    return PoolLayout.of(loaded.geometry, policy).pool_bytes(sequences, tokens)
+    layout = PoolLayout.of(loaded.geometry, policy, free_windows=loaded.device.type == "cpu")
+    return layout.pool_bytes(sequences, tokens, max_num_batched_tokens)
 
 
 def engine_for(
@@ -168,7 +171,7 @@ def engine_for(
     """An engine without prefix caching whose pool is made to measure for ``sequences`` of ``tokens`` tokens."""
     config = EngineConfig(
         policy,
-        pool_bytes(loaded, policy, sequences, tokens),
+        pool_bytes(loaded, policy, sequences, tokens, max_num_batched_tokens),
         max_num_seqs=sequences,
         max_num_batched_tokens=max_num_batched_tokens,
         enable_prefix_caching=False,

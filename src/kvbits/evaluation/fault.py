@@ -27,7 +27,7 @@ class Faulty(Watcher):
         self, view: LayerView, batch: BatchLayout, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None
     ) -> Tensor:
         output = self._backend.forward(view, batch, query, key, value, sinks)
-        for start, count, frames in zip(batch.starts, batch.counts, batch.sealed, strict=True):
+        for start, count, frames in zip(batch.starts, batch.counts, batch.frames_of(view), strict=True):
             first, end = int(start) // PAGE_TOKENS, int(start + count) // PAGE_TOKENS
             for frame in frames[max(first, 1 if view.first_page else 0) : end]:
                 _spoil(view, int(frame))

@@ -103,7 +103,7 @@ class _Listening(Watcher):
         start, count = int(batch.starts[0]), int(batch.counts[0])
         for page in range(max(1, -(-start // PAGE_TOKENS)), (start + count) // PAGE_TOKENS):
             rows = slice(page * PAGE_TOKENS - start, (page + 1) * PAGE_TOKENS - start)
-            back = read_page(view, view.sealed, int(batch.sealed[0, page]))
+            back = read_page(view, view.sealed, int(batch.frames_of(view)[0, page]))
             sums.add_page(view.index, (key[rows], value[rows]), back)
 
 

@@ -25,9 +25,10 @@ WARM_UP = 2
 class Speed:
     """``prefill_tokens_per_s`` counts prompt tokens only; ``decode_step_ms`` is the median step of all sequences.
 
-    ``kv_bytes_per_token`` is of sealed pages, ``pool_bytes`` the whole reservation, ``peak_rss_bytes`` the process's
-    greatest resident size during the run. With ``speculation`` a step brings more than one token to a sequence;
-    ``decode_tokens_per_s`` counts them all.
+    ``kv_bytes_per_token`` is of sealed pages, ``kv_bytes_per_session`` what a sequence of ``context`` tokens holds, its
+    open page and padding included and pages behind a window not, ``pool_bytes`` the whole reservation,
+    ``peak_rss_bytes`` the process's greatest resident size during the run. With ``speculation`` a step brings more than
+    one token to a sequence; ``decode_tokens_per_s`` counts them all.
     """
 
     dtype: str
@@ -38,6 +39,7 @@ class Speed:
     decode_tokens_per_s: float
     decode_step_ms: float
     kv_bytes_per_token: float
+    kv_bytes_per_session: int
     pool_bytes: int
     peak_rss_bytes: int
     speculation: dict[str, Any] | None = None
@@ -122,6 +124,7 @@ def measure_speed(
         decode_tokens_per_s=batch / median if speculative is None else sum(tokens[WARM_UP:]) / sum(timed),
         decode_step_ms=1000 * median,
         kv_bytes_per_token=engine.pool.bytes_per_token(),
+        kv_bytes_per_session=engine.pool.layout.session_bytes(context),
         pool_bytes=engine.config.kv_cache_memory,
         peak_rss_bytes=peak_rss_bytes(),
         speculation=None if speculative is None else engine.stats.speculation.as_json(),

@@ -53,7 +53,7 @@ class Store:
         policy = policy_of(loaded, config, backend)
         size = _spare_memory(loaded.geometry, policy, loaded.device) if memory is None else parse_bytes(memory)
         self.backend = backend
-        self.pool = PagedPool(loaded.geometry, policy, size, device=loaded.device)
+        self.pool = PagedPool(loaded.geometry, policy, size, device=loaded.device, free_windows=False)
         self.pages: PageManager = pages_of(self.pool, loaded, config)
         self.lock = threading.RLock()  # again in one thread: a cache may be collected, and cleared, at any time
         self._next = 0
@@ -82,7 +82,7 @@ class Store:
 
 def _spare_memory(geometry: ModelGeometry, policy: Policy, device: torch.device) -> int:
     """Bytes to reserve: address space on the CPU, where only frames that are used get memory; all of it on a GPU."""
-    largest = PoolLayout.of(geometry, policy).bytes_of(_MAX_FRAMES)
+    largest = PoolLayout.of(geometry, policy, free_windows=False).bytes_of(_MAX_FRAMES)
     free = psutil.virtual_memory().available if device.type == "cpu" else _module(device).mem_get_info(device)[0]
     return int(min(free // _SHARE, largest))
 

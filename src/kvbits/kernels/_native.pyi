@@ -78,9 +78,20 @@ class Linear:
     def strips(self) -> int: ...
     @property
     def bytes(self) -> int: ...
+    def part(self, first: int, out_features: int) -> Linear: ...
     def fill(self, stored: int, row_bytes: int, order: int, first: int, last: int) -> None: ...
     def unpack(self, rows: int, count: int, out: int) -> None: ...
     def apply(self, cpu: Cpu, x: int, stride: int, rows: int, y: int) -> None: ...
+
+class Gate:
+    def __init__(self, activation: int, alpha: float, limit: float) -> None: ...
+
+class Experts:
+    def __init__(self, gates: Sequence[Linear], ups: Sequence[Linear], downs: Sequence[Linear], gate: Gate) -> None: ...
+    def add(self, cpu: Cpu, x: int, rows: int, count: int, chosen: int, shares: int, sums: int) -> None: ...
+
+class Mixture:
+    def __init__(self, router: Linear, experts: Experts, chosen: int, among_chosen: bool) -> None: ...
 
 class DecoderLayer:
     def __init__(
@@ -89,13 +100,18 @@ class DecoderLayer:
         key: Linear,
         value: Linear,
         output: Linear,
-        gate: Linear,
-        up: Linear,
-        down: Linear,
+        gate: Linear | None,
+        up: Linear | None,
+        down: Linear | None,
+        mixture: Mixture | None,
         input_norm: Any,
+        attention_norm: Any,
         mlp_norm: Any,
+        output_norm: Any,
         query_norm: Any,
         key_norm: Any,
+        sinks: Any,
+        rope: int,
     ) -> None: ...
 
 class Decoder:
@@ -106,9 +122,9 @@ class Decoder:
         kv_heads: int,
         dim: int,
         rotated: int,
-        intermediate: int,
         eps: float,
-        gelu: bool,
+        soft_cap: float,
+        gate: Gate,
         layers: Sequence[DecoderLayer],
         final_norm: Any,
         head: Linear,

@@ -26,8 +26,10 @@ class BatchLayout:
     """A step over several sequences whose new tokens are packed into one row dimension, sequence after sequence.
 
     ``starts``, ``counts`` ``int32 [S]``; ``rows`` ``int32 [S + 1]``, first row of each sequence; ``sealed`` ``int32
-    [S, max pages]``, unused entries -1; ``head``, ``tail`` ``int32 [S, open frames]``; ``sink`` ``int32 [S, sink
-    frames]``, -1 where the first page is not full, no columns where no sequence has one.
+    [groups * S, max pages]``, all sequences' pages of one group of layers after those of another (:meth:`frames_of`),
+    -1 where there is none or a window has left it behind: it is not read; ``head``, ``tail`` ``int32 [S, open
+    frames]``; ``sink`` ``int32 [S, sink frames]``, -1 where the first page is not full, no columns where no sequence
+    has one.
 
     ``draft``: sealed pages are read as drafts (:meth:`kvbits.codecs.Codec.decode_draft`), which takes about half of the
     bytes of ``int8h`` pages and changes nothing for other codecs. What the step stores does not depend on it.
@@ -47,12 +49,14 @@ class BatchLayout:
         """Pack ``slices``."""
         counts = np.array([s.count for s in slices], dtype=np.int32)
         pages = max((s.start + s.count) // PAGE_TOKENS for s in slices)
-        sealed = np.full((len(slices), max(pages, 1)), -1, dtype=np.int32)
-        for row, s in zip(sealed, slices, strict=True):
+        groups = slices[0].groups
+        sealed = np.full((groups, len(slices), max(pages, 1)), -1, dtype=np.int32)
+        for number, s in enumerate(slices):
             full = (s.start + s.count) // PAGE_TOKENS
             first = 1 if s.sink else 0
-            assert len(s.sealed) + first >= full, (len(s.sealed), full)
-            row[first:full] = s.sealed[: max(full - first, 0)]
+            count = max(full - first, 0) * groups
+            assert len(s.sealed) >= count, (len(s.sealed), full)
+            sealed[:, number, first:full] = np.array(s.sealed[:count], dtype=np.int32).reshape(-1, groups).T
         sink = np.full((len(slices), max(len(s.sink) for s in slices)), -1, dtype=np.int32)
         for row, s in zip(sink, slices, strict=True):
             row[: len(s.sink)] = s.sink
@@ -60,7 +64,7 @@ class BatchLayout:
             starts=np.array([s.start for s in slices], dtype=np.int32),
             counts=counts,
             rows=np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
-            sealed=sealed,
+            sealed=sealed.reshape(groups * len(slices), -1),
             head=np.array([s.head for s in slices], dtype=np.int32),
             tail=np.array([s.tail for s in slices], dtype=np.int32),
             sink=sink,
@@ -70,6 +74,11 @@ class BatchLayout:
     @property
     def num_rows(self) -> int:
         return int(self.rows[-1])
+
+    def frames_of(self, view: LayerView) -> Ints:
+        """The frames of the sealed pages of ``view``'s layer, ``int32 [S, max pages]``."""
+        first = view.sealed.frame * len(self.counts)
+        return self.sealed[first : first + len(self.counts)]
 
 
 class Backend(ABC):
@@ -84,6 +93,9 @@ class Backend(ABC):
 
     batch_invariant = True
     """Whether a token's result has the same bits whatever else is in its step."""
+
+    layer_groups = True
+    """Whether it reads pages of several groups of layers; else windows are masked and all pages kept."""
 
     @abstractmethod
     def supports(self, scheme: Scheme, layer: LayerGeometry) -> str | None:
@@ -115,6 +127,7 @@ class Watcher(Backend):
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
+        self.layer_groups = backend.layer_groups
 
     def supports(self, scheme: Scheme, layer: LayerGeometry) -> str | None:
         return self._backend.supports(scheme, layer)

@@ -76,6 +76,16 @@ class PackedWeight:
         last = -(-(first + len(rows)) // STRIP)
         self.native.fill(rows.ctypes.data - first * rows.strides[0], rows.strides[0], 0, first // STRIP, last)
 
+    def part(self, first: int, count: int) -> PackedWeight:
+        """``count`` of the outputs from ``first`` on, in the same memory; both are multiples of :data:`STRIP`, but for
+        an end that is the weight's own."""
+        last = first + count
+        assert first % STRIP == 0, first
+        assert last == self.out_features or last % STRIP == 0, (first, count, self)
+        assert 0 <= first < last <= self.out_features, (first, count, self)
+        bias = None if self.bias is None else self.bias[first:last]
+        return PackedWeight(count, self.in_features, self.weight_format, self.native.part(first, count), bias)
+
     def unpack(self, rows: Tensor) -> Tensor:
         """The weights of some outputs, ``int64 [n]``, as ``float32 [n, in]``: exactly what the bytes say."""
         rows = rows.reshape(-1).to(torch.int64).contiguous()
@@ -89,17 +99,17 @@ class Products:
     """Multiplies bfloat16 rows with packed weights. A row's result does not depend on the rows beside it."""
 
     def __init__(self, isa: str = "auto", threads: int | None = None) -> None:
-        self._cpu = CpuBackend(isa, threads)
+        self.backend = CpuBackend(isa, threads)
 
     @property
     def name(self) -> str:
         """Kernels of bfloat16 weights: ``avx512bf16``, ``avx512``, ``avx2`` or ``scalar`` (slower than torch's)."""
-        return str(_native.row_kernels(self._cpu.isa))
+        return str(_native.row_kernels(self.backend.isa))
 
     @property
     def isa(self) -> str:
         """Kernels of weights in bits."""
-        return str(_native.product_kernels(self._cpu.isa))
+        return str(_native.product_kernels(self.backend.isa))
 
     def pack(
         self,
@@ -132,5 +142,5 @@ class Products:
         rows = x.reshape(-1, weight.in_features)
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
         out = torch.empty(*x.shape[:-1], weight.out_features, dtype=torch.bfloat16)
-        weight.native.apply(self._cpu.native, rows.data_ptr(), rows.stride(0), len(rows), out.data_ptr())
+        weight.native.apply(self.backend.native, rows.data_ptr(), rows.stride(0), len(rows), out.data_ptr())
         return out

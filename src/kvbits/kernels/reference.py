@@ -34,7 +34,7 @@ class ReferenceBackend(Backend):
             rows = slice(int(batch.rows[s]), int(batch.rows[s + 1]))
             start = int(batch.starts[s])
             keys, values = _own_rows(view, batch.head[s], start, key[rows], value[rows])
-            pages = _Sealed(view, batch.sealed[s], batch.sink[s], batch.draft)
+            pages = _Sealed(view, batch.frames_of(view)[s], batch.sink[s], batch.draft)
             _store(view, pages, batch.head[s], batch.tail[s], start, keys, values)
             out[rows] = _attend(view, pages, start, query[rows].float(), keys, values, sinks).to(query.dtype)
         return out
@@ -166,7 +166,11 @@ def _blocks(view: LayerView, place: Place, frame: int) -> tuple[Tensor, Tensor]:
     assert 0 <= frame < len(view.buffer), (frame, view.index)
     layer, scheme = view.geometry, place.scheme
     size = scheme.layer_bytes(layer)
-    heads = view.buffer[frame, place.offset : place.offset + size].view(layer.num_kv_heads, -1)
+    # An open page may lie in several frames side by side.
+    start = view.buffer.storage_offset() + frame * view.buffer.stride(0) + place.offset
+    heads = view.buffer.as_strided(
+        (layer.num_kv_heads, size // layer.num_kv_heads), (size // layer.num_kv_heads, 1), start
+    )
     key_bytes, value_bytes = scheme.key.page_bytes(layer.key_dim), scheme.value.page_bytes(layer.value_dim)
     values_at = align(key_bytes)
     return heads[:, :key_bytes], heads[:, values_at : values_at + value_bytes]

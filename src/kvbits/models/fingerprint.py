@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from kvbits.errors import UnsupportedError
-from kvbits.kernels.products import PackedWeight
 from kvbits.models.locate import locate
-from kvbits.models.packed import packed_weights
+from kvbits.models.packed import packed_parameters
 from kvbits.models.quiet import quiet
 from kvbits.models.reader import Reader
 from kvbits.models.safetensors.file import read_headers
@@ -40,11 +40,7 @@ def fingerprint(model: Any, values_of: Callable[[str], Tensor] | None = None) ->
         (name, tuple(p.shape), _sample((p.detach() if values_of is None else values_of(name)).flatten()))
         for name, p in model.named_parameters()
     ]
-    for name, weight in packed_weights(model):
-        shape = weight.out_features, weight.in_features
-        samples.append((name, shape, _sample_packed(weight)))
-        if weight.bias is not None:
-            samples.append((f"{name.removesuffix('weight')}bias", shape[:1], _sample(weight.bias)))
+    samples += [(name, shape, _sample_rows(shape, rows)) for name, shape, rows in packed_parameters(model)]
     for name, shape, sample in sorted(samples, key=lambda entry: entry[0]):
         digest.update(f"{name}{shape}".encode())
         digest.update(sample.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
@@ -55,11 +51,10 @@ def _sample(flat: Tensor) -> Tensor:
     return flat[:: _spread(len(flat))][:_SAMPLE]
 
 
-def _sample_packed(weight: PackedWeight) -> Tensor:
-    count = weight.out_features * weight.in_features
+def _sample_rows(shape: tuple[int, ...], unpack: Callable[[Tensor], Tensor]) -> Tensor:
+    count, width = math.prod(shape), shape[-1]
     places = torch.arange(0, count, _spread(count))[:_SAMPLE]
-    rows = weight.unpack(places // weight.in_features)
-    return rows.gather(1, (places % weight.in_features).unsqueeze(1)).squeeze(1)
+    return unpack(places // width).gather(1, (places % width).unsqueeze(1)).squeeze(1)
 
 
 def _spread(count: int) -> int:

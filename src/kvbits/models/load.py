@@ -92,7 +92,7 @@ class LoadedModel:
 
     def depends_on_rows(self) -> str | None:
         """``None``, or why a token's result may depend on the other rows of its step (``--batch-invariant``)."""
-        return depends_on_rows(self.model)
+        return depends_on_rows(self.model, self.fused is not None)
 
 
 def load_model(

@@ -12,7 +12,9 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from kvbits.kernels.experts import Gate
 from kvbits.kernels.products import PackedWeight, Products
+from kvbits.models.experts import PackedExperts, experts_parts, gate_of, pack_experts
 from kvbits.weights import ROUNDED
 
 _ROUNDED_ROWS = 4096
@@ -71,7 +73,7 @@ def packed_embedding(layer: nn.Embedding, weight: PackedWeight) -> PackedEmbeddi
 
 
 def pack_linears(model: nn.Module, weights: str = "bf16") -> int:
-    """Replace the bfloat16 linear layers of ``model`` on the CPU; returns how many were.
+    """Replace the bfloat16 linear layers and experts of ``model`` on the CPU; returns how many linear layers were.
 
     ``weights`` is what they are rounded to (:data:`kvbits.weights.ROUNDED`). An embedding that shares its weight with a
     layer then shares the packed one, and in bits every embedding is packed. Layers of another type (subclasses,
@@ -90,6 +92,9 @@ def pack_linears(model: nn.Module, weights: str = "bf16") -> int:
         if id(layer.weight) in embeddings:
             shared[id(layer.weight)] = weight
         setattr(parent, name, PackedLinear(weight, products))
+    for parent, name in _places(model, _packs_experts):
+        module = getattr(parent, name)
+        setattr(parent, name, pack_experts(module, gate_of(module) or Gate(), products, weight_format))
     for parent, name in _places(model, is_embedding):
         layer = getattr(parent, name)
         found = shared.get(id(layer.weight))
@@ -106,10 +111,19 @@ def round_linears(model: nn.Module, weights: str) -> None:
     weight_format = ROUNDED[weights]
     seen: set[int] = set()
     for module in model.modules():
-        if (type(module) is nn.Linear or is_embedding(module)) and id(module.weight) not in seen:
-            seen.add(id(module.weight))
-            for part in module.weight.split(_ROUNDED_ROWS):
-                part.copy_(weight_format.decode(weight_format.encode(part))[:, : part.shape[1]])
+        for weight in _rounded(module):
+            if weight.data_ptr() not in seen:
+                seen.add(weight.data_ptr())
+                for part in weight.split(_ROUNDED_ROWS):
+                    part.copy_(weight_format.decode(weight_format.encode(part))[:, : part.shape[1]])
+
+
+def _rounded(module: Any) -> Iterator[Tensor]:
+    if type(module) is nn.Linear or is_embedding(module):
+        yield module.weight
+    elif gate_of(module) is not None:
+        for index in range(len(module.gate_up_proj)):
+            yield from (weight for weight, _ in experts_parts(module, index))
 
 
 def settle(model: nn.Module, dtype: torch.dtype) -> None:
@@ -144,8 +158,31 @@ def _packs(layer: nn.Module) -> TypeGuard[nn.Linear]:
     )
 
 
+def _packs_experts(module: Any) -> bool:
+    return gate_of(module) is not None and bool(
+        module.gate_up_proj.dtype == torch.bfloat16 and module.gate_up_proj.device.type == "cpu"
+    )
+
+
 def packed_weights(model: nn.Module) -> Iterator[tuple[str, PackedWeight]]:
-    """The packed weights of ``model`` by their parameters' names, shared ones once."""
+    """The packed weights of ``model`` by their parameters' names, shared ones once, each expert's by itself."""
+    yield from _packed_layers(model)
+    for name, module in _packed_experts(model):
+        yield from ((f"{name}.{part}.weight", weight) for part, weight in module.packed())
+
+
+def packed_parameters(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], Callable[[Tensor], Tensor]]]:
+    """transformers' parameters that are packed, shared ones once: name, shape, and what unpacks rows ``int64 [n]`` (all
+    dimensions but the last counted together; a bias is one row)."""
+    for name, weight in _packed_layers(model):
+        yield name, (weight.out_features, weight.in_features), weight.unpack
+        if weight.bias is not None:
+            yield f"{name.removesuffix('weight')}bias", tuple(weight.bias.shape), weight.bias.unsqueeze(0).__getitem__
+    for name, module in _packed_experts(model):
+        yield from ((f"{name}.{part}", shape, rows) for part, shape, rows in module.stored())
+
+
+def _packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedWeight]]:
     seen: set[int] = set()
     for name, module in model.named_modules():
         weight: Any = module.weight if isinstance(module, PackedLinear | PackedEmbedding) else None
@@ -154,26 +191,53 @@ def packed_weights(model: nn.Module) -> Iterator[tuple[str, PackedWeight]]:
             yield f"{name}.weight", weight
 
 
-def depends_on_rows(model: nn.Module) -> str | None:
-    """``None`` when every linear layer gives a row the same bits for any number of rows; else the layer that fails.
+def _packed_experts(model: nn.Module) -> Iterator[tuple[str, PackedExperts]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, PackedExperts))
 
-    Each shape and format of layer is tried once, on random rows.
+
+def depends_on_rows(model: nn.Module, fused: bool = False) -> str | None:
+    """``None`` when every layer that multiplies gives a row the same bits for any number of rows; else the one that
+    does not.
+
+    Each shape and format of layer is tried once, on random rows. ``fused``: only packed weights multiply.
     """
     tried = set()
-    generator = torch.Generator().manual_seed(0)
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear):
             return f"the linear layer '{name}' is not packed"
-        if not isinstance(layer, PackedLinear):
-            continue
-        kind = (layer.weight.out_features, layer.weight.in_features, layer.weight.weight_format.name)
-        if kind in tried:
-            continue
-        tried.add(kind)
-        x = torch.randn(_TRIED_ROWS[-1], layer.weight.in_features, generator=generator).to(torch.bfloat16)
-        with torch.no_grad():
-            whole = layer(x)
-            for rows in _TRIED_ROWS:
-                if not torch.equal(layer(x[:rows]), whole[:rows]):
-                    return f"the linear layer '{name}' rounds differently for {rows} and {len(x)} rows"
+        kind = _kind(layer)
+        if kind is None:
+            own = [p for p in layer.parameters(recurse=False) if p.ndim > 1]
+            if own and not fused and not isinstance(layer, nn.Embedding):
+                return f"the layer '{name}' multiplies in transformers' own code"
+        elif kind not in tried:
+            tried.add(kind)
+            rows = _differing_rows(layer)
+            if rows:
+                return f"the layer '{name}' rounds differently for {rows} and {_TRIED_ROWS[-1]} rows"
     return None
+
+
+def _kind(layer: nn.Module) -> tuple[Any, ...] | None:
+    """What layers have in common that one trial stands for; ``None`` for those that do not multiply packed weights."""
+    if isinstance(layer, PackedLinear):
+        weights = [layer.weight]
+    elif isinstance(layer, PackedExperts):
+        weights = [weight for _, weight in layer.packed()]
+    else:
+        return None
+    return len(weights), *sorted({(w.out_features, w.in_features, w.weight_format.name) for w in weights})
+
+
+@torch.no_grad()
+def _differing_rows(layer: Any) -> int | None:
+    """A number of rows whose results are other bits than among more rows."""
+    generator, most = torch.Generator().manual_seed(0), _TRIED_ROWS[-1]
+    experts = layer.experts if isinstance(layer, PackedExperts) else None
+    width = layer.weight.in_features if experts is None else experts.gates[0].in_features
+    given = [torch.randn(most, width, generator=generator).to(torch.bfloat16)]
+    if experts is not None:
+        given.append(torch.rand(most, len(experts), generator=generator).argsort(1)[:, : min(2, len(experts))])
+        given.append(torch.rand(given[1].shape, generator=generator))
+    whole = layer(*given)
+    return next((n for n in _TRIED_ROWS if not torch.equal(layer(*(part[:n] for part in given)), whole[:n])), None)

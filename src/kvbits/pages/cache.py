@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from kvbits.pages.allocator import FrameAllocator, Frames
+from kvbits.pages.groups import PageGroup, part_key
 from kvbits.pages.prefix import CachedPage, PageHasher, PrefixIndex
 from kvbits.pages.tier import PageSource, SecondTier
 
@@ -13,7 +14,8 @@ from kvbits.pages.tier import PageSource, SecondTier
 class PrefixCache:
     """What the pool keeps beyond the sequences that made it.
 
-    ``tier`` gets every page that is given up. ``enabled`` is false: nothing is found and nothing is kept.
+    ``tier`` gets every page that is given up. ``enabled`` is false: nothing is found and nothing is kept. A page has a
+    part for each of ``groups``.
     """
 
     def __init__(
@@ -23,8 +25,10 @@ class PrefixCache:
         enabled: bool,
         on_evict: Callable[[CachedPage], None],
         tier: SecondTier | None,
+        groups: Sequence[PageGroup],
     ) -> None:
         self.enabled = enabled
+        self.groups = groups
         self.tier = tier
         self.index = PrefixIndex()
         self.hasher = hasher
@@ -37,45 +41,65 @@ class PrefixCache:
         """The hash before a sequence's first page."""
         return self.hasher.root(salt, self._generation)
 
-    def match(self, tokens: Sequence[int], salt: bytes) -> list[CachedPage]:
-        """The pages in the pool that ``tokens`` begins with; at least one token is left."""
-        found: list[CachedPage] = []
-        for key in self.chain(self.root(salt), tokens, 0):
-            page = self.index.get(key)
-            if page is None:
-                break
-            found.append(page)
-        return found
+    def match(self, tokens: Sequence[int], salt: bytes) -> list[bytes]:
+        """Hashes of the pages in the pool that ``tokens`` begins with; at least one token is left."""
+        return self.longest(self.root(salt), tokens, 0, self.index.__contains__)
 
     def reach(self, tokens: Sequence[int], salt: bytes) -> int:
         """Pages that ``tokens`` begins with, in the pool or in the second tier; at least one token is left."""
-        pages = 0
-        for key in self.chain(self.root(salt), tokens, 0):
-            if self.index.get(key) is None and not (self.tier is not None and self.tier.holds(key)):
-                break
-            pages += 1
-        return pages
+        tier = self.tier
+        return len(self.longest(self.root(salt), tokens, 0, lambda k: k in self.index or bool(tier and tier.holds(k))))
+
+    def longest(self, parent: bytes, tokens: Sequence[int], start: int, there: Callable[[bytes], bool]) -> list[bytes]:
+        """Hashes of the pages of ``tokens`` from page ``start`` on, after ``parent``, that a sequence can go on after.
+
+        Of every group the parts that the next token sees must be ``there``; of pages before ``start`` they are.
+        """
+        found: list[bytes] = []
+        usable = 0
+        # Pages in a row, up to the current one, of which each group's part is there.
+        rows = [start] * len(self.groups)
+        for page, key in enumerate(self.chain(parent, tokens, start)):
+            for number, group in enumerate(self.groups):
+                if there(part_key(key, number)):
+                    rows[number] += 1
+                elif group.kept is None:
+                    return found[:usable]
+                else:
+                    rows[number] = 0
+            found.append(key)
+            pages = start + page + 1
+            if all(row >= pages - group.oldest(pages) for row, group in zip(rows, self.groups, strict=True)):
+                usable = len(found)
+        return found[:usable]
 
     def chain(self, parent: bytes, tokens: Sequence[int], start: int) -> Iterator[bytes]:
         """Hashes of the pages of ``tokens`` from page ``start`` on, after ``parent``; all tokens but the last count."""
         pages = max(len(tokens) - 1, 0) // self.hasher.page_tokens if self.enabled else 0
         return self.hasher.chain(parent, tokens, pages, start)
 
-    def attach(self, page: CachedPage) -> None:
-        """One more sequence names ``page``."""
+    def attach(self, key: bytes, group: int) -> CachedPage | None:
+        """One more sequence names a group's part of the page ``key``; ``None`` if the pool does not have it."""
+        page = self.index.get(part_key(key, group))
+        if page is None:
+            return None
         if page.stamp is not None:
             self.index.make_used(page)
         self._allocator.retain(page.frames)
+        return page
 
-    def bring(self, source: PageSource, key: bytes, parent: bytes, depth: int, count: int) -> CachedPage | None:
-        """Fill ``count`` frames with the page ``key`` of ``source``, for one sequence; ``None`` if it has no such page.
+    def bring(self, source: PageSource, key: bytes, parent: bytes, depth: int, number: int) -> CachedPage | None:
+        """Fill frames with group ``number``'s part of the page ``key`` of ``source``, for one sequence; ``None`` if it
+        has no such page, or there are no frames for it.
 
         Older idle pages are given up for it.
         """
+        count = self.groups[number].frames if depth else self.groups[number].first
+        parent, key = self._parent(parent, number), part_key(key, number)
         if count > self.available() or not source.holds(key):
             return None
         self.make_free(count)
-        frames = self._allocator.take(count)
+        frames = self._allocator.take(count, number)
         good = False
         try:
             good = source.fetch(key, frames)
@@ -89,14 +113,16 @@ class PrefixCache:
         self.index.insert(page)
         return page
 
-    def seal(self, parent: bytes, tokens: array[int], depth: int, frames: Frames) -> bytes:
+    def seal(self, parent: bytes, tokens: array[int], depth: int, parts: Iterable[Frames]) -> bytes:
         """Index a page that is now full, unless an equal one is: two runs may differ in the last bit, so both stay.
 
-        Returns its hash.
+        ``parts``: its frames, group by group. Returns its hash.
         """
         key = self.hasher.page(parent, tokens)
-        if self.index.get(key) is None:
-            self.index.insert(CachedPage(key, parent, depth, frames))
+        for number, frames in enumerate(parts):
+            if part_key(key, number) not in self.index:
+                page = CachedPage(part_key(key, number), self._parent(parent, number), depth, frames)
+                self.index.insert(page)
         return key
 
     def release(self, frames: Frames) -> None:
@@ -127,6 +153,9 @@ class PrefixCache:
         if self.tier is not None:
             self.tier.clear()
         self._generation += 1
+
+    def _parent(self, page: bytes, group: int) -> bytes:
+        return part_key(page, group) if self.groups[group].kept is None else b""
 
     def _evict(self) -> None:
         page = self.index.oldest()

@@ -9,6 +9,7 @@ from kvbits.errors import CacheError, OutOfPages
 from kvbits.pages.allocator import FrameAllocator, Frames
 from kvbits.pages.cache import PrefixCache
 from kvbits.pages.check import check_invariants
+from kvbits.pages.groups import GONE, PageGroup, PageShape
 from kvbits.pages.map import frame_map
 from kvbits.pages.prefix import CachedPage, PageHasher
 from kvbits.pages.stats import PoolStats
@@ -16,6 +17,7 @@ from kvbits.pages.table import Reservation, SequencePages, SequenceTable
 from kvbits.pages.tier import PageSource, SecondTier
 
 Copy = tuple[Frames, Frames]
+Move = Callable[[Frames, Frames], None]
 
 
 class PageManager:
@@ -23,7 +25,8 @@ class PageManager:
 
     A step of a sequence is :meth:`reserve`, :meth:`slice`, the copies of :meth:`take_copies`, the kernels, then
     :meth:`commit`. A sealed page is immutable and may be shared; an open page is written by its only owner. What a
-    running sequence names is never evicted.
+    running sequence names is never evicted. A group of layers with a sliding window gives a page back as soon as the
+    pages that it does not see any more are sealed: for good, as what is sealed is never cut off.
     """
 
     def __init__(
@@ -37,31 +40,41 @@ class PageManager:
         on_evict: Callable[[bytes, int], None] | None = None,
         sink_frames: int | None = None,
         tier: SecondTier | None = None,
+        groups: Sequence[PageGroup] = (),
+        move: Move | None = None,
     ) -> None:
         """Manage ``num_frames`` frames, of which an open and a sealed page take ``open_frames`` and ``sealed_frames``.
 
         ``sink_frames``: what the first page of every sequence takes once it is full, where it has a format of its own.
         ``cache_key`` stands for all that decides a page's bytes besides its tokens: model and policy. ``on_evict`` is
         called with the hash and each frame of a cached page before the frame is used for something else; ``tier`` then
-        keeps the page's bytes elsewhere.
+        keeps the page's bytes elsewhere. ``groups``, where layers differ in how long they keep a page: its parts, in
+        the place of ``sealed_frames``; ``sink_frames`` is then the sum of their first pages'. With ``move`` an open
+        page's frames lie side by side, and ``move`` copies bytes from frames to others at once to make room for them.
         """
+        self.shape = PageShape(groups or (PageGroup(sealed_frames, sink_frames),))
+        sealed_frames = self.shape.frames
         assert min(num_frames, open_frames, sealed_frames) > 0, (num_frames, open_frames, sealed_frames)
         self.num_frames = num_frames
         self.open_frames = open_frames
         self.sealed_frames = sealed_frames
         self.sink_frames = sink_frames
-        assert sink_frames is None or sink_frames > 0, sink_frames
-        self._first_frames = sealed_frames if sink_frames is None else sink_frames
+        assert sink_frames is None or sink_frames == self.shape.first_frames > 0, sink_frames
         self.page_tokens = page_tokens
         self.enable_prefix_caching = enable_prefix_caching
         self.on_evict = on_evict
-        self._allocator = FrameAllocator(num_frames)
+        self._move = move
+        self._allocator = FrameAllocator(
+            num_frames, 1 if move is None else open_frames, kinds=len(self.shape.groups) + 1
+        )
         hasher = PageHasher(page_tokens, cache_key)
-        self._cache = PrefixCache(self._allocator, hasher, enable_prefix_caching, self._evicted, tier)
+        self._cache = PrefixCache(
+            self._allocator, hasher, enable_prefix_caching, self._evicted, tier, self.shape.groups
+        )
         self._index = self._cache.index
         self._tables: dict[int, SequenceTable] = {}
         self._copies: list[Copy] = []
-        self._open = self._queries = self._hits = 0
+        self._queries = self._hits = 0
 
     # Sequences
 
@@ -72,12 +85,8 @@ class PageManager:
         is left to compute. Nothing is allocated. Raises ``CacheError`` if the id is in use.
         """
         self._new_id(seq_id)
-        found = self._cache.match(tokens, salt)
-        table = SequenceTable(found[-1].hash if found else self._cache.root(salt))
-        for page in found:
-            self._cache.attach(page)
-            table.sealed.extend(page.frames)
-        cached = len(found) * self.page_tokens
+        table = SequenceTable(self._cache.root(salt), [0] * len(self.shape.groups))
+        cached = self._attach(table, self._cache.match(tokens, salt), None) * self.page_tokens
         table.tokens.extend(tokens[:cached])
         self._tables[seq_id] = table
         if self.enable_prefix_caching:
@@ -94,22 +103,17 @@ class PageManager:
         """
         table = self._idle_table(seq_id, "restore")
         before = len(table.tokens)
-        number = self._full_pages(table)
+        start = self._full_pages(table)
         source = source or self._cache.tier
         if source is None or self._in_open(table):
             return before
-        for key in self._cache.chain(table.hash, tokens, number):
-            page = self._index.get(key)
-            if page is not None:
-                self._cache.attach(page)
-            else:
-                page = self._cache.bring(source, key, table.hash, number, self._sealed_frames(table, 1))
-                if page is None:
-                    break
-            table.sealed.extend(page.frames)
-            table.tokens.extend(tokens[len(table.tokens) : len(table.tokens) + self.page_tokens])
-            table.hash = key
-            number += 1
+        holds = source.holds
+        found = self._cache.longest(table.hash, tokens, start, lambda key: key in self._index or holds(key))
+        while (attached := self._attach(table, found, source)) < len(found):
+            # Something was damaged or found no frames; the pages before it may do.
+            known = tokens[: before + attached * self.page_tokens + 1]
+            found = self._cache.longest(table.hash, known, start, lambda key: key in self._index or holds(key))
+        table.tokens.extend(tokens[before : before + len(found) * self.page_tokens])
         self._hits += len(table.tokens) - before
         return len(table.tokens)
 
@@ -128,8 +132,8 @@ class PageManager:
         """
         self._new_id(child)
         source = self._idle_table(parent, "fork")
-        table = SequenceTable(source.hash, source.tokens[:], source.sealed[:])
-        self._allocator.retain(table.sealed)
+        table = SequenceTable(source.hash, source.gone[:], source.tokens[:], source.sealed[:])
+        self._allocator.retain(table.held())
         if source.open is not None and self._in_open(source):
             table.open = source.open
             self._allocator.retain(source.open)
@@ -155,8 +159,8 @@ class PageManager:
         self._index.tick()
         if table.open is not None:
             self._release_open(table.open)
-        for number in reversed(range(self._full_pages(table))):
-            self._cache.release(self._page(table, number))
+        for page, group in reversed([*self.shape.kept_parts(self._full_pages(table))]):
+            self._cache.release(self._part(table, page, group))
 
     def length(self, seq_id: int) -> int:
         """Tokens stored, without those of a reservation."""
@@ -189,6 +193,19 @@ class PageManager:
         pages = self._writable(table) is None
         return self._sealed_frames(table, crossed) + (pages + (tentative and crossed > 0)) * self.open_frames
 
+    def frames_ahead(self, seq_id: int, count: int, at_once: int) -> int:
+        """Most frames, beyond those that it has, that the sequence takes while it stores ``count`` more tokens in steps
+        of up to ``at_once``."""
+        table = self._table(seq_id)
+        pages = self._writable(table) is None
+        steps = (self.page_tokens - 1 + at_once) // self.page_tokens
+        sealed = self.shape.ahead(self._full_pages(table), self._crossed(table, count), steps)
+        return sealed + pages * self.open_frames
+
+    def tokens_in(self, frames: int) -> int:
+        """Tokens of full pages that one sequence holds in ``frames`` frames."""
+        return self.shape.pages_in(frames) * self.page_tokens
+
     def available(self) -> int:
         """Frames that can be had: free ones, and cached ones without an owner."""
         return self._cache.available()
@@ -220,7 +237,7 @@ class PageManager:
         table.reservation = Reservation(
             count=count,
             tentative=tentative,
-            sealed=self._allocator.take(self._sealed_frames(table, crossed)),
+            sealed=self._take_sealed(table, crossed),
             tail=self._take_open() if tentative and crossed else None,
             new_open=not had_open,
         )
@@ -258,6 +275,8 @@ class PageManager:
         table.sealed.extend(step.sealed[:completed])
         for number in range(first, first + pages):
             self._seal(table, number)
+        if pages:
+            self._give_back(table, first + pages)
 
     def rollback(self, seq_id: int) -> None:
         """Drop the reservation of a step that did not run, or that was tentative.
@@ -284,16 +303,18 @@ class PageManager:
         """The pool in numbers."""
         free = self._allocator.free
         cached = self._index.idle_frames
+        parts = self._allocator.counts
         return PoolStats(
             num_frames=self.num_frames,
             free=free,
-            open=self._open,
-            sealed=self.num_frames - free - self._open - cached,
+            open=parts[-1],
+            sealed=self.num_frames - free - parts[-1] - cached,
             shared=self._allocator.shared,
             cached=cached,
             queries=self._queries,
             hits=self._hits,
             evictions=self._cache.evictions,
+            groups=tuple(parts[:-1]),
             tier=None if self._cache.tier is None else self._cache.tier.stats(),
         )
 
@@ -303,7 +324,7 @@ class PageManager:
 
     def check(self) -> None:
         """Recount everything from the tables; raise ``AssertionError`` with every term if something does not add up."""
-        check_invariants(self._tables.values(), self._allocator, self._index, self.stats())
+        check_invariants(self._tables.values(), self.shape, self._allocator, self._index, self.stats())
         if self._cache.tier is not None:
             self._cache.tier.check()
 
@@ -335,21 +356,68 @@ class PageManager:
         return len(table.tokens) - self._full_pages(table) * self.page_tokens
 
     def _full_pages(self, table: SequenceTable) -> int:
-        held = len(table.sealed)
-        return 1 + (held - self._first_frames) // self.sealed_frames if held else 0
+        return self.shape.pages(len(table.sealed))
 
     def _sealed_frames(self, table: SequenceTable, pages: int) -> int:
         """Frames of the next ``pages`` pages that ``table`` seals."""
-        first = self._first_frames - self.sealed_frames if pages and not table.sealed else 0
-        return pages * self.sealed_frames + first
+        before = self._full_pages(table)
+        return self.shape.total(before + pages) - self.shape.total(before)
 
-    def _page(self, table: SequenceTable, number: int) -> Frames:
-        return table.page(number, self.sealed_frames, self._first_frames)
+    def _part(self, table: SequenceTable, page: int, group: int) -> Frames:
+        return tuple(table.sealed[self.shape.part(page, group)])
+
+    def _attach(self, table: SequenceTable, keys: Sequence[bytes], source: PageSource | None) -> int:
+        """Let ``table`` go on with the pages ``keys``, from the pool or from ``source``: all of them, or none.
+
+        Returns how many of them are there.
+        """
+        start, end = self._full_pages(table), self._full_pages(table) + len(keys)
+        oldest = [group.oldest(end) for group in self.shape.groups]
+        frames: list[int] = []
+        taken: list[Frames] = []
+        parent = table.hash
+        try:
+            for number, key in enumerate(keys, start):
+                for group, first in enumerate(oldest):
+                    part = self.shape.part(number, group)
+                    if number < first:
+                        frames.extend([GONE] * (part.stop - part.start))
+                        continue
+                    page = self._cache.attach(key, group)
+                    if page is None and source is not None:
+                        page = self._cache.bring(source, key, parent, number, group)
+                    if page is None:
+                        return number - start
+                    taken.append(page.frames)
+                    frames.extend(page.frames)
+                parent = key
+            self._give_back(table, end)
+            table.sealed.extend(frames)
+            table.hash = parent
+            taken = []
+        finally:
+            for held in reversed(taken):
+                self._cache.release(held)
+        return len(keys)
+
+    def _give_back(self, table: SequenceTable, pages: int) -> None:
+        """Give back the parts that no token sees after ``pages`` sealed pages."""
+        if not self.shape.frees:
+            return
+        stored = self._full_pages(table)
+        self._index.tick()
+        for number, group in enumerate(self.shape.groups):
+            oldest = group.oldest(pages)
+            for page in range(table.gone[number], min(oldest, stored)):
+                part = self.shape.part(page, number)
+                self._cache.release(tuple(table.sealed[part]))
+                table.sealed[part] = [GONE] * (part.stop - part.start)
+            table.gone[number] = oldest
 
     def _pages(self, start: int, count: int, sealed: list[int], head: Frames, tail: Frames) -> SequencePages:
         """``sealed``: the frames of all full pages, the first one's included."""
         sink = () if self.sink_frames is None else tuple(sealed[: self.sink_frames])
-        return SequencePages(start, count, sealed[len(sink) :], head, tail, sink)
+        return SequencePages(start, count, sealed[len(sink) :], head, tail, sink, len(self.shape.groups))
 
     def _crossed(self, table: SequenceTable, count: int) -> int:
         return (self._in_open(table) + count) // self.page_tokens
@@ -371,12 +439,26 @@ class PageManager:
         return page
 
     def _take_open(self) -> Frames:
-        self._open += self.open_frames
-        return self._allocator.take(self.open_frames)
+        kind = len(self.shape.groups)
+        if self._move is None:
+            return self._allocator.take(self.open_frames, kind)
+        moves = self._allocator.free_run()
+        if moves:
+            self._move(tuple(moves), tuple(moves.values()))
+            self._index.move(moves)
+            for table in self._tables.values():
+                table.move(moves)
+        return self._allocator.take_run(kind)
+
+    def _take_sealed(self, table: SequenceTable, pages: int) -> Frames:
+        """Frames of the next ``pages`` pages that ``table`` seals."""
+        first = self._full_pages(table)
+        parts = [(page, group) for page in range(first, first + pages) for group in range(len(self.shape.groups))]
+        taken = (self._allocator.take(self.shape.size(page, group), group) for page, group in parts)
+        return tuple(frame for frames in taken for frame in frames)
 
     def _release_open(self, frames: Frames) -> None:
         if self._allocator.release(frames):
-            self._open -= self.open_frames
             self._allocator.put(frames)
 
     def _put_unused(self, frames: Frames) -> None:
@@ -388,7 +470,8 @@ class PageManager:
         if self.enable_prefix_caching:
             start = number * self.page_tokens
             tokens = table.tokens[start : start + self.page_tokens]
-            table.hash = self._cache.seal(table.hash, tokens, number, self._page(table, number))
+            parts = (self._part(table, number, group) for group in range(len(self.shape.groups)))
+            table.hash = self._cache.seal(table.hash, tokens, number, parts)
 
     def _evicted(self, page: CachedPage) -> None:
         if self.on_evict is not None:

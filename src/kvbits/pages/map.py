@@ -21,7 +21,7 @@ def frame_map(tables: Iterable[SequenceTable], allocator: FrameAllocator, index:
                 found[frame] = CACHED
     for table in tables:
         step = table.reservation
-        for frame in (*table.sealed, *(step.sealed if step is not None else ())):
+        for frame in (*table.held(), *(step.sealed if step is not None else ())):
             found[frame] = SHARED if allocator.refs[frame] > 1 else SEALED
         for frame in (*(table.open or ()), *((step.tail or ()) if step is not None else ())):
             found[frame] = SHARED if allocator.refs[frame] > 1 else OPEN

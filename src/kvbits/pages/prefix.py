@@ -6,7 +6,9 @@ the chain until a hash is missing.
 
 A page is *idle* when no sequence names it. Idle pages are given up least recently used first, leaves first: a page goes
 only when no idle page continues it. (A page in use may outlive the page before it, where two sequences computed the
-same text side by side and only the first copy was indexed; it is found again when that page is.)
+same text side by side and only the first copy was indexed; it is found again when that page is.) Where layers form
+several groups each has its part of a page, a page of its own here; one of a sliding window is of use without those
+before it, and goes by its age alone.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import hashlib
 import heapq
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvbits.pages.allocator import Frames
@@ -23,7 +25,10 @@ from kvbits.pages.allocator import Frames
 
 @dataclass
 class CachedPage:
-    """An indexed sealed page. ``stamp`` is the time when it became idle, or ``None`` while it is in use."""
+    """An indexed sealed page. ``stamp`` is the time when it became idle, or ``None`` while it is in use.
+
+    ``parent``: the page that it continues and must not outlive; empty where there is none.
+    """
 
     hash: bytes
     parent: bytes
@@ -71,6 +76,9 @@ class PrefixIndex:
         self._clock = 0
         self._heap: list[tuple[int, int, bytes]] = []
 
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._by_hash
+
     def get(self, key: bytes) -> CachedPage | None:
         return self._by_hash.get(key)
 
@@ -87,6 +95,14 @@ class PrefixIndex:
         assert page.stamp is None, page
         self._by_hash[page.hash] = page
         self._by_frame[page.frames[0]] = page
+
+    def move(self, moves: Mapping[int, int]) -> None:
+        """Frames have become others."""
+        for page in self._by_hash.values():
+            if not moves.keys().isdisjoint(page.frames):
+                del self._by_frame[page.frames[0]]
+                page.frames = tuple(moves.get(frame, frame) for frame in page.frames)
+                self._by_frame[page.frames[0]] = page
 
     def tick(self) -> None:
         """Let time pass: pages that become idle between two ticks are equally old."""

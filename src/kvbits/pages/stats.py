@@ -14,7 +14,8 @@ class PoolStats:
     ``free + open + sealed + cached == num_frames``. ``open`` and ``sealed`` belong to running sequences (a frame that
     several of them share counts once); ``shared`` of those have more than one owner. ``cached`` frames have no owner
     and are kept for their content. ``queries`` and ``hits`` count tokens asked for and found when sequences were
-    opened; ``evictions`` counts cached pages given up; ``tier`` is what became of those in the second tier.
+    opened; ``evictions`` counts cached pages given up; ``groups`` are the frames of sealed pages, in use or cached, by
+    group of layers; ``tier`` is what became of those in the second tier.
     """
 
     num_frames: int
@@ -26,4 +27,5 @@ class PoolStats:
     queries: int
     hits: int
     evictions: int
+    groups: tuple[int, ...] = ()
     tier: TierStats | None = None

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from kvbits.pages.allocator import Frames
+from kvbits.pages.groups import GONE
 
 
 @dataclass(frozen=True)
 class SequencePages:
     """One sequence's part of a step: ``count`` new tokens after ``start`` stored ones, and its frames.
 
-    ``sealed[p]`` is the frame of page ``p`` for every page that is full when the step ends. Where the first page has a
-    format of its own its frames are ``sink`` (empty until it is full), and ``sealed`` begins with page 1. ``head`` are
-    the frames of the open page that holds token ``start``; ``tail`` those of the page that holds token ``start +
-    count``. They are the same, except in a tentative (speculative) step that crosses a page boundary, where the head
-    must outlive the step.
+    ``sealed[p * groups + g]`` is the frame of group ``g`` of page ``p`` for every page that is full when the step ends,
+    -1 where it was given back. Where the first page has a format of its own its frames are ``sink`` (empty until it is
+    full), and ``sealed`` begins with page 1. ``head`` are the frames of the open page that holds token ``start``;
+    ``tail`` those of the page that holds token ``start + count``. They are the same, except in a tentative
+    (speculative) step that crosses a page boundary, where the head must outlive the step.
     """
 
     start: int
@@ -26,6 +27,7 @@ class SequencePages:
     head: Sequence[int]
     tail: Sequence[int]
     sink: Sequence[int] = ()
+    groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -46,18 +48,25 @@ class Reservation:
 class SequenceTable:
     """What a sequence holds: ``sealed`` frames page after page (the first may take more), then at most one open page.
 
-    ``hash`` is the chain hash of the sealed pages.
+    ``hash`` is the chain hash of the sealed pages. Of group ``g`` the first ``gone[g]`` pages were given back: their
+    places in ``sealed`` are :data:`kvbits.pages.groups.GONE`.
     """
 
     hash: bytes
+    gone: list[int]
     tokens: array[int] = field(default_factory=lambda: array("q"))
     sealed: list[int] = field(default_factory=list)
     open: Frames | None = None
     reservation: Reservation | None = None
 
-    def page(self, number: int, sealed_frames: int, first_frames: int) -> Frames:
-        """The frames of sealed page ``number``, when page 0 takes ``first_frames`` and the others ``sealed_frames``."""
-        if number == 0:
-            return tuple(self.sealed[:first_frames])
-        start = first_frames + (number - 1) * sealed_frames
-        return tuple(self.sealed[start : start + sealed_frames])
+    def held(self) -> list[int]:
+        """The frames of the sealed pages that are kept."""
+        return [frame for frame in self.sealed if frame != GONE]
+
+    def move(self, moves: Mapping[int, int]) -> None:
+        """Frames of sealed pages have become others."""
+        if not moves.keys().isdisjoint(self.sealed):
+            self.sealed = [moves.get(frame, frame) for frame in self.sealed]
+        if self.reservation is not None:
+            frames = tuple(moves.get(frame, frame) for frame in self.reservation.sealed)
+            self.reservation = replace(self.reservation, sealed=frames)

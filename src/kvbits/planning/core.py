@@ -20,8 +20,8 @@ class ContextPlan:
     ``sessions`` is what the memory holds at once, open pages included; ``running`` is that number or ``max_num_seqs``,
     whichever ``fills_first``. ``admitted`` is how many such prompts a scheduler with a watermark starts together.
     ``open_bytes`` are those of ``session_bytes`` that are the open page's. ``gain_over_16bit`` compares the bytes that
-    one such session holds, so that rounding to whole sessions does not blur it. ``windowed_sessions``: see
-    :mod:`kvbits.planning.window`; ``None`` for a model without sliding windows.
+    one such session holds, so that rounding to whole sessions does not blur it. ``windowed_sessions``: what the memory
+    would hold without any padding (:mod:`kvbits.planning.window`); ``None`` for a model without sliding windows.
     """
 
     context: int
@@ -117,13 +117,17 @@ def plan(
             raise ConfigError(
                 f"a context of {context} tokens cannot be planned: {geometry.name} has 1 to {geometry.max_position}"
             )
-    schemes = tuple(_scheme(geometry, policy, cache_bytes, asked, max_num_seqs, watermark) for policy in policies)
+    plain = PoolLayout.of(geometry, Policy("bf16", (OPEN,) * geometry.num_layers))
+    schemes = tuple(
+        _scheme(geometry, policy, plain, cache_bytes, asked, max_num_seqs, watermark) for policy in policies
+    )
     return Plan(geometry.name, memory_bytes, weights_bytes, workspace_bytes, cache_bytes, max_num_seqs, schemes)
 
 
 def _scheme(
     geometry: ModelGeometry,
     policy: Policy,
+    plain: PoolLayout,
     cache_bytes: int,
     contexts: Sequence[int],
     max_num_seqs: int | None,
@@ -138,7 +142,9 @@ def _scheme(
         frame_bytes=layout.frame_bytes,
         open_page_bytes=layout.session_bytes(0),
         num_frames=layout.frames_in(cache_bytes),
-        contexts=tuple(_context(geometry, policy, layout, cache_bytes, c, max_num_seqs, watermark) for c in contexts),
+        contexts=tuple(
+            _context(geometry, policy, layout, plain, cache_bytes, c, max_num_seqs, watermark) for c in contexts
+        ),
         longest_context=min(longest, geometry.max_position),
         limited_by="memory" if longest < geometry.max_position else "model",
     )
@@ -148,6 +154,7 @@ def _context(
     geometry: ModelGeometry,
     policy: Policy,
     layout: PoolLayout,
+    plain: PoolLayout,
     cache_bytes: int,
     context: int,
     max_num_seqs: int | None,
@@ -156,7 +163,6 @@ def _context(
     sessions = layout.sessions(cache_bytes, context)
     held = layout.session_bytes(context)
     spare = 0 if watermark is None else layout.bytes_of(layout.frames_in(cache_bytes) // watermark)
-    plain = PoolLayout.of(geometry, Policy("bf16", (OPEN,) * geometry.num_layers))
     running = sessions if max_num_seqs is None else min(sessions, max_num_seqs)
     windowed = windowed_session_bytes(geometry, policy, context) if has_windows(geometry) else None
     return ContextPlan(

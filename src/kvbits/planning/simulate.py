@@ -6,7 +6,8 @@ request is admitted when the frames of all its tokens and of its open page are t
 frames run out, the newest gives its own back and is computed again, from those of its pages that are still there. Time
 advances from event to event (arrival, prompt stored, answer complete, frames short), many steps at once; step times
 come from :class:`kvbits.planning.timing.StepTime`. Differences from the engine: a prompt's frames are taken when it is
-admitted, and a trace does not say where a prompt repeats an answer.
+admitted, a trace does not say where a prompt repeats an answer, and what sliding windows still see of a page is each
+request's own, found whenever the page is.
 """
 
 from __future__ import annotations
@@ -257,7 +258,8 @@ class _Simulation:
         """Let others find the pages of ``request`` that ``stored`` tokens complete."""
         layout, full = self.pool.layout, stored // PAGE_TOKENS
         for page in range(request.pages, full):
-            name, frames = request.name(page), layout.sealed.frames if page else layout.first_frames
+            name = request.name(page)
+            frames = sum(1 if page else g.first_frames for g in layout.groups if g.kept is None)
             if self.pool.add(name, frames):
                 request.shared.append(name)
                 request.private -= frames

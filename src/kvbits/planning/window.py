@@ -1,7 +1,6 @@
-"""What an engine would hold that gives back pages which have left a layer's sliding window.
+"""The least that a session must hold: of every layer the pages that some later token sees, and nothing else.
 
-kvbits keeps them: its frame holds a page of all layers. This bound tells what that costs for a model of mostly
-windowed layers, and what engines with one page pool per kind of layer get.
+The engine's frames hold a page of a group of layers, padded to one size, so it holds a little more.
 """
 
 from __future__ import annotations

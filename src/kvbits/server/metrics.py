@@ -71,10 +71,9 @@ class EngineCollector(Collector):
             "Bytes of sealed pages in use or cached, by layer and dtype.",
             labels=["model_name", "layer", "dtype"],
         )
-        pages = (pool.sealed + pool.cached) / held.layout.sealed.frames
         for index, place in enumerate(held.layout.sealed.places):
             size = place.scheme.layer_bytes(held.geometry.layers[index])
-            layers.add_metric([self._model, str(index), place.scheme.name], pages * size)
+            layers.add_metric([self._model, str(index), place.scheme.name], pool.groups[place.frame] * size)
         yield layers
         yield self._gauge("bits_per_element", "Of a sealed page.", held.bits_per_element(), "kvbits:")
         yield self._gauge("bytes_per_token", "Of a sealed page.", held.bytes_per_token(), "kvbits:")

@@ -76,15 +76,16 @@ def http_config(app: FastAPI, host: str, port: int, options: ServerOptions) -> u
 
 
 def start_line(engine: Engine, options: ServerOptions, host: str, port: int) -> str:
-    """Model, policy, bits, pool, how many sessions it holds, and whose kernels decode."""
+    """Model, policy, bits, pool, how many sessions it holds, whose kernels decode and whose layers run around them."""
     pool = engine.pool
+    layers = "transformers'" if engine.loaded.fused is None else "fused"
     contexts = sorted({min(n, engine.max_model_len) for n in (4096, 8192, engine.max_model_len)})
     sessions = ", ".join(f"{pool.sessions_capacity(n):,} of {n:,} tokens" for n in contexts)
     size = pool.layout.bytes_of(pool.num_frames)
     return (
         f"kvbits serves {options.served_model_name} at http://{host}:{port}: KV cache {pool.policy.name}, "
         f"{pool.bits_per_element():.2f} bits per element, {size / 2**20:,.0f} MiB in {pool.num_frames:,} frames; "
-        f"holds {sessions} (full context {engine.max_model_len:,}); kernels: {engine.kernels}"
+        f"holds {sessions} (full context {engine.max_model_len:,}); kernels: {engine.kernels}; layers: {layers}"
     )
 
 

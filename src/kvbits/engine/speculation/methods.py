@@ -62,7 +62,8 @@ def draft_model(
         kv_offload_size=None, kv_offload_path=None,
     )  # fmt: skip
     backend = default_backend(draft.device.type)
-    pool = PagedPool(draft.geometry, policy_of(draft, own, backend), own.kv_cache_memory, device=draft.device)
+    policy, freed = policy_of(draft, own, backend), backend.layer_groups
+    pool = PagedPool(draft.geometry, policy, own.kv_cache_memory, device=draft.device, free_windows=freed)
     pages = pages_of(pool, draft, own)
     return DraftModelProposer(ModelRunner(draft, pool, pages, backend), pages, config.max_num_batched_tokens)
 

@@ -25,6 +25,7 @@ class TritonBackend(Backend):
     """
 
     name = "triton"
+    layer_groups = False
     batch_invariant = False  # splits of decode steps are merged, prefill goes straight through
 
     def __init__(self, device: torch.device | str, launch: Launch = run) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from transformers import AutoConfig, PreTrainedConfig
 
 from kvbits.errors import ConfigError
-from kvbits.models.gguf.families import FAMILIES
-from kvbits.models.gguf.fields import fields_of
+from kvbits.models.gguf.fields import fields_of, known_family
 from kvbits.models.gguf.file import GgufFile
 
 
@@ -16,7 +15,7 @@ def configuration(file: GgufFile) -> PreTrainedConfig:
     Raises ``UnsupportedError`` naming a key that transformers' model cannot follow, ``ConfigError`` naming one that is
     missing or wrong.
     """
-    family, fields = FAMILIES[file.architecture], fields_of(file)
+    family, fields = known_family(file), fields_of(file)
     try:
         config: PreTrainedConfig = AutoConfig.for_model(family.model_type, **fields)
     # transformers checks values in classes of its own, whose errors derive from these

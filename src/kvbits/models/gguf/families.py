@@ -91,13 +91,26 @@ def _qwen2moe(keys: Keys, fields: Fields) -> None:
     fields["shared_expert_intermediate_size"] = keys.integer("expert_shared_feed_forward_length")
 
 
+def _mixtral(keys: Keys, fields: Fields) -> None:
+    fields["head_dim"] = _plain(keys, fields)
+    fields["num_local_experts"] = keys.integer("expert_count")
+    if keys.take("expert_weights_norm") is False:
+        raise keys.refuse("expert_weights_norm", "this family's shares are of the chosen experts")
+    _router(keys, fields)
+
+
 def _experts(keys: Keys, fields: Fields, normalized: bool) -> None:
-    """Every layer is a mixture whose router is a softmax; what llama.cpp does where the file does not say."""
+    """Every layer is a mixture; ``normalized``: what llama.cpp does where the file does not say."""
     fields["num_experts"] = keys.integer("expert_count")
-    fields["num_experts_per_tok"] = keys.integer("expert_used_count")
     fields["moe_intermediate_size"] = keys.integer("expert_feed_forward_length")
     asked = keys.take("expert_weights_norm")
     fields["norm_topk_prob"] = normalized if asked is None else bool(asked)
+    _router(keys, fields)
+
+
+def _router(keys: Keys, fields: Fields) -> None:
+    """A softmax over all experts, of which some are taken."""
+    fields["num_experts_per_tok"] = keys.integer("expert_used_count")
     if keys.take("expert_gating_func") not in (None, 0, _SOFTMAX):
         raise keys.refuse("expert_gating_func", f"kvbits does {_SOFTMAX}, a softmax")
     if (keys.number("expert_weights_scale") or 1.0) != 1:
@@ -219,3 +232,6 @@ FAMILIES = {
     "gemma3": Family("gemma3_text", _gemma3, one_more=True),
 }
 """By ``general.architecture``."""
+
+MIXTURES = {"llama": Family("mixtral", _mixtral, permuted=True, experts=True)}
+"""The same for files with experts, where that is another model."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvbits.errors import ConfigError, UnsupportedError
-from kvbits.models.gguf.families import FAMILIES, Family
+from kvbits.models.gguf.families import FAMILIES, MIXTURES, Family
 from kvbits.models.gguf.file import GgufFile
 from kvbits.models.gguf.header import Strings
 from kvbits.models.gguf.keys import Keys
@@ -18,7 +18,15 @@ _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2}
 
 def family_of(file: GgufFile) -> Family | None:
     """The family by which kvbits reads ``file``; ``None`` for one that it leaves to transformers."""
-    return FAMILIES.get(file.architecture)
+    mixture = MIXTURES.get(file.architecture) if file.own("expert_count") else None
+    return mixture or FAMILIES.get(file.architecture)
+
+
+def known_family(file: GgufFile) -> Family:
+    """The same for a file that has one."""
+    family = family_of(file)
+    assert family is not None, file.architecture
+    return family
 
 
 def fields_of(file: GgufFile) -> dict[str, Any]:
@@ -27,7 +35,7 @@ def fields_of(file: GgufFile) -> dict[str, Any]:
     Raises ``UnsupportedError`` naming a key that transformers' model cannot follow, ``ConfigError`` naming one that is
     missing or wrong.
     """
-    family = FAMILIES[file.architecture]
+    family = known_family(file)
     if file.string("general.type", "model") != "model":
         kind = file.string("general.type")
         raise UnsupportedError(f"'{file.path.name}' is no language model: general.type is '{kind}'")

@@ -17,10 +17,11 @@ from transformers.initialization import no_init_weights
 
 from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.models.buffers import fill_buffers
-from kvbits.models.gguf.families import FAMILIES, Family
+from kvbits.models.gguf.families import Family
+from kvbits.models.gguf.fields import known_family
 from kvbits.models.gguf.file import GgufFile
 from kvbits.models.gguf.header import TensorInfo
-from kvbits.models.gguf.native import native_format, place
+from kvbits.models.gguf.native import native_sources, place
 from kvbits.models.gguf.rope import TENSORS as _ROPE_TENSORS
 from kvbits.models.gguf.source import Source
 from kvbits.models.packed import PackedEmbedding
@@ -61,7 +62,7 @@ class Weights:
         with quiet(), torch.device("meta"), no_init_weights():
             self._model: Any = AutoModelForCausalLM.from_config(config, **options)
         self._dtype, self._native = dtype, native
-        self._sources = list(plan(file, self._model, FAMILIES[file.architecture]))
+        self._sources = list(plan(file, self._model, known_family(file)))
         _check_types(self._sources)
 
     def read(self) -> Any:
@@ -71,7 +72,7 @@ class Weights:
         """
         model = self._model
         fill_buffers(model)  # while the parameters have no memory: a new model's buffers and weights are set together
-        packed = [source for source in self._sources if self._native and native_format(source, model) is not None]
+        packed = native_sources(self._sources, model) if self._native else []
         layers = {source.name.rpartition(".")[0] for source in packed}
         biases = [source for source in self._sources if _bias_of(source) in layers]
         left = [source for source in self._sources if source not in packed and source not in biases]
@@ -116,7 +117,7 @@ def plan(file: GgufFile, model: Any, family: Family) -> Iterator[Source]:
         tensor = _of_shape(file, stored, name, tuple(parameter.shape))
         left.discard(stored)
         norm = family.one_more and stored.endswith("norm.weight")
-        yield Source(name, tensor, _order(stored, model, family), -1.0 if norm else 0.0)
+        yield Source(name, tensor, _order(tensor, model, family), -1.0 if norm else 0.0)
     if left:
         raise UnsupportedError(
             f"the GGUF file '{file.path}' has tensors that the {family.model_type} model has no place for: "
@@ -146,14 +147,14 @@ def _gate_up(file: GgufFile, name: str, shape: tuple[int, ...], layer: str, left
         yield Source(name, tensor, group=rows, shift=i * rows)
 
 
-def _order(stored: str, model: Any, family: Family) -> np.ndarray | None:
+def _order(tensor: TensorInfo, model: Any, family: Family) -> np.ndarray | None:
     """The stored row of each row of Q and K: llama.cpp's converter interleaves the two halves of every head."""
-    part = stored.split(".")[-2]
-    if not family.permuted or part not in ("attn_q", "attn_k") or not stored.endswith(".weight"):
+    part = tensor.name.split(".")[-2]
+    if not family.permuted or part not in ("attn_q", "attn_k") or not tensor.name.endswith(".weight"):
         return None
     config = model.config
     heads = config.num_attention_heads if part == "attn_q" else config.num_key_value_heads
-    return np.arange(heads * config.head_dim).reshape(heads, config.head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
+    return np.arange(tensor.shape[0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 
 def fill(sources: Iterable[Source], targets: dict[str, Tensor]) -> None:
