@@ -67,7 +67,8 @@ test-install: ## "pip install" in a fresh environment, then the library, the pro
 # The same tests run in Triton's interpreter as part of "make test".
 test-gpu: $(INSTALLED) ## the Triton and CUDA kernels against the reference, on this machine's GPU (a torch build for it in .venv)
 	$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'torch sees no GPU here')"
-	$(BIN)/python -m pytest -m triton tests/test_triton.py tests/test_cuda_device.py
+	$(BIN)/python -m pytest -m triton tests/test_triton.py tests/test_triton_prompts.py tests/test_static_steps.py \
+		tests/test_cuda_device.py tests/test_graphs.py
 
 bench-gpu: $(INSTALLED) ## attention of the Triton kernels on this machine's GPU, per dtype
 	mkdir -p out
@@ -92,8 +93,8 @@ CLIENTS_MODEL ?= $(MODEL)
 test-clients: $(INSTALLED) ## other people's clients, in an environment apart (CLIENTS_MODEL)
 	$(BIN)/python tests/clients/run.py --model $(CLIENTS_MODEL) --environment build/clients
 
-test-foreign: $(INSTALLED) ## vLLM's own tests of its API against this server (CLIENTS_MODEL)
-	$(BIN)/python tests/foreign/run.py --model $(CLIENTS_MODEL) --environment build/foreign
+test-foreign: $(INSTALLED) ## vLLM's own tests of its API against this server (CLIENTS_MODEL), and SGLang's (SGLANG, a checkout)
+	$(BIN)/python tests/foreign/run.py --model $(CLIENTS_MODEL) --environment build/foreign $(if $(SGLANG),--sglang $(SGLANG))
 
 lint: $(INSTALLED) ## ruff, mypy, import contracts, clang-format
 	$(BIN)/ruff check src tests benchmarks examples

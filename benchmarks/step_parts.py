@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from linears import random_weight
 
+from kvbits.codecs import PoolLayout
 from kvbits.config import PAGE_TOKENS, ModelGeometry, pages_of
 from kvbits.kernels import BatchLayout, SequencePages
 from kvbits.kernels.cpu import CpuBackend
@@ -134,10 +135,10 @@ def _first_tokens(pool: PagedPool, heads: int, sequences: int, start: int, count
     """A pool with ``heads`` query heads a KV head, and a batch: ``count`` tokens after ``start`` of each sequence."""
     layers = tuple(replace(layer, num_heads=heads * layer.num_kv_heads) for layer in pool.geometry.layers)
     geometry: ModelGeometry = replace(pool.geometry, layers=layers)
-    layout = pool.layout
+    layout = PoolLayout.of(geometry, pool.policy, free_windows=False)
     longest = pages_of(start + count) * PAGE_TOKENS
     own = layout.frames_of(longest)
-    made = PagedPool(geometry, pool.policy, sequences * layout.session_bytes(longest))
+    made = PagedPool(geometry, pool.policy, sequences * layout.session_bytes(longest), free_windows=False)
     made.buffer.zero_()
     slices = []
     for s in range(sequences):

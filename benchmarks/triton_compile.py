@@ -124,6 +124,9 @@ def compile_launch(launched: Launched, target: GPUTarget) -> Any:
     attributes: dict[tuple[int, ...], Any] = {}
     signature = {}
     for i, x in enumerate(launched.args):
+        if launched.kernel.params[i].do_not_specialize:
+            signature[names[i]] = "i32"
+            continue
         signature[names[i]] = _type(x, (i,), constants)
         _divisible(x, (i,), attributes)
     for name, x in launched.constants.items():

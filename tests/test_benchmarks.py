@@ -139,9 +139,18 @@ def test_unequal(run: Run, tmp_path: Path) -> None:
 
 
 def test_triton_compile(run: Run, tmp_path: Path) -> None:
-    small = ("--dtype", "int4", "--heads", 2, 1, "--head-dim", 32, 32, "--kernels", "_append")
+    small = ("--dtype", "int4", "--heads", 2, 1, "--head-dim", 32, 32, "--kernels", "append")
     run("triton_compile", *small, "--target", "gfx942", "--json", tmp_path / "r.json")
-    assert all(row["registers"] > 0 for row in json.loads((tmp_path / "r.json").read_text())["rows"])
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert [row["kernel"] for row in rows] == ["append_rows (keys)", "append_rows (values)"]
+    assert all(row["registers"] > 0 for row in rows)
+
+
+def test_step_host(run: Run, tmp_path: Path) -> None:
+    run("step_host", "--layers", 2, "--batch", 3, "--context", 128, "--json", tmp_path / "r.json")
+    found = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert [row["kernels"] for row in found] == ["cuda", "triton"]
+    assert all(row["attention"] > 0 and row["replayed"] > 0 for row in found)
 
 
 # The engine

@@ -38,11 +38,12 @@ def test_generate_streams_text_and_writes_json(model: str, tmp_path: Path, capsy
         model, "--max-tokens", 9, "--dtype", "float32", "--temperature", 0, "--kv-cache-dtype", "int8", "--json", out,
     )  # fmt: skip
     assert status("generate", *common, "-p", "w5 w6 w7") == 0
-    shown = capsys.readouterr().out
+    shown, notes = capsys.readouterr()
     result = json.loads(out.read_text())["results"][0]
     assert shown == result["text"] + "\n"
     assert result["prompt_tokens"] == 3
     assert len(result["token_ids"]) == 9 or result["finish_reason"] == "stop"
+    assert ("[cut by --max-tokens, 9]" in notes) is (result["finish_reason"] == "length")
     ids = [t for t in result["token_ids"] if t > 2]
     assert result["text"].split() == [tiny_tokenizer().convert_ids_to_tokens(t) for t in ids]
     # The same prompt from a file, beside another one, gives the same text.
@@ -193,7 +194,9 @@ def test_texts_that_cannot_be_read(model: str, tmp_path: Path, capsys: pytest.Ca
     common = ("evaluate", model, "--kv-cache-dtype", "int8", "--context", 256, "--windows", 2, "--text")
     assert "No such file" in complaint(capsys, *common, tmp_path / "none.txt")
     assert "not UTF-8" in complaint(capsys, *common, latin)
-    assert "the text has 3 tokens" in complaint(capsys, *common, short)
+    assert "the text has 8 bytes, and so at most as many tokens; 2 windows of 256 need 512" in complaint(
+        capsys, *common, short
+    )
     assert "not UTF-8" in complaint(capsys, "generate", model, "--prompt-file", latin)
 
 

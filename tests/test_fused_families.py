@@ -221,10 +221,12 @@ def spoil(model: Any, fault: str) -> None:
     elif fault == "shares":
         part = layer.mlp.router if hasattr(layer.mlp, "router") else layer.mlp.gate
         change = lambda y: (y[0], y[1] * 2, y[2])  # noqa: E731
+    elif fault == "router's arguments":
+        part, change = layer.mlp.gate, None
     else:
         part, change = layer.mlp.experts, lambda y: y * 1.8
     plain = part.forward
-    part.forward = lambda *given: change(plain(*given))
+    part.forward = (lambda *given: change(plain(*given))) if change else (lambda x, bias: plain(x))
 
 
 @pytest.mark.parametrize(
@@ -237,6 +239,7 @@ def spoil(model: Any, fault: str) -> None:
         ("mixtral", "shares"),
         ("qwen3_moe", "experts"),
         ("gpt_oss", "experts"),
+        ("mixtral", "router's arguments"),
     ],
 )
 def test_parts_that_compute_something_else_are_not_fused(family: str, fault: str) -> None:

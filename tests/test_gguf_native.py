@@ -91,20 +91,22 @@ def test_a_shared_embedding_is_held_once(tmp_path: Path) -> None:
     assert torch.equal(model.model.embed_tokens(ids), exact.model.embed_tokens(ids))
 
 
-def wide_model() -> Any:
+def wide_model(family: str = "llama") -> Any:
     """Rows of 256 inputs, as the formats with super-blocks need."""
-    return randomized(tiny_model("llama", hidden_size=256, head_dim=64, intermediate_size=512, num_hidden_layers=2))
+    return randomized(tiny_model(family, hidden_size=256, head_dim=64, intermediate_size=512, num_hidden_layers=2))
 
 
-def test_super_blocks_run_fused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_super_blocks_run_fused(family: str, tmp_path: Path) -> None:
     """Q, K, V, gate and up of different formats."""
-    model = wide_model()
+    model = wide_model(family)
     kinds, bytes_of = {}, {}
     for i, (name, values) in enumerate(tensors_of(model).items()):
-        if values.ndim == 2:
+        if values.ndim > 1 and "ffn_gate_inp" not in name:
             form = FORMATS[("q4_k", "q6_k", "q5_k")[i % 3]]
             kinds[name] = GGMLQuantizationType(form.native_id)
-            bytes_of[name] = random_rows(form, values.shape[0], values.shape[1] // 256, i)
+            rows = random_rows(form, math.prod(values.shape[:-1]), values.shape[-1] // 256, i)
+            bytes_of[name] = rows.reshape(*values.shape[:-1], -1)
     path = save_gguf(model, tmp_path / "m.gguf", extra=bytes_of, kinds=kinds)
     loaded = load_model(path)
     assert loaded.fused is not None

@@ -67,4 +67,8 @@ def test_sampling_of_a_gguf_file(tmp_path: Path) -> None:
     for name, temperature in (("Qwen2.5 Coder 0.5B", 0.7), ("Smollm2 135M", 0.2), ("Meta Llama 3.1 8B", 0.6)):
         file = GgufFile(Path(save_gguf(model, tmp_path / "named.gguf", {"general.name": name})))
         assert published(file)["temperature"] == temperature
+    for base, penalty in (("Smollm2 135M 8k", 1.15), ("SmolLM2 1.7B Instruct", 1.1)):
+        named = {"general.name": base, "general.basename": "smollm2"}
+        file = GgufFile(Path(save_gguf(model, tmp_path / "named.gguf", named)))
+        assert published(file)["repetition_penalty"] == penalty, "the closer name goes before"
     assert sampling_defaults(None) == {}

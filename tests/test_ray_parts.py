@@ -261,7 +261,7 @@ def test_replicas_that_are_no_number(text: str) -> None:
 def test_without_ray_the_option_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'kvbits\[ray\]'"):
-        cluster.check_ray()
+        cluster.check_ray(None, None, 30.0)
 
 
 def test_metrics_of_two_replicas_on_one_page() -> None:

@@ -110,8 +110,14 @@ def test_min_tokens_hold_back_the_end(server: Running, byte_loaded: LoadedModel)
     end = byte_loaded.tokenizer.eos_token_id
     fields = {"logit_bias": {str(end): 100}, "max_tokens": 20}
     assert write(server, **fields)["usage"]["completion_tokens"] == 1
-    # The token that ends an answer is not part of it.
+    # The token that ends an answer is not part of it, but where ids are wanted, it has one.
     assert set(map(len, write(server, **fields, logprobs=1)["choices"][0]["logprobs"].values())) == {0}
+    assert chat(server, **fields, logprobs=True)["choices"][0]["logprobs"]["content"] == []
+    fields |= {"return_token_ids": True, "return_tokens_as_token_ids": True}
+    assert write(server, **fields, logprobs=1)["choices"][0]["logprobs"]["tokens"] == [f"token_id:{end}"]
+    [entry] = chat(server, **fields, logprobs=True)["choices"][0]["logprobs"]["content"]
+    assert entry["token"] == f"token_id:{end}"
+    fields = {"logit_bias": {str(end): 100}, "max_tokens": 20}
     assert write(server, **fields, min_tokens=7)["usage"]["completion_tokens"] == 8
     # One that is also a stop token, and with a draw.
     fields = {"logit_bias": {"70": 100}, "stop_token_ids": [70], "max_tokens": 20, "temperature": 1.0}
@@ -170,7 +176,9 @@ def test_a_stream_has_every_token_id_and_the_usage_so_far(client: openai.OpenAI,
     assert ids == chat(server, return_token_ids=True)["choices"][0]["token_ids"]
     counts = [chunk.usage.completion_tokens for chunk in chunks if chunk.usage is not None]
     assert len(counts) == len(chunks)
+    # Every chunk has something new, but that of the usage, which has no choices.
     assert counts == sorted(counts)
+    assert len(set(counts)) == len(counts) - 1
     assert counts[-1] == len(ids)
     sizes = {
         len(str(chunk.choices[0].delta.content or "")) + len(chunk.to_dict()["obfuscation"])  # type: ignore[arg-type]
@@ -188,6 +196,10 @@ def test_a_prompt_is_cut_where_wanted(server: Running) -> None:
     found = write(server, prompt=text, truncate_prompt_tokens=10, return_token_ids=True)
     assert found["choices"][0] == write(server, prompt=text[-10:], return_token_ids=True)["choices"][0]
     assert write(server, prompt=text, truncate_prompt_tokens=-1, max_tokens=1)["usage"]["prompt_tokens"] == CONTEXT - 1
+    fields = {"truncate_prompt_tokens": 10, "truncation_side": "right", "return_token_ids": True}
+    first = write(server, prompt=text[:10], return_token_ids=True)["choices"][0]
+    assert write(server, prompt=text, **fields)["choices"][0] == first
+    assert write(server, prompt=first["prompt_token_ids"] * 2, **fields)["choices"][0] == first
     long = [{"role": "user", "content": text}]
     assert chat(server, messages=long, truncate_prompt_tokens=20)["usage"]["prompt_tokens"] == 20
     refused = post(server, TEXT, WRITE, truncate_prompt_tokens=CONTEXT + 1)
@@ -244,6 +256,68 @@ def test_token_names_by_id(server: Running) -> None:
     assert choice["logprobs"]["tokens"] == [f"token_id:{i}" for i in choice["token_ids"]]
 
 
+def test_the_probabilities_of_named_tokens(server: Running) -> None:
+    reference = tiny_model("llama", vocab_size=259, max_position_embeddings=CONTEXT)
+    wanted = {"logprob_token_ids": [90, 5], "return_tokens_as_token_ids": True, "allowed_token_ids": [70],
+              "max_tokens": 2}  # fmt: skip
+    prompt = post(server, "/tokenize", {"prompt": "abc"}).json()["tokens"]
+    logits = reference(torch.tensor([[*prompt, 70]])).logits[0, -2:].float().log_softmax(-1)
+    found = write(server, logprobs=3, **wanted)["choices"][0]["logprobs"]
+    for place, shown in enumerate(found["top_logprobs"]):
+        assert shown == {
+            f"token_id:{t}": pytest.approx(float(logits[place, t].detach()), abs=0.05) for t in (90, 5, 70)
+        }
+    # They are told instead of the likeliest, which need not be asked for.
+    told = chat(server, logprobs=True, **wanted)["choices"][0]["logprobs"]["content"]
+    assert [{e["token"] for e in at["top_logprobs"]} for at in told] == [{f"token_id:{t}" for t in (90, 5, 70)}] * 2
+
+
+def test_what_is_not_asked_for_is_null(server: Running) -> None:
+    """As vLLM's users read it: an attribute that is there."""
+    assert write(server)["choices"][0].items() >= {
+        "token_ids": None, "prompt_token_ids": None, "prompt_logprobs": None
+    }.items()  # fmt: skip
+    found = chat(server)
+    assert found["choices"][0]["token_ids"] is found["prompt_token_ids"] is found["prompt_logprobs"] is None
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_chat_echoes_the_message_that_it_continues(client: openai.OpenAI, server: Running, n: int) -> None:
+    said = {"role": "assistant", "content": [{"type": "text", "text": "The answer"}, {"type": "text", "text": " is"}]}
+    fields: dict[str, Any] = {"messages": [USER, said], "add_generation_prompt": False, "continue_final_message": True}
+    plain = [c["message"]["content"] for c in chat(server, **fields, n=n)["choices"]]
+    echoed = [c["message"]["content"] for c in chat(server, **fields, n=n, echo=True)["choices"]]
+    assert echoed == [f"The answer is{text}" for text in plain]
+    streamed = [""] * n
+    for chunk in client.chat.completions.create(
+        stream=True, n=n, extra_body={"echo": True, **fields}, **ASK
+    ):  # fmt: skip
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert streamed == echoed
+    # A user's words are not the answer's beginning.
+    assert chat(server, echo=True)["choices"] == chat(server)["choices"]
+
+
+def test_openai_s_helper_sees_calls_and_words_end(client: openai.OpenAI) -> None:
+    colour = {"type": "object", "properties": {"c": {"enum": ["red"]}}, "required": ["c"],
+              "additionalProperties": False}  # fmt: skip
+    tool: Any = {"type": "function", "function": {"name": "paint", "strict": True, "parameters": colour}}
+    named: Any = {"type": "function", "function": {"name": "paint"}}
+    fields: dict[str, Any] = {**ASK, "max_tokens": 200}
+    for more, ended in (({}, "content.done"), ({"tools": [tool], "tool_choice": named}, "arguments.done")):
+        with client.chat.completions.stream(**fields, **more) as stream:
+            kinds = [event.type for event in stream]
+        assert sum(kind.endswith(ended) for kind in kinds) == 1, kinds
+
+
+def test_all_wrong_keys_of_a_bias_are_named(server: Running) -> None:
+    message = post(server, CHAT, ASK, logit_bias={"bad1": 1, "5": 1, "bad2": 2}).json()["error"]["message"]
+    assert "'bad1', 'bad2'" in message
+    message = post(server, CHAT, ASK, logit_bias={f"k{i}": 1 for i in range(200)}).json()["error"]["message"]
+    assert "'k7' ..." in message
+    assert "'k8'" not in message
+
+
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "od"}}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "od"}}}
 IMAGE = {"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "x"}}]}
@@ -253,6 +327,9 @@ PATHS: list[tuple[str, dict[str, Any]]] = [
     ("seed", {"seed": 2**64 - 1 + 2**62}), ("stop", {"stop": ["x" * 300]}), ("stop.1", {"stop": ["x", 5]}),
     ("logit_bias", {"logit_bias": {"5": 101}}), ("logit_bias", {"logit_bias": {"999": 1}}),
     ("min_tokens", {"min_tokens": 9, "max_tokens": 8}), ("bad_words", {"bad_words": ["x"] * 200}),
+    ("logprob_token_ids", {"logprobs": True, "logprob_token_ids": [9999]}),
+    ("logprob_token_ids", {"logprobs": True, "logprob_token_ids": [5] * 200}),
+    ("logprob_token_ids", {"logprob_token_ids": [5]}), ("truncation_side", {"truncation_side": "middle"}),
     ("allowed_token_ids", {"allowed_token_ids": []}), ("allowed_token_ids", {"allowed_token_ids": [9999]}),
     ("messages.0.content", {"messages": [{"role": "user"}]}),
     ("messages.0.content", {"messages": [{"role": "user", "content": 5}]}),

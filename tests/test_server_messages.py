@@ -172,6 +172,13 @@ def test_the_events_make_the_answer(server: Running, fields: dict[str, Any]) -> 
     assert message == whole
 
 
+def test_an_answer_by_a_schema(server: Running) -> None:
+    config = {"format": {"type": "json_schema", "schema": {"enum": ["ab"]}}}
+    assert json.loads(text_of(ask(server, output_config=config))) == "ab"
+    message, _ = streamed(server, output_config=config)
+    assert json.loads(text_of(message)) == "ab"
+
+
 def test_a_stop_sequence_is_named(server: Running) -> None:
     whole = text_of(ask(server))
     stop = next(c for c in whole[3:] if c.isascii() and c.isprintable() and c != " ")
@@ -197,7 +204,9 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("tools.0", {"tools": [{"type": "web_search_20250305", "name": "web_search"}]}),
     ("tools.0.name", {"tools": [{"name": "no name", "input_schema": {}}]}),
     ("metadata.odd", {"metadata": {"odd": "x"}}), ("stop_sequences", {"stop_sequences": ["x" * 300]}),
-    ("temperature", {"temperature": -1}),
+    ("temperature", {"temperature": -1}), ("output_config.effort", {"output_config": {"effort": "low"}}),
+    ("output_config.format", {"output_config": {"format": {"type": "json_schema", "schema": {"type": "od"}}}}),
+    ("output_config.format.type", {"output_config": {"format": {"type": "text"}}}),
 ]  # fmt: skip
 
 

@@ -212,7 +212,8 @@ def _rows(layer: LayerGeometry, length: int, generator: torch.Generator) -> list
 
 
 def _alone(dtype: str, index: int, rows: list[Tensor], sinks: Tensor | None) -> Tensor:
-    pool = PagedPool(ModelGeometry("two layers", LAYERS, 1024, 1), parse_policy(dtype, len(LAYERS)), 1 << 22)
+    geometry = ModelGeometry("two layers", LAYERS, 1024, 1)
+    pool = PagedPool(geometry, parse_policy(dtype, len(LAYERS)), 1 << 22, free_windows=False)
     full, frames = len(rows[0]) // PAGE_TOKENS, pool.layout.open.frames
     own = list(range(full, full + frames))
     batch = BatchLayout.of([SequencePages(0, len(rows[0]), list(range(full)), own, own)])

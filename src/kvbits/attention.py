@@ -7,14 +7,16 @@ one batch row of the model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kvbits.config import LayerGeometry
 from kvbits.errors import UnsupportedError
 from kvbits.kernels import Backend, BatchLayout
+from kvbits.kernels.op import attend_paged, enlist
 from kvbits.pool import PagedPool
 
 IMPLEMENTATION = "kvbits"
@@ -34,6 +36,16 @@ class Forward:
     backend: Backend
     batch: BatchLayout
 
+    number: int = field(init=False, compare=False)
+    """Its name for the operator."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "number", enlist(self))
+
+    def run(self, layer: int, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Tensor:
+        """Store and attend in one layer (:meth:`kvbits.kernels.Backend.forward`)."""
+        return self.backend.forward(self.pool.layers[layer], self.batch, query, key, value, sinks)
+
 
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
@@ -51,14 +63,12 @@ def attend(
     view = step.pool.layers[index]
     _check(view.geometry, attention_mask, kwargs)
     sinks = kwargs.get("s_aux")
-    out = step.backend.forward(
-        view,
-        step.batch,
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        None if sinks is None else sinks.float(),
-    )
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    sinks = None if sinks is None else sinks.float()
+    if torch.compiler.is_compiling():
+        out = attend_paged(query, key, value, sinks, step.pool.buffer, step.number, index)
+    else:
+        out = step.run(index, query, key, value, sinks)
     return out.unsqueeze(0), None
 
 

@@ -16,7 +16,7 @@ from kvbits.auto.wanted import Wanted
 from kvbits.codecs import Policy
 from kvbits.config import AUTO
 from kvbits.engine.bar import Bar, no_bar
-from kvbits.engine.config import EngineConfig
+from kvbits.engine.config import EngineConfig, step_tokens
 from kvbits.engine.engine import Engine
 from kvbits.engine.outputs import CompletionOutput, Delta, RequestOutput
 from kvbits.engine.params import SamplingParams
@@ -48,6 +48,7 @@ class LLM:
     the file ``text``; that is measured once for a model and kept in the user's cache directory. :attr:`choice` says
     what was taken and what it loses. ``weights`` is as for :func:`~kvbits.models.load_model`. ``kv_cache_memory`` is
     bytes or text such as ``"256MiB"``.
+    ``max_num_batched_tokens`` is the token budget of a step, 512 on a CPU and 2,048 on a GPU where it is not given.
     ``kv_offload_size`` bytes of host memory, or of ``kv_offload_path`` (a file or a directory), keep the pages that the
     pool gives up. ``speculative_config`` (the options of :class:`~kvbits.engine.speculation.SpeculativeConfig`) guesses
     tokens ahead; answers stay the same. ``device`` (``"cpu"``, ``"cuda"``, ...) is where a model that is named runs;
@@ -68,7 +69,7 @@ class LLM:
         kv_cache_memory: str | int = "1GiB",
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
-        max_num_batched_tokens: int = 512,
+        max_num_batched_tokens: int | None = None,
         dtype: str = "bfloat16",
         weights: str = "auto",
         device: str = "cpu",
@@ -90,7 +91,9 @@ class LLM:
             kv_cache_memory=kv_cache_memory,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_batched_tokens=step_tokens(
+                max_num_batched_tokens, model.device.type if isinstance(model, LoadedModel) else device
+            ),
             enable_prefix_caching=enable_prefix_caching,
             batch_invariant=batch_invariant,
             kv_offload_size=kv_offload_size,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
+import inspect
 import os
 import re
 import socket
@@ -16,11 +17,13 @@ import subprocess
 import sys
 import time
 import types
+import unittest
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest.mock import MagicMock
 
+import anthropic
 import httpx
 import openai
 import pytest
@@ -28,6 +31,8 @@ import tomllib
 
 SCOPE = tomllib.loads((Path(__file__).parent / "scope.toml").read_text())
 SERVERS = {"server", "client", "default_server", "tool_use_client", "base_url"}
+STARTERS = ("RemoteOpenAIServer(", "popen_launch_server(")
+"""What the code of a test, or of its class, calls that starts a server."""
 
 
 class Stand(types.ModuleType):
@@ -38,7 +43,8 @@ class Stand(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return MagicMock(name=name)
+        # Names of models go into requests, and are those that our server gives its own.
+        return name.lower() if name.isupper() else MagicMock(name=name)
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -63,15 +69,19 @@ class Server:
 
     def __init__(self, model: str, args: list[str] | None = None, **options: Any) -> None:
         self.model = model
-        given = dict(zip(args or [], (args or [])[1:], strict=False))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        given = {name.replace("_", "-"): value for name, value in zip(args or [], (args or [])[1:], strict=False)}
+        self.port = options.get("port") or free_port()
+        self.key = given.get("--api-key")
+        length = given.get("--max-model-len", given.get("--context-length", "8192"))
         command = [os.environ["FOREIGN_KVBITS"], "serve", os.environ["FOREIGN_MODEL"], "--port", str(self.port),
                    "--served-model-name", given.get("--served-model-name", model), "--kv-cache-dtype", "int8",
-                   "--kv-cache-memory", "1GiB",
-                   "--max-model-len", given.get("--max-model-len", "8192")]  # fmt: skip
+                   "--kv-cache-memory", "1GiB", "--max-model-len", length]  # fmt: skip
+        command += [] if self.key is None else ["--api-key", self.key]
         self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
 
     def __enter__(self) -> Server:
         for _ in range(600):
@@ -106,8 +116,29 @@ class Server:
         options = {"max_retries": 0, "timeout": 600, **options}
         return openai.AsyncOpenAI(base_url=self.url_for("v1"), api_key="none", **options)
 
+    def get_async_client_anthropic(self, **options: Any) -> anthropic.AsyncAnthropic:
+        options = {"max_retries": 0, "timeout": 600, **options}
+        return anthropic.AsyncAnthropic(base_url=self.url_root, api_key="none", **options)
+
 
 CURRENT: list[Server] = []
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def launch(model: str, base_url: str, *given: Any, api_key: str | None = None, **options: Any) -> Server:
+    """SGLang's way to start a server, at ``base_url``."""
+    args = [str(arg) for arg in options.get("other_args", ())] + ([] if api_key is None else ["--api-key", api_key])
+    return Server(model, args, port=int(base_url.rsplit(":", 1)[1])).__enter__()
+
+
+def end(pid: int, *given: Any, **options: Any) -> None:
+    """Its way to stop one."""
+    next(server for server in CURRENT if server.pid == pid).__exit__()
 
 
 class Tokenizer:
@@ -141,13 +172,20 @@ class Tokenizer:
         return [self.decode([token]) for token in tokens]
 
     def _ask(self, path: str, **body: Any) -> Any:
-        return httpx.post(CURRENT[-1].url_for(path), json=body, timeout=60).json()
+        keys = {} if CURRENT[-1].key is None else {"Authorization": f"Bearer {CURRENT[-1].key}"}
+        answer = httpx.post(CURRENT[-1].url_for(path), json=body, headers=keys, timeout=60)
+        assert answer.is_success, answer.text
+        return answer.json()
 
 
 PARTS: dict[str, Any] = {
     "RemoteOpenAIServer": Server,
     "iinfo": lambda kind: types.SimpleNamespace(min=-(2**63), max=2**63 - 1),
     "ROCM_EXTRA_ARGS": [],
+    "CustomTestCase": unittest.TestCase,
+    "DEFAULT_URL_FOR_TEST": f"http://127.0.0.1:{free_port()}",
+    "kill_process_tree": end,
+    "popen_launch_server": launch,
     "get_tokenizer": lambda *args, **options: Tokenizer(),
     "ModelConfig": lambda *args, **options: types.SimpleNamespace(get_vocab_size=lambda: Tokenizer.vocab_size),
 }
@@ -159,7 +197,7 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     for item in items:
         name = _name(item.nodeid)
         reason = next((why for pattern, why in SCOPE["out"].items() if fnmatch(name, pattern)), None)
-        if reason is None and not SERVERS & set(item.fixturenames):
+        if reason is None and not SERVERS & set(item.fixturenames) and not _starts_one(item):
             reason = "uses no server"
         (kept if reason is None else left).append(item)
         reasons.setdefault(reason, []).append(name)
@@ -180,6 +218,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
     for reason, names in sorted(config.left_out.items()):
         terminalreporter.line(f"left out, {len(names)}: {reason}")
     terminalreporter.line(f"passed {passed} of {total} ({100 * passed / max(total, 1):.0f} %)")
+
+
+def _starts_one(item: Any) -> bool:
+    if item.cls is None:
+        return any(start in inspect.getsource(item.function) for start in STARTERS)
+    code = inspect.getsource(item.cls) + inspect.getsource(inspect.getmodule(item.cls))
+    return any(start in code for start in STARTERS)
 
 
 def _name(node: str) -> str:

@@ -1,7 +1,8 @@
-"""Other servers' own tests of chat, completions and tokenizing, from their source distributions, against ours.
+"""Other servers' own tests of chat, completions and tokenizing against ours.
 
-``make test-foreign`` runs it. Nothing of them is copied: the distribution is downloaded, unpacked beside the
-environment that they need, and a plugin stands in for their engine.
+``make test-foreign`` runs it. Nothing of them is copied: vLLM's source distribution is downloaded and unpacked beside
+the environment that they need; SGLang's has no tests, so that ``--sglang`` names a checkout of it. A plugin stands in
+for their engines.
 """
 
 from __future__ import annotations
@@ -49,16 +50,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="a model whose template knows tools")
     parser.add_argument("--environment", type=Path, required=True, help="where environment and sources are")
+    parser.add_argument("--only", choices=("vllm", "sglang"), help="one project's tests alone")
+    parser.add_argument("--sglang", type=Path, help="a checkout of SGLang, or of its edition for JAX")
     parser.add_argument("pytest", nargs="*", help="options of pytest")
     options = parser.parse_args()
     directory = options.environment.resolve()
     python = environment(directory)
     result = 0
     for project, files in tomllib.loads((HERE / "scope.toml").read_text())["files"].items():
-        root = sources(python, project, directory)
-        # Without their own fixtures, which start their own engine.
-        (root / "tests" / "conftest.py").unlink(missing_ok=True)
-        (root / "tests" / "__init__.py").touch()
+        if project != (options.only or project) or (project == "sglang" and options.sglang is None):
+            continue
+        root = options.sglang.resolve() if project == "sglang" else sources(python, project, directory)
+        if project == "vllm":
+            # Without their own fixtures, which start their own engine.
+            (root / "tests" / "conftest.py").unlink(missing_ok=True)
+            (root / "tests" / "__init__.py").touch()
+        files = [file for file in files if (root / file).exists()]
         settings = {"FOREIGN_KVBITS": str(Path(sys.executable).with_name("kvbits")), "FOREIGN_MODEL": options.model,
                     "PYTHONPATH": str(HERE)}  # fmt: skip
         command = [python, "-m", "pytest", "-q", "-p", "plugin", "-p", "no:cacheprovider", "-c", os.devnull]

@@ -22,6 +22,7 @@ from kvbits.kernels.cuda.tables import tables_of
 from kvbits.kernels.cuda.variant import Variant
 from kvbits.kernels.cuda.work import decoding
 from kvbits.kernels.reference import ReferenceBackend
+from kvbits.kernels.triton.tables import step_tables
 from kvbits.pool import LayerView
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
@@ -105,7 +106,8 @@ class EmulatedBackend(Backend):
         pool[torch.from_numpy(batch.head.ravel()).long()] = before
         self._emulation.pool = pool
         other = LayerView(view.index, view.geometry, pool, view.sealed, view.open, view.first_page, view.rounding)
-        tables = tables_of(batch, other, self._blocks)
+        steps = step_tables(batch, view.first_page is not None, view.buffer.device)
+        tables = tables_of(batch, other, self._blocks, steps)
         arrived = torch.zeros(len(tables.work.tiles) * view.geometry.num_kv_heads, dtype=torch.int32)
         rows = query.bfloat16(), key.bfloat16(), value.bfloat16()
         result = torch.full(out.shape, torch.nan, dtype=torch.bfloat16)

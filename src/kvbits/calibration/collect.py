@@ -16,11 +16,11 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from kvbits.calibration.goal import check_context
 from kvbits.calibration.layerwise import Layers
 from kvbits.calibration.parts import Part, Parts
 from kvbits.codecs import Side
 from kvbits.config import PAGE_TOKENS
-from kvbits.errors import ConfigError
 from kvbits.models import LoadedModel
 
 SIDES: tuple[Side, Side] = ("key", "value")
@@ -107,14 +107,6 @@ class _Samples(Sequence[TensorSample]):
         return TensorSample(layer, side, rows, gradients, len(self._windows))
 
 
-def check_context(context: int) -> None:
-    """Raise ``ConfigError`` for windows of fewer than three pages, which hold too few sealed pages to learn from."""
-    if context < 3 * PAGE_TOKENS:
-        raise ConfigError(
-            f"calibration windows of {context} tokens are too short; at least {3 * PAGE_TOKENS} are needed"
-        )
-
-
 def collect(
     loaded: LoadedModel,
     windows: Sequence[Sequence[int]],
@@ -125,8 +117,8 @@ def collect(
     """Run every window (token ids, all of one length) forward and backward; the second half is scored.
 
     The model should compute in float32. Windows that are in ``parts`` are finished; others are kept there.
-    ``progress`` is told the tokens done since its last call. Raises as :func:`check_context` and
-    :class:`kvbits.calibration.layerwise.Layers`.
+    ``progress`` is told the tokens done since its last call. Raises as
+    :func:`kvbits.calibration.goal.check_context` and :class:`kvbits.calibration.layerwise.Layers`.
     """
     context = len(windows[0])
     check_context(context)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvbits.config import PAGE_TOKENS
 from kvbits.errors import ConfigError
 
 
@@ -25,6 +26,8 @@ class Goal:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be positive")
+        if self.bits is not None and self.bits > 16:
+            raise ConfigError(f"--bits is {self.bits:g}; the model's own cache has 16")
 
 
 @dataclass(frozen=True)
@@ -34,3 +37,14 @@ class Sizes:
     context: int = 2048
     windows: int = 8
     check_windows: int = 2
+
+    def __post_init__(self) -> None:
+        check_context(self.context)
+
+
+def check_context(context: int) -> None:
+    """Raise ``ConfigError`` for windows of fewer than three pages, which hold too few sealed pages to learn from."""
+    if context < 3 * PAGE_TOKENS:
+        raise ConfigError(
+            f"calibration windows of {context} tokens are too short; at least {3 * PAGE_TOKENS} are needed"
+        )

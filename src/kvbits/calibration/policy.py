@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from kvbits.calibration.allocate import allocate, cheapest_within, total_cost
 from kvbits.calibration.fit import FittedCodec
+from kvbits.calibration.goal import Goal
 from kvbits.codecs import SCHEMES, LayerRounding, Policy, PoolLayout, Scheme, parse_policy
 from kvbits.config import PAGE_TOKENS, ModelGeometry
 from kvbits.errors import ConfigError
@@ -57,6 +58,14 @@ def check_memory(geometry: ModelGeometry, sink: str | None, memory: int, session
         raise ConfigError(
             f"{sessions} sessions of {context} tokens cannot fit {memory} bytes; the least possible is {needed} bytes"
         )
+
+
+def check_goal(geometry: ModelGeometry, goal: Goal, sink: str | None) -> None:
+    """:func:`check_bits` and :func:`check_memory` for what ``goal`` asks for."""
+    if goal.bits is not None:
+        check_bits(geometry, goal.bits)
+    if goal.memory is not None:
+        check_memory(geometry, sink, goal.memory, goal.sessions, goal.session_tokens)
 
 
 def _sink(geometry: ModelGeometry, sink: str | None) -> tuple[Scheme, ...] | None:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import kvbits
-from kvbits.calibration.collect import check_context, collect
+from kvbits.calibration.collect import collect
 from kvbits.calibration.fit import fit
 from kvbits.calibration.goal import Goal, Sizes
 from kvbits.calibration.layerwise import Layers
 from kvbits.calibration.parts import Parts
-from kvbits.calibration.policy import Planner, candidates, check_bits, check_memory
+from kvbits.calibration.policy import Planner, candidates, check_goal
 from kvbits.calibration.sensitivity import sensitivity
 from kvbits.calibration.texts import check_counts, split_windows
 from kvbits.codecs import Policy
@@ -54,12 +54,8 @@ def calibrate(
     """
     geometry = loaded.geometry
     policies_of(loaded, [sink or "int8"], sizes.context)
-    if goal.bits is not None:
-        check_bits(geometry, goal.bits)
-    if goal.memory is not None:
-        check_memory(geometry, sink, goal.memory, goal.sessions, goal.session_tokens)
+    check_goal(geometry, goal, sink)
     check_counts(sizes.context, sizes.windows, sizes.check_windows)
-    check_context(sizes.context)
     Layers(loaded)
     if texts:
         split_windows([tokens for _, tokens in texts], sizes.context, sizes.windows, sizes.check_windows)

@@ -52,13 +52,14 @@ def advise(
     """
     results = JsonFile(json_file)
     from kvbits.config import parse_bytes
-    from kvbits.evaluation.windows import read_text
+    from kvbits.evaluation.windows import check_text, read_text
 
     content, size = read_text(text), parse_bytes(memory)
     from kvbits.engine.precheck import check_model
 
     asked = options.named(kv_cache_dtype, kv_policy)
     check_model(model, asked, dtype="float32", weights=weights, device=device, context=max(context, window))
+    check_text([content], window, windows)
     from kvbits.evaluation.advice import advice, ladder
     from kvbits.evaluation.compare import policies_of
     from kvbits.evaluation.laboratory import Laboratory

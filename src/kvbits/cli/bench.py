@@ -25,7 +25,7 @@ def bench(
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Text for the prompts. Default: Python's language reference.")
     ] = None,
-    max_num_batched_tokens: options.MaxNumBatchedTokens = 512,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = None,
     speculative_config: options.Speculative = None,
     dtype: options.Dtype = "bfloat16",
     weights: options.Weights = "auto",
@@ -37,27 +37,28 @@ def bench(
     """Time prefill, then decode steps with all sequences running (the median step). Prefix caching is off."""
     results = JsonFile(json_file)
     dtypes = options.cache_dtypes(kv_cache_dtype, kv_policy)
+    from kvbits.engine.config import step_tokens
     from kvbits.engine.precheck import check_model
     from kvbits.engine.speculation.config import SpeculativeConfig
     from kvbits.evaluation.documents import reference_text
-    from kvbits.evaluation.windows import read_text
+    from kvbits.evaluation.windows import check_text, read_text
 
     speculative = SpeculativeConfig.of(speculative_config)
     content = reference_text() if text is None else read_text(text)
     check_model(model, dtypes, dtype=dtype, weights=weights, device=device, context=context + new_tokens)
+    check_text([content], context + batch, 1)
     from kvbits.evaluation.compare import policies_of
     from kvbits.evaluation.speed import distinct_prompts, longest_sequence, measure_speed
 
     loaded = load(model, dtype, threads, weights, device, trust_remote_code=trust_remote_code)
     policies = policies_of(loaded, dtypes, context)
-    longest_sequence(loaded, context, batch, new_tokens, max_num_batched_tokens)
+    budget = step_tokens(max_num_batched_tokens, device)
+    longest_sequence(loaded, context, batch, new_tokens, budget)
     prompts = distinct_prompts(tokens_of(loaded, content), context, batch)
     found = []
     for policy in policies:
         with Bar(batch * (context + new_tokens), policy.label) as advance:
-            found.append(
-                measure_speed(loaded, policy, prompts, new_tokens, max_num_batched_tokens, advance, speculative)
-            )
+            found.append(measure_speed(loaded, policy, prompts, new_tokens, budget, advance, speculative))
     _print(found)
     for speed in found:
         if speed.speculation is not None:

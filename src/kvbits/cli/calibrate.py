@@ -63,21 +63,27 @@ def calibrate(
     from kvbits.calibration.goal import Goal, Sizes
     from kvbits.config import parse_bytes
     from kvbits.engine.precheck import check_model
-    from kvbits.evaluation.windows import read_text
+    from kvbits.evaluation.windows import check_text, read_text
 
     goal = Goal(bits, max_kl, None if memory is None else parse_bytes(memory), sessions, session_tokens)
+    sizes = Sizes(window, windows, check_windows)
     contents = [(path.name, read_text(path)) for path in text or ()]
     can_be_folder(output)
-    check_model(
+    outline = check_model(
         model, [] if sink == "none" else [sink], dtype="float32", weights=weights, device=device, context=window
     )
+    if contents:
+        check_text([content for _, content in contents], window, windows + check_windows)
+    if outline.geometry is not None:
+        from kvbits.calibration.policy import check_goal
+
+        check_goal(outline.geometry, goal, None if sink == "none" else sink)
     folder(output)
     from kvbits.calibration.run import UNFINISHED
     from kvbits.calibration.run import calibrate as run
 
     loaded = load(model, "float32", threads, weights, device, trust_remote_code)
     texts = [(name, tokens_of(loaded, content)) for name, content in contents]
-    sizes = Sizes(window, windows, check_windows)
     try:
         policy, found = run(loaded, texts, output, goal, None if sink == "none" else sink, sizes, Bar, note)
     except KeyboardInterrupt:

@@ -14,6 +14,7 @@ from kvbits.cli import options
 from kvbits.cli.extras import require
 from kvbits.cli.output import JsonFile, folder
 from kvbits.cli.session import Bar, load, machine, note, tokens_of
+from kvbits.errors import ConfigError
 
 if TYPE_CHECKING:
     from kvbits.codecs import Policy
@@ -36,7 +37,7 @@ def demo(
     also: Annotated[
         str | None, typer.Option(metavar="MODEL", help="A second model, whose KL is shown beside the first one's.")
     ] = None,
-    max_num_batched_tokens: options.MaxNumBatchedTokens = 512,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = None,
     dtype: options.Dtype = "bfloat16",
     weights: options.Weights = "auto",
     threads: options.Threads = None,
@@ -47,15 +48,25 @@ def demo(
     """Show what a quantized cache buys and costs: sessions at once, bytes, speed, fidelity, answers found."""
     begin = time.perf_counter()
     from kvbits.config import parse_bytes
+    from kvbits.engine.config import step_tokens
     from kvbits.engine.precheck import check_model
     from kvbits.evaluation.documents import hide_facts
     from kvbits.memory import check_host
+    from kvbits.memory import show as size_of
 
     require("plot")
     memory = parse_bytes(kv_cache_memory)
     check_host({"--kv-cache-memory": memory})
     dtypes = options.cache_dtypes(list(DTYPES), kv_policy)
-    check_model(model, dtypes, dtype=dtype, weights=weights, context=max(WINDOW, document_tokens + new_tokens))
+    outline = check_model(
+        model, dtypes, dtype=dtype, weights=weights, context=max(WINDOW, document_tokens + new_tokens)
+    )
+    if outline.geometry is not None:
+        needed = (document_tokens + new_tokens) * outline.geometry.bytes_per_token_16bit()
+        if memory < needed:
+            raise ConfigError(
+                f"--kv-cache-memory is {kv_cache_memory}; one conversation in 16 bit needs {size_of(needed)}"
+            )
     if also is not None:
         check_model(also, dtypes, dtype=dtype, weights=weights, context=WINDOW)
     results = JsonFile(folder(output) / "demo.json" if json_file is None else json_file)
@@ -63,9 +74,11 @@ def demo(
     from kvbits.evaluation.picture import draw
 
     # Fidelity in float32, as evaluate does it: bfloat16 layers add noise of their own that INT8 would be blamed for.
+    budget = step_tokens(max_num_batched_tokens, "cpu")
+
     def measured(name: str) -> dict[str, FidelitySummary]:
         exact = load(name, "float32", threads, weights, trust_remote_code=trust_remote_code)
-        return _fidelity(exact, [exact.policy(dtype) for dtype in dtypes], windows, max_num_batched_tokens)
+        return _fidelity(exact, [exact.policy(dtype) for dtype in dtypes], windows, budget)
 
     beside = None if also is None else measured(also)
     fidelity = measured(model)
@@ -78,7 +91,7 @@ def demo(
     for policy in policies:
         with Bar(prompts + sessions * new_tokens, f"{policy.label} conversations") as advance:
             summary = fidelity[policy.label]
-            shown.append(show(loaded, policy, memory, documents, summary, new_tokens, max_num_batched_tokens, advance))
+            shown.append(show(loaded, policy, memory, documents, summary, new_tokens, budget, advance))
     picture = output / "demo.png"
     draw(shown, memory, folder(output) / "demo.png")
     seconds = time.perf_counter() - begin

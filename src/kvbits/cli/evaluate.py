@@ -54,7 +54,7 @@ def evaluate(
     self_check: Annotated[
         bool, typer.Option(help="Run each dtype also with its scales off by 5 %, to see that the verdict notices.")
     ] = False,
-    max_num_batched_tokens: options.MaxNumBatchedTokens = 512,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = None,
     dtype: Annotated[
         str,
         typer.Option(
@@ -87,16 +87,19 @@ def evaluate(
         require("plot")
         writable(html)
     dtypes = options.cache_dtypes(kv_cache_dtype, kv_policy)
+    from kvbits.engine.config import step_tokens
     from kvbits.engine.precheck import check_model
     from kvbits.evaluation.parts import FIDELITY, LAYERS, parts_of
-    from kvbits.evaluation.windows import read_text
+    from kvbits.evaluation.windows import check_text, read_text
     from kvbits.models.formats import check_formats
 
-    parts_of(tasks, text is not None)
+    parts = parts_of(tasks, text is not None)
     check_formats(task_dtype)
     content = None if text is None else read_text(text)
     book = content if haystack is None else read_text(haystack)
     check_model(model, dtypes, dtype=dtype, weights=weights, device=device, context=None if text is None else window)
+    if content is not None and {FIDELITY, LAYERS} & set(parts):
+        check_text([content], window, windows)
     from kvbits.evaluation.compare import policies_of
     from kvbits.evaluation.laboratory import Laboratory
     from kvbits.evaluation.resume import ResumeCache
@@ -114,7 +117,8 @@ def evaluate(
     only_text = set(selection.parts) <= {FIDELITY, LAYERS}
     again = not only_text and task_dtype != dtype
     served = load(model, task_dtype, threads, weights, device, trust_remote_code) if again else loaded
-    laboratory = Laboratory(loaded, policies, resume_cache, Bar, dtype, served, task_dtype, max_num_batched_tokens)
+    budget = step_tokens(max_num_batched_tokens, device)
+    laboratory = Laboratory(loaded, policies, resume_cache, Bar, dtype, served, task_dtype, budget)
     run_tasks(laboratory, selection, tokens, book, sizes)
     rows = laboratory.results()
     if text is not None:

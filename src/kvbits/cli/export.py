@@ -97,6 +97,9 @@ def _checkpoint(
     threads: int | None,
     trusted: bool,
 ) -> dict[str, Any]:
+    from kvbits.evaluation.windows import check_text
+
+    check_text([content for _, content in texts], context, windows + 1)
     folder(output)
     from kvbits import __version__
     from kvbits.calibration.texts import split_windows

@@ -17,13 +17,18 @@ from kvbits.errors import RequestError
 if TYPE_CHECKING:
     from kvbits.engine.outputs import Delta, RequestOutput
 
+_COMPLETION, _ANSWER = 128, 512
+"""Most new tokens."""
+
 
 def generate(
     model: options.Model,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="May be repeated.")] = None,
     prompt_file: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="A UTF-8 text file as prompt.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")] = False,
-    max_tokens: Annotated[int, typer.Option(metavar="N", help="Most new tokens.")] = 128,
+    max_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Most new tokens. Default: 128, or 512 with --chat.")
+    ] = None,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
     top_k: options.TopK = None,
@@ -40,7 +45,7 @@ def generate(
     kv_cache_memory: options.KVCacheMemory = "1GiB",
     max_model_len: options.MaxModelLen = None,
     max_num_seqs: options.MaxNumSeqs = 64,
-    max_num_batched_tokens: options.MaxNumBatchedTokens = 512,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = None,
     speculative_config: options.Speculative = None,
     dtype: options.Dtype = "bfloat16",
     weights: options.Weights = "auto",
@@ -54,7 +59,7 @@ def generate(
     kv_cache_dtype = options.cache_dtype(kv_cache_dtype, kv_policy)
     texts = prompts_of(prompt or [], prompt_file or [])
     from kvbits.auto.wanted import Wanted
-    from kvbits.engine.config import EngineConfig
+    from kvbits.engine.config import EngineConfig, step_tokens
     from kvbits.engine.params import SamplingParams
     from kvbits.engine.precheck import check_chat, check_engine
     from kvbits.engine.speculation.config import SpeculativeConfig
@@ -64,12 +69,14 @@ def generate(
         "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty,
     }  # fmt: skip
+    if max_tokens is None:
+        max_tokens = _ANSWER if chat else _COMPLETION
     SamplingParams.of({}, max_tokens, **sampling)
     Wanted(kv_cache_dtype, max_kl, text)
     speculative = SpeculativeConfig.of(speculative_config)
     engine: dict[str, Any] = {
         "kv_cache_dtype": kv_cache_dtype, "kv_cache_memory": kv_cache_memory, "max_model_len": max_model_len,
-        "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens,
+        "max_num_seqs": max_num_seqs, "max_num_batched_tokens": step_tokens(max_num_batched_tokens, device),
     }  # fmt: skip
     outline = check_engine(model, EngineConfig.of(**engine), speculative, dtype=dtype, weights=weights, device=device)
     if chat:
@@ -92,6 +99,8 @@ def generate(
             print(f"=== {' '.join(asked.split())[:60]}\n{output.outputs[0].text if not output.error else ''}")
         elif not output.error:
             print()
+        if output.outputs[0].finish_reason == "length" and not output.error:
+            note(f"[cut by --max-tokens, {max_tokens}]" if output.outputs[0].note is None else output.outputs[0].note)
     found: dict[str, Any] = {"results": [_json(t, o) for t, o in zip(texts, outputs, strict=True)]}
     if llm.speculation is not None:
         note(llm.speculation.line())

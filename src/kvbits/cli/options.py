@@ -82,7 +82,12 @@ MaxModelLen = Annotated[
     int | None, typer.Option(metavar="TOKENS", help="Longest prompt plus answer. Default: the model's context.")
 ]
 MaxNumSeqs = Annotated[int, typer.Option(metavar="N", help="Most sequences that run at once.")]
-MaxNumBatchedTokens = Annotated[int, typer.Option(metavar="TOKENS", help="Token budget of one step, prefill included.")]
+MaxNumBatchedTokens = Annotated[
+    int | None,
+    typer.Option(
+        metavar="TOKENS", help="Token budget of one step, prefill included. Default: 512 on a CPU, 2048 on a GPU."
+    ),
+]
 Speculative = Annotated[
     str | None,
     typer.Option(
@@ -111,7 +116,9 @@ FrequencyPenalty = Annotated[float | None, typer.Option(help="Over 0: the same, 
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text; may repeat.")]
 Dtype = Annotated[str, typer.Option(metavar="DTYPE", help="Arithmetic of the model's layers: bfloat16 or float32.")]
-Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads. Default: what torch chooses.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, max=1024, metavar="N", help="CPU threads. Default: what torch chooses.")
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model. Read it first.")
 ]

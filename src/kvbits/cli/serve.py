@@ -31,7 +31,7 @@ def serve(
     kv_cache_memory: options.KVCacheMemory = "1GiB",
     max_model_len: options.MaxModelLen = None,
     max_num_seqs: options.MaxNumSeqs = 64,
-    max_num_batched_tokens: options.MaxNumBatchedTokens = 512,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = None,
     enable_prefix_caching: Annotated[
         bool, typer.Option(help="Keep sealed pages after a request for prompts that begin alike.")
     ] = True,
@@ -100,12 +100,16 @@ def serve(
         bool, typer.Option("--ray", help="Serve from replicas on Ray (pip install 'kvbits\\[ray]').")
     ] = False,
     ray_replicas: Annotated[
-        str, typer.Option(metavar="N|MIN-MAX", help="Replicas with --ray; a range scales by queue and cache usage.")
-    ] = "1",
+        str | None,
+        typer.Option(metavar="N|MIN-MAX", help="Replicas with --ray: 1; a range scales by queue and cache usage."),
+    ] = None,
     ray_routing: Annotated[
-        str,
-        typer.Option(metavar="HOW", help="With --ray: 'prefix' (to the replica with the prompt's pages) or 'random'."),
-    ] = "prefix",
+        str | None,
+        typer.Option(
+            metavar="HOW",
+            help="With --ray: 'prefix', the default (to the replica with the prompt's pages), or 'random'.",
+        ),
+    ] = None,
     ray_address: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="The Ray cluster to join. Default: this machine alone.")
     ] = None,
@@ -115,7 +119,7 @@ def serve(
     require("server")
     from kvbits.auto.wanted import Wanted
     from kvbits.config import parse_bytes
-    from kvbits.engine.config import EngineConfig
+    from kvbits.engine.config import EngineConfig, step_tokens
     from kvbits.server.hosts import names_of
     from kvbits.server.logs import check_level, set_up
     from kvbits.server.options import ServerOptions
@@ -141,7 +145,7 @@ def serve(
         kv_cache_memory=kv_cache_memory,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_batched_tokens=step_tokens(max_num_batched_tokens, device),
         enable_prefix_caching=enable_prefix_caching,
         batch_invariant=batch_invariant,
         kv_offload_size=kv_offload_size,
@@ -151,24 +155,28 @@ def serve(
     from kvbits.engine.speculation.config import SpeculativeConfig
 
     speculative = SpeculativeConfig.of(speculative_config)
+    cluster = None
+    for name, value in (("replicas", ray_replicas), ("routing", ray_routing), ("address", ray_address)):
+        if value is not None and not ray:
+            raise ConfigError(f"--ray-{name} goes with --ray")
     if ray:
         if cache_file:
             raise ConfigError("--cache-file loads pages into one server; with --ray replicas take them from each other")
         if speculative is not None:
             raise ConfigError("--speculative-config goes with one server; --ray replicas do not guess tokens")
-        check_ray()
+        cluster = check_ray(ray_replicas, ray_routing, drain_timeout)
     for path in cache_file or ():
         readable(path)
     check_engine(model, config, speculative, dtype=dtype, weights=weights, device=device)
     set_up(log_level)
     log = logging.getLogger(__name__)
-    if ray:
+    if cluster is not None:
         from kvbits.ray.options import ReplicaOptions
 
         replica = ReplicaOptions(model, config, served, dtype, threads, device, trust_remote_code, weights)
         if wanted.auto:
             replica = replica.with_choice(chosen(replica.load(log.info), wanted, log.info))
-        serve_cluster(replica, ray_replicas, ray_routing, host, port, ray_address)
+        serve_cluster(replica, cluster, host, port, ray_address)
         return
     from kvbits.server.address import take_address
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from kvbits.engine.device_sampler import sample_on_device
 from kvbits.engine.outputs import Delta
 from kvbits.engine.request_state import RequestState
 from kvbits.engine.sampler import NOT_FINITE, Sampled, finite_rows, report, sample
+from kvbits.engine.sampling import SamplingState
 from kvbits.engine.scheduler import ScheduledRequest
 
 log = logging.getLogger(__name__)
+
+Choose = Callable[[Tensor, Sequence[SamplingState]], list[Sampled]]
+"""How tokens are chosen where the logits are."""
 
 
 @dataclass
@@ -38,6 +43,7 @@ def answer(works: Sequence[ScheduledRequest], logits: Tensor, states: Mapping[in
 
     What fails for one sequence is its own error.
     """
+    choose = sample if logits.device.type == "cpu" else sample_on_device
     answers = [Answer() for _ in works]
     parts = [logits[:0]] * len(works)
     single: dict[int, int] = {}
@@ -49,7 +55,7 @@ def answer(works: Sequence[ScheduledRequest], logits: Tensor, states: Mapping[in
         if state.prompt_logprobs is not None and work.outputs:
             if all(finite_rows(parts[index])):
                 with _own_error(answers[index]):
-                    _report_prompt(state, work, parts[index])
+                    _report_prompt(state, work, parts[index].cpu())
             else:
                 answers[index].error = NOT_FINITE
         if work.samples and not work.draft:
@@ -57,14 +63,14 @@ def answer(works: Sequence[ScheduledRequest], logits: Tensor, states: Mapping[in
     if single:
         rows = list(single.values())
         plain = [states[works[index].request.seq_id].sampling for index in single]
-        chosen = dict(zip(single, sample(logits if len(rows) == row else logits[rows], plain), strict=True))
+        chosen = dict(zip(single, choose(logits if len(rows) == row else logits[rows], plain), strict=True))
     for index, work in enumerate(works):
         found, state = answers[index], states[work.request.seq_id]
         if not work.samples or found.error is not None:
             continue
         with _own_error(found):
             if work.draft:
-                _verify(found, state, work.draft, parts[index])
+                _verify(found, state, work.draft, parts[index], choose)
             else:
                 _extend(found, state, chosen[index])
     return answers
@@ -80,7 +86,7 @@ def _own_error(found: Answer) -> Iterator[None]:
         found.error = f"{type(error).__name__}: {error}"
 
 
-def _verify(found: Answer, state: RequestState, draft: Sequence[int], logits: Tensor) -> None:
+def _verify(found: Answer, state: RequestState, draft: Sequence[int], logits: Tensor, choose: Choose) -> None:
     """Choose token after token, each as it would be without a draft, as long as the draft has foreseen it.
 
     For a fixed guess this is rejection sampling: a token is kept with the probability that the model gives it, and what
@@ -88,9 +94,9 @@ def _verify(found: Answer, state: RequestState, draft: Sequence[int], logits: Te
     random number, the answer is even the same as without speculation. ``logits``: the last ``len(draft) + 1`` rows.
     """
     logits = logits[-len(draft) - 1 :]
-    ahead = sample(logits, [state.sampling] * len(logits)) if state.request.params.plain_greedy else None
+    ahead = choose(logits, [state.sampling] * len(logits)) if state.request.params.plain_greedy else None
     for row in range(len(logits)):
-        sampled = ahead[row] if ahead is not None else sample(logits[row : row + 1], [state.sampling])[0]
+        sampled = ahead[row] if ahead is not None else choose(logits[row : row + 1], [state.sampling])[0]
         _extend(found, state, sampled)
         if found.error is not None or state.request.finished or row == len(draft) or sampled.token != draft[row]:
             break

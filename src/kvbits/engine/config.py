@@ -11,6 +11,16 @@ from kvbits.errors import ConfigError
 if TYPE_CHECKING:
     from kvbits.codecs import Policy
 
+STEP_TOKENS, GPU_STEP_TOKENS = 512, 2048
+"""Token budgets of a step where none is asked for: a GPU needs more rows to be busy."""
+
+
+def step_tokens(asked: int | None, device: str) -> int:
+    """``max_num_batched_tokens`` as asked for, or the default of a torch ``device``."""
+    if asked is not None:
+        return asked
+    return STEP_TOKENS if device.startswith("cpu") else GPU_STEP_TOKENS
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -27,7 +37,7 @@ class EngineConfig:
     kv_cache_memory: int = 1 << 30
     max_model_len: int | None = None
     max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
+    max_num_batched_tokens: int = STEP_TOKENS
     enable_prefix_caching: bool = True
     batch_invariant: bool = False
     kv_offload_size: int | None = None

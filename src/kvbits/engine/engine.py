@@ -90,6 +90,14 @@ class Engine:
         self._states: dict[int, RequestState] = {}
         self._pending: list[Delta] = []
         self._next = 0
+        if loaded.device.type != "cpu":
+            self.warm_up(log.info)
+
+    def warm_up(self, report: Callable[[str], None]) -> None:
+        """Compile and record now what requests would wait for; ``report`` gets a line of text before each stage."""
+        chunk = self.config.max_num_batched_tokens
+        tokens = max(min(chunk, self.limits.context, self.limits.pool), 1)
+        self._runner.warm_up(self._new_seq_id(), tokens, chunk, self.config.max_num_seqs, report)
 
     # Requests
 

@@ -26,7 +26,7 @@ class RequestLimits:
         self.check_size(len(prompt), room)
         if min(prompt) < 0 or max(prompt) >= self.vocab:
             bad = next(t for t in prompt if not 0 <= t < self.vocab)
-            raise RequestError(f"the prompt holds token {bad}; the vocabulary is 0 to {self.vocab - 1}")
+            raise RequestError(f"the prompt holds token {bad}, which is out of vocabulary: 0 to {self.vocab - 1}")
 
     def check_size(self, size: int, room: int = 0, at_least: bool = False) -> None:
         """Raise ``ContextLengthError`` unless ``size`` tokens, or ``at_least`` as many, and ``room`` more fit."""
@@ -47,7 +47,7 @@ class RequestLimits:
 
     def check_params(self, params: SamplingParams) -> None:
         """Raise ``RequestError`` for a token that the model does not have."""
-        for name in ("logit_bias", "allowed_token_ids"):
+        for name in ("logit_bias", "allowed_token_ids", "logprob_token_ids"):
             outside = next((t for t in getattr(params, name) or () if t >= self.vocab), None)
             if outside is not None:
                 raise RequestError(f"{name} names token {outside}; the vocabulary has {self.vocab} tokens", name)

@@ -36,7 +36,8 @@ class SamplingParams:
     all below :data:`GREEDY_BELOW`). ``top_k`` of 0 or -1
     keeps all tokens. ``seed=None`` draws a fresh seed. ``stop`` strings end the text and are not part of it;
     ``stop_token_ids`` end it like the model's own end token. ``logprobs=k`` reports the chosen token and the ``k``
-    likeliest ones, of the model's raw distribution; ``prompt_logprobs`` the same for each prompt token. The penalties
+    likeliest ones, of the model's raw distribution, or, with ``logprob_token_ids``, the chosen one and these;
+    ``prompt_logprobs`` the same for each prompt token, of the likeliest. The penalties
     and ``logit_bias`` are those of OpenAI (``repetition_penalty``: Keskar et al. 2019, over prompt and output). A
     ``grammar`` (:class:`kvbits.engine.grammar.GrammarCompiler`) bounds what may be said; the answer ends where it does.
     Before ``min_tokens`` tokens no end token and no stop ends it (a grammar may). ``include_stop_str_in_output`` keeps
@@ -58,6 +59,7 @@ class SamplingParams:
     ignore_eos: bool = False
     n: int = 1
     logprobs: int | None = None
+    logprob_token_ids: Sequence[int] = ()
     prompt_logprobs: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -180,7 +182,7 @@ class SamplingParams:
                 if not isinstance(text, str) or not text:
                     raise RequestError(f"{name} holds {text!r}; each must be a string of at least one character", name)
             object.__setattr__(self, name, found)
-        for name in ("stop_token_ids", "visible_tokens", "allowed_token_ids"):
+        for name in ("stop_token_ids", "visible_tokens", "allowed_token_ids", "logprob_token_ids"):
             given = getattr(self, name)
             found = _items(name, given)
             for token in found:

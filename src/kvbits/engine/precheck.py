@@ -63,6 +63,12 @@ def check_engine(
         check_length(config.max_model_len, model, outline.max_position)
     if outline.geometry is not None:
         check_least(config.kv_cache_memory, outline.geometry)
+        # Of 2 bits, the fewest.
+        page = PAGE_TOKENS * outline.geometry.bytes_per_token_16bit() // 8
+        if config.kv_offload_size is not None and config.kv_offload_size < page:
+            raise ConfigError(
+                f"kv_offload_size is {show(config.kv_offload_size)}; one page needs at least {show(page)}"
+            )
     if speculative is not None and speculative.model is not None:
         check_model(speculative.model, [speculative.kv_cache_dtype])
     return outline
@@ -71,7 +77,10 @@ def check_engine(
 def check_chat(outline: Outline) -> None:
     """Raise ``RequestError`` for a model without a chat template."""
     if outline.has_template is False:
-        raise RequestError(f"the tokenizer of {outline.name} has no chat template; use generate with a plain prompt")
+        raise RequestError(
+            f"the tokenizer of {outline.name} has no chat template, as base models have none; "
+            "use generate with a plain prompt"
+        )
 
 
 def check_length(asked: int, name: str, longest: int) -> None:

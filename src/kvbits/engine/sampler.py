@@ -27,6 +27,9 @@ NOT_FINITE = (
 )
 """Why no token can be chosen, or a log-probability given."""
 
+NO_TOKEN_LEFT = "no token is left that allowed_token_ids, bad_words, min_tokens and the grammar all allow"
+"""Why no token can be chosen, by the request's own rules."""
+
 _HEAD = 256
 """How many of the likeliest tokens are put in order; where more are needed, a threshold says which."""
 
@@ -87,7 +90,9 @@ def _sample_row(raw: Tensor, state: SamplingState) -> Sampled:
         probs, ids = distribution(logits, params.temperature, params.top_k, params.top_p, params.min_p)
         place = draw(probs, state.uniform())
         token = place if ids is None else int(ids[place])
-    return Sampled(token, None if params.logprobs is None else report(raw, token, params.logprobs))
+    if params.logprobs is None:
+        return Sampled(token)
+    return Sampled(token, report(raw, token, params.logprobs, params.logprob_token_ids))
 
 
 def adjust(raw: Tensor, state: SamplingState) -> Tensor:
@@ -122,7 +127,7 @@ def adjust(raw: Tensor, state: SamplingState) -> Tensor:
         if state.matcher is not None and not torch.isfinite(logits.max()):
             logits = free
     if not torch.isfinite(logits.max()):
-        raise RequestError("no token is left that allowed_token_ids, bad_words, min_tokens and the grammar all allow")
+        raise RequestError(NO_TOKEN_LEFT)
     return logits
 
 
@@ -185,14 +190,17 @@ def draw(weights: Tensor, uniform: float) -> int:
     return place
 
 
-def report(raw: Tensor, token: int, count: int) -> Logprobs:
-    """Log-probabilities of ``token`` and of the ``count`` likeliest tokens under ``raw`` (float32 ``[vocab]``)."""
+def report(raw: Tensor, token: int, count: int, others: Sequence[int] = ()) -> Logprobs:
+    """Log-probabilities of ``token`` and of the ``count`` likeliest tokens under ``raw`` (float32 ``[vocab]``), or,
+    where ``others`` are named, of ``token`` and these."""
     if not 0 <= token < raw.numel():
         raise RequestError(f"token {token} has no log-probability; the vocabulary is 0 to {raw.numel() - 1}")
     logprobs = torch.log_softmax(raw, dim=-1)
-    own = logprobs[token]
-    found = {token: Logprob(float(own), int((logprobs > own).sum()) + 1)}
-    if count:
+    found = {}
+    for named in (token, *others):
+        own = logprobs[named]
+        found[named] = Logprob(float(own), int((logprobs > own).sum()) + 1)
+    if count and not others:
         values, ids = torch.topk(logprobs, min(count, raw.numel()))
         for rank, (value, index) in enumerate(zip(values.tolist(), ids.tolist(), strict=True), start=1):
             found.setdefault(index, Logprob(value, rank))

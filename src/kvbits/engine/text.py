@@ -131,7 +131,10 @@ def chat_text(
     """
     tokenizer = _tokenizer(loaded)
     if tokenizer.chat_template is None:
-        raise RequestError(f"the tokenizer of {loaded.name} has no chat template; use generate with a plain prompt")
+        raise RequestError(
+            f"the tokenizer of {loaded.name} has no chat template, as base models have none; "
+            "use generate with a plain prompt"
+        )
     plain, options = list(messages), {"add_generation_prompt": True, **template}
     if split_special_tokens:
         hide = loaded.control_tokens.hide

@@ -37,7 +37,7 @@ def answer(
     if key not in resume_cache:
         longest = max(map(len, prompts)) + params.max_tokens
         # What the prompts begin with in common is stored once; each question holds its own end.
-        memory = pool_bytes(loaded, policy, 2, longest)
+        memory = pool_bytes(loaded, policy, 2, longest, max_num_batched_tokens)
         memory += pool_bytes(loaded, loaded.policy(REFERENCE), TOGETHER, 4 * params.max_tokens)
         config = EngineConfig(policy, memory, max_num_seqs=TOGETHER, max_num_batched_tokens=max_num_batched_tokens)
         texts = [""] * len(prompts)

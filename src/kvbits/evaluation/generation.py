@@ -97,7 +97,7 @@ def _continue(
     longest = max(map(len, prompts)) + new_tokens
     config = EngineConfig(
         policy,
-        pool_bytes(loaded, policy, count, longest),
+        pool_bytes(loaded, policy, count, longest, max_num_batched_tokens),
         max_num_seqs=count,
         max_num_batched_tokens=max_num_batched_tokens,
     )

@@ -116,7 +116,8 @@ def measure_layers(
     backend: MakeBackend = lambda: None,
 ) -> dict[str, Sums]:
     """Run ``window`` (token ids) once; the sums by label. Raises as :func:`kvbits.evaluation.compare.compare`."""
-    engines = {p.label: engine_for(loaded, p, 1, len(window)) for p in (loaded.policy(REFERENCE), *policies)}
+    budget = max_num_batched_tokens
+    engines = {p.label: engine_for(loaded, p, 1, len(window), budget) for p in (loaded.policy(REFERENCE), *policies)}
     dtypes = [policy.label for policy in policies]
     sums = {dtype: Sums(loaded.geometry.num_layers) for dtype in dtypes}
     listening = _Listening(backend() or default_backend(loaded.device.type), sums)

@@ -81,9 +81,10 @@ def ask(
 def _engine(loaded: LoadedModel, policy: Policy, probes: Sequence[Probe], max_num_batched_tokens: int) -> Engine:
     longest = max(len(p.prompt) + len(p.gold) for p in probes)
     # Room for a second document's worth of pages: questions hold own pages beside the shared ones.
+    memory = pool_bytes(loaded, policy, 2, longest, max_num_batched_tokens)
     config = EngineConfig(
         policy,
-        pool_bytes(loaded, policy, 2, longest) + pool_bytes(loaded, loaded.policy(REFERENCE), 1, 64 * _TOGETHER),
+        memory + pool_bytes(loaded, loaded.policy(REFERENCE), 1, 64 * _TOGETHER),
         max_num_seqs=_TOGETHER,
         max_num_batched_tokens=max_num_batched_tokens,
     )

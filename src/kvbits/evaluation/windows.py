@@ -24,6 +24,17 @@ def read_text(path: Path) -> str:
         ) from error
 
 
+def check_text(texts: Sequence[str], context: int, count: int) -> None:
+    """Raise ``ConfigError`` for texts that cannot have ``count`` windows: no token is shorter than a byte. No model is
+    needed for that."""
+    sizes = [len(text.encode()) for text in texts]
+    if sum(size // context for size in sizes) < count:
+        raise ConfigError(
+            f"the text has {sum(sizes):,} bytes, and so at most as many tokens; {count} windows of {context} need "
+            f"{context * count:,}"
+        )
+
+
 def cut_windows(tokens: Sequence[int], context: int, count: int) -> list[list[int]]:
     """The first ``count`` windows of ``context`` tokens, one after another, not overlapping.
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,9 @@ class BatchLayout:
 
     ``draft``: sealed pages are read as drafts (:meth:`kvbits.codecs.Codec.decode_draft`), which takes about half of the
     bytes of ``int8h`` pages and changes nothing for other codecs. What the step stores does not depend on it.
+
+    ``shared``: what backends have made of the layout for all layers, by names of theirs. ``static``: the arrays change
+    from step to step (:mod:`kvbits.kernels.static`); ``refreshers`` then make ``shared`` follow.
     """
 
     starts: Ints
@@ -43,6 +47,9 @@ class BatchLayout:
     tail: Ints
     sink: Ints
     draft: bool = False
+    static: bool = False
+    shared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    refreshers: list[Callable[[], None]] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
     def of(cls, slices: Sequence[SequencePages], draft: bool = False) -> BatchLayout:
@@ -104,6 +111,9 @@ class Backend(ABC):
     def kernels(self, scheme: Scheme, layer: LayerGeometry) -> str:
         """Whose kernels decode ``layer`` stored as ``scheme``, for users to read."""
         return self.name
+
+    graphs = False
+    """Whether steps over static layouts can be recorded and replayed by the device."""
 
     def prepare(self, views: Sequence[LayerView]) -> None:
         """Do now what steps over ``views`` would otherwise wait for, such as compiling; takes seconds at most."""

@@ -31,7 +31,9 @@ class ReferenceBackend(Backend):
         layer = view.geometry
         out = query.new_empty(batch.num_rows, layer.num_heads, layer.value_dim)
         for s in range(len(batch.counts)):
-            rows = slice(int(batch.rows[s]), int(batch.rows[s + 1]))
+            rows = slice(int(batch.rows[s]), int(batch.rows[s]) + int(batch.counts[s]))
+            if rows.start == rows.stop:
+                continue
             start = int(batch.starts[s])
             keys, values = _own_rows(view, batch.head[s], start, key[rows], value[rows])
             pages = _Sealed(view, batch.frames_of(view)[s], batch.sink[s], batch.draft)

@@ -40,7 +40,7 @@ class KVBitsLM(TemplateLM):  # type: ignore[misc]
         kv_cache_memory: str | int = "1GiB",
         dtype: str = "bfloat16",
         max_model_len: int | None = None,
-        max_num_batched_tokens: int = 512,
+        max_num_batched_tokens: int | None = None,
         enable_prefix_caching: bool = True,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,

@@ -74,8 +74,8 @@ class LoadedModel:
         """Run one step.
 
         ``input_ids``, ``positions`` ``int64 [rows]``: the new tokens of all sequences of ``step.batch``, packed;
-        ``logits_rows`` ``int64 [n]``: the rows whose logits are wanted. Returns ``float32 [n, vocab]``,
-        on the CPU whatever the device.
+        ``logits_rows`` ``int64 [n]``: the rows whose logits are wanted. Returns ``float32 [n, vocab]`` on the model's
+        device.
         """
         if self.fused is not None and self.fused.runs(step):
             return self.fused.forward(input_ids, positions, step, logits_rows)
@@ -87,7 +87,7 @@ class LoadedModel:
             logits_to_keep=logits_rows.to(device),
             kvbits=step,
         )
-        logits: Tensor = out.logits[0].float().cpu()
+        logits: Tensor = out.logits[0].float()
         return logits
 
     def depends_on_rows(self) -> str | None:

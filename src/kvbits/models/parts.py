@@ -52,6 +52,14 @@ def split(layer: Any, sizes: Sequence[int]) -> list[PackedWeight]:
     return [whole.part(start, size) for start, size in zip(starts, sizes, strict=True)]
 
 
+def called(module: Any, *given: Any) -> Any:
+    """What a part of the model gives when it is tried; :class:`Different` where it takes something else."""
+    try:
+        return module(*given)
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        raise Different(f"{type(module).__name__} cannot be tried: {' '.join(str(error).split())[:100]}") from error
+
+
 def epsilon(norm: Any) -> float:
     """What a norm adds to the mean square."""
     for name in ("variance_epsilon", "eps"):
@@ -69,7 +77,7 @@ def norm_weight(norm: Any) -> Tensor:
     x = _random(_TRIED_ROWS, len(weight))
     wide = x.float()
     plain = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon(norm))
-    found = norm(x).float()
+    found = called(norm, x).float()
     error, chosen = min(
         ((_relative(found, plain * tried), tried) for tried in (weight, 1 + weight)), key=lambda pair: pair[0]
     )
@@ -105,7 +113,7 @@ class Rope:
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``float32 [kinds, rows, rotated]`` at ``positions`` ``int64 [rows]``."""
         where = torch.empty(1), positions.unsqueeze(0)
-        found = [self.module(*where, *(() if kind is None else (kind,))) for kind in self.kinds]
+        found = [called(self.module, *where, *(() if kind is None else (kind,))) for kind in self.kinds]
         cos, sin = (torch.cat(parts) for parts in zip(*found, strict=True))
         return (torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)) if self.halves else (cos, sin)
 
@@ -129,7 +137,7 @@ def mlp(module: Any) -> tuple[Mlp | Mixture, Gate | None]:
 def _gate(activation: nn.Module) -> Gate:
     x = torch.linspace(-4, 4, 33)
     with torch.inference_mode():
-        y = activation(x)
+        y = called(activation, x)
     if torch.allclose(y, nn.functional.silu(x), atol=1e-6):
         return Gate("silu")
     if torch.allclose(y, nn.functional.gelu(x, approximate="tanh"), atol=1e-6):
@@ -156,7 +164,7 @@ def _among_chosen(router: Any, chosen: int) -> bool:
     x = _random(_TRIED_ROWS, router.weight.shape[1])
     bias = router.bias.float() if getattr(router, "bias", None) is not None else None
     logits = nn.functional.linear(x.float(), router.weight.float(), bias)
-    result = router(x)
+    result = called(router, x)
     odd = Different(f"{type(router).__name__} does not take the experts with the largest products, by a softmax")
     if not isinstance(result, tuple) or len(result) != 3 or result[1].shape != (len(x), chosen):
         raise odd

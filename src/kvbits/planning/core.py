@@ -18,7 +18,8 @@ class ContextPlan:
     """Sessions of ``context`` tokens each, in one scheme.
 
     ``sessions`` is what the memory holds at once, open pages included; ``running`` is that number or ``max_num_seqs``,
-    whichever ``fills_first``. ``admitted`` is how many such prompts a scheduler with a watermark starts together.
+    whichever ``fills_first``. ``admitted`` is how many such prompts a scheduler with a watermark starts together (with
+    sliding windows, one after another: a prompt being read holds a step's pages beside its windows').
     ``open_bytes`` are those of ``session_bytes`` that are the open page's. ``gain_over_16bit`` compares the bytes that
     one such session holds, so that rounding to whole sessions does not blur it. ``windowed_sessions``: what the memory
     would hold without any padding (:mod:`kvbits.planning.window`); ``None`` for a model without sliding windows.

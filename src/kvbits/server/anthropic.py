@@ -30,7 +30,8 @@ class MessagesAnswer:
         events: list[dict[str, Any]] = []
         if not self._started:
             self._started = True
-            events.append({"type": "message_start", "message": self._object(None)})
+            usage = {**self._usage(), "output_tokens": 0}
+            events.append({"type": "message_start", "message": {**self._object(None), "usage": usage}})
         piece = self._choice.push(delta)
         if piece.text:
             events += self._say(piece.text)

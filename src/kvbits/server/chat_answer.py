@@ -31,7 +31,7 @@ class ChatChoice:
     top: int | None
     name: TokenBytes
     several: bool
-    name_ids: bool = False
+    extras: Extras
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     unsent_ids: list[int] = field(default_factory=list)
@@ -72,15 +72,16 @@ class ChatChoice:
         return message
 
     def _logprobs(self, delta: Delta) -> list[dict[str, Any]]:
-        # The end token ends the answer and is not part of it.
-        ended = isinstance(delta.stop_reason, int)
-        if self.top is None or delta.logprobs is None or ended:
+        if self.top is None or delta.logprobs is None or not self.extras.reports(delta):
             return []
-        return chat_logprobs(delta.token_ids, delta.logprobs, self.top, self.name, self.name_ids)
+        return chat_logprobs(delta.token_ids, delta.logprobs, self.top, self.name, self.extras.name_ids)
 
 
 class ChatAnswer:
-    """All choices of one request; ``head`` is what every object begins with, ``echoed`` what the request said."""
+    """All choices of one request; ``head`` is what every object begins with, ``echoed`` what the request said.
+
+    ``before``: text of the request that an answer begins with.
+    """
 
     def __init__(
         self,
@@ -89,12 +90,14 @@ class ChatAnswer:
         prompt: list[int],
         extras: Extras = Extras(),  # noqa: B008
         echoed: dict[str, Any] | None = None,
+        before: str = "",
     ) -> None:
         self._head = head
         self._choices = choices
         self._prompt = prompt
         self._extras = extras
         self._echoed = echoed or {}
+        self._before = before
         self._prompt_logprobs: list[dict[str, Any] | None] | None = None
         self.usage = Usage([len(prompt)])
 
@@ -106,16 +109,24 @@ class ChatAnswer:
             choice.started = True
             first = self._chunk(choice, {"role": "assistant", "content": ""}, ids=False)
             chunks.append({**first, "prompt_token_ids": self._prompt} if self._extras.token_ids else first)
+            if self._before:
+                choice.text = self._before
+                chunks.append(self._chunk(choice, {"content": self._before}, ids=False))
         self.usage.add(prompt, delta)
         if self._extras.prompt_logprobs and delta.index == 0 and delta.prompt_logprobs is not None:
             self._prompt_logprobs = prompt_logprobs(delta.prompt_logprobs, choice.name)
         piece = choice.push(delta)
-        if piece.text or piece.logprobs:
-            chunks.append(self._chunk(choice, {"content": piece.text}, piece.logprobs or None))
+        parts: list[dict[str, Any]] = [{"content": piece.text}] if piece.text or piece.logprobs else []
         for number, call in enumerate(piece.calls, start=len(choice.calls) - len(piece.calls)):
-            chunks.append(self._chunk(choice, {"tool_calls": [call.as_json(number)]}))
-        if piece.finish_reason is not None:
-            chunks.append(self._chunk(choice, {}, finish_reason=piece.finish_reason))
+            parts.append({"tool_calls": [call.as_json(number)]})
+        # The end comes with the last words, so that every chunk of a stream has something new. Clients end a call only
+        # at a chunk behind it.
+        if piece.finish_reason is not None and (piece.calls or not parts):
+            parts.append({})
+        for part in parts:
+            logprobs = piece.logprobs or None if "content" in part else None
+            ended = piece.finish_reason if part is parts[-1] else None
+            chunks.append(self._chunk(choice, part, logprobs, ended))
         return chunks
 
     def last(self) -> list[dict[str, Any]]:
@@ -130,11 +141,9 @@ class ChatAnswer:
             "object": "chat.completion",
             "choices": choices,
             "usage": self.usage.as_json(),
+            "prompt_token_ids": self._prompt if self._extras.token_ids else None,
+            "prompt_logprobs": self._prompt_logprobs,
         }
-        if self._extras.token_ids:
-            found["prompt_token_ids"] = self._prompt
-        if self._extras.prompt_logprobs:
-            found["prompt_logprobs"] = self._prompt_logprobs
         return found | self._echoed
 
     @property
@@ -147,13 +156,13 @@ class ChatAnswer:
         return [choice.finish_reason for choice in self._choices]
 
     def _whole(self, choice: ChatChoice) -> dict[str, Any]:
-        found = {
+        return {
             "index": choice.index,
             "message": choice.message(),
             "logprobs": None if choice.top is None else {"content": choice.logprobs, "refusal": None},
             "finish_reason": choice.finish_reason,
+            "token_ids": choice.token_ids if self._extras.token_ids else None,
         }
-        return found | {"token_ids": choice.token_ids} if self._extras.token_ids else found
 
     def _chunk(
         self,

@@ -30,6 +30,7 @@ class CompletionChoice:
     prompt_tokens: list[int]
     wanted: Wanted
     grow: CompletionLogprobs
+    extras: Extras
     text: str = ""
     logprobs: dict[str, list[Any]] = field(default_factory=no_logprobs)
     finish_reason: str | None = None
@@ -52,7 +53,7 @@ class CompletionChoice:
         self.started = True
         if self.wanted.generated:
             text += delta.text
-            if delta.logprobs is not None and not isinstance(delta.stop_reason, int):
+            if delta.logprobs is not None and self.extras.reports(delta):
                 _join(found, self.grow.extend(delta.token_ids, delta.logprobs))
         self.text += text
         _join(self.logprobs, found)
@@ -82,7 +83,7 @@ class CompletionAnswer:
         self._choices = [
             CompletionChoice(
                 p * n + i, text, tokens, wanted,
-                CompletionLogprobs(wanted.logprobs or 0, name, hidden, extras.name_ids),
+                CompletionLogprobs(wanted.logprobs or 0, name, hidden, extras.name_ids), extras,
             )
             for p, (text, tokens) in enumerate(prompts)
             for i in range(n)
@@ -113,15 +114,15 @@ class CompletionAnswer:
 
     def whole(self) -> dict[str, Any]:
         """The answer as one object."""
-        choices = []
-        for c in self._choices:
-            logprobs = c.logprobs if self._wanted.logprobs is not None else None
-            found = _choice(c.index, c.text, logprobs, c.finish_reason)
-            if self._extras.token_ids:
-                found |= {"token_ids": c.token_ids, "prompt_token_ids": c.prompt_tokens}
-            if self._extras.prompt_logprobs:
-                found["prompt_logprobs"] = c.prompt_logprobs
-            choices.append(found)
+        choices = [
+            {
+                **_choice(c.index, c.text, c.logprobs if self._wanted.logprobs is not None else None, c.finish_reason),
+                "token_ids": c.token_ids if self._extras.token_ids else None,
+                "prompt_token_ids": c.prompt_tokens if self._extras.token_ids else None,
+                "prompt_logprobs": c.prompt_logprobs,
+            }
+            for c in self._choices
+        ]
         return {**self._head, "choices": choices, "usage": self.usage.as_json()}
 
     @property

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvbits.engine.outputs import Logprobs
+from kvbits.engine.outputs import Delta, Logprobs
 from kvbits.server.logprobs import TokenBytes, finite
 from kvbits.server.protocol.base import SamplingFields
 from kvbits.server.usage import Usage
@@ -39,6 +39,13 @@ class Extras:
             prompt_logprobs=body.prompt_logprobs is not None,
             name_ids=bool(body.return_tokens_as_token_ids),
         )
+
+    def reports(self, delta: Delta) -> bool:
+        """Whether the log-probabilities of ``delta`` are shown.
+
+        The token that ends an answer is not part of it, but where ids are wanted, each has its own.
+        """
+        return self.token_ids or not isinstance(delta.stop_reason, int)
 
     def chunk(self, chunk: dict[str, Any], usage: Usage, size: int) -> dict[str, Any]:
         """A chunk of a stream, of ``size`` characters of text, with what belongs into each."""

@@ -41,7 +41,7 @@ def plain_messages(messages: Sequence[Message]) -> list[Plain]:
 
 def _plain(message: Message, place: int) -> Plain:
     role = "system" if message.role == "developer" else message.role
-    found: Plain = {"role": role, "content": _text(message.content)}
+    found: Plain = {"role": role, "content": plain_text(message.content)}
     if message.name is not None:
         found["name"] = message.name
     if isinstance(message, AssistantMessage):
@@ -58,7 +58,8 @@ def _plain(message: Message, place: int) -> Plain:
     return found
 
 
-def _text(content: Content | AnswerContent | None) -> str:
+def plain_text(content: Content | AnswerContent | None) -> str:
+    """The text of a message, its parts joined."""
     if content is None or isinstance(content, str):
         return content or ""
     return "".join(part.text if isinstance(part, TextPart) else part.refusal for part in content)

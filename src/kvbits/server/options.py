@@ -10,6 +10,8 @@ from kvbits.server.keys import ApiKey, Client, Keyring
 
 _HOST = re.compile(r"(\*\.)?[^\s:/*@\[\]]+|[0-9A-Fa-f:.]*::?[0-9A-Fa-f:.%a-z]*")
 
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#*]+")
+
 
 @dataclass(frozen=True)
 class ServerOptions:
@@ -49,6 +51,9 @@ class ServerOptions:
                 raise ConfigError(f"{name} is {value}; it must be a positive number of seconds")
         if not self.drain_timeout >= 0:
             raise ConfigError(f"drain_timeout is {self.drain_timeout}; it must be a number of seconds, 0 or more")
+        for origin in self.allowed_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ConfigError(f"allowed_origins holds '{origin}'; it takes origins as http://host:port, or '*'")
         for name in self.allowed_hosts:
             if name != "*" and not _HOST.fullmatch(name):
                 raise ConfigError(

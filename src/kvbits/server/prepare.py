@@ -19,8 +19,9 @@ from kvbits.errors import ContextLengthError, RequestError
 from kvbits.models import LoadedModel
 from kvbits.server.grammars import Grammars
 from kvbits.server.messages import plain_messages, plain_tools
+from kvbits.server.protocol.base import SamplingFields
 from kvbits.server.protocol.chat import ChatFields, ChatRequest, Message, Tool
-from kvbits.server.protocol.completion import TokenizeRequest
+from kvbits.server.protocol.completion import CompletionRequest, TokenizeRequest
 from kvbits.server.protocol.limits import MAX_TOKENIZED
 from kvbits.server.templates import ChatTemplate
 from kvbits.server.tools import CallParser
@@ -81,11 +82,11 @@ class Preparer:
         Raises ``RequestError`` when the template refuses it or its options, or when it is too long.
         """
         rendered = self._rendered(request.messages, tools, request, self._effort(request.reasoning_effort))
-        split, most = request.split_special_tokens, request.truncate_prompt_tokens
-        if most is None:
+        split = request.split_special_tokens
+        if request.truncate_prompt_tokens is None:
             return self.encoder.chat(rendered, split)
         self.bounded.check_chat(rendered, split)
-        return self.truncated(self.encoder.chat_ids(rendered, split), most)
+        return self.truncated(self.encoder.chat_ids(rendered, split), request)
 
     def tokenize_chat(self, request: TokenizeRequest) -> list[int]:
         """Token ids of a chat, which may be longer than the context."""
@@ -100,14 +101,17 @@ class Preparer:
         self._most.check_size(len(tokens))
         return tokens
 
-    def prompt_tokens(self, prompt: str, add_special_tokens: bool, most: int | None) -> list[int]:
-        """Token ids of a text, the last ``most`` of them. Raises ``RequestError`` for one that is too long."""
-        if most is None:
-            return self.encoder.prompt(prompt, add_special_tokens)
-        return self.truncated(self.bounded.prompt(prompt, add_special_tokens), most)
+    def prompt_tokens(self, prompt: str, request: CompletionRequest) -> list[int]:
+        """Token ids of a text, cut as ``request`` says. Raises ``RequestError`` for one that is too long."""
+        if request.truncate_prompt_tokens is None:
+            return self.encoder.prompt(prompt, request.add_special_tokens)
+        return self.truncated(self.bounded.prompt(prompt, request.add_special_tokens), request)
 
-    def truncated(self, tokens: list[int], most: int) -> list[int]:
-        """The last ``most`` of ``tokens``, or with -1 as many as the context holds."""
+    def truncated(self, tokens: list[int], request: SamplingFields) -> list[int]:
+        """The last of ``tokens``, or the first, that ``request`` wants; with -1 as many as the context holds."""
+        most = request.truncate_prompt_tokens
+        if most is None:
+            return tokens
         context = min(self._limits.context, self._limits.pool)
         if most > context:
             raise RequestError(
@@ -116,7 +120,7 @@ class Preparer:
             )
         # One token is left for the answer.
         most = context - 1 if most < 0 else most
-        return tokens[len(tokens) - most :] if 0 < most < len(tokens) else tokens[: most or 0]
+        return tokens[:most] if request.truncation_side == "right" else tokens[max(0, len(tokens) - most) :]
 
     def _rendered(
         self, messages: Sequence[Message], tools: Sequence[Tool], fields: ChatFields, options: Mapping[str, Any]

@@ -16,6 +16,7 @@ from kvbits.server.protocol.limits import (
     MAX_BAD_WORDS,
     MAX_CHOICES,
     MAX_LOGIT_BIAS,
+    MAX_LOGPROB_TOKENS,
     MAX_STOP_LENGTH,
     MAX_STOP_TOKENS,
     MAX_STOPS,
@@ -24,8 +25,12 @@ from kvbits.server.protocol.limits import (
 _SAME_NAME = (
     "n", "seed", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
     "repetition_penalty", "stop_token_ids", "ignore_eos", "min_tokens", "include_stop_str_in_output",
-    "skip_special_tokens", "bad_words", "allowed_token_ids",
+    "skip_special_tokens", "bad_words", "allowed_token_ids", "logprob_token_ids",
 )  # fmt: skip
+
+
+_NAMED = 8
+"""Wrong keys that a message names."""
 
 
 def sampling_params(
@@ -46,6 +51,7 @@ def sampling_params(
         raise RequestError(f"n is {request.n}; at most {MAX_CHOICES} are possible", "n")
     _at_most("stop_token_ids", request.stop_token_ids, MAX_STOP_TOKENS, "tokens")
     _at_most("logit_bias", request.logit_bias, MAX_LOGIT_BIAS, "tokens")
+    _at_most("logprob_token_ids", request.logprob_token_ids, MAX_LOGPROB_TOKENS, "tokens")
     _short("bad_words", request.bad_words or (), MAX_BAD_WORDS)
     stop = (request.stop,) if isinstance(request.stop, str) else request.stop or ()
     _short("stop", stop, MAX_STOPS)
@@ -78,9 +84,8 @@ def _at_most(name: str, values: Sized | None, most: int, what: str) -> None:
 
 
 def _bias(bias: dict[str, float]) -> dict[int, float]:
-    found = {}
-    for key, value in bias.items():
-        if not (key.isascii() and key.isdigit() and len(key) < 12):
-            raise RequestError(f"logit_bias names {key[:40]!r}; each key must be a token id", "logit_bias")
-        found[int(key)] = value
-    return found
+    wrong = [key for key in bias if not (key.isascii() and key.isdigit() and len(key) < 12)]
+    if wrong:
+        named = ", ".join(repr(key[:40]) for key in wrong[:_NAMED]) + (" ..." if len(wrong) > _NAMED else "")
+        raise RequestError(f"logit_bias names {named}; each key must be a token id", "logit_bias")
+    return {int(key): value for key, value in bias.items()}

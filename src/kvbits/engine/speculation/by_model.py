@@ -102,7 +102,7 @@ class ModelProposer(Proposer):
         if not planned:
             return []
         pieces = [Piece(g.seq_id, self.pages.length(g.seq_id), g.next, 1) for g in planned]
-        logits = self._runner.run(build(pieces, self.pages, self._draft))
+        logits = self._runner.run(build(pieces, self.pages, self._draft)).cpu()
         advanced = []
         for guess, row in zip(planned, logits, strict=True):
             self.pages.commit(guess.seq_id, guess.next)

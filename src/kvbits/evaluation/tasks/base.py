@@ -76,7 +76,7 @@ def fill(parts: Iterator[str], budget: int, size: Callable[[str], int], task: st
         need = size(part) + joint
         if need > left:
             if not taken:
-                raise ConfigError(f"the task '{task}' needs a longer context than this: {budget} tokens are left")
+                raise ConfigError(f"the task '{task}' needs a context of {need - left} tokens more, or longer")
             return taken
         taken.append(part)
         left -= need

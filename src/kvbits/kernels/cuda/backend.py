@@ -15,7 +15,7 @@ from kvbits.kernels.base import BatchLayout
 from kvbits.kernels.cuda.attend import Launch, Tables, attend
 from kvbits.kernels.cuda.driver import Driver, refusal
 from kvbits.kernels.cuda.tables import tables_of
-from kvbits.kernels.cuda.variant import Variant, blocks_at_once, variant_of
+from kvbits.kernels.cuda.variant import MAX_ROWS, Variant, blocks_at_once, variant_of
 from kvbits.kernels.cuda.work import decoding
 from kvbits.kernels.triton.backend import TritonBackend
 from kvbits.kernels.triton.launch import LayerKernels, Sides
@@ -45,7 +45,6 @@ class CudaBackend(TritonBackend):
             driver = Driver(self.device)
             launch, multiprocessors = driver, driver.multiprocessors
         self._only, self._run, self._multiprocessors = only, launch, multiprocessors
-        self._tables: tuple[BatchLayout | None, dict[tuple[object, ...], Tables]] = (None, {})
         self._arrived = torch.zeros(0, dtype=torch.int32)
         self._ready: dict[int, tuple[LayerView, bool]] = {}
         self._warned = False
@@ -62,12 +61,15 @@ class CudaBackend(TritonBackend):
         return f"triton (no CUDA kernels for {variant})" if isinstance(variant, str) else "cuda"
 
     def prepare(self, views: Sequence[LayerView]) -> None:
-        """Compile what a token of each sequence needs; steps of several tokens may need another kernel later."""
+        """Compile what steps of one token of each sequence need, and those of several."""
+        super().prepare(views)
         for view in views:
+            layer = view.geometry
             for place in (view.sealed, view.first_page):
-                variant = None if place is None else variant_of(place.scheme, view.geometry, view.geometry.group_size)
-                if isinstance(variant, Variant):
-                    self._run.prepare(variant)
+                for rows in (layer.group_size, MAX_ROWS):
+                    variant = None if place is None else variant_of(place.scheme, layer, rows)
+                    if isinstance(variant, Variant):
+                        self._run.prepare(variant)
 
     def _attend_few(
         self, view: LayerView, batch: BatchLayout, kernels: LayerKernels, tables: StepTables, tiles: Tiles,
@@ -78,12 +80,11 @@ class CudaBackend(TritonBackend):
             return
         if not len(tiles.table):
             return
-        found = self._tables_of(view, batch)
+        found = self._tables_of(view, batch, tables)
         needed = len(found.work.tiles) * view.geometry.num_kv_heads
-        if len(self._arrived) < needed:
-            self._arrived = torch.zeros(2 * needed, dtype=torch.int32, device=out.device)
+        arrived = self._counters(batch, needed, out.device)
         rows = _even(sides.query), _even(sides.key), _even(sides.value)
-        attend(self._run, view, found, rows, sinks, self._arrived, out)
+        attend(self._run, view, found, rows, sinks, arrived, out)
 
     def _has_kernels(self, view: LayerView, query: Tensor) -> bool:
         known = self._ready.get(view.index)
@@ -101,19 +102,28 @@ class CudaBackend(TritonBackend):
             self._warned = True
         return False
 
-    def _tables_of(self, view: LayerView, batch: BatchLayout) -> Tables:
+    def _tables_of(self, view: LayerView, batch: BatchLayout, steps: StepTables) -> Tables:
         """The step's tables, made once for all layers that can share them."""
-        if self._tables[0] is not batch:
-            self._tables = (batch, {})
-        known = self._tables[1]
-        layer, first = view.geometry, view.first_page
+        layer, first, known = view.geometry, view.first_page, batch.shared
         frames = view.open.frame, None if first is None else first.frame
-        key = (layer.num_heads, layer.num_kv_heads, layer.key_dim, layer.window, frames)
+        key = (Tables, layer.num_heads, layer.num_kv_heads, layer.key_dim, layer.window, frames)
         if key not in known:
-            rows = layer.group_size * int(batch.counts[decoding(batch, layer.group_size)].max())
+            rows = layer.group_size * int(batch.counts[decoding(batch, layer.group_size)].max(initial=1))
             blocks = self._multiprocessors * blocks_at_once(layer.key_dim, rows)
-            known[key] = tables_of(batch, view, blocks)
-        return known[key]
+            known[key] = tables_of(batch, view, blocks, steps)
+        found: Tables = known[key]
+        return found
+
+    def _counters(self, batch: BatchLayout, needed: int, device: torch.device) -> Tensor:
+        """Zeros ``int32``, which are zeros again after the launch; a graph keeps its own."""
+        if batch.static:
+            if len(batch.shared.get("arrived", ())) < needed:
+                batch.shared["arrived"] = torch.zeros(needed, dtype=torch.int32, device=device)
+            own: Tensor = batch.shared["arrived"]
+            return own
+        if len(self._arrived) < needed:
+            self._arrived = torch.zeros(2 * needed, dtype=torch.int32, device=device)
+        return self._arrived
 
 
 def _even(x: Tensor) -> Tensor:

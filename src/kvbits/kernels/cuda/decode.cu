@@ -330,6 +330,7 @@ KERNEL(WARPS, BLOCKS_AT_ONCE) decode(const Step step) {
   int* last = (int*)(most_of + WARPS * ROWS);
 
   const int* item = step.items + ITEM * block_x();
+  if (item[0] < 0) return;
   int slot = item[1], low = item[2], high = item[3], head = block_y();
   int lane = thread_index() & 31, warp = thread_index() >> 5;
   const Tile tile = tile_of(step, item[0]);

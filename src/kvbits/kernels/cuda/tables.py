@@ -1,32 +1,51 @@
-"""A decode step's tables on the device, in one copy."""
+"""A decode step's tables on the device: the work, and views of what Triton's kernels read too."""
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from kvbits.config import LayerGeometry
 from kvbits.kernels.base import BatchLayout
 from kvbits.kernels.cuda.attend import Tables
-from kvbits.kernels.cuda.work import work_list
+from kvbits.kernels.cuda.work import Work, most_items, work_list
+from kvbits.kernels.static import Arrays, padded, upload
+from kvbits.kernels.triton.tables import StepTables
 from kvbits.pool import LayerView
 
 
-def tables_of(batch: BatchLayout, view: LayerView, blocks: int) -> Tables:
+def tables_of(batch: BatchLayout, view: LayerView, blocks: int, steps: StepTables) -> Tables:
     """What layers like ``view`` need of ``batch``, on the pool's device; ``blocks`` run at once there."""
-    layer, first = view.geometry, view.first_page
-    work = work_list(batch, layer.group_size, layer.num_kv_heads, layer.window, first is not None, blocks)
-    sink = None if first is None or not batch.sink.shape[1] else batch.sink[:, first.frame]
-    arrays = [work.tiles, work.items, work.first_pages, batch.starts, batch.rows[:-1], batch.sealed]
-    arrays += [batch.head[:, view.open.frame], *([] if sink is None else [sink])]
-    parts = _upload(arrays, view.buffer.device)
-    tiles, items, first_pages, starts, first_rows, sealed, open_frames = parts[:7]
-    sink_frames = parts[7] if sink is not None else None
-    return Tables(work, tiles, items, first_pages, starts, first_rows, sealed, open_frames, sink_frames)
+    layer, first, known = view.geometry, view.first_page, batch.shared
+    key = (Work, layer.num_heads, layer.num_kv_heads, layer.window, first is not None, blocks)
+    if key not in known:
+        known[key] = _work(batch, layer, first is not None, blocks, view.buffer.device)
+    sink_frames = None if first is None or not len(steps.sink) else steps.sink[first.frame]
+    places = steps.starts, steps.first_rows, steps.sealed, steps.head[view.open.frame]
+    work, tiles, items, first_pages = known[key]
+    return Tables(work, tiles, items, first_pages, *places, sink_frames)
 
 
-def _upload(arrays: list[NDArray[np.int32]], device: torch.device) -> list[Tensor]:
-    sizes = [a.size for a in arrays]
-    whole = torch.from_numpy(np.concatenate([a.ravel() for a in arrays]).astype(np.int32, copy=False)).to(device)
-    return [part.view(a.shape) for part, a in zip(whole.split(sizes), arrays, strict=True)]
+def _work(
+    batch: BatchLayout, layer: LayerGeometry, apart: bool, blocks: int, device: torch.device
+) -> tuple[Work, Tensor, Tensor, Tensor]:
+    """The work, and its tables. Of a static layout the items are as many as there can be, and may be of the tile -1."""
+    sequences = len(batch.counts)
+
+    def work_of() -> Work:
+        work = work_list(batch, layer.group_size, layer.num_kv_heads, layer.window, apart, blocks)
+        if not batch.static:
+            return work
+        most = most_items(sequences, layer.num_kv_heads, blocks)
+        items, alone = padded(work.items, most, -1), padded(work.first_pages, sequences, -1)
+        return Work(padded(work.tiles, sequences, 0), items, alone, layer.group_size, most + sequences)
+
+    work = work_of()
+    made = [work]
+
+    def arrays() -> Arrays:
+        work = made.pop() if made else work_of()
+        return work.tiles, work.items, work.first_pages
+
+    tiles, items, first_pages = upload(arrays, device, batch)
+    return work, tiles, items, first_pages

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvbits.config import PAGE_TOKENS
 from kvbits.kernels.base import BatchLayout, Ints
@@ -32,7 +34,7 @@ class Work:
 
 def decoding(batch: BatchLayout, group: int) -> Ints:
     """The sequences with few enough new tokens for these kernels, ``int32 [n]``."""
-    return np.flatnonzero(batch.counts <= MAX_ROWS // group).astype(np.int32)
+    return np.flatnonzero((batch.counts > 0) & (batch.counts <= MAX_ROWS // group)).astype(np.int32)
 
 
 def work_list(batch: BatchLayout, group: int, kv_heads: int, window: int | None, apart: bool, blocks: int) -> Work:
@@ -50,15 +52,22 @@ def work_list(batch: BatchLayout, group: int, kv_heads: int, window: int | None,
     tiles[:, 5] = slots
     of = np.repeat(np.arange(len(tiles)), cuts)
     cut = np.arange(len(of)) - np.repeat(np.cumsum(cuts) - cuts, cuts)
-    begin, end = (low[of] + pages[of] * (cut + i) // np.maximum(cuts[of], 1) for i in (0, 1))
-    items = np.stack([of, 1 + cut, begin, end], axis=1)
-    items = items[np.argsort(begin - end, kind="stable")]  # the longest first
-    own = np.stack([np.arange(len(tiles)), *np.zeros((2, len(tiles)), dtype=np.int64), np.full(len(tiles), -1)], axis=1)
+    many = cuts[of]
+    begin, end = (low[of] + pages[of] * (cut + i) // many for i in (0, 1))
+    longest = np.argsort(begin - end, kind="stable")  # they go first
+    own = _columns(len(tiles), np.arange(len(tiles)), 0, 0, -1)
+    items = np.concatenate([own, _columns(len(of), of, 1 + cut, begin, end)[longest]]) if len(of) else own
     alone = np.flatnonzero(first)
-    apart_items = np.stack([alone, slots[alone] - 1, np.zeros_like(alone), np.ones_like(alone)], axis=1)
+    apart_items = _columns(len(alone), alone, slots[alone] - 1, 0, 1)
     rows = int(tiles[:, 2].max(initial=0)) * group
-    items = np.concatenate([own, items])
-    return Work(tiles, items.astype(np.int32), apart_items.astype(np.int32), rows, int(slots.sum()))
+    return Work(tiles, items, apart_items, rows, int(slots.sum()))
+
+
+def _columns(rows: int, *columns: NDArray[np.signedinteger[Any]] | int) -> Ints:
+    table = np.empty((rows, len(columns)), dtype=np.int32)
+    for i, column in enumerate(columns):
+        table[:, i] = column
+    return table
 
 
 def _tiles(batch: BatchLayout, group: int, window: int | None) -> tuple[Ints, Ints, Ints]:
@@ -76,6 +85,11 @@ def _tiles(batch: BatchLayout, group: int, window: int | None) -> tuple[Ints, In
     high = tiles[:, 3] // PAGE_TOKENS
     low = np.zeros_like(high) if window is None else np.maximum(tiles[:, 3] - window + 1, 0) // PAGE_TOKENS
     return tiles, low, high
+
+
+def most_items(tiles: int, kv_heads: int, blocks: int) -> int:
+    """The most items that :func:`work_list` makes of ``tiles`` tiles."""
+    return max(WAVES * blocks // kv_heads, 2 * tiles)
 
 
 def pages_of_an_item(pages: Ints, kv_heads: int, blocks: int) -> int:

@@ -23,7 +23,7 @@ def append_rows(rows, cache, starts, counts, first_rows, head_frames, tail_frame
     first_row = tl.load(first_rows + sequence)
     began = tl.load(head_frames + sequence)
     stays = tl.load(tail_frames + sequence)
-    if (which == 0) | (began != stays):
+    if (count > 0) & ((which == 0) | (began != stays)):
         page = tl.where(which == 0, (start + count) // _TOKENS, start // _TOKENS)
         frame = tl.where(which == 0, stays, began).to(tl.int64)
         token, channel = tl.arange(0, _TOKENS)[:, None], tl.arange(0, BLOCK)[None, :]

@@ -29,6 +29,8 @@ def decode_splits(query, key, value, cache, tiles, starts, first_rows, sealed, h
     index, head, slot = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, first, count, positions, rows, heads, valid = tile_rows(tiles, index, head, SHAPE, M)
     page = first // _TOKENS
+    if (slot - 1) * _SPLIT >= page and slot > 0:
+        return
     q = load_query(query, rows, heads, valid, tl.arange(0, SHAPE.key_block), SHAPE)
     m = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
@@ -57,19 +59,19 @@ def decode_splits(query, key, value, cache, tiles, starts, first_rows, sealed, h
     tl.store(partial[0] + place[:, None] * SHAPE.value_block + channel[None, :], acc)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def merge_splits(partial, tiles, sinks, out, slots, SHAPE: tl.constexpr, M: tl.constexpr):
     """Grid ``(tiles, kv_heads)``: the slots of :func:`decode_splits` in order, then the result.
 
     ``out``: (pointer, stride of a row, stride of a head).
     """
     index, head = tl.program_id(0), tl.program_id(1)
-    _, _, _, _, rows, heads, valid = tile_rows(tiles, index, head, SHAPE, M)
+    _, first, _, _, rows, heads, valid = tile_rows(tiles, index, head, SHAPE, M)
     row, channel = tl.arange(0, M), tl.arange(0, SHAPE.value_block)
     m = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.full([M, SHAPE.value_block], 0.0, tl.float32)
-    for slot in range(slots):
+    for slot in range(1 + tl.cdiv(first // _TOKENS, _SPLIT)):  # the rest holds nothing
         place = ((index * SHAPE.kv_heads + head) * slots + slot).to(tl.int64) * M + row
         m_new = tl.maximum(m, tl.load(partial[1] + place))
         base = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -82,22 +84,39 @@ def merge_splits(partial, tiles, sinks, out, slots, SHAPE: tl.constexpr, M: tl.c
 
 
 @triton.jit
+def _load_before(before, rows, heads, valid, SHAPE: tl.constexpr):
+    """The state of the softmax after a mean ``[rows, heads, value_dim]`` and its log-sum-exp."""
+    place = rows.to(tl.int64) * (SHAPE.kv_heads * SHAPE.group) + heads
+    m = tl.load(before[1] + place, mask=valid, other=float("-inf")) * 1.4426950408889634
+    channel = tl.arange(0, SHAPE.value_block)
+    mask = valid[:, None] & (channel < SHAPE.value_dim)[None, :]
+    mean = tl.load(before[0] + place[:, None] * SHAPE.value_dim + channel[None, :], mask=mask, other=0.0)
+    return m, tl.where(m == float("-inf"), 0.0, 1.0), mean
+
+
+@triton.jit
 def prefill_tiles(query, key, value, cache, tiles, starts, first_rows, sealed, head_frames, sink_frames, sinks, out,
-                  SHAPE: tl.constexpr, SEALED: tl.constexpr, OPEN: tl.constexpr, SINK: tl.constexpr,
+                  before, SHAPE: tl.constexpr, SEALED: tl.constexpr, OPEN: tl.constexpr, SINK: tl.constexpr,
                   M: tl.constexpr):  # fmt: skip
-    """Grid ``(tiles, kv_heads)``: sealed pages, then the tile's own, and the result. Arguments as above."""
+    """Grid ``(tiles, kv_heads)``: sealed pages, then the tile's own, and the result. Arguments as above.
+
+    ``before``: ``None``, or (mean, log-sum-exp): what came of the sealed pages already.
+    """
     index, head = tl.program_id(0), tl.program_id(1)
     sequence, first, count, positions, rows, heads, valid = tile_rows(tiles, index, head, SHAPE, M)
     page = first // _TOKENS
     q = load_query(query, rows, heads, valid, tl.arange(0, SHAPE.key_block), SHAPE)
-    m = tl.full([M], float("-inf"), tl.float32)
-    total = tl.zeros([M], tl.float32)
-    acc = tl.full([M, SHAPE.value_block], 0.0, tl.float32)
-    m, total, acc = attend_sealed(
-        q, query, rows, heads, valid, positions, cache, head, sealed[0] + sequence * sealed[1],
-        sink_frames + sequence, oldest_page(first, SHAPE), page, m, total, acc,
-        SHAPE, SEALED, SINK,
-    )  # fmt: skip
+    if before is not None:
+        m, total, acc = _load_before(before, rows, heads, valid, SHAPE)
+    else:
+        m = tl.full([M], float("-inf"), tl.float32)
+        total = tl.zeros([M], tl.float32)
+        acc = tl.full([M, SHAPE.value_block], 0.0, tl.float32)
+        m, total, acc = attend_sealed(
+            q, query, rows, heads, valid, positions, cache, head, sealed[0] + sequence * sealed[1],
+            sink_frames + sequence, oldest_page(first, SHAPE), page, m, total, acc,
+            SHAPE, SEALED, SINK,
+        )  # fmt: skip
     frame = tl.load(head_frames + sequence).to(tl.int64)
     open_block = cache[0] + frame * cache[1] + cache[3] + head * OPEN.bytes
     start, first_row = tl.load(starts + sequence), tl.load(first_rows + sequence)

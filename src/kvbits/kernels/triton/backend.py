@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from triton import knobs
@@ -10,10 +13,13 @@ from kvbits.codecs import Scheme
 from kvbits.config import LayerGeometry
 from kvbits.errors import ConfigError
 from kvbits.kernels import GPUS, Backend, BatchLayout
+from kvbits.kernels.triton import flash
 from kvbits.kernels.triton.format import block_of, refusal, shape_of
 from kvbits.kernels.triton.launch import Launch, LayerKernels, Sides, append, decode, prefill, rounding_of, run, seal
-from kvbits.kernels.triton.tables import StepTables, Tiles, step_tables, step_tiles
+from kvbits.kernels.triton.tables import StepTables, Tiles, prompts, step_tables, step_tiles
 from kvbits.pool import LayerView
+
+log = logging.getLogger(__name__)
 
 
 class TritonBackend(Backend):
@@ -36,8 +42,11 @@ class TritonBackend(Backend):
                 f"the backend 'triton' needs a GPU; the device is '{self.device}'. Choose the backend 'cpu', or a "
                 "device such as 'cuda'"
             )
+        self.graphs = self.device.type == "cuda"
         self._layers: dict[tuple[int, bool], LayerKernels] = {}
-        self._known: tuple[BatchLayout, dict[bool, StepTables], dict[int, tuple[Tiles, Tiles]]] | None = None
+
+    def prepare(self, views: Sequence[LayerView]) -> None:
+        log.info("Prompts: %s", flash.line([view.geometry for view in views], self.device))
 
     def supports(self, scheme: Scheme, layer: LayerGeometry) -> str | None:
         return refusal(scheme, layer)
@@ -58,7 +67,8 @@ class TritonBackend(Backend):
         out = query.new_empty(rows, layer.num_heads, layer.value_dim)
         seal(self._launch, kernels, tables, sides)
         self._attend_few(view, batch, kernels, tables, few, sides, sinks, out)
-        prefill(self._launch, kernels, tables, many, sides, sinks, out)
+        before = self._before_own_page(view, batch, kernels, tables, query)
+        prefill(self._launch, kernels, tables, many, sides, sinks, out, before)
         append(self._launch, kernels, tables, sides)
         return out
 
@@ -68,6 +78,16 @@ class TritonBackend(Backend):
     ) -> None:  # fmt: skip
         """Attention of sequences with few new tokens."""
         decode(self._launch, kernels, tables, tiles, sides, sinks, out)
+
+    def _before_own_page(
+        self, view: LayerView, batch: BatchLayout, kernels: LayerKernels, tables: StepTables, query: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """Prompts' attention to earlier pages by FlashAttention, where it can."""
+        sequences = prompts(batch, view.geometry.group_size)
+        if not sequences or flash.refusal(view.geometry, query.device, query.dtype) is not None:
+            return None
+        found = flash.before_own_page(self._launch, kernels, tables, batch, sequences, query)
+        return found.mean, found.lse
 
     def _kernels(self, view: LayerView, draft: bool) -> LayerKernels:
         known = self._layers.get((view.index, draft))
@@ -83,16 +103,13 @@ class TritonBackend(Backend):
 
     def _step(self, view: LayerView, batch: BatchLayout) -> tuple[StepTables, tuple[Tiles, Tiles]]:
         """The step's tables, made once for all layers that can share them."""
-        known = self._known
-        if known is None or known[0] is not batch:
-            known = self._known = (batch, {}, {})
-        _, tables, tiles = known
         device, apart, group = view.buffer.device, view.first_page is not None, view.geometry.group_size
-        if apart not in tables:
-            tables[apart] = step_tables(batch, apart, device)
-        if group not in tiles:
-            tiles[group] = step_tiles(batch, group, device)
-        return tables[apart], tiles[group]
+        known = batch.shared
+        if (StepTables, apart) not in known:
+            known[StepTables, apart] = step_tables(batch, apart, device)
+        if (Tiles, group) not in known:
+            known[Tiles, group] = step_tiles(batch, group, device)
+        return known[StepTables, apart], known[Tiles, group]
 
 
 def _rows(x: Tensor) -> Tensor:

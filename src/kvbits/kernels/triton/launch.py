@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from kvbits.codecs import LayerRounding, Place, Rounding
+from kvbits.config import PAGE_TOKENS
 from kvbits.kernels.triton.append import append_rows
 from kvbits.kernels.triton.attention import decode_splits, merge_splits, prefill_tiles
 from kvbits.kernels.triton.format import Block, Format, Shape
 from kvbits.kernels.triton.seal import seal_pages
 from kvbits.kernels.triton.tables import StepTables, Tiles
+from kvbits.kernels.triton.unpack import unpack_pages
 from kvbits.pool import LayerView
 
 
@@ -169,13 +171,33 @@ def prefill(
     sides: Sides,
     sinks: Tensor | None,
     out: Tensor,
+    before: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Attention of the other sequences."""
+    """Attention of the other sequences; ``before``: what came of the pages before the queries' own
+    (:class:`kvbits.kernels.triton.flash.Before`), ``None``: all pages are read."""
     if not len(tiles.table):
         return
-    args = *_attention_arguments(layer, tables, tiles, sides), sinks, _rows(out)
+    args = *_attention_arguments(layer, tables, tiles, sides), sinks, _rows(out), before
     grid = len(tiles.table), layer.shape.kv_heads
     launch(prefill_tiles, grid, args, _attention_constants(layer, tiles), **{**_ATTENTION, "num_warps": 8})
+
+
+def unpack(
+    launch: Launch, layer: LayerKernels, tables: StepTables, sequence: int, low: int, keys: Tensor, values: Tensor
+) -> None:
+    """Pages of ``sequence`` from ``low`` on as rows ``[kv_heads, tokens, dim]``, all that these hold."""
+    view, first, tokens = layer.view, layer.view.first_page, keys.shape[1]
+    cache = view.buffer, view.buffer.stride(0), view.sealed.offset, 0 if first is None else first.offset
+    frames = (tables.sealed, tables.sealed.stride(0)), _sink_frames(layer, tables)
+    constants = {"SHAPE": layer.shape, "SEALED": layer.sealed, "SINK": layer.sink}
+    grid = tokens // PAGE_TOKENS, layer.shape.kv_heads
+    launch(unpack_pages, grid, (cache, *frames, keys, values, sequence, low, tokens), constants, num_warps=4)
+
+
+def _sink_frames(layer: LayerKernels, tables: StepTables) -> Tensor:
+    """Without first pages in a format of their own the pointer is not followed."""
+    first = layer.view.first_page
+    return tables.starts if first is None or not len(tables.sink) else tables.sink[first.frame]
 
 
 def _attention_constants(layer: LayerKernels, tiles: Tiles) -> dict[str, Any]:
@@ -185,8 +207,6 @@ def _attention_constants(layer: LayerKernels, tiles: Tiles) -> dict[str, Any]:
 def _attention_arguments(layer: LayerKernels, tables: StepTables, tiles: Tiles, sides: Sides) -> tuple[Any, ...]:
     view = layer.view
     sink_offset = 0 if view.first_page is None else view.first_page.offset
-    # without first pages in a format of their own the pointer is not followed
-    sink = tables.starts if view.first_page is None or not len(tables.sink) else tables.sink[view.first_page.frame]
     return (
         _rows(sides.query),
         _rows(sides.key),
@@ -197,7 +217,7 @@ def _attention_arguments(layer: LayerKernels, tables: StepTables, tiles: Tiles, 
         tables.first_rows,
         (tables.sealed, tables.sealed.stride(0)),
         tables.head[view.open.frame],
-        sink,
+        _sink_frames(layer, tables),
     )
 
 

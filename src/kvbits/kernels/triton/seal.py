@@ -19,13 +19,15 @@ def seal_pages(rows, cache, pages, starts, first_rows, open_frames, sealed_frame
 
     ``rows``: the step's keys or values, ``bfloat16`` (pointer, stride of a row, stride of a head). ``cache``: (bytes,
     bytes of a frame, of the open page's head and the sealed page's head: byte in the frame and bytes of a head).
-    ``pages`` ``int32 [pages, 2]``: sequence and page; ``starts``, ``first_rows``, ``open_frames`` ``int32
+    ``pages`` ``int32 [pages, 2]``: sequence and page, -1 for none; ``starts``, ``first_rows``, ``open_frames`` ``int32
     [sequences]``; ``sealed_frames``: (``int32`` pointer, stride of a sequence). ``rounding``: (clip, feedback, order,
     rank), each ``None`` or a pointer.
     """
     item, head = tl.program_id(0), tl.program_id(1)
     sequence = tl.load(pages + 2 * item)
     page = tl.load(pages + 2 * item + 1)
+    if page < 0:
+        return
     start, first_row = tl.load(starts + sequence), tl.load(first_rows + sequence)
     open_frame = tl.load(open_frames + sequence).to(tl.int64)
     frame = tl.load(sealed_frames[0] + sequence * sealed_frames[1] + page).to(tl.int64)

@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -189,6 +189,8 @@ class SamplingFields(Strict):
     bad_words: Items[StrictStr] | None = None
     allowed_token_ids: TokenIds | None = None
     truncate_prompt_tokens: Annotated[Integer, Field(ge=-1)] | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    logprob_token_ids: TokenIds | None = None
     prompt_logprobs: Annotated[Integer, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     return_token_ids: StrictBool | None = None
     return_tokens_as_token_ids: StrictBool | None = None

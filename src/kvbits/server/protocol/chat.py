@@ -210,7 +210,6 @@ class ChatRequest(ChatFields, SamplingFields):
         "chat_template": (),
         "chat_template_content_format": ("auto", "string"),
         "documents": ([],),
-        "echo": (False,),
         "function_call": ("none",),
         "functions": (),
         "include_reasoning": (True,),
@@ -229,6 +228,7 @@ class ChatRequest(ChatFields, SamplingFields):
 
     messages: Annotated[Items[Message], Field(min_length=1)]
     max_completion_tokens: Integer | None = None
+    echo: StrictBool | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[Integer, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
@@ -248,4 +248,7 @@ class ChatRequest(ChatFields, SamplingFields):
         if self.top_logprobs is not None and not self.logprobs:
             words = "top_logprobs is only allowed when logprobs is true"
             raise PydanticCustomError("needs_logprobs", words, {"at": "top_logprobs"})
+        if self.logprob_token_ids and not self.logprobs:
+            words = "logprob_token_ids is only allowed when logprobs is true"
+            raise PydanticCustomError("needs_logprobs", words, {"at": "logprob_token_ids"})
         return self

@@ -32,6 +32,9 @@ MAX_TOP_LOGPROBS = 20
 MAX_LOGPROBS = 5
 """Alternatives at each token of a completion."""
 
+MAX_LOGPROB_TOKENS = 128
+"""Entries of ``logprob_token_ids``, whose ranks are counted at each token."""
+
 MAX_PROMPTS = 256
 """Prompts of one completion."""
 

@@ -83,6 +83,20 @@ class MessageMetadata(Strict):
     user_id: StrictStr | None = None
 
 
+class SchemaFormat(Strict):
+    """What the answer's text must be: JSON that a schema describes."""
+
+    type: Literal["json_schema"]
+    schema_: Annotated[dict[StrictStr, Any], Field(alias="schema")]
+
+
+class OutputConfig(Strict):
+    """``output_config``."""
+
+    format: SchemaFormat | None = None
+    effort: StrictStr | None = None
+
+
 class CountRequest(Strict):
     """The body of ``/v1/messages/count_tokens``: what makes the prompt."""
 
@@ -108,20 +122,28 @@ class MessagesRequest(ChatLike, CountRequest):
         "container": (),
         "context_management": (),
         "mcp_servers": ([],),
-        "output_config": ({},),
         "service_tier": ("auto", "standard_only"),
         "thinking": ({"type": "disabled"},),
     }
 
     max_tokens: Integer
     stop_sequences: Items[StrictStr] | None = None
+    output_config: OutputConfig | None = None
     metadata: MessageMetadata | None = None
 
     @cached_property
     def chat(self) -> ChatRequest:
         """The same as a chat."""
         fields = {**self.same(), **self.prompt_fields(), "max_tokens": self.max_tokens}
-        return chat_of({**fields, "stop": self.stop_sequences or self.stop})
+        return chat_of({**fields, "stop": self.stop_sequences or self.stop, **_output(self.output_config)})
+
+
+def _output(config: OutputConfig | None) -> dict[str, Any]:
+    if config is None:
+        return {}
+    schema = None if config.format is None else {"name": "output", "schema": config.format.schema_}
+    wanted = None if schema is None else {"type": "json_schema", "json_schema": schema}
+    return {"response_format": wanted, "reasoning_effort": config.effort}
 
 
 def _turn(turn: Turn) -> list[dict[str, Any]]:

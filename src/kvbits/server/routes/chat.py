@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -11,8 +12,9 @@ from kvbits.engine.params import SamplingParams
 from kvbits.server.chat_answer import ChatAnswer, ChatChoice
 from kvbits.server.extras import Extras
 from kvbits.server.grammars import chosen_tools, several_calls
+from kvbits.server.messages import plain_text
 from kvbits.server.openapi import takes
-from kvbits.server.protocol.chat import ChatRequest
+from kvbits.server.protocol.chat import AssistantMessage, ChatRequest
 from kvbits.server.routes.generate import Endpoint, Prompts
 from kvbits.server.sampling import sampling_params
 from kvbits.server.service import Service
@@ -54,8 +56,8 @@ def chat_choice(service: Service, body: ChatRequest, params: SamplingParams, ind
     tools, forced = chosen_tools(body)
     preparer = service.preparer
     parser = preparer.call_parser([tool.function.name for tool in tools], forced) if tools else None
-    name_ids = bool(body.return_tokens_as_token_ids)
-    return ChatChoice(index, parser, params.logprobs, preparer.token_bytes, several_calls(body), name_ids)
+    top = sys.maxsize if body.logprob_token_ids else params.logprobs
+    return ChatChoice(index, parser, top, preparer.token_bytes, several_calls(body), Extras.of(body))
 
 
 def _answer(
@@ -66,7 +68,9 @@ def _answer(
         # Nothing is kept, whatever was asked for.
         echoed["store"] = False
     choices = [chat_choice(service, body, params, index) for index in range(params.n)]
-    return ChatAnswer(service.head(request_id), choices, prompts[0][1], Extras.of(body), echoed)
+    before = body.messages[-1] if body.echo else None
+    text = plain_text(before.content) if isinstance(before, AssistantMessage) else ""
+    return ChatAnswer(service.head(request_id), choices, prompts[0][1], Extras.of(body), echoed, text)
 
 
 _ENDPOINT = Endpoint(ChatRequest, "chatcmpl-", lambda body: 1, prepare_chat, _answer)

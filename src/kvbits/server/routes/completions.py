@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -38,11 +40,9 @@ def _prepare(service: Service, body: CompletionRequest) -> tuple[Prompts, Sampli
     prompts: Prompts = []
     for prompt in given:
         if isinstance(prompt, str):
-            found = preparer.prompt_tokens(prompt, body.add_special_tokens, body.truncate_prompt_tokens)
-            prompts.append((prompt, found))
+            prompts.append((prompt, preparer.prompt_tokens(prompt, body)))
         else:
-            if body.truncate_prompt_tokens is not None:
-                prompt = preparer.truncated(prompt, body.truncate_prompt_tokens)
+            prompt = preparer.truncated(prompt, body)
             limits.check_prompt(prompt, room=1)
             prompts.append((preparer.decode(prompt) if body.echo else "", prompt))
     for _, tokens in prompts if body.max_tokens else ():
@@ -63,7 +63,8 @@ def _prepare(service: Service, body: CompletionRequest) -> tuple[Prompts, Sampli
 def _answer(
     service: Service, request_id: str, body: CompletionRequest, prompts: Prompts, params: SamplingParams
 ) -> CompletionAnswer:
-    wanted = Wanted(bool(body.echo), body.logprobs, body.max_tokens != 0)
+    top = sys.maxsize if body.logprob_token_ids else body.logprobs
+    wanted = Wanted(bool(body.echo), top, body.max_tokens != 0)
     preparer = service.preparer
     head = service.head(request_id)
     return CompletionAnswer(head, prompts, params.n, wanted, preparer.token_bytes, Extras.of(body), preparer.hidden)

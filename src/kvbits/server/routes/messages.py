@@ -17,7 +17,11 @@ from kvbits.server.service import Service, service_of
 
 router = APIRouter()
 
-_NAMES = {"stop": "stop_sequences"}
+_NAMES = {
+    "stop": "stop_sequences",
+    "response_format": "output_config.format",
+    "reasoning_effort": "output_config.effort",
+}
 """What a field of a chat is called here."""
 
 
