@@ -22,11 +22,16 @@ ISAS = pytest.mark.parametrize("isa", available_isas())
 
 
 def unpacked(weight_format: WeightFormat, rows: np.ndarray) -> np.ndarray:
-    """By the gguf package; our own format by its definition."""
-    if weight_format.name == "int8":
-        blocks = rows.reshape(len(rows), -1, 36)
-        scale, least = (blocks[:, :, at : at + 2].copy().view(np.float16).astype(np.float32) for at in (0, 2))
-        return (scale * blocks[:, :, 4:].astype(np.float32) + least).reshape(len(rows), -1)
+    """By the gguf package; our own formats by their definition."""
+    if weight_format.native_id >= 1000:
+        blocks = rows.reshape(len(rows), -1, weight_format.block_bytes)
+        scale, second = (blocks[:, :, at : at + 2].copy().view(np.float16).astype(np.float32) for at in (0, 2))
+        codes = blocks[:, :, 4:]
+        if codes.shape[2] == 16:
+            codes = np.concatenate([codes & 15, codes >> 4], axis=2)
+        wide = codes.astype(np.float32)
+        values = scale * wide + second if weight_format.name == "int8" else scale * (wide - second)
+        return np.asarray(values.reshape(len(rows), -1))
     found: np.ndarray = dequantize(rows, GGMLQuantizationType(weight_format.native_id))
     return found
 

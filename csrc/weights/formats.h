@@ -1,6 +1,6 @@
 // How weights lie in memory, format by format. Plain data; no inline code.
 //
-// A weight [out, in] is cut into strips of kStrip outputs. The formats in bits are ggml's, and one of ours: a strip is
+// A weight [out, in] is cut into strips of kStrip outputs. The formats in bits are ggml's, and some of ours: a strip is
 // a sequence of blocks (of one group of kGroup inputs, or of eight that share a header), in which what belongs to the
 // strip's outputs lies side by side, ready for vectors of outputs:
 //
@@ -22,6 +22,7 @@ constexpr int kBf16 = 30;  // ggml's number
 enum class Params {
   kScale,          // w = scale * (code - offset)
   kScaleMin,       // w = scale * code + min
+  kScaleZero,      // w = scale * (code - zero)
   kSuperScaleMin,  // eight groups: w = (d * scale) * code - dmin * min, scale and min of 8 bits
   kSuperHalves,    // eight groups: w = (d * scale) * (code - offset), a signed scale of 8 bits for each half of a group
 };
@@ -33,11 +34,12 @@ struct Format {
   static constexpr int kBits = BITS;
   static constexpr Params kParams = PARAMS;
   static constexpr bool kSuper = PARAMS == Params::kSuperScaleMin || PARAMS == Params::kSuperHalves;
-  static constexpr bool kHasMin = PARAMS == Params::kScaleMin || PARAMS == Params::kSuperScaleMin;
+  static constexpr bool kTwoHalves = PARAMS == Params::kScaleMin || PARAMS == Params::kScaleZero;
+  static constexpr bool kHasMin = kTwoHalves || PARAMS == Params::kSuperScaleMin;
   static constexpr int kOffset = kHasMin ? 0 : 1 << (BITS - 1);
   static constexpr int kGroups = kSuper ? 8 : 1;
   static constexpr int kCodeBytes = kStrip * kGroup * BITS / 8;
-  static constexpr int kScaleBytes = PARAMS == Params::kScaleMin ? 4 * kStrip : 2 * kStrip;
+  static constexpr int kScaleBytes = kTwoHalves ? 4 * kStrip : 2 * kStrip;
   static constexpr int kGroupBytes = kCodeBytes + kScaleBytes;
   static constexpr int kHeaderBytes = !kSuper ? 0 : kHasMin ? 4 * kStrip : 2 * kStrip;
   static constexpr int kBlockBytes = kHeaderBytes + kGroups * kGroupBytes;
@@ -55,7 +57,9 @@ using Formats = FormatList<Format<8, 8, Params::kScale>,           // Q8_0
                            Format<12, 4, Params::kSuperScaleMin>,  // Q4_K
                            Format<13, 5, Params::kSuperScaleMin>,  // Q5_K
                            Format<14, 6, Params::kSuperHalves>,    // Q6_K
-                           Format<1008, 8, Params::kScaleMin>>;    // int8
+                           Format<1008, 8, Params::kScaleMin>,     // int8
+                           Format<1009, 4, Params::kScaleZero>,    // uint4
+                           Format<1010, 8, Params::kScaleZero>>;   // uint8
 
 // A group of one row's inputs, in two halves with a scale each: x = scale * code.
 struct alignas(64) InputGroup {

@@ -1,8 +1,6 @@
 #include "linear.h"
 
-#include <cstdlib>
 #include <cstring>
-#include <new>
 
 namespace kvbits {
 namespace {
@@ -34,8 +32,7 @@ void each_row(Workers& workers, int rows, const std::function<void(int)>& task) 
 }
 
 Linear::Linear(int format, const float* bias, int out, int in) : format_(*weight_format(format)), out_(out), in_(in) {
-  data_.reset(static_cast<uint8_t*>(std::aligned_alloc(64, bytes())), std::free);
-  if (data_ == nullptr) throw std::bad_alloc();
+  data_ = weight_memory(bytes());
   if (bias != nullptr) bias_.assign(bias, bias + out);
 }
 

@@ -1,11 +1,11 @@
 // A packed weight and the rows that it is multiplied with.
 #pragma once
 #include <functional>
-#include <memory>
 #include <vector>
 
 #include "../decoder/rows.h"
 #include "../step.h"
+#include "memory.h"
 #include "pack.h"
 
 namespace kvbits {

@@ -101,6 +101,7 @@ void unpack(const uint8_t* strip, int row, float* out) {
         min = -(get_half(strip + 2 * kStrip, row) * static_cast<float>(scales[kStrip + row]));
       } else if (F::kHasMin) {
         min = get_half(scales + 2 * kStrip, row);
+        if (F::kParams == Params::kScaleZero) min = -(scale * min);
       }
       for (int i = 0; i < kGroup / 2; ++i) {
         const float product = scale * static_cast<float>(codes[half * kGroup / 2 + i] - F::kOffset);

@@ -19,7 +19,11 @@ inline F load_min(const uint8_t* header, const uint8_t* group, int lane) {
     const F unit = f_load_half(reinterpret_cast<const uint16_t*>(header) + kStrip + lane);
     return f_sub(f_set(0), f_mul(unit, f_load_u8(mins + lane)));
   }
-  return f_load_half(reinterpret_cast<const uint16_t*>(mins) + lane);
+  const F stored = f_load_half(reinterpret_cast<const uint16_t*>(mins) + lane);
+  if constexpr (Format::kParams == Params::kScaleZero) {
+    return f_sub(f_set(0), f_mul(load_scale<Format, 0>(header, group, lane), stored));
+  }
+  return stored;
 }
 
 // What the sums of products of codes begin at.

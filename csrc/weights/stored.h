@@ -43,10 +43,10 @@ inline void read_six_bits(const uint8_t* p, uint8_t* scales, uint8_t* mins) {
 template <class F>
 struct Stored;  // kBytes, and read(bytes, block)
 
-// Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, int8: scale, perhaps minimum, perhaps fifth bits, codes.
+// Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, int8, uint4, uint8: scale, perhaps minimum or zero, perhaps fifth bits, codes.
 template <int ID, int BITS, Params PARAMS>
 struct Stored<Format<ID, BITS, PARAMS>> {
-  static constexpr bool kMin = PARAMS == Params::kScaleMin;
+  static constexpr bool kMin = Format<ID, BITS, PARAMS>::kTwoHalves;
   static constexpr int kBytes = (kMin ? 4 : 2) + BITS * kGroup / 8;
   static void read(const uint8_t* p, StoredBlock& block) {
     block.scale = read_half(p);

@@ -73,7 +73,10 @@ def tiny_config(family: str, **changes: object) -> PreTrainedConfig:
 
 def tiny_model(family: str, seed: int = 0, **changes: object) -> torch.nn.Module:
     """A float32 model in eval mode whose attention is far from uniform, so that a wrong key shows in the logits."""
-    return randomized(AutoModelForCausalLM.from_config(tiny_config(family, **changes)), seed)
+    with torch.random.fork_rng(devices=[]):  # biases keep what a new model gives them
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(tiny_config(family, **changes))
+    return randomized(model, seed)
 
 
 def randomized(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

@@ -7,8 +7,20 @@ import torch
 
 from kvbits.weights import WeightFormat
 
-HALVES = {"int8": (0, 2), "q4_1": (0, 2), "q5_1": (0, 2), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,)}
+HALVES = {
+    "int8": (0, 2),
+    "uint4": (0, 2),
+    "uint8": (0, 2),
+    "q4_1": (0, 2),
+    "q5_1": (0, 2),
+    "q4_k": (0, 2),
+    "q5_k": (0, 2),
+    "q6_k": (208,),
+}
 """Where a block has float16 numbers."""
+
+ZEROS = {"uint4": 15, "uint8": 255}
+"""The largest zero point of formats with one, a float16 at byte 2."""
 
 
 def random_rows(weight_format: WeightFormat, out: int, blocks: int, seed: int = 0) -> np.ndarray:
@@ -21,4 +33,7 @@ def random_rows(weight_format: WeightFormat, out: int, blocks: int, seed: int = 
     for at in HALVES.get(weight_format.name, (0,)):
         scales = (rng.standard_normal((out, blocks, 1)) * 0.02).astype(np.float16)
         rows[:, :, at : at + 2] = scales.view(np.uint8)
+    if weight_format.name in ZEROS:
+        zeros = rng.integers(0, ZEROS[weight_format.name] + 1, (out, blocks, 1)).astype(np.float16)
+        rows[:, :, 2:4] = zeros.view(np.uint8)
     return rows.reshape(out, -1)

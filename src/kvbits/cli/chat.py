@@ -78,9 +78,9 @@ def chat(
         Wanted(dtype_name, max_kl, text)
         config = EngineConfig.of(kv_cache_dtype=dtype_name, kv_cache_memory=kv_cache_memory)
         check_chat(check_engine(model, config, dtype=dtype, weights=weights, device=device))
+        loaded = load(model, dtype, threads, weights, device, trust_remote_code)
         from kvbits.llm import LLM
 
-        loaded = load(model, dtype, threads, weights, device, trust_remote_code)
         llm = LLM(loaded, kv_cache_dtype=dtype_name, max_kl=max_kl, text=text, kv_cache_memory=kv_cache_memory)
         note(llm.choice.line)
         asker = Local(llm, split_special_tokens, max_tokens, sampling)

@@ -81,9 +81,9 @@ def generate(
     outline = check_engine(model, EngineConfig.of(**engine), speculative, dtype=dtype, weights=weights, device=device)
     if chat:
         check_chat(outline)
+    loaded = load(model, dtype, threads, weights, device, trust_remote_code)
     from kvbits.llm import LLM
 
-    loaded = load(model, dtype, threads, weights, device, trust_remote_code)
     llm = LLM(loaded, max_kl=max_kl, text=text, speculative_config=speculative, **engine)
     note(llm.choice.line)
     params = SamplingParams.of(llm.loaded.sampling_defaults, max_tokens, **sampling)

@@ -60,7 +60,7 @@ Weights = Annotated[
     str,
     typer.Option(
         metavar="FORMAT",
-        help="Weights of linear layers and embeddings: auto (a GGUF file's own bits), bf16 (unpacked), "
+        help="Weights of linear layers and embeddings: auto (the files' own bits), bf16 (unpacked), "
         "int8 or int4 (rounded in groups of 32).",
     ),
 ]

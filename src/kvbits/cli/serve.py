@@ -181,10 +181,10 @@ def serve(
     from kvbits.server.address import take_address
 
     sockets = take_address(host, port)
+    loaded = load(model, dtype, threads, weights, device, trust_remote_code, progress=log.info)
     from kvbits.engine.setup import check_fit
     from kvbits.kernels import choose_backend
 
-    loaded = load(model, dtype, threads, weights, device, trust_remote_code, progress=log.info)
     check_fit(loaded, config, choose_backend(None, loaded.device.type))
     choice = chosen(loaded, wanted, log.info)
     from kvbits.engine.engine import Engine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,20 +31,24 @@ def load(
 
     Commands check first what can be checked without it (:mod:`kvbits.engine.precheck`).
     """
-    import torch
+    from kvbits.models.formats import on_cpu
+    from kvbits.models.lean import lean
 
-    from kvbits.models import load_model
+    with lean() if on_cpu(device) and not trust_remote_code else nullcontext():
+        import torch
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    return load_model(
-        model,
-        dtype=dtype,
-        progress=progress or note,
-        weights=weights,
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
+        from kvbits.models import load_model
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        return load_model(
+            model,
+            dtype=dtype,
+            progress=progress or note,
+            weights=weights,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
 
 
 def note(line: str) -> None:

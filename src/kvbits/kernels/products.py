@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +16,9 @@ from kvbits.weights import FORMATS, WeightFormat
 
 STRIP = int(_native.STRIP_OUTPUTS)
 """Outputs that lie together in a packed weight."""
+
+_PART = 1 << 19
+"""Weights that are rounded and packed at a time: with more, memory for numbers on the way is mapped anew each time."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,16 @@ class PackedWeight:
         at = 0 if order is None else order.ctypes.data
         self.native.fill(rows.ctypes.data, rows.strides[0], at, first, last)
 
+    def fill_part(self, rows: np.ndarray, first: int) -> None:
+        """As :meth:`fill` with ``rows`` of the outputs from ``first`` on, a multiple of :data:`STRIP`, alone."""
+        assert first % STRIP == 0, first
+        assert len(rows) % STRIP == 0 or first + len(rows) == self.out_features, (first, rows.shape)
+        assert rows.shape[1] == -(-self.in_features // self.weight_format.block) * self.weight_format.block_bytes
+        assert rows.dtype == np.uint8, rows.dtype
+        assert rows.strides[1] == 1, rows.strides
+        last = -(-(first + len(rows)) // STRIP)
+        self.native.fill(rows.ctypes.data - first * rows.strides[0], rows.strides[0], 0, first // STRIP, last)
+
     def part(self, first: int, count: int) -> PackedWeight:
         """``count`` of the outputs from ``first`` on, in the same memory; both are multiples of :data:`STRIP`, but for
         an end that is the weight's own."""
@@ -96,11 +111,29 @@ class Products:
         """Kernels of weights in bits."""
         return str(_native.product_kernels(self.backend.isa))
 
-    def pack(self, weight: Tensor, bias: Tensor | None, weight_format: WeightFormat = FORMATS["bf16"]) -> PackedWeight:
-        """``weight`` ``[out, in]``, rounded to the format; ``bias`` ``[out]``. Both are copied."""
+    def pack(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_format: WeightFormat = FORMATS["bf16"],
+        done: Callable[[Tensor], None] | None = None,
+    ) -> PackedWeight:
+        """``weight`` ``[out, in]``, rounded to the format, a few rows at a time, which ``done`` then gets; ``bias``
+        ``[out]``. Both are copied."""
         out_features, in_features = weight.shape
         packed = PackedWeight.empty(out_features, in_features, weight_format, bias)
-        packed.fill(weight_format.encode(weight).numpy())
+        step = max(STRIP, _PART // in_features // STRIP * STRIP)
+
+        def pack_from(first: int) -> None:
+            part = weight.detach()[first : first + step]
+            packed.fill_part(weight_format.encode(part).numpy(), first)
+            if done is not None:
+                done(part)
+
+        # Rounding computes in torch's own threads.
+        with ThreadPoolExecutor(1 if weight_format.rounds_inputs else torch.get_num_threads()) as threads:
+            for finished in [threads.submit(pack_from, first) for first in range(0, out_features, step)]:
+                finished.result()
         return packed
 
     def apply(self, weight: PackedWeight, x: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +19,8 @@ from kvbits.models.locate import locate
 from kvbits.models.packed import packed_parameters
 from kvbits.models.quiet import quiet
 from kvbits.models.reader import Reader
-from kvbits.models.shards import check_shards
+from kvbits.models.safetensors.file import read_headers
+from kvbits.models.safetensors.maps import Maps
 
 _VOLATILE = frozenset(
     {"_name_or_path", "_model_name_or_path", "dtype", "torch_dtype", "transformers_version", "quantization_config"}
@@ -73,17 +73,16 @@ def fingerprint_of(name: str, trust_remote_code: bool = False) -> str:
         raise UnsupportedError(f"the weights of '{name}' lie in a GGUF file; only safetensors can be told apart unread")
     path = Path(source.path)
     directory = path if path.is_dir() else Path(snapshot_download(source.path, local_files_only=True))
-    check_shards(directory)
+    stored = read_headers(directory)
     config = Reader(name, source, trust_remote_code).configuration()
     with quiet(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    files = [safe_open(file, framework="pt") for file in sorted(directory.glob("*.safetensors"))]
-    where = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (no mapping)
     for key, parameter in model.named_parameters():
-        found = tuple(where[key].get_slice(key).get_shape()) if key in where else None
+        found = stored[key].shape if key in stored else None
         if found != tuple(parameter.shape):
             raise UnsupportedError(
                 f"the files of '{name}' hold the parameter '{key}' as {found}; the model has {tuple(parameter.shape)}, "
                 "so a calibrated policy cannot be told to be its own"
             )
-    return fingerprint(model, lambda key: where[key].get_tensor(key))
+    maps = Maps()
+    return fingerprint(model, lambda key: maps.tensor(stored[key]))

@@ -39,7 +39,8 @@ _ALL_NORMS = {name for names in _NORMS for name in names if name is not None}
 
 _HEAD_NORMS = frozenset({"q_norm", "k_norm"})
 
-_TRIED_TOKENS = PAGE_TOKENS - 1
+_TRIED_TOKENS, _TRIED_MIXED = 16, PAGE_TOKENS - 1
+"""How many tokens are tried, and how many where a router chooses: of few, chance would decide."""
 _TOLERANCE, _TOLERANCE_WIDE = 0.05, 0.2
 """Relative difference of the logits, and where products round their inputs (SmolLM2 has 0.014 and 0.056: codes of
 inputs that differ in their last bit may differ by one) or a router chooses (a last bit sends a token to another expert,
@@ -170,17 +171,18 @@ def _one(found: set[Any], what: str) -> Any:
 def _difference(model: Any, geometry: ModelGeometry, fused: FusedModel) -> float:
     """Relative difference of the logits of both paths, each with a small 16-bit cache of its own."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(geometry.vocab_size, (_TRIED_TOKENS,), generator=generator)
-    positions = torch.arange(_TRIED_TOKENS)
-    wanted = torch.arange(_TRIED_TOKENS)
-    fast = fused.forward(ids, positions, _step(geometry), wanted)
+    count = _TRIED_MIXED if fused.decoder.mixes else _TRIED_TOKENS
+    ids = torch.randint(geometry.vocab_size, (count,), generator=generator)
+    positions = torch.arange(count)
+    wanted = torch.arange(count)
+    fast = fused.forward(ids, positions, _step(geometry, count), wanted)
     plain = (
         model(
             input_ids=ids.unsqueeze(0),
             position_ids=positions.unsqueeze(0),
             use_cache=False,
             logits_to_keep=wanted,
-            kvbits=_step(geometry),
+            kvbits=_step(geometry, count),
         )
         .logits[0]
         .float()
@@ -190,8 +192,8 @@ def _difference(model: Any, geometry: ModelGeometry, fused: FusedModel) -> float
     return float((fast - plain).norm() / plain.norm())
 
 
-def _step(geometry: ModelGeometry) -> Forward:
-    """A step that stores the tried tokens as the first of a sequence."""
+def _step(geometry: ModelGeometry, count: int) -> Forward:
+    """A step that stores ``count`` tokens as the first of a sequence."""
     pool = PagedPool.smallest(geometry, parse_policy("bf16", geometry.num_layers))
     own = list(range(pool.layout.open.frames))
-    return Forward(pool, CpuBackend(), BatchLayout.of([SequencePages(0, _TRIED_TOKENS, (), own, own)]))
+    return Forward(pool, CpuBackend(), BatchLayout.of([SequencePages(0, count, (), own, own)]))

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 
 from kvbits.attention import refuse_keywords
 from kvbits.config import LayerGeometry, ModelGeometry
@@ -112,7 +113,7 @@ def _trial(config: Any, recorder: _Recorder) -> None:
     config._experts_implementation = "batched_mm"
     kind = config.model_type
     try:
-        with quiet(), torch.device("meta"), torch.inference_mode():
+        with quiet(), torch.device("meta"), no_init_weights(), torch.inference_mode():
             model = AutoModelForCausalLM.from_config(
                 config, attn_implementation=_TRIAL, dtype=torch.float32, trust_remote_code=trusted(config)
             ).eval()

@@ -24,7 +24,7 @@ from kvbits.models.formats import check_formats
 from kvbits.models.fused import FusedModel, fuse
 from kvbits.models.geometry import geometry_of
 from kvbits.models.locate import locate
-from kvbits.models.packed import depends_on_rows, pack_linears, packed_weights, round_linears
+from kvbits.models.packed import depends_on_rows, pack_linears, packed_weights, round_linears, settle
 from kvbits.models.reader import Reader
 from kvbits.models.sampling import sampling_defaults
 
@@ -105,8 +105,8 @@ def load_model(
 ) -> LoadedModel:
     """Load ``name``: a packaged model, a ``.gguf`` file, a directory (safetensors or one GGUF) or a Hugging Face id.
 
-    ``dtype`` is ``"bfloat16"`` or ``"float32"``. ``weights`` are those of linear layers and embeddings: ``"auto"``, a
-    GGUF file's own bits (unpacked for ``float32`` and on a GPU); ``"bf16"``, unpacked; ``"int8"`` and ``"int4"``,
+    ``dtype`` is ``"bfloat16"`` or ``"float32"``. ``weights`` are those of linear layers and embeddings: ``"auto"``, the
+    file's own bits (unpacked for ``float32`` and on a GPU); ``"bf16"``, unpacked; ``"int8"`` and ``"int4"``,
     rounded in groups of 32 with a scale each, on the CPU only (in ``float32`` the rounded values are unpacked again).
     ``device`` is a torch device; ``progress``
     gets a line of text before each long stage; ``trust_remote_code`` runs Python code that comes with the model, which
@@ -122,8 +122,8 @@ def load_model(
     reader = Reader(name, source, trust_remote_code)
     geometry = geometry_of(reader.configuration(), name)  # refused before a weight is read
     register()
-    native = weights == "auto" and dtype == "bfloat16" and place.type == "cpu"
-    weights_of = reader.weights(_DTYPES[dtype], IMPLEMENTATION, native)
+    packs = dtype == "bfloat16" and place.type == "cpu"
+    weights_of = reader.weights(_DTYPES[dtype], IMPLEMENTATION, packs and weights == "auto", packs)
     tokenizer = reader.tokenizer()
     model = weights_of()
     loaded = replace(wrap(model, tokenizer, name, geometry), trust_remote_code=trust_remote_code, weights=weights)
@@ -134,6 +134,7 @@ def load_model(
         round_linears(model, weights)  # after the fingerprint, which reads the plain weights
         return loaded
     packed = pack_linears(model, weights if rounded else "bf16")
+    settle(model, _DTYPES[dtype])
     if rounded and not packed:
         raise UnsupportedError(f"the model '{name}' has no linear layer that can be stored as {weights}")
     if packed or any(packed_weights(model)):
@@ -142,7 +143,7 @@ def load_model(
             loaded = replace(loaded, fused=fused)
         else:
             report(f"The layers of {name} run as transformers' own code: {fused}")
-    collapse_to_huge_pages()
+            collapse_to_huge_pages()  # weights that are not packed
     return loaded
 
 

@@ -15,7 +15,8 @@ from typing import Any
 from kvbits.config import ModelGeometry
 from kvbits.errors import ConfigError
 from kvbits.models.locate import Source, locate
-from kvbits.models.shards import check_shards
+from kvbits.models.safetensors.carried import carried_by
+from kvbits.models.safetensors.file import read_headers
 from kvbits.planning.hf_config import layers_of, text_config
 
 
@@ -45,12 +46,14 @@ def outline_of(name: str) -> Outline:
     file = _configuration_file(source)
     if file is None:
         return Outline(name)
-    if source.offline:
-        check_shards(file.parent)
+    if Path(source.path).is_dir():
+        read_headers(file.parent)
     try:
-        fields = text_config(json.loads(file.read_text(encoding="utf-8")))
+        config = json.loads(file.read_text(encoding="utf-8"))
+        fields = text_config(config)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
         raise ConfigError(f"cannot read the configuration of the model '{name}' ('{file}'): {error}") from error
+    carried_by(name, config)
     return _of_fields(name, fields, _says_heads(fields), _has_template(file.parent) if source.offline else None)
 
 

@@ -21,6 +21,20 @@ _ROUNDED_ROWS = 4096
 _TRIED_ROWS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 48, 64, 65, 127, 200, 512)
 
 
+class StoredParameter(nn.Parameter):
+    """A layer's parameter that lies in a map of its file, in the file's own type, until the layer is packed.
+
+    ``release`` gives memory of the map back.
+    """
+
+    release: Callable[[Tensor], None]
+
+    def __new__(cls, values: Tensor, release: Callable[[Tensor], None]) -> StoredParameter:
+        made: StoredParameter = super().__new__(cls, values)
+        made.release = release
+        return made
+
+
 class PackedLinear(nn.Module):
     """``nn.Linear`` for inference; ``x`` is ``bfloat16 [..., in]``, the result ``[..., out]``."""
 
@@ -74,7 +88,7 @@ def pack_linears(model: nn.Module, weights: str = "bf16") -> int:
     places = _places(model, _packs)
     for parent, name in places:  # a packed layer's weight goes at once
         layer = getattr(parent, name)
-        weight = products.pack(layer.weight, layer.bias, weight_format)
+        weight = products.pack(layer.weight, layer.bias, weight_format, getattr(layer.weight, "release", None))
         if id(layer.weight) in embeddings:
             shared[id(layer.weight)] = weight
         setattr(parent, name, PackedLinear(weight, products))
@@ -84,8 +98,8 @@ def pack_linears(model: nn.Module, weights: str = "bf16") -> int:
     for parent, name in _places(model, is_embedding):
         layer = getattr(parent, name)
         found = shared.get(id(layer.weight))
-        if found is None and weights != "bf16" and layer.weight.dtype == torch.bfloat16:
-            found = products.pack(layer.weight, None, weight_format)
+        if found is None and weights != "bf16" and _of_16_bits(layer.weight):
+            found = products.pack(layer.weight, None, weight_format, getattr(layer.weight, "release", None))
         if found is not None:
             setattr(parent, name, packed_embedding(layer, found))
     return len(places)
@@ -112,6 +126,25 @@ def _rounded(module: Any) -> Iterator[Tensor]:
             yield from (weight for weight, _ in experts_parts(module, index))
 
 
+def settle(model: nn.Module, dtype: torch.dtype) -> None:
+    """Make ordinary parameters, as ``dtype``, of the :class:`StoredParameter` whose layers were not packed."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(parameter, StoredParameter):
+                plain = made.setdefault(id(parameter), nn.Parameter(parameter.detach().to(dtype)))
+                module.register_parameter(name, plain)
+
+
+def is_packed_later(layer: nn.Module) -> bool:
+    """Whether :func:`pack_linears` may take parameters of ``layer`` in any type, as :class:`StoredParameter`."""
+    return (type(layer) is nn.Linear and layer.in_features % 2 == 0) or is_embedding(layer)
+
+
+def _of_16_bits(weight: Tensor) -> bool:
+    return weight.dtype == torch.bfloat16 or isinstance(weight, StoredParameter)
+
+
 def _places(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[tuple[nn.Module, str]]:
     return [(parent, name) for parent in model.modules() for name, child in parent.named_children() if wanted(child)]
 
@@ -119,7 +152,7 @@ def _places(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[tuple
 def _packs(layer: nn.Module) -> TypeGuard[nn.Linear]:
     return (
         type(layer) is nn.Linear
-        and layer.weight.dtype == torch.bfloat16
+        and _of_16_bits(layer.weight)
         and layer.weight.device.type == "cpu"
         and layer.in_features % 2 == 0
     )

@@ -9,14 +9,25 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+    PreTrainedConfig,
+)
+from transformers.utils import GENERATION_CONFIG_NAME
 
-from kvbits.errors import ConfigError
-from kvbits.models import gguf
+from kvbits.errors import ConfigError, UnsupportedError
+from kvbits.models import gguf, hub
 from kvbits.models.locate import Source
 from kvbits.models.quiet import quiet
+from kvbits.models.safetensors.carried import carried_by
+from kvbits.models.safetensors.file import read_headers
+from kvbits.models.safetensors.weights import Weights
 from kvbits.models.sampling import published
-from kvbits.models.shards import check_shards
+from kvbits.models.trust import trusted
 
 _READ_ERRORS = (
     OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, ImportError, struct.error,
@@ -58,11 +69,14 @@ class Reader:
             return gguf.read_tokenizer(self._file)
         return self._read("tokenizer", AutoTokenizer)
 
-    def weights(self, dtype: torch.dtype, attention: str | None = None, native: bool = False) -> Callable[[], Any]:
+    def weights(
+        self, dtype: torch.dtype, attention: str | None = None, native: bool = False, packs: bool = False
+    ) -> Callable[[], Any]:
         """Check the files of the weights by their headers; the result reads them, as ``dtype``, and gives the model.
 
         It is on the CPU and has the attention implementation ``attention``. ``native`` leaves weights in bits that the
-        kernels can multiply as they are (:class:`kvbits.models.packed.PackedLinear`).
+        kernels can multiply as they are (:class:`kvbits.models.packed.PackedLinear`); ``packs`` leaves parameters of
+        layers that the caller packs in their files (:class:`kvbits.models.packed.StoredParameter`).
         """
         if self._own:
             assert self._file is not None
@@ -73,9 +87,42 @@ class Reader:
             options["attn_implementation"] = attention
         if self._file is not None:
             options["quantization_config"] = GgufConfig(dequantize=True)
-        elif self._source.offline:
-            check_shards(Path(self._source.path))
-        return lambda: self._with_ends(self._read("weights", AutoModelForCausalLM, **options))
+            return lambda: self._with_ends(self._read("weights", AutoModelForCausalLM, **options))
+        config = self.configuration()
+        carried = carried_by(self._name, config.to_dict())
+        directory = self._directory()
+        if directory is not None:
+            stored = read_headers(directory)
+            if not trusted(config):
+                found = Weights(directory, stored, config, dtype, attention, carried)
+                if found.whole:
+                    return lambda: self._with_generation(found.read(native, packs), directory)
+        if carried is not None:
+            raise UnsupportedError(f"the weights of the model '{self._name}' are in bits that its own code has to read")
+        return lambda: self._complete(options)
+
+    def _directory(self) -> Path | None:
+        """Where the safetensors lie, from the hub if need be; ``None`` where the model has none there."""
+        path = Path(self._source.path)
+        if path.is_dir():
+            return path
+        with quiet():
+            try:
+                return hub.checkpoint(self._source)
+            except _READ_ERRORS as error:
+                raise self._unreadable("weights", error) from error
+
+    def _with_generation(self, model: Any, directory: Path) -> Any:
+        if (directory / GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = self._read("generation configuration", GenerationConfig)
+        return model
+
+    def _complete(self, options: dict[str, Any]) -> Any:
+        """By transformers, which would make up what the files do not hold."""
+        model, info = self._read("weights", AutoModelForCausalLM, output_loading_info=True, **options)
+        for name in sorted(info["missing_keys"]):
+            raise ConfigError(f"the files of the model '{self._name}' ({self._source.path}) hold no tensor {name}")
+        return model
 
     def _with_ends(self, model: Any) -> Any:
         """Add the ends of a turn that a GGUF file names beside EOS, and how its publisher samples."""
@@ -107,8 +154,11 @@ class Reader:
                     f"the {what} of the model '{self._name}' needs Python code that comes with it ({source.path}); "
                     "read that code, and give --trust-remote-code (trust_remote_code=True) to run it"
                 ) from error
-            reason = " ".join(str(error).split())[:300]
-            where = f"{source.path}/{source.gguf}" if source.gguf else source.path
-            raise ConfigError(
-                f"cannot read the {what} of the model '{self._name}' ({where}): {type(error).__name__}: {reason}"
-            ) from error
+            raise self._unreadable(what, error) from error
+
+    def _unreadable(self, what: str, error: Exception) -> ConfigError:
+        source, reason = self._source, " ".join(str(error).split())[:300]
+        where = f"{source.path}/{source.gguf}" if source.gguf else source.path
+        return ConfigError(
+            f"cannot read the {what} of the model '{self._name}' ({where}): {type(error).__name__}: {reason}"
+        )

@@ -46,8 +46,8 @@ class WeightFormat(ABC):
         Raises ``NotImplementedError`` for a format that is only read from files.
         """
         missing = -weight.shape[1] % self.block
-        blocks = torch.nn.functional.pad(weight.detach(), (0, missing)).reshape(-1, self.block)
-        return self._encode(blocks).reshape(len(weight), -1)
+        padded = torch.nn.functional.pad(weight.detach(), (0, missing)) if missing else weight.detach()
+        return self._encode(padded.reshape(-1, self.block)).reshape(len(weight), -1)
 
     @abstractmethod
     def _decode(self, blocks: Tensor) -> Tensor:

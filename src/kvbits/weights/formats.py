@@ -19,9 +19,11 @@ FORMATS: dict[str, WeightFormat] = {
         SuperMin("q5_k", 13, 256, 176, width=5),
         SuperHalves("q6_k", 14, 256, 210),
         Group("int8", 1008, 32, 36, width=8, with_min=True),
+        Group("uint4", 1009, 32, 20, with_zero=True),
+        Group("uint8", 1010, 32, 36, width=8, with_zero=True),
     )
 }
-"""By ggml's name in lower case, and one of our own; the layouts of ``csrc/weights/formats.h``."""
+"""By ggml's name in lower case, and three of our own; the layouts of ``csrc/weights/formats.h``."""
 
 ROUNDED = {"bf16": FORMATS["bf16"], "int8": FORMATS["int8"], "int4": FORMATS["q4_1"]}
 """What weights of 16 bits are rounded to, by the name that users write."""

@@ -35,22 +35,36 @@ class Group8(WeightFormat):
     def _decode(self, blocks: Tensor) -> Tensor:
         return halves(blocks, 0) * blocks[:, 2:].view(torch.int8).float()
 
+    def join(self, codes: Tensor, scale: Tensor) -> Tensor:
+        """As :meth:`Group.join`; codes from 0 on, of which 128 means 0."""
+        return torch.cat([as_bytes(scale.half()), codes ^ 128], dim=1)
+
 
 @dataclass(frozen=True)
 class Group(WeightFormat):
-    """``scale * code`` (with half of the codes below zero) or, ``with_min``, ``scale * code + min``; codes of ``width``
-    bits, 4, 5 or (with a minimum) 8."""
+    """``scale * code`` (with half of the codes below zero), ``with_min``, ``scale * code + min``, or, ``with_zero``,
+    ``scale * (code - zero)``; codes of ``width`` bits, 4, 5 or (with a minimum or a zero) 8."""
 
     width: int = 4
     with_min: bool = False
+    with_zero: bool = False
 
     def _decode(self, blocks: Tensor) -> Tensor:
         codes = self._read(blocks)
         scale = halves(blocks, 0)
-        return scale * codes + halves(blocks, 2) if self.with_min else scale * (codes - (1 << self.width - 1))
+        if self.with_min:
+            return scale * codes + halves(blocks, 2)
+        return scale * (codes - (halves(blocks, 2) if self.with_zero else 1 << self.width - 1))
+
+    def join(self, codes: Tensor, scale: Tensor, second: Tensor | None = None) -> Tensor:
+        """Blocks ``uint8 [blocks, block_bytes]`` of codes ``uint8 [blocks, 32]`` of 4 or 8 bits, their scale and their
+        minimum or zero point, ``[blocks, 1]``, which float16 has to hold."""
+        assert (second is not None) == (self.with_min or self.with_zero), self
+        packed = codes if self.width == 8 else codes[:, : GROUP // 2] | codes[:, GROUP // 2 :] << 4
+        return torch.cat([*(as_bytes(x.half()) for x in (scale, second) if x is not None), packed], dim=1)
 
     def _read(self, blocks: Tensor) -> Tensor:
-        at = 4 if self.with_min else 2
+        at = 4 if self.with_min or self.with_zero else 2
         if self.width == 8:
             return blocks[:, at:].float()
         high = 0 if self.width == 4 else 4
@@ -80,9 +94,7 @@ class Group(WeightFormat):
                 best = tuple(torch.where(error < least, new, old) for new, old in zip(tried, best, strict=True))  # type: ignore[assignment]
             least = torch.minimum(error, least)
         assert best is not None
-        scale, bottom, codes = best[0], best[1], best[2].to(torch.uint8)
-        packed = codes if self.width == 8 else codes[:, : GROUP // 2] | codes[:, GROUP // 2 :] << 4
-        return torch.cat([as_bytes(scale), as_bytes(bottom), packed], dim=1)
+        return self.join(best[2].to(torch.uint8), best[0], best[1])
 
     def _round(self, wide: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scale and minimum as float16, and codes."""

@@ -13,8 +13,10 @@ from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 from gguf.quants import dequantize
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.initialization import no_init_weights
 
 from kvbits.errors import ConfigError, UnsupportedError
+from kvbits.models.buffers import fill_buffers
 from kvbits.models.gguf.families import Family
 from kvbits.models.gguf.fields import known_family
 from kvbits.models.gguf.file import GgufFile
@@ -57,7 +59,7 @@ class Weights:
         native: bool = False,
     ) -> None:
         options: dict[str, Any] = {"dtype": dtype} | ({"attn_implementation": attention} if attention else {})
-        with quiet(), torch.device("meta"):
+        with quiet(), torch.device("meta"), no_init_weights():
             self._model: Any = AutoModelForCausalLM.from_config(config, **options)
         self._dtype, self._native = dtype, native
         self._sources = list(plan(file, self._model, known_family(file)))
@@ -69,7 +71,7 @@ class Weights:
         With ``native``, what the kernels can multiply as it is stays in its bits.
         """
         model = self._model
-        _buffers(model)  # while the parameters have no memory: a new model's buffers and weights are set together
+        fill_buffers(model)  # while the parameters have no memory: a new model's buffers and weights are set together
         packed = native_sources(self._sources, model) if self._native else []
         layers = {source.name.rpartition(".")[0] for source in packed}
         biases = [source for source in self._sources if _bias_of(source) in layers]
@@ -202,14 +204,3 @@ def _check_types(sources: Iterable[Source]) -> None:
                 f"tensor {source.tensor.name} of the GGUF file '{source.tensor.file.path}' is of type {kind.name}, "
                 "which kvbits cannot unpack"
             ) from error
-
-
-def _buffers(model: Any) -> None:
-    """Give memory to the buffers that no file holds, and let the model set them as it does for a new model."""
-    for module in model.modules():
-        found = {name: b for name, b in module.named_buffers(recurse=False) if b.is_meta}
-        for name, buffer in found.items():
-            setattr(module, name, torch.empty_like(buffer, device="cpu"))
-        if found:
-            with torch.no_grad():
-                model._init_weights(module)

@@ -1,0 +1,1 @@
+"""Models in safetensors, read by kvbits itself: from the map into place, with the quantization that they carry."""
