@@ -55,3 +55,11 @@ loaded = load("smollm2-135m", "bfloat16", None)
 print("torch._dynamo" in sys.modules, loaded.fused is not None)
 """
     assert lines(code) == ["True True"]
+
+
+def test_a_command_that_brought_triton_ends_without_its_list_of_leaks() -> None:
+    pytest.importorskip("triton")
+    code = "import triton\nfrom kvbits.cli.main import run\nrun(['--version'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "leaked" not in done.stderr

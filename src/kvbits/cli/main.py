@@ -85,7 +85,8 @@ def run(arguments: list[str] | None = None) -> None:
     _share_the_cores()
     gc.set_threshold(*_SELDOM)
     status = _status(arguments)
-    gc.freeze()  # nothing of what is left has to be looked at to end
+    if "triton" not in sys.modules:  # whose binding code lists all that was not collected
+        gc.freeze()  # nothing of what is left has to be looked at to end
     sys.exit(status)
 
 
