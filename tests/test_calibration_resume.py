@@ -243,12 +243,12 @@ def test_what_cannot_be_done_is_told_before_the_work(
 ) -> None:
     calls = stop_at(monkeypatch, Layers, "gradients", 1)
     for sizes, said in (
-        (Sizes(256, 5, 2), "windows of 256"),
-        (Sizes(128, 2, 2), "too short"),
-        (Sizes(1024, 1, 1), "over the 512 tokens"),
+        ((256, 5, 2), "windows of 256"),
+        ((128, 2, 2), "too short"),
+        ((1024, 1, 1), "over the 512 tokens"),
     ):
         with pytest.raises(ConfigError, match=said):
-            calibrated(loaded, tmp_path / "new", sizes=sizes)
+            calibrated(loaded, tmp_path / "new", sizes=Sizes(*sizes))
     assert not calls
     assert not (tmp_path / "new").exists()
     (tmp_path / "file").write_text("")

@@ -23,6 +23,7 @@ from kvbits.evaluation.fidelity import Fidelity
 from kvbits.evaluation.generation import write
 from kvbits.evaluation.laboratory import FAULT, Laboratory, plant_fault
 from kvbits.evaluation.layers import layer_errors, measure_layers
+from kvbits.evaluation.parts import NAMES
 from kvbits.evaluation.probes import Probe, ask
 from kvbits.evaluation.resume import ResumeCache
 from kvbits.evaluation.toolcalls import Called, Case, read_call
@@ -293,8 +294,9 @@ def test_every_task_in_one_run_and_again_from_its_parts(
     model: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, page, parts = tmp_path / "lab.json", tmp_path / "lab.html", tmp_path / "parts.jsonl"
+    names = ",".join(name for name in NAMES if name != "common-words")  # needs more than this model's context
     command = (
-        "evaluate", model, "--text", data / "text.txt", "--tasks", "all", "--data-dir", data, *SIZES,
+        "evaluate", model, "--text", data / "text.txt", "--tasks", names, "--data-dir", data, *SIZES,
         "--kv-cache-dtype", "int8", "--kv-cache-dtype", "int2", "--resume", parts, "--json", out, "--html", page,
     )  # fmt: skip
     assert status(*command) == 0
