@@ -11,6 +11,9 @@ from kvbits.kernels import Backend
 from kvbits.user_cache import folder
 
 if TYPE_CHECKING:
+    import openai
+    from helpers.serving import Running
+
     from kvbits.models import LoadedModel
 
 
@@ -63,3 +66,26 @@ def byte_loaded() -> Iterator[LoadedModel]:
     torch.set_num_threads(1)
     yield byte_model()
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def byte_server(byte_loaded: LoadedModel) -> Iterator[Running]:
+    from helpers.serving import engine_of, running
+
+    with running(engine_of(byte_loaded)) as found:
+        yield found
+
+
+@pytest.fixture
+def server(byte_server: Running) -> Iterator[Running]:
+    """A server of the model whose tokens are bytes, one for a file; no test may leave a page behind."""
+    yield byte_server
+    byte_server.idle()
+
+
+@pytest.fixture
+def client(server: Running) -> Iterator[openai.OpenAI]:
+    import openai
+
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0) as found:
+        yield found

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from helpers.serving import MODEL, Running, engine_of, running
+from helpers.serving import MODEL, Running
 
 from kvbits import LLM, SamplingParams
 from kvbits.models import LoadedModel
@@ -25,24 +24,6 @@ TOOLS: Any = [
     {"type": "function", "function": {"name": "paint", "parameters": SCHEMA}},
     {"type": "function", "function": {"name": "stop_now"}},
 ]
-
-
-@pytest.fixture(scope="module")
-def server(byte_loaded: LoadedModel) -> Iterator[Running]:
-    with running(engine_of(byte_loaded)) as found:
-        yield found
-
-
-@pytest.fixture(autouse=True)
-def no_page_left(server: Running) -> Iterator[None]:
-    yield
-    server.idle()
-
-
-@pytest.fixture
-def client(server: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0) as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

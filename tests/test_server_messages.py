@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import jsonschema
 import pytest
-from helpers.serving import CONTEXT, MODEL, Running, engine_of, running
-
-from kvbits.models import LoadedModel
+from helpers.serving import CONTEXT, MODEL, Running
 
 PATH, COUNT, CHAT = "/v1/messages", "/v1/messages/count_tokens", "/v1/chat/completions"
 USER = {"role": "user", "content": "hello there"}
@@ -56,18 +53,6 @@ EVENTS = {
     "message_delta": exact(type="message_delta", delta=exact(**ENDED), usage=USAGE),
     "message_stop": exact(type="message_stop"),
 }
-
-
-@pytest.fixture(scope="module")
-def server(byte_loaded: LoadedModel) -> Iterator[Running]:
-    with running(engine_of(byte_loaded)) as found:
-        yield found
-
-
-@pytest.fixture(autouse=True)
-def no_page_left(server: Running) -> Iterator[None]:
-    yield
-    server.idle()
 
 
 def post(server: Running, path: str, body: dict[str, Any], **fields: Any) -> httpx.Response:

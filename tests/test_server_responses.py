@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from helpers.serving import CONTEXT, MODEL, Running, engine_of, running
+from helpers.serving import CONTEXT, MODEL, Running
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
@@ -26,24 +25,6 @@ FORCED: dict[str, Any] = {
     "tools": [PAINT], "tool_choice": {"type": "function", "name": "paint"}, "parallel_tool_calls": False,
     "max_output_tokens": 200,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def server(byte_loaded: LoadedModel) -> Iterator[Running]:
-    with running(engine_of(byte_loaded)) as found:
-        yield found
-
-
-@pytest.fixture(autouse=True)
-def no_page_left(server: Running) -> Iterator[None]:
-    yield
-    server.idle()
-
-
-@pytest.fixture
-def client(server: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0) as found:
-        yield found
 
 
 def respond(server: Running, **fields: Any) -> Response:

@@ -10,21 +10,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
-import venv
 from pathlib import Path
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
 
-
-def environment(directory: Path) -> Path:
-    """The Python of an environment that has the clients; made where it is not there."""
-    python, stamp = directory / "bin" / "python", directory / ".installed"
-    wanted = (HERE / "requirements.txt").read_text()
-    if not stamp.exists() or stamp.read_text() != wanted:
-        venv.create(directory, with_pip=True, clear=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", HERE / "requirements.txt"], check=True)
-        stamp.write_text(wanted)
-    return python
+from helpers.environment import environment  # noqa: E402
 
 
 def wait(url: str, server: subprocess.Popen[bytes], seconds: float = 300) -> None:
@@ -47,7 +38,7 @@ def main() -> int:
     parser.add_argument("--environment", type=Path, required=True, help="where the clients are installed")
     parser.add_argument("pytest", nargs="*", help="options of pytest")
     options = parser.parse_args()
-    python = environment(options.environment.resolve())
+    python = environment(options.environment.resolve(), HERE / "requirements.txt")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -12,24 +12,16 @@ import os
 import subprocess
 import sys
 import tarfile
-import venv
 from pathlib import Path
 
 import tomllib
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from helpers.environment import environment  # noqa: E402
+
 VERSIONS = {"vllm": "0.33.0"}
-
-
-def environment(directory: Path) -> Path:
-    """The Python of an environment that has what the tests import."""
-    python, stamp = directory / "bin" / "python", directory / ".installed"
-    wanted = (HERE / "requirements.txt").read_text()
-    if not stamp.exists() or stamp.read_text() != wanted:
-        venv.create(directory, with_pip=True, clear=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", HERE / "requirements.txt"], check=True)
-        stamp.write_text(wanted)
-    return python
 
 
 def sources(python: Path, project: str, directory: Path) -> Path:
@@ -55,7 +47,7 @@ def main() -> int:
     parser.add_argument("pytest", nargs="*", help="options of pytest")
     options = parser.parse_args()
     directory = options.environment.resolve()
-    python = environment(directory)
+    python = environment(directory, HERE / "requirements.txt")
     result = 0
     for project, files in tomllib.loads((HERE / "scope.toml").read_text())["files"].items():
         if project != (options.only or project) or (project == "sglang" and options.sglang is None):
