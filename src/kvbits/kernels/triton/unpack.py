@@ -34,8 +34,10 @@ def _unpack_side(page, target, at, FORMAT: tl.constexpr):
 
 @triton.jit
 def _unpack(block, keys, values, at, BLOCK: tl.constexpr):
-    _unpack_side(block, keys, at, BLOCK.keys)
-    _unpack_side(block + BLOCK.values_at, values, at, BLOCK.values)
+    KEYS: tl.constexpr = BLOCK.keys  # Triton 3.6 passes on as constants only what has such a name
+    VALUES: tl.constexpr = BLOCK.values
+    _unpack_side(block, keys, at, KEYS)
+    _unpack_side(block + BLOCK.values_at, values, at, VALUES)
 
 
 @triton.jit(do_not_specialize=["sequence", "low", "tokens"])
