@@ -1,9 +1,9 @@
 // Decode: attention of few query rows of each sequence over its sealed pages, and over their own page in 16 bit.
 //
 // Compiled for one format of keys (KEYS) and values (VALUES), a head size DIM, 8 * TILES query rows, with or without
-// SOFTCAP. Grid (items, KV heads): an item is some sealed pages of a tile of queries, or the tile's own page. Its four
-// warps take a page each in turn; their sums become one partial result, and the last block of a tile and head to finish
-// merges those of all items, in their order.
+// SOFTCAP. Grid (items, KV heads): an item is some sealed pages of a tile of queries, the tile's own page, or both one
+// after the other. Its four warps take a page each in turn; their sums become one partial result (the own page's another
+// one), and the last block of a tile and head to finish merges those of all items, in their order.
 #include <page.cuh>
 
 constexpr int WARPS = 4;
@@ -15,8 +15,8 @@ struct Step {
   const u16 *query, *key, *value;  // bfloat16
   u16* out;
   const u8* cache;
-  const int *items;        // tile, slot, first page, end; an own page ends at -1
-  const int *tiles;        // sequence, first row, queries, position of the first, first slot, slots
+  const int *items;        // tile, slot, first page, end; ~end: and then the own page, whose slot is 0
+  const int *tiles;        // sequence, first row, queries, position of the first, first slot, slots, items
   const int *sealed;       // frames, [sequences, sealed_columns]
   const int *starts, *first_rows, *open_frames;  // of each sequence
   const float* sinks;      // a logit of each query head, or none
@@ -29,12 +29,12 @@ struct Step {
 };
 
 struct Tile {
-  int sequence, first_row, count, position, first_slot, slots;
+  int sequence, first_row, count, position, first_slot, slots, items;
 };
 
 INLINE Tile tile_of(const Step& step, int index) {
   const int* p = step.tiles + TILE * index;
-  return {p[0], p[1], p[2], p[3], p[4], p[5]};
+  return {p[0], p[1], p[2], p[3], p[4], p[5], p[6]};
 }
 
 // Where a lane's loads begin: word groups of keys and values, token, channel.
@@ -134,18 +134,21 @@ INLINE void load_rows(const Step& step, const Tile& tile, int head, float* rows,
   // the largest magnitude is below 2^reach: a scale of 4-bit codes is at most 131008 / 15, of rotated ones none
   constexpr int reach = K == INT8 ? 6 : K == INT4 ? 2 : K == INT2 ? 0 : 4;
   for (int pass = 0; pass < (K == NF4 ? 2 : 1); pass++) {
-    if (pass == 0 && thread_index() < ROWS) {
-      u32 most = 0;  // of float32 bits, without their sign
-      for (int c = 0; c < DIM; c++) {
-        u32 bits = float_bits(rows[thread_index() * DIM + (c + thread_index()) % DIM]) & 0x7fffffff;
-        most = bits > most ? bits : most;
+    if (pass == 0) {
+      for (int row = thread_index() >> 5; row < ROWS; row += WARPS) {
+        u32 most = 0;  // of float32 bits, without their sign
+        UNROLL for (int c = 0; c < DIM; c += 32) {
+          u32 bits = float_bits(rows[row * DIM + c + lane]) & 0x7fffffff;
+          most = bits > most ? bits : most;
+        }
+        most = warp_max(most);
+        int exponent = (int)(most >> 23) - 126;  // below 2^exponent
+        if (most == 0 || most >= 0x7f800000) exponent = reach;
+        // the root of DIM more for what a rotation may add to one channel
+        exponent += K == NF4 ? 4 : 0;
+        exponent = exponent < reach - 100 ? reach - 100 : exponent;
+        if (lane == 0) scale[row] = bits_float((u32)(127 + reach - exponent) << 23);
       }
-      int exponent = (int)(most >> 23) - 126;  // below 2^exponent
-      if (most == 0 || most >= 0x7f800000) exponent = reach;
-      // the root of DIM more for what a rotation may add to one channel
-      exponent += K == NF4 ? 4 : 0;
-      exponent = exponent < reach - 100 ? reach - 100 : exponent;
-      scale[thread_index()] = bits_float((u32)(127 + reach - exponent) << 23);
     }
     if (pass == 1) rotate_rows(rows, ROWS);
     sync_block();
@@ -297,24 +300,36 @@ INLINE void merge_warps(Sums& sums, float* merged, float* ends, float* most_of) 
   sync_block();
 }
 
-// All items' results of a tile and head: the weighted mean, in bfloat16.
-INLINE void merge_items(const Step& step, const Tile& tile, int head) {
-  constexpr int size = ROWS * (DIM + 2);
+// All partial results of a tile and head: the weighted mean, in bfloat16. `peaks`: [ROWS + 32 WARPS], scratch.
+INLINE void merge_items(const Step& step, const Tile& tile, int head, float* peaks) {
+  constexpr int size = ROWS * (DIM + 2), apart = 32 * WARPS / ROWS;
   const float* first = step.partial + ((i64)tile.first_slot * step.kv_heads + head) * size;
-  i64 apart = (i64)step.kv_heads * size;
-  for (int i = thread_index(); i < tile.count * step.group * DIM; i += 32 * WARPS) {
-    int row = i / DIM, channel = i % DIM, of_heads = head * step.group + row % step.group;
-    float sink = step.sinks ? step.sinks[of_heads] * 1.4426950408889634f : NOTHING, most = sink;
-    for (int s = 0; s < tile.slots; s++) most = fmaxf(most, fresh(first + s * apart + ROWS * DIM + 2 * row));
-    float total = step.sinks ? exp2_(sink - most + LIFT) : 0.f, sum = 0.f;
-    UNROLL_BY_4 for (int s = 0; s < tile.slots; s++) {
-      const float* p = first + s * apart;
-      float share = exp2_(fresh(p + ROWS * DIM + 2 * row) - most);
+  i64 stride = (i64)step.kv_heads * size;
+  float* found = peaks + ROWS;
+  float most = NOTHING;
+  UNROLL_BY_4 for (int s = thread_index() / ROWS; s < tile.slots; s += apart)
+    most = fmaxf(most, fresh(first + s * stride + ROWS * DIM + 2 * (thread_index() % ROWS)));
+  found[thread_index()] = most;
+  sync_block();
+  if (thread_index() < ROWS) {
+    for (int i = 1; i < apart; i++) most = fmaxf(most, found[i * ROWS + thread_index()]);
+    peaks[thread_index()] = most;
+  }
+  sync_block();
+  for (int i = thread_index(); i < tile.count * step.group * (DIM / 4); i += 32 * WARPS) {
+    int row = i / (DIM / 4), channel = 4 * (i % (DIM / 4)), of_heads = head * step.group + row % step.group;
+    float sink = step.sinks ? step.sinks[of_heads] * 1.4426950408889634f : NOTHING;
+    float peak = fmaxf(peaks[row], sink);
+    float total = step.sinks ? exp2_(sink - peak + LIFT) : 0.f, sum[4] = {0.f, 0.f, 0.f, 0.f};
+    UNROLL_BY_8 for (int s = 0; s < tile.slots; s++) {
+      const float* p = first + s * stride;
+      float share = exp2_(fresh(p + ROWS * DIM + 2 * row) - peak);
       total += fresh(p + ROWS * DIM + 2 * row + 1) * share;
-      sum += fresh(p + row * DIM + channel) * share;
+      uint4 part = fresh4(p + row * DIM + channel);
+      UNROLL for (int c = 0; c < 4; c++) sum[c] += bits_float(word(part, c)) * share;
     }
-    step.out[(tile.first_row + row / step.group) * step.out_row + of_heads * step.out_head + channel] =
-        (u16)pack_bf16(sum / total, 0.f);
+    u16* out = step.out + (tile.first_row + row / step.group) * step.out_row + of_heads * step.out_head + channel;
+    UNROLL for (int c = 0; c < 4; c++) out[c] = (u16)pack_bf16(sum[c] / total, 0.f);
   }
 }
 
@@ -331,34 +346,38 @@ KERNEL(WARPS, BLOCKS_AT_ONCE) decode(const Step step) {
 
   const int* item = step.items + ITEM * block_x();
   if (item[0] < 0) return;
-  int slot = item[1], low = item[2], high = item[3], head = block_y();
+  int low = item[2], high = item[3] < 0 ? ~item[3] : item[3], head = block_y();
   int lane = thread_index() & 31, warp = thread_index() >> 5;
   const Tile tile = tile_of(step, item[0]);
-  bool own = high < 0;
-  if (own) load_rows<RAW>(step, tile, head, rows, scale, plain, coded);
-  else load_rows<KEYS>(step, tile, head, rows, scale, plain, coded);
-  Logits logits;
-  UNROLL for (int i = 0; i < TILES; i++) UNROLL for (int e = 0; e < 2; e++) {
-    int row = 8 * i + 2 * (lane & 3) + e;
-    logits.scale[i][e] = scale[row];
-    logits.high[i][e] = tile.position + row / step.group;
-    logits.low[i][e] = step.window > 0 ? logits.high[i][e] - step.window + 1 : 0;
+#pragma unroll 1
+  for (int own = low < high ? 0 : 1; own < (item[3] < 0 ? 2 : 1); own++) {
+    if (own) load_rows<RAW>(step, tile, head, rows, scale, plain, coded);
+    else load_rows<KEYS>(step, tile, head, rows, scale, plain, coded);
+    Logits logits;
+    UNROLL for (int i = 0; i < TILES; i++) UNROLL for (int e = 0; e < 2; e++) {
+      int row = 8 * i + 2 * (lane & 3) + e;
+      logits.scale[i][e] = scale[row];
+      logits.high[i][e] = tile.position + row / step.group;
+      logits.low[i][e] = step.window > 0 ? logits.high[i][e] - step.window + 1 : 0;
+    }
+    Sums sums;
+    clear(sums);
+    Rows operands = {plain, coded};
+    if (own) attend_own(step, tile, head, operands, logits, sums);
+    else {
+      const int* frames = step.sealed + tile.sequence * step.sealed_columns;
+      attend_sealed(step, tile, frames, head, low, high, operands, logits, params + warp * STAGES * PARAMS, sums);
+    }
+    sync_block();
+    merge_warps(sums, rows, ends, most_of);
+    if (VALUES == NF4 && !own) rotate_rows(rows, ROWS);
+    int slot = tile.first_slot + (own ? 0 : item[1]);
+    float* partial = step.partial + ((i64)slot * step.kv_heads + head) * (ROWS * (DIM + 2));
+    for (int i = thread_index(); i < ROWS * (DIM + 2); i += 32 * WARPS)
+      partial[i] = i < ROWS * DIM ? rows[i] : ends[i - ROWS * DIM];
+    sync_block();
   }
-  Sums sums;
-  clear(sums);
-  Rows operands = {plain, coded};
-  if (own) attend_own(step, tile, head, operands, logits, sums);
-  else {
-    const int* frames = step.sealed + tile.sequence * step.sealed_columns;
-    attend_sealed(step, tile, frames, head, low, high, operands, logits, params + warp * STAGES * PARAMS, sums);
-  }
+  if (thread_index() == 0) *last = count_arrival(step.arrived + item[0] * step.kv_heads + head, tile.items - 1) == (u32)(tile.items - 1);
   sync_block();
-  merge_warps(sums, rows, ends, most_of);
-  if (VALUES == NF4 && !own) rotate_rows(rows, ROWS);
-  float* partial = step.partial + ((i64)(tile.first_slot + slot) * step.kv_heads + head) * (ROWS * (DIM + 2));
-  for (int i = thread_index(); i < ROWS * (DIM + 2); i += 32 * WARPS) partial[i] = i < ROWS * DIM ? rows[i] : ends[i - ROWS * DIM];
-  sync_block();
-  if (thread_index() == 0) *last = count_arrival(step.arrived + item[0] * step.kv_heads + head, tile.slots - 1) == (u32)(tile.slots - 1);
-  sync_block();
-  if (*last) merge_items(step, tile, head);
+  if (*last) merge_items(step, tile, head, rows);
 }
