@@ -18,7 +18,7 @@ from kvbits.kernels import BatchLayout, SequencePages, choose_backend, kernels_l
 from kvbits.kernels.cuda import nvrtc
 from kvbits.kernels.cuda.attend import Step
 from kvbits.kernels.cuda.variant import Variant, variant_of
-from kvbits.kernels.cuda.work import WAVES, Work, work_list
+from kvbits.kernels.cuda.work import OWN, WAVES, Work, work_list
 from kvbits.kernels.reference import ReferenceBackend
 from kvbits.pool import PagedPool
 
@@ -83,8 +83,8 @@ def test_a_batch_of_one_fills_the_machine(context: int) -> None:
     blocks, pages = 8 * len(work.items), 8 * (context // 64)
     assert blocks <= 396
     assert blocks >= min(pages, 200)
-    lengths = lengths_of(work)[work.items[:, 3] >= 0]
-    assert lengths.max() - lengths.min() <= 1
+    lengths = np.sort(lengths_of(work)[work.items[:, 3] >= 0])
+    assert lengths[-1] - lengths[1] <= 1  # the own page is part of one
 
 
 def lengths_of(work: Work) -> Ints:
@@ -98,7 +98,7 @@ def test_large_batches_end_together(sequences: int) -> None:
     depths = [512 * (i + 1) for i in range(sequences)]
     work = work_list(batch_of(*((depth, 1) for depth in depths)), 4, 8, None, False, 396)
     lengths = lengths_of(work)
-    assert (np.diff(lengths) <= 3).all()  # what an own page takes, which comes on top
+    assert (np.diff(lengths) <= OWN).all()  # an own page comes on top
     assert 8 * len(work.items) <= WAVES * 396
     assert lengths.max() <= 2 * sum(depths) / 64 / len(work.items)
 

@@ -114,11 +114,12 @@ INLINE void octet_of_row(const float* row, float factor, u32 (&x)[4]) {
 template <int K>
 INLINE void load_rows(const Step& step, const Tile& tile, int head, float* rows, float* scale, uint4* plain, uint4* coded) {
   int valid = tile.count * step.group;
-  for (int i = thread_index(); i < ROWS * DIM; i += 32 * WARPS) {
+  for (int i = 2 * thread_index(); i < ROWS * DIM; i += 64 * WARPS) {
     int row = i / DIM;
     const u16* q = step.query + (tile.first_row + row / step.group) * step.query_row +
                    (head * step.group + row % step.group) * step.query_head;
-    rows[i] = row < valid ? from_bf16(q[i % DIM]) : 0.f;
+    u32 pair = row < valid ? *(const u32*)(q + i % DIM) : 0;
+    rows[i] = from_bf16(pair), rows[i + 1] = bits_float(pair & 0xffff0000);
   }
   sync_block();
   int lane = thread_index() & 31, m = lane >> 2, t = lane & 3;
@@ -189,27 +190,43 @@ INLINE void fetch_params(u8* to, const u8* block, int lane) {
   }
 }
 
-INLINE void attend_sealed(const Step& step, const Tile& tile, const int* frames, int head, int low, int high, const Rows& rows,
-                          const Logits& logits, u8* params, Sums& sums) {
-  using P = Plan<KEYS, VALUES, 2>;
-  int lane = thread_index() & 31, warp = thread_index() >> 5;
+// What a warp has asked for of its first page before the queries are there.
+struct Ahead {
+  uint4 loads[2][CHUNK];
+  const u8* base;
+  int page, frame;  // the frame of the page after `page`
+  Sealed now;
+};
+
+INLINE Ahead load_ahead(const Step& step, const int* frames, int head, int low, int high, u8* params) {
+  int lane = thread_index() & 31, page = low + (thread_index() >> 5);
   const u8* base = step.cache + step.sealed_at + (i64)head * HEAD_BYTES;
-  int page = low + warp;
-  if (page >= high) return;
+  // a warp without a page asks for nothing
+  const u8* block = page < high ? base + frames[page] * step.frame_bytes : base;
+  Ahead ahead = {{}, base, page, page + WARPS < high ? frames[page + WARPS] : 0, Sealed(block, lane_of<KEYS, VALUES>(lane))};
+  if (page < high) {
+    fetch_params(params, block, lane);
+    load_chunk<KEYS, VALUES, 2>(ahead.now, 0, ahead.loads[0]);
+    load_chunk<KEYS, VALUES, 2>(ahead.now, 1, ahead.loads[1]);
+  }
+  end_of_group();
+  return ahead;
+}
+
+INLINE void attend_sealed(const Step& step, const Tile& tile, const int* frames, int high, const Rows& rows,
+                          const Logits& logits, u8* params, Ahead& ahead, Sums& sums) {
+  using P = Plan<KEYS, VALUES, 2>;
+  int lane = thread_index() & 31;
   int oldest = step.window > 0 ? tile.position + tile.count - step.window : 0;  // what the last query sees begins here
   Lane<KEYS, VALUES> mine = lane_of<KEYS, VALUES>(lane);
-  const u8* block = base + frames[page] * step.frame_bytes;
-  Sealed now(block, mine), next = now;
-  uint4 loads[2][CHUNK];
-  fetch_params(params, block, lane);
-  end_of_group();
-  load_chunk<KEYS, VALUES, 2>(now, 0, loads[0]);
-  load_chunk<KEYS, VALUES, 2>(now, 1, loads[1]);
-  int stage = 0;
+  Sealed now = ahead.now, next = now;
+  int stage = 0, frame = ahead.frame;
 #pragma unroll 1
-  for (; page < high; page += WARPS) {
+  for (int page = ahead.page; page < high; page += WARPS) {
     bool more = page + WARPS < high;
-    if (more) block = base + frames[page + WARPS] * step.frame_bytes, next = Sealed(block, mine);
+    const u8* block = ahead.base + frame * step.frame_bytes;
+    if (more) next = Sealed(block, mine);
+    if (page + 2 * WARPS < high) frame = frames[page + 2 * WARPS];
     wait_groups<0>();
     sync_warp();
     const u8* p = params + stage * PARAMS;
@@ -220,10 +237,11 @@ INLINE void attend_sealed(const Step& step, const Tile& tile, const int* frames,
     u32 weights[2][TILES][4];
     clear<2>(scores, shift);
     UNROLL for (int n = 0; n < P::chunks; n++) {
-      if (n < P::key_chunks) chunk_of_keys<KEYS, VALUES, 2>(n, loads[n & 1], rows, p, lane, scores, shift);
-      else chunk_of_values<KEYS, VALUES, 2>(n - P::key_chunks, loads[n & 1], weights, sums);
-      if (n + 2 < P::chunks) load_chunk<KEYS, VALUES, 2>(now, n + 2, loads[n & 1]);
-      else if (more) load_chunk<KEYS, VALUES, 2>(next, n + 2 - P::chunks, loads[n & 1]);
+      auto& loads = ahead.loads[n & 1];
+      if (n < P::key_chunks) chunk_of_keys<KEYS, VALUES, 2>(n, loads, rows, p, lane, scores, shift);
+      else chunk_of_values<KEYS, VALUES, 2>(n - P::key_chunks, loads, weights, sums);
+      if (n + 2 < P::chunks) load_chunk<KEYS, VALUES, 2>(now, n + 2, loads);
+      else if (more) load_chunk<KEYS, VALUES, 2>(next, n + 2 - P::chunks, loads);
       if (n == P::key_chunks - 1) {
         softmax<KEYS, VALUES, 2>(scores, shift, logits, p, p + KEY_PARAMS, 64 * page, 64 * page < oldest, step.cap, lane >> 2,
                                  sums, weights);
@@ -231,8 +249,8 @@ INLINE void attend_sealed(const Step& step, const Tile& tile, const int* frames,
     }
     if (P::chunks & 1) {  // the next page's first chunk went to the second buffer
       UNROLL for (int i = 0; i < CHUNK; i++) {
-        uint4 x = loads[0][i];
-        loads[0][i] = loads[1][i], loads[1][i] = x;
+        uint4 x = ahead.loads[0][i];
+        ahead.loads[0][i] = ahead.loads[1][i], ahead.loads[1][i] = x;
       }
     }
     now = next;
@@ -347,10 +365,13 @@ KERNEL(WARPS, BLOCKS_AT_ONCE) decode(const Step step) {
   const int* item = step.items + ITEM * block_x();
   if (item[0] < 0) return;
   int low = item[2], high = item[3] < 0 ? ~item[3] : item[3], head = block_y();
-  int lane = thread_index() & 31, warp = thread_index() >> 5;
+  int lane = thread_index() & 31;
+  u8* mine = params + (thread_index() >> 5) * STAGES * PARAMS;
   const Tile tile = tile_of(step, item[0]);
+  const int* frames = step.sealed + tile.sequence * step.sealed_columns;
 #pragma unroll 1
   for (int own = low < high ? 0 : 1; own < (item[3] < 0 ? 2 : 1); own++) {
+    Ahead ahead = load_ahead(step, frames, head, low, own ? low : high, mine);
     if (own) load_rows<RAW>(step, tile, head, rows, scale, plain, coded);
     else load_rows<KEYS>(step, tile, head, rows, scale, plain, coded);
     Logits logits;
@@ -364,10 +385,7 @@ KERNEL(WARPS, BLOCKS_AT_ONCE) decode(const Step step) {
     clear(sums);
     Rows operands = {plain, coded};
     if (own) attend_own(step, tile, head, operands, logits, sums);
-    else {
-      const int* frames = step.sealed + tile.sequence * step.sealed_columns;
-      attend_sealed(step, tile, frames, head, low, high, operands, logits, params + warp * STAGES * PARAMS, sums);
-    }
+    else attend_sealed(step, tile, frames, high, operands, logits, mine, ahead, sums);
     sync_block();
     merge_warps(sums, rows, ends, most_of);
     if (VALUES == NF4 && !own) rotate_rows(rows, ROWS);

@@ -54,9 +54,8 @@ template <int LEFT>
 INLINE void wait_groups() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
 // Counts up and begins anew after `last`; what the block wrote before is seen by whoever counts later.
 INLINE u32 count_arrival(u32* counter, u32 last) {
-  __threadfence();
-  u32 before = atomicInc(counter, last);
-  __threadfence();
+  u32 before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0,[%1],%2;" : "=r"(before) : "l"(counter), "r"(last) : "memory");
   return before;
 }
 INLINE float fresh(const float* p) { return __ldcg(p); }

@@ -15,7 +15,7 @@ from kvbits.kernels.cuda.variant import MAX_ROWS
 WAVES = 4
 """Items for each block at most: the last wave is a small part of the whole."""
 
-_OWN, _BEGINNING = 3, 2
+OWN, BEGINNING = 5, 4
 """What an own page, and beginning and ending an item, take, in sealed pages: a guess."""
 
 
@@ -49,11 +49,11 @@ def work_list(batch: BatchLayout, group: int, kv_heads: int, window: int | None,
     tiles, low, high = _tiles(batch, group, window)
     first = (low == 0) & (high > 0) if apart else np.zeros(len(tiles), dtype=bool)
     low = np.where(first, 1, low)
-    costs = np.maximum(high - low, 0) + _OWN
+    costs = np.maximum(high - low, 0) + OWN
     cuts = -(-costs // size_of_an_item(costs, kv_heads, blocks))
     of = np.repeat(np.arange(len(tiles)), cuts)
     cut = np.arange(len(of)) - np.repeat(np.cumsum(cuts) - cuts, cuts)
-    begin, end = (low[of] + np.maximum(costs[of] * (cut + i) // cuts[of] - _OWN, 0) for i in (0, 1))
+    begin, end = (low[of] + np.maximum(costs[of] * (cut + i) // cuts[of] - OWN, 0) for i in (0, 1))
     some = begin < end
     used = some | (cut == 0)  # where an own page takes more than an item may, others have no pages left
     of, cut, begin, end, some = (x[used] for x in (of, cut, begin, end, some))
@@ -62,7 +62,7 @@ def work_list(batch: BatchLayout, group: int, kv_heads: int, window: int | None,
     tiles[:, 5] = slots
     tiles[:, 6] = np.bincount(of, minlength=len(tiles)) + first
     slot = np.cumsum(some) - (np.cumsum(slots - 1 - first) - (slots - 1 - first))[of]
-    longest = np.argsort(begin - end - _OWN * (cut == 0), kind="stable")
+    longest = np.argsort(begin - end - OWN * (cut == 0), kind="stable")
     items = _columns(len(of), of, np.where(some, slot, 0), begin, np.where(cut == 0, ~end, end))[longest]
     alone = np.flatnonzero(first)
     apart_items = _columns(len(alone), alone, slots[alone] - 1, 0, 1)
@@ -104,8 +104,8 @@ def size_of_an_item(costs: Ints, kv_heads: int, blocks: int) -> int:
     best, soonest = max(int(costs.max(initial=1)), 1), float("inf")
     for wave in range(1, WAVES + 1):
         size = _least(costs, wave * blocks // kv_heads)
-        if size is not None and wave * (size + _BEGINNING) < soonest:
-            best, soonest = size, wave * (size + _BEGINNING)
+        if size is not None and wave * (size + BEGINNING) < soonest:
+            best, soonest = size, wave * (size + BEGINNING)
     return best
 
 

@@ -20,8 +20,8 @@ def _append(rows, target, token, new, row, head, fresh, FORMAT: tl.constexpr):
 
 @triton.jit
 def append_rows(key, value, cache, starts, counts, first_rows, head_frames, tail_frames, OPEN: tl.constexpr):
-    """Grid ``(sequences, kv_heads, 4)``: keys and values of the page that stays open (``tail``), and of the one that the
-    step began in.
+    """Grid ``(sequences, kv_heads, 4)``: keys and values of the page that stays open (``tail``), and of the one that
+    the step began in.
 
     ``key``, ``value``: (pointer, stride of a row, stride of a head), ``bfloat16``. ``cache``: (bytes, bytes of a frame,
     the open page's byte in it). The page that the step began in, full when it ends, is kept in 16 bit only where it has
