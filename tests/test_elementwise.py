@@ -22,10 +22,10 @@ def numbers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> T
 
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
-    """Up to the last bit of the type, which sums in another order may tip."""
+    """Up to the last bits of the numbers, which are about one, or of what is subtracted."""
     assert found.dtype == expected.dtype
-    size = 2.0**-7 if found.dtype == torch.bfloat16 else 2.0**-20
-    torch.testing.assert_close(found, expected, rtol=size, atol=size / 8)
+    relative, absolute = (2.0**-7, 2.0**-10) if found.dtype == torch.bfloat16 else (2.0**-20, 2.0**-21)
+    torch.testing.assert_close(found, expected, rtol=relative, atol=absolute)
 
 
 @pytest.mark.triton

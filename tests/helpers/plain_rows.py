@@ -1,4 +1,4 @@
-"""The kernels of ``kvbits.kernels.triton.elementwise`` in torch, in their place where they would be launched."""
+"""The kernels of ``kvbits.kernels.triton.elementwise`` in torch and in float64, in their place where they would be launched."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def add_norm(
     **constants: Any,
 ) -> None:  # fmt: skip
     if delta is not None:
-        added = delta.float() if after is None else normed(delta.float(), eps) * after
-        x.copy_(x.float() + added)
+        added = delta.double() if after is None else normed(delta.double(), eps) * after
+        x.copy_(x.double() + added)
     if before is not None and out is not None:
-        out.copy_(normed(x.float(), eps) * before)
+        out.copy_(normed(x.double(), eps) * before)
 
 
 def turn(
     source: Tensor, query_norm: Tensor | None, key_norm: Tensor | None, cos: Tensor, sin: Tensor, out: Tensor,
     eps: float, HEADS: int, KV_HEADS: int, DIM: int, TURNED: int, **constants: Any,
 ) -> None:  # fmt: skip
-    rows = source.float().view(len(source), -1, DIM)
+    rows = source.double().view(len(source), -1, DIM)
     for norm, first, count in ((query_norm, 0, HEADS), (key_norm, HEADS, KV_HEADS)):
         x = rows[:, first : first + count]
         if norm is not None:
@@ -57,6 +57,6 @@ def turn(
 
 
 def gate(source: Tensor, out: Tensor, GELU: bool, **constants: Any) -> None:
-    gates, ups = source.float().chunk(2, -1)
+    gates, ups = source.double().chunk(2, -1)
     act = torch.nn.functional.gelu(gates, approximate="tanh") if GELU else torch.nn.functional.silu(gates)
     out.copy_(act * ups)

@@ -184,13 +184,13 @@ def _joined(parts: Sequence[Outputs]) -> Linear:
         return Linear(layers[0].weight.detach(), None if bias is None else bias.detach())
     sizes = [layer.out_features for layer in layers]
     weight = torch.cat([layer.weight for layer in layers])
-    biases = [
-        layer.weight.new_zeros(size) if layer.bias is None else layer.bias
-        for layer, size in zip(layers, sizes, strict=True)
-    ]
-    bias = None if all(layer.bias is None for layer in layers) else torch.cat(biases)
-    for i, layer in enumerate(layers):
-        layer.weight.data = weight.split(sizes)[i]
-        if layer.bias is not None and bias is not None:
-            layer.bias.data = bias.split(sizes)[i]
+    for layer, own in zip(layers, weight.split(sizes), strict=True):
+        layer.weight.data = own
+    if all(layer.bias is None for layer in layers):
+        return Linear(weight, None)
+    bias = weight.new_zeros(len(weight))
+    for layer, own in zip(layers, bias.split(sizes), strict=True):
+        if layer.bias is not None:
+            own.copy_(layer.bias)
+            layer.bias.data = own
     return Linear(weight, bias)
