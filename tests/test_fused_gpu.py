@@ -74,9 +74,32 @@ def fused(model: Any) -> tuple[LoadedModel, PlainRows]:
     return replace(loaded, fused=found), launch
 
 
-def steps(loaded: LoadedModel) -> Tensor:
+class Unrounded(ReferenceBackend):
+    """Attention to keys and values as they came: a cache's 16 bit turn a last bit into 0.4 %."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def forward(self, view: Any, batch: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Any) -> Tensor:
+        parts, layer = [], view.geometry
+        for s, (start, count, row) in enumerate(zip(batch.starts, batch.counts, batch.rows, strict=False)):
+            own, name = slice(row, row + count), (view.index, int(batch.tail[s, 0]))
+            new = key[own].clone(), value[own].clone()
+            keys, values = (torch.cat(x) for x in zip(self._kept[name], new, strict=True)) if start else new
+            self._kept[name] = keys, values
+            distance = torch.arange(start, start + count)[:, None] - torch.arange(start + count)
+            seen = (distance >= 0) & (distance < (layer.window or 1 << 20))
+            q, k, v = query[own], *(x.repeat_interleave(layer.group_size, 1) for x in (keys, values))
+            scores = torch.einsum("qhd,khd->hqk", q, k) * layer.scale
+            if layer.softcap:
+                scores = layer.softcap * (scores / layer.softcap).tanh()
+            parts.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v))
+        return torch.cat(parts)
+
+
+def steps(loaded: LoadedModel, backend: Backend | None = None) -> Tensor:
     """Logits of prompts of two sequences, of decode steps of both, and of a third sequence meanwhile."""
-    driver, parts = Driver(loaded, "bf16", CpuBackend()), []
+    driver, parts = Driver(loaded, "bf16", backend or CpuBackend()), []
     for step in (
         {0: TEXT[:70], 1: TEXT[:3]},
         {0: TEXT[70:71], 1: TEXT[3:4]},
@@ -93,12 +116,11 @@ def errors(found: Tensor, expected: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_transformers(family: str) -> None:
-    """In float32 up to its rounding, but where that tips the rounding of a key or value to the cache's 16 bit."""
+    """In float32 up to its rounding."""
     loaded, launch = fused(model_of(family))
-    found = errors(steps(loaded), steps(replace(loaded, fused=None)))
+    found = errors(steps(loaded, Unrounded()), steps(replace(loaded, fused=None), Unrounded()))
     assert set(launch.launches) == {"add_norm_rows", "turn_heads", "gate_rows"}
-    assert found.max() < 1e-3, found.max()
-    assert found.median() < 1e-5, found.median()
+    assert found.max() < 1e-5, found.max()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,4 +1,4 @@
-"""The kernels of ``kvbits.kernels.triton.elementwise`` in torch and in float64, in their place where they would be launched."""
+"""The kernels of ``kvbits.kernels.triton.elementwise`` by torch, in float64, in place of their launches."""
 
 from __future__ import annotations
 
