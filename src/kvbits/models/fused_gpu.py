@@ -189,8 +189,7 @@ def _joined(parts: Sequence[Outputs]) -> Linear:
     if all(layer.bias is None for layer in layers):
         return Linear(weight, None)
     bias = weight.new_zeros(len(weight))
-    for layer, own in zip(layers, bias.split(sizes), strict=True):
+    for layer, part in zip(layers, bias.split(sizes), strict=True):
         if layer.bias is not None:
-            own.copy_(layer.bias)
-            layer.bias.data = own
+            layer.bias.data = part.copy_(layer.bias)
     return Linear(weight, bias)
