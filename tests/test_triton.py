@@ -32,11 +32,10 @@ from kvbits.engine.engine import Engine
 from kvbits.engine.params import SamplingParams
 from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.hf import QuantizedCache
-from kvbits.kernels import Backend, BatchLayout, choose_backend
+from kvbits.kernels import BatchLayout, choose_backend
 from kvbits.kernels.cpu import CpuBackend
 from kvbits.kernels.reference import ReferenceBackend
 from kvbits.models.load import wrap
-from kvbits.pool import LayerView
 
 pytest.importorskip("triton", reason="Triton exists for Linux only")
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from triton import knobs
@@ -26,11 +23,9 @@ from kvbits.kernels.triton.launch import (
     run,
     seal,
 )
-from kvbits.kernels.triton.pieces import pieces_of, tiling_of
+from kvbits.kernels.triton.pieces import pieces_of, shared_memory, tiling_of
 from kvbits.kernels.triton.tables import StepTables, Tiles, step_tables, step_tiles
 from kvbits.pool import LayerView
-
-log = logging.getLogger(__name__)
 
 
 class TritonBackend(Backend):
@@ -54,6 +49,7 @@ class TritonBackend(Backend):
                 "device such as 'cuda'"
             )
         self.graphs = self.device.type == "cuda"
+        self._shared = shared_memory(self.device)
         self._layers: dict[tuple[int, bool], LayerKernels] = {}
 
     def supports(self, scheme: Scheme, layer: LayerGeometry) -> str | None:
@@ -106,7 +102,7 @@ class TritonBackend(Backend):
         if sides.query.dtype == torch.float32:
             prefill(self._launch, kernels, tables, tiles, sides, sinks, out)
             return
-        tiling = tiling_of(view.geometry)
+        tiling = tiling_of(view.geometry, self._shared)
         pieces, cut = pieces_of(batch, view.geometry, tiling.rows, out.device)
         attend_pages(self._launch, kernels, tables, pieces, cut, tiling, sides, sinks, out)
 

@@ -21,6 +21,11 @@ SCRATCH_BYTES = 128 << 20
 """Most that decoded pages take: 32,768 tokens of 8 KV heads of 128."""
 
 
+LEAST_SHARED = 64 << 10
+WIDE_SHARED = 192 << 10
+"""What two stages of pages of heads of 256 take beside 128 rows of queries."""
+
+
 @dataclass(frozen=True)
 class Tiling:
     """How ``attend_decoded`` runs: ``rows`` (queries times heads of a group) of a tile, ``pages`` decoded ones at a
@@ -45,9 +50,18 @@ class Piece:
     tiles: Tensor
 
 
-def tiling_of(layer: LayerGeometry) -> Tiling:
-    """Fits 99 KiB of shared memory (compute capability 8.6, 8.9 and 12.0)."""
-    return Tiling(128 if layer.group_size > 1 else 64, 1, 8 if layer.group_size > 1 else 4, 2)
+def tiling_of(layer: LayerGeometry, shared: int) -> Tiling:
+    """``shared``: bytes of shared memory that a program can have."""
+    if max(layer.key_dim, layer.value_dim) > 128 and shared < WIDE_SHARED:
+        return Tiling(64, 1, 4, 1)
+    return Tiling(128, 1, 8, 2) if layer.group_size > 1 else Tiling(64, 1, 4, 2)
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program on ``device`` can have; 64 KiB where torch does not say."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return LEAST_SHARED
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", LEAST_SHARED))
 
 
 def pieces_of(batch: BatchLayout, layer: LayerGeometry, rows: int, device: torch.device) -> tuple[list[Piece], bool]:
@@ -104,8 +118,8 @@ def _runs(batch: BatchLayout, group: int, window: int, most: int) -> list[list[t
 
 
 def _tiles(batch: BatchLayout, s: int, low: int, high: int, slot: int, group: int, rows: int, window: int) -> Ints:
-    """The tiles of ``s`` that see anything of the pages ``low`` to ``high - 1``, and those that see no page at all where
-    these are its first."""
+    """The tiles of ``s`` that see any of the pages ``low`` to ``high - 1``; where these are its first, also those that
+    see no page at all."""
     start, end = int(batch.starts[s]), int(batch.starts[s] + batch.counts[s])
     tiles = []
     for page in range(start // PAGE_TOKENS, -(-end // PAGE_TOKENS)):

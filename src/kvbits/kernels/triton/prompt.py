@@ -17,12 +17,12 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _load(pointer, left, N: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """``[N, BLOCK]``; with ``MASKED`` 0 from the row ``left`` on."""
+def _load(pointer, first, end, N: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """``[N, BLOCK]``: tokens from ``first`` on; with ``MASKED`` 0 from ``end`` on."""
     token, channel = tl.arange(0, N), tl.arange(0, BLOCK)
     place = pointer + token[:, None] * DIM + channel[None, :]
     if MASKED:
-        return tl.load(place, mask=(token < left)[:, None] & (channel < DIM)[None, :], other=0.0)
+        return tl.load(place, mask=(token + first < end)[:, None] & (channel < DIM)[None, :], other=0.0)
     elif DIM == BLOCK:
         return tl.load(place)
     else:
@@ -38,11 +38,11 @@ def _dot(a, b, acc):
 
 
 @triton.jit
-def _visit(q, keys, values, positions, first, left, m, total, acc, SHAPE: tl.constexpr, M: tl.constexpr,
+def _visit(q, keys, values, positions, first, end, m, total, acc, SHAPE: tl.constexpr, M: tl.constexpr,
            N: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """Take in ``N`` tokens, the first at the position ``first``. ``MASKED``: those from ``left`` on, and those that a
+    """Take in ``N`` tokens, the first at the position ``first``. ``MASKED``: those from ``end`` on, and those that a
     window hides, are not seen."""
-    k = _load(keys, left, N, SHAPE.key_dim, SHAPE.key_block, MASKED)
+    k = _load(keys, first, end, N, SHAPE.key_dim, SHAPE.key_block, MASKED)
     scores = _dot(q, tl.trans(k), tl.zeros([M, N], tl.float32))
     factor = 1.0
     if SHAPE.softcap > 0 or SHAPE.scale < 0:
@@ -50,10 +50,10 @@ def _visit(q, keys, values, positions, first, left, m, total, acc, SHAPE: tl.con
     else:
         factor = SHAPE.scale * _LOG2E  # one fused operation with the subtraction of the maximum
     if MASKED:
-        token = tl.arange(0, N)
-        visible = (token < left)[None, :]
+        token = tl.arange(0, N) + first
+        visible = (token < end)[None, :]
         if SHAPE.window > 0:
-            visible = visible & (positions[:, None] - (first + token)[None, :] < SHAPE.window)
+            visible = visible & (positions[:, None] - token[None, :] < SHAPE.window)
         scores = tl.where(visible, scores, float("-inf"))
     m_new = tl.maximum(m, tl.max(scores, 1) * factor)
     base = m_new
@@ -62,7 +62,7 @@ def _visit(q, keys, values, positions, first, left, m, total, acc, SHAPE: tl.con
     weights = tl.exp2(scores * factor - base[:, None])
     alpha = tl.exp2(m - base)
     total = total * alpha + tl.sum(weights, 1)
-    v = _load(values, left, N, SHAPE.value_dim, SHAPE.value_block, MASKED)
+    v = _load(values, first, end, N, SHAPE.value_dim, SHAPE.value_block, MASKED)
     acc = _dot(convert(weights, q.dtype), v, acc * alpha[:, None])
     return m_new, total, acc
 
@@ -78,20 +78,20 @@ def _visit_pages(q, keys, values, positions, last, low, high, m, total, acc, SHA
         whole = tl.minimum(tl.maximum(tl.maximum(last - SHAPE.window + _TOKENS, 0) // _TOKENS, low), high)
         for page in range(low, whole):
             m, total, acc = _visit(
-                q, keys, values, positions, page * _TOKENS, _TOKENS, m, total, acc, SHAPE, M, _TOKENS, True
+                q, keys, values, positions, page * _TOKENS, (page + 1) * _TOKENS, m, total, acc, SHAPE, M, _TOKENS, True
             )
             keys += _TOKENS * SHAPE.key_dim
             values += _TOKENS * SHAPE.value_dim
         low = whole
     for _ in range((high - low) // PAGES):
-        m, total, acc = _visit(q, keys, values, positions, 0, N, m, total, acc, SHAPE, M, N, False)
+        m, total, acc = _visit(q, keys, values, positions, 0, 0, m, total, acc, SHAPE, M, N, False)
         keys += N * SHAPE.key_dim
         values += N * SHAPE.value_dim
     if PAGES > 1:
         rest = (high - low) % PAGES
         if rest > 0:
             m, total, acc = _visit(
-                q, keys, values, positions, (high - rest) * _TOKENS, rest * _TOKENS, m, total, acc, SHAPE, M, N, True
+                q, keys, values, positions, (high - rest) * _TOKENS, high * _TOKENS, m, total, acc, SHAPE, M, N, True
             )
     return m, total, acc
 
@@ -125,7 +125,7 @@ def attend_decoded(query, key, value, cache, tiles, starts, first_rows, head_fra
     channel = tl.arange(0, SHAPE.value_block)
     state = place[:, None] * SHAPE.value_dim + channel[None, :]
     inside = valid[:, None] & (channel < SHAPE.value_dim)[None, :]
-    if carried is not None:
+    if carried is not None:  # noqa: SIM102 - known when it is compiled
         if tl.load(tile + 6) == 0:
             acc = tl.load(carried[0] + state, mask=inside, other=0.0)
             m = tl.load(carried[1] + place, mask=valid, other=0.0)
@@ -135,7 +135,7 @@ def attend_decoded(query, key, value, cache, tiles, starts, first_rows, head_fra
         q, keys + at * SHAPE.key_dim, values + at * SHAPE.value_dim, positions, last, low, high, m, total, acc,
         SHAPE, M, PAGES,
     )  # fmt: skip
-    if carried is not None:
+    if carried is not None:  # noqa: SIM102 - known when it is compiled
         if tl.load(tile + 7) == 0:
             tl.store(carried[0] + state, acc, mask=inside)
             tl.store(carried[1] + place, m, mask=valid)
