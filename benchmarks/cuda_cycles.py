@@ -59,9 +59,9 @@ class Count:
 
 
 def page_loop(code: str) -> list[tuple[str, str, str]]:
-    """Name, suffixes and operands of the instructions of the loop around transposed weights.
+    """Name, suffixes and operands of the instructions of the loop around transposed weights: the inmost one.
 
-    The own page's code has transpositions too, in no loop.
+    The own page's code has transpositions too; the loop around both is longer.
     """
     instructions: list[tuple[str, str, str]] = []
     labels: dict[str, int] = {}
@@ -74,7 +74,7 @@ def page_loop(code: str) -> list[tuple[str, str, str]]:
             target = re.search(r"`\((\.L_x_\d+)\)", found[4])
             if found[2] == "BRA" and target and target[1] in labels:
                 body = instructions[labels[target[1]] :]
-                if any(name == "MOVM" for name, _, _ in body) and len(body) > len(best):
+                if any(name == "MOVM" for name, _, _ in body) and (not best or len(body) < len(best)):
                     best = body
     assert best, "no loop with transposed weights"
     return best

@@ -12,7 +12,7 @@ from kvbits.codecs import LayerRounding, Place, Rounding
 from kvbits.config import PAGE_TOKENS
 from kvbits.kernels.triton.append import append_rows
 from kvbits.kernels.triton.attention import decode_splits, merge_splits, prefill_tiles
-from kvbits.kernels.triton.format import Block, Format, Shape
+from kvbits.kernels.triton.format import Block, Shape
 from kvbits.kernels.triton.pieces import Piece, Tiling
 from kvbits.kernels.triton.prompt import attend_decoded
 from kvbits.kernels.triton.seal import seal_pages
@@ -108,35 +108,31 @@ def _seal(
     if not len(pages):
         return
     buffer, opened = layer.view.buffer, layer.view.open
-    parts: tuple[tuple[Tensor, Format, Pointers, int, int], ...] = (
-        (sides.key, block.keys, key_rounding, 0, 0),
-        (sides.value, block.values, value_rounding, layer.open.values_at, block.values_at),
-    )
-    for rows, page, rounding, open_at, at in parts:
-        cache = (buffer, buffer.stride(0), opened.offset + open_at, layer.open.bytes, place.offset + at, block.bytes)
-        args = _rows(rows), cache, pages, tables.starts, tables.first_rows, tables.head[opened.frame], frames, rounding
-        # a product that is fused with a sum is rounded once less: the bytes would be other ones
-        launch(
-            seal_pages, (len(pages), layer.shape.kv_heads), args, {"FORMAT": page}, num_warps=4, enable_fp_fusion=False
-        )
+    cache = buffer, buffer.stride(0), opened.offset, place.offset
+    args = (
+        _rows(sides.key), _rows(sides.value), cache, pages, tables.starts, tables.first_rows,
+        tables.head[opened.frame], frames, key_rounding, value_rounding,
+    )  # fmt: skip
+    grid = len(pages), layer.shape.kv_heads, 2
+    # a product that is fused with a sum is rounded once less: the bytes would be other ones
+    launch(seal_pages, grid, args, {"OPEN": layer.open, "SEALED": block}, num_warps=4, enable_fp_fusion=False)
 
 
 def append(launch: Launch, layer: LayerKernels, tables: StepTables, sides: Sides) -> None:
     """Store the rows of pages that stay open."""
     buffer, opened = layer.view.buffer, layer.view.open
-    for rows, page, at in ((sides.key, layer.open.keys, 0), (sides.value, layer.open.values, layer.open.values_at)):
-        args = (
-            _rows(rows),
-            (buffer, buffer.stride(0), opened.offset, layer.open.bytes, at),
-            tables.starts,
-            tables.counts,
-            tables.first_rows,
-            tables.head[opened.frame],
-            tables.tail[opened.frame],
-        )
-        constants = {"KEY": page.key, "DIM": page.dim, "BLOCK": page.dim_block}
-        grid = len(tables.starts), layer.shape.kv_heads, 2
-        launch(append_rows, grid, args, constants, num_warps=4)
+    args = (
+        _rows(sides.key),
+        _rows(sides.value),
+        (buffer, buffer.stride(0), opened.offset),
+        tables.starts,
+        tables.counts,
+        tables.first_rows,
+        tables.head[opened.frame],
+        tables.tail[opened.frame],
+    )
+    grid = len(tables.starts), layer.shape.kv_heads, 4
+    launch(append_rows, grid, args, {"OPEN": layer.open}, num_warps=4)
 
 
 def decode(
