@@ -53,7 +53,7 @@ class Piece:
 def tiling_of(layer: LayerGeometry, shared: int) -> Tiling:
     """``shared``: bytes of shared memory that a program can have."""
     if max(layer.key_dim, layer.value_dim) > 128 and shared < WIDE_SHARED:
-        return Tiling(64, 1, 4, 1)
+        return Tiling(64, 1, 8, 1)
     return Tiling(128, 1, 8, 2) if layer.group_size > 1 else Tiling(64, 1, 4, 2)
 
 
