@@ -5,6 +5,7 @@ import triton.language as tl
 
 from kvbits.config import PAGE_TOKENS
 from kvbits.kernels.base import SPLIT_PAGES
+from kvbits.kernels.triton.decode import attend_pages
 from kvbits.kernels.triton.numbers import convert
 from kvbits.kernels.triton.softmax import finish
 from kvbits.kernels.triton.tile import attend_own, attend_sealed, load_query, oldest_page, tile_rows
@@ -47,10 +48,16 @@ def decode_splits(query, key, value, cache, tiles, starts, first_rows, sealed, h
         low = tl.maximum((slot - 1) * _SPLIT, oldest_page(first, SHAPE))
         high = tl.minimum(slot * _SPLIT, page)
         if low < high:
-            m, total, acc = attend_sealed(
-                q, query, rows, heads, valid, positions, cache, head, sealed[0] + sequence * sealed[1],
-                sink_frames + sequence, low, high, m, total, acc, SHAPE, SEALED, SINK,
-            )  # fmt: skip
+            if q.dtype == tl.bfloat16:
+                m, total, acc = attend_pages(
+                    q, query, rows, heads, valid, positions, cache, head, sealed[0] + sequence * sealed[1],
+                    sink_frames + sequence, low, high, M, SHAPE, SEALED, SINK,
+                )  # fmt: skip
+            else:
+                m, total, acc = attend_sealed(
+                    q, query, rows, heads, valid, positions, cache, head, sealed[0] + sequence * sealed[1],
+                    sink_frames + sequence, low, high, m, total, acc, SHAPE, SEALED, SINK,
+                )  # fmt: skip
     row = tl.arange(0, M)
     place = ((index * SHAPE.kv_heads + head) * tl.num_programs(2) + slot).to(tl.int64) * M + row
     tl.store(partial[1] + place, m)
