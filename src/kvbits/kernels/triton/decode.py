@@ -18,10 +18,12 @@ from kvbits.kernels.triton.folded import (
 )
 from kvbits.kernels.triton.hadamard import rotate
 from kvbits.kernels.triton.numbers import convert, widen
-from kvbits.kernels.triton.softmax import accumulate, logits
+from kvbits.kernels.triton.own import load_own
+from kvbits.kernels.triton.softmax import accumulate, logits, product
 from kvbits.kernels.triton.tile import load_query, page_scores
 
 _TOKENS = tl.constexpr(PAGE_TOKENS)
+_FEW = tl.constexpr(16)  # tokens of the own page that a program's registers hold
 
 
 @triton.jit
@@ -143,4 +145,31 @@ def attend_pages(q, query, rows, heads, valid, positions, cache, head, sealed_ro
             q, rotated, parts, sums, query, rows, heads, valid, positions, page, block, state, SHAPE, SEALED
         )
     m, total, acc, _ = _whole(state, VALUES)
+    return m, total, acc
+
+
+@triton.jit
+def attend_few(q, key, value, valid, positions, open_block, head, page, start, first_row, end, M: tl.constexpr,
+               SHAPE: tl.constexpr, OPEN: tl.constexpr):  # fmt: skip
+    """The same of the queries' own page, in 16 bit, some tokens at a time; arguments as for
+    :func:`~kvbits.kernels.triton.tile.attend_own`."""
+    m = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    acc = tl.full([M, SHAPE.value_block], 0.0, tl.float32)
+    for skip in range(0, end - page * _TOKENS, _FEW):
+        channel = tl.arange(0, SHAPE.key_block)
+        keys = load_own(
+            key, open_block, head, page, start, first_row, end, channel, True, SHAPE.key_dim, skip, _FEW
+        )  # fmt: skip
+        scores = logits(product(q, keys), SHAPE)
+        distance = positions[:, None] - (page * _TOKENS + skip + tl.arange(0, _FEW))[None, :]
+        seen = valid[:, None] & (distance >= 0)
+        if SHAPE.window > 0:
+            seen = seen & (distance < SHAPE.window)
+        channel = tl.arange(0, SHAPE.value_block)
+        values = load_own(
+            value, open_block + OPEN.values_at, head, page, start, first_row, end, channel, False, SHAPE.value_dim,
+            skip, _FEW,
+        )  # fmt: skip
+        m, total, acc = accumulate(tl.where(seen, scores, float("-inf")), values, m, total, acc, q.dtype)
     return m, total, acc
