@@ -6,7 +6,7 @@ product's operand, and the rest is arithmetic in registers. Rows of a part lie a
 queries come in the order of the keys' channels, softmax weights in that of the values' tokens.
 
 Of ``scale * (unit - offset) + zero``, where ``unit`` is the integer that is multiplied, the scale is multiplied into
-the query or the weights and rounded there; what the middle ``unit`` makes is added in float32, so that the error of
+the query or the weights and rounded there; what the middle ``unit`` means is added apart, so that the error of
 the rounding meets what remains of a code, half of its range at most.
 """
 
@@ -45,17 +45,19 @@ def parts_of(form) -> int:
 
 @triton.constexpr_function
 def _offset(form) -> float:
-    """The unit of code 0."""
-    bits = 8 if form.kind == "nibbles" and not form.draft else form.bits
-    magic = 0.0 if bits == 8 else 128.0
-    return magic + (2.0 ** (form.bits - 1) if form.symmetric and form.kind == "affine" else 0.0)
+    """The unit of what has the value ``zero``; of a draft, 16 high nibbles are a unit."""
+    if form.kind == "nibbles":
+        if form.draft:
+            return 128.0 + ((128.0 if form.symmetric else 0.0) - 7.5) / 16.0
+        return 128.0 if form.symmetric else 0.0
+    return (0.0 if form.bits == 8 else 128.0) + (2.0 ** (form.bits - 1) if form.symmetric else 0.0)
 
 
 @triton.constexpr_function
 def _middle(form) -> float:
-    """The unit in the middle of all."""
-    bits = 4 if form.kind == "nibbles" and form.draft else 8 if form.kind == "nibbles" else form.bits
-    return (0.0 if bits == 8 else 128.0) + (2.0**bits - 1.0) / 2.0
+    """The unit in the middle of all, exact in bfloat16."""
+    bits = 4 if form.kind == "nibbles" and form.draft else form.bits
+    return 128.0 if bits == 8 else 128.0 + 2.0 ** (bits - 1)
 
 
 @triton.jit
@@ -144,15 +146,11 @@ def _params(page, index, FORMAT: tl.constexpr):
         params = (page + FORMAT.params_at).to(tl.pointer_type(tl.float16))
         scale = tl.load(params + index, mask=inside, other=0.0).to(tl.float32)
         zeros = params + count
-    middle = scale * (_middle(FORMAT) - _offset(FORMAT))
-    if FORMAT.kind == "nibbles":
-        middle = scale * 127.5
-        if FORMAT.symmetric:
-            middle -= 128.0 * scale
-    if not FORMAT.symmetric:
-        middle += tl.load(zeros + index, mask=inside, other=0.0).to(tl.float32)
     if FORMAT.kind == "nibbles" and FORMAT.draft:
         scale = 16.0 * scale
+    middle = scale * (_middle(FORMAT) - _offset(FORMAT))
+    if not FORMAT.symmetric:
+        middle += tl.load(zeros + index, mask=inside, other=0.0).to(tl.float32)
     return scale, middle
 
 
@@ -195,15 +193,20 @@ def key_scores(queries, sums, page, FORMAT: tl.constexpr, VALUES: tl.constexpr):
     scores = tl.zeros([queries[0].shape[0], _TOKENS], tl.float32)
     if FORMAT.kind == "affine" or FORMAT.kind == "nibbles":
         if FORMAT.per_row:
-            rest = tl.zeros([queries[0].shape[0], size], tl.float32)
+            # sums over channels are products too: what is multiplied lies as products want it, and nowhere else
+            rest = tl.zeros([queries[0].shape[0], _LEAST], tl.float32)
+            ones = tl.full([size, _LEAST], -_middle(FORMAT), tl.float32)
             for i in tl.static_range(PARTS):
                 row = part_rows(i * size + tl.arange(0, size), PARTS, FORMAT.dim_block)
                 scale, middle = _params(page, row, FORMAT)
-                q = widen(queries[i])
-                rounded, scaled = nearest16(q * scale[None, :])
-                rest += q * middle[None, :] - rounded * _middle(FORMAT)
+                scaled = convert(widen(queries[i]) * scale[None, :], tl.bfloat16)
+                rounded, high = nearest16(middle)
+                rest = product(queries[i], tl.broadcast_to(high[:, None], [size, _LEAST]), rest)
+                low = convert(middle - rounded, tl.bfloat16)
+                rest = product(queries[i], tl.broadcast_to(low[:, None], [size, _LEAST]), rest)
+                rest = product(scaled, ones, rest)
                 scores = product(scaled, _units(halfwords, i, PARTS, FORMAT), scores)
-            return scores + tl.sum(rest, 1)[:, None]
+            return scores + tl.max(rest, 1)[:, None]
         else:
             for i in tl.static_range(PARTS):
                 scores = product(queries[i], _units(halfwords, i, PARTS, FORMAT), scores)
