@@ -156,7 +156,10 @@ def decode(
         torch.empty(*size, device=out.device),
     )
     args = *_attention_arguments(layer, tables, tiles, sides), partial
-    launch(decode_splits, size[:3], args, _attention_constants(layer, tiles), **_ATTENTION)
+    # parts of pages go through one warp's registers: it waits for no other
+    warps = 1 if sides.query.dtype == torch.bfloat16 else 4
+    constants = _attention_constants(layer, tiles)
+    launch(decode_splits, size[:3], args, constants, **{**_ATTENTION, "num_warps": warps})
     merge = partial, tiles.table, sinks, _rows(out), tiles.slots
     launch(merge_splits, size[:2], merge, {"SHAPE": shape, "M": tiles.rows}, **_ATTENTION)
 
