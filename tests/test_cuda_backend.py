@@ -15,6 +15,7 @@ from kvbits.codecs import SCHEMES, parse_policy
 from kvbits.config import LayerGeometry, ModelGeometry
 from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.kernels import BatchLayout, SequencePages, choose_backend, kernels_line
+from kvbits.kernels.base import Ints
 from kvbits.kernels.cuda import nvrtc
 from kvbits.kernels.cuda.attend import Step
 from kvbits.kernels.cuda.variant import Variant, variant_of

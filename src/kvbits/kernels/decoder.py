@@ -17,7 +17,6 @@ from kvbits.kernels.experts import Experts, Gate
 from kvbits.kernels.products import PackedWeight
 from kvbits.pool import LayerView
 
-
 W = TypeVar("W")
 """What a weight ``[out, in]`` is to whoever multiplies with it; here :class:`PackedWeight`."""
 
