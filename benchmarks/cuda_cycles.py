@@ -75,10 +75,13 @@ def loops(code: str) -> list[list[tuple[str, str, str]]]:
 
 
 def page_loop(code: str) -> list[tuple[str, str, str]]:
-    """The longest loop around transposed weights; the own page's code has transpositions too, in no loop."""
+    """The inmost loop around transposed weights.
+
+    The own page's code has transpositions too; the loop around both is longer.
+    """
     around = [body for body in loops(code) if any(name == "MOVM" for name, _, _ in body)]
     assert around, "no loop with transposed weights"
-    return max(around, key=len)
+    return min(around, key=len)
 
 
 def ahead(loop: list[tuple[str, str, str]]) -> list[int]:

@@ -94,8 +94,8 @@ def own_step(model: Any, prompts: list[list[int]], device: str) -> float:
 
 
 def measure(
-    loaded: LoadedModel, dtype: str, prompts: list[list[int]], tokens: int, expected: torch.Tensor, config: EngineConfig,
-    bandwidth: float, limit: float,
+    loaded: LoadedModel, dtype: str, prompts: list[list[int]], tokens: int, expected: torch.Tensor,
+    config: EngineConfig, bandwidth: float, limit: float,
 ) -> dict[str, Any]:  # fmt: skip
     """Seconds of prefill and of decode steps; gives up after ``limit`` seconds."""
     device = loaded.device.type
@@ -151,9 +151,7 @@ def main() -> None:
     model = model_of(args.shape, args.device)
     g = torch.Generator().manual_seed(1)
     length = args.context - args.tokens
-    prompts = [
-        torch.randint(4, model.config.vocab_size, (length,), generator=g).tolist() for _ in range(args.batch)
-    ]
+    prompts = [torch.randint(4, model.config.vocab_size, (length,), generator=g).tolist() for _ in range(args.batch)]
     with torch.inference_mode():  # before the attention is changed
         probe = torch.tensor([prompts[0][: min(300, length)]], device=args.device)
         expected = model(input_ids=probe).logits[0, PAGE_TOKENS:].float().cpu()

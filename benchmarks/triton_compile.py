@@ -67,10 +67,7 @@ class Launched:
 
     @property
     def name(self) -> str:
-        """The kernel, with the side that it works on."""
-        name = self.kernel.fn.__name__
-        side = self.constants["FORMAT"].key if "FORMAT" in self.constants else self.constants.get("KEY")
-        return name if side is None else f"{name} ({'keys' if side else 'values'})"
+        return str(self.kernel.fn.__name__)
 
 
 def record(dtype: str, layer: LayerGeometry, queries: torch.dtype) -> list[Launched]:

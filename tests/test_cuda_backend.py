@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,11 @@ from kvbits.codecs import SCHEMES, parse_policy
 from kvbits.config import LayerGeometry, ModelGeometry
 from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.kernels import BatchLayout, SequencePages, choose_backend, kernels_line
+from kvbits.kernels.base import Ints
 from kvbits.kernels.cuda import nvrtc
 from kvbits.kernels.cuda.attend import Step
 from kvbits.kernels.cuda.variant import Variant, variant_of
-from kvbits.kernels.cuda.work import WAVES, Work, work_list
+from kvbits.kernels.cuda.work import OWN, WAVES, Work, work_list
 from kvbits.kernels.reference import ReferenceBackend
 from kvbits.pool import PagedPool
 
@@ -47,12 +49,13 @@ def pages_by_tile(work: Work) -> list[list[int]]:
     found: list[list[int]] = []
     items = np.concatenate([work.items, work.first_pages])
     for index, tile in enumerate(work.tiles):
-        own = items[items[:, 0] == index]
-        own = own[np.argsort(own[:, 1])]
-        assert own[:, 1].tolist() == list(range(tile[5]))
-        assert own[0, 3] == -1
-        assert (own[1:, 3] > own[1:, 2]).all()
-        found.append([page for _, _, low, high in own[1:] for page in range(low, high)])
+        mine = items[items[:, 0] == index]
+        assert len(mine) == tile[6]
+        assert np.count_nonzero(mine[:, 3] < 0) == 1  # slot 0 is the own page's
+        spans = sorted((slot, low, ~high if high < 0 else high) for _, slot, low, high in mine.tolist())
+        spans = [span for span in spans if span[1] < span[2]]
+        assert [slot for slot, _, _ in spans] == list(range(1, tile[5]))
+        found.append([page for _, low, high in spans for page in range(low, high)])
     slots = work.tiles[:, 4], work.tiles[:, 4] + work.tiles[:, 5]
     assert slots[0].tolist() == [0, *slots[1][:-1].tolist()]
     assert slots[1][-1] == work.slots
@@ -81,8 +84,13 @@ def test_a_batch_of_one_fills_the_machine(context: int) -> None:
     blocks, pages = 8 * len(work.items), 8 * (context // 64)
     assert blocks <= 396
     assert blocks >= min(pages, 200)
-    lengths = np.diff(work.items[1:, 2:], axis=1)
-    assert lengths.max() - lengths.min() <= 1
+    lengths = np.sort(lengths_of(work)[work.items[:, 3] >= 0])
+    assert lengths[-1] - lengths[1] <= 1  # the own page is part of one
+
+
+def lengths_of(work: Work) -> Ints:
+    end = work.items[:, 3]
+    return np.where(end < 0, ~end, end) - work.items[:, 2]
 
 
 @pytest.mark.parametrize("sequences", [16, 64])
@@ -90,10 +98,21 @@ def test_large_batches_end_together(sequences: int) -> None:
     """One wave where it has room for all tiles; else several short ones, the longest items first."""
     depths = [512 * (i + 1) for i in range(sequences)]
     work = work_list(batch_of(*((depth, 1) for depth in depths)), 4, 8, None, False, 396)
-    lengths = np.diff(work.items[sequences:, 2:], axis=1).ravel()
-    assert (np.diff(lengths) <= 0).all()
-    assert 8 * len(work.items) <= (396 if sequences == 16 else WAVES * 396)
-    assert lengths.max() <= 2 * sum(depths) / 64 / (len(work.items) - sequences)
+    lengths = lengths_of(work)
+    assert (np.diff(lengths) <= OWN).all()  # an own page comes on top
+    assert 8 * len(work.items) <= WAVES * 396
+    assert lengths.max() <= 2 * sum(depths) / 64 / len(work.items)
+
+
+@pytest.mark.parametrize(("sequences", "context"), [(16, 8192), (16, 32_768), (64, 4096), (1, 131_072)])
+def test_blocks_end_together(sequences: int, context: int) -> None:
+    """Taken by whichever of 396 blocks is free, the items take at most a seventh more than pages without gaps."""
+    work = work_list(batch_of(*[(context - 1, 1)] * sequences), 4, 8, None, False, 396)
+    free = [0] * 396
+    for length in lengths_of(work).tolist():
+        for _ in range(8):
+            heapq.heapreplace(free, free[0] + length)
+    assert max(free) <= 8 / 7 * sequences * 8 * (context // 64) / 396
 
 
 def test_which_layers_have_kernels() -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from helpers.tiny import tiny_model
 from helpers.tiny_engine import PROMPTS, loaded, make, one_thread, original, packed, prompt_of, tokens
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kvbits.engine import graphs, model_runner
 from kvbits.engine.config import EngineConfig
@@ -41,6 +46,38 @@ class Rerun:
     def replay(self) -> None:
         Rerun.replays += 1
         self._out.copy_(self._step())
+
+
+class Watched(Rerun):
+    """Records without remembering the step, as a device does: only the addresses of what it read."""
+
+    def capture(self, step: Callable[[], Tensor]) -> Tensor:
+        step()
+        with Reads() as reads:
+            self._out = step()
+        self.read = reads.from_outside
+        return self._out
+
+
+class Reads(TorchDispatchMode):
+    """Collects the memory that operators read and none of them made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: set[int] = set()
+        self._kept: list[Any] = []
+        self.from_outside: list[StorageWeakRef] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for x in tree_leaves((args, kwargs)):
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self._made:
+                self.from_outside.append(StorageWeakRef(x.untyped_storage()))
+        out = func(*args, **(kwargs or {}))
+        made = [x.untyped_storage() for x in tree_leaves(out) if isinstance(x, Tensor)]
+        outside = {ref.cdata for ref in self.from_outside}
+        self._made.update(x._cdata for x in made if x._cdata not in outside)
+        self._kept += made  # an address means one storage as long as this lives
+        return out
 
 
 class Broken(Rerun):
@@ -79,6 +116,18 @@ def test_replayed_steps_give_the_same_tokens(packed: LoadedModel, recorded: list
     llm.engine._runner.graphs = None
     assert tokens(llm, PROMPTS, params) == got
     assert Rerun.replays == before
+
+
+def test_what_a_recording_reads_lives_as_long_as_it(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device's graph reads addresses: memory that went back to the allocator would hold anything."""
+    made = recording(monkeypatch, Watched)
+    make(loaded, ReferenceBackend(), "int4", max_num_seqs=2).engine.warm_up(lambda line: None)
+    gc.collect()
+    known = made[-1]._known.values()
+    assert [len(r.layout.counts) for r in known] == [1, 2]
+    for r in known:
+        assert len(r.graph.read) > 40
+        assert not any(ref.expired() for ref in r.graph.read)
 
 
 def test_deeper_sequences_get_recordings_of_their_own(

@@ -19,6 +19,7 @@ from helpers.attention import PLAIN, SHAPES, Inputs, check_tentative_step, make_
 from helpers.driver import Frames
 from helpers.hard_pages import assert_same, broken_pages, expected, hard_pages, sealed
 from helpers.huge import assert_huge_pages_are_read
+from helpers.on_device import OnDevice
 from helpers.rounding import pages, rounding_of
 from helpers.tiny import tiny_model
 from torch import Tensor
@@ -31,11 +32,10 @@ from kvbits.engine.engine import Engine
 from kvbits.engine.params import SamplingParams
 from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.hf import QuantizedCache
-from kvbits.kernels import Backend, BatchLayout, choose_backend
+from kvbits.kernels import BatchLayout, choose_backend
 from kvbits.kernels.cpu import CpuBackend
 from kvbits.kernels.reference import ReferenceBackend
 from kvbits.models.load import wrap
-from kvbits.pool import LayerView
 
 pytest.importorskip("triton", reason="Triton exists for Linux only")
 
@@ -51,33 +51,6 @@ ODD = {
     "mix8_4": LayerGeometry(2, 1, 192, 128, 192**-0.5),
     "mix4_2": LayerGeometry(2, 1, 256, 256, 256**-0.5),
 }
-
-
-class OnDevice(Backend):
-    """The Triton backend for pools and rows in host memory, which it copies to the device and back."""
-
-    name = "triton on a device"
-
-    def __init__(self) -> None:
-        from kvbits.kernels.triton.backend import TritonBackend
-
-        self.inner = TritonBackend(DEVICE)
-
-    def supports(self, scheme: Scheme, layer: LayerGeometry) -> str | None:
-        return self.inner.supports(scheme, layer)
-
-    def forward(
-        self, view: LayerView, batch: BatchLayout, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None
-    ) -> Tensor:
-        buffer = view.buffer.to(DEVICE)
-        out = self.inner.forward(
-            replace(view, buffer=buffer),
-            batch,
-            *(x.to(DEVICE) for x in (query, key, value)),
-            None if sinks is None else sinks.to(DEVICE),
-        )
-        view.buffer.copy_(buffer)
-        return out.cpu()
 
 
 def assert_agrees(layer: LayerGeometry, dtype: str, lengths: list[int], chunk: int = 129, draft: bool = False) -> None:

@@ -6,9 +6,8 @@ import triton.language as tl
 from kvbits.config import PAGE_TOKENS
 from kvbits.kernels.base import SPLIT_PAGES
 from kvbits.kernels.triton.decode import attend_few, attend_pages
-from kvbits.kernels.triton.numbers import convert
 from kvbits.kernels.triton.softmax import finish
-from kvbits.kernels.triton.tile import attend_own, attend_sealed, load_query, oldest_page, tile_rows
+from kvbits.kernels.triton.tile import attend_own, attend_sealed, load_query, oldest_page, store_result, tile_rows
 
 _TOKENS = tl.constexpr(PAGE_TOKENS)
 _SPLIT = tl.constexpr(SPLIT_PAGES)
@@ -89,43 +88,25 @@ def merge_splits(partial, tiles, sinks, out, slots, SHAPE: tl.constexpr, M: tl.c
         part = tl.load(address, mask=valid[:, None], other=0.0)
         acc = acc * alpha[:, None] + part * beta[:, None]
         m = m_new
-    _store(finish(m, total, acc, sinks, heads, SHAPE), out, rows, heads, valid, SHAPE)
-
-
-@triton.jit
-def _load_before(before, rows, heads, valid, SHAPE: tl.constexpr):
-    """The state of the softmax after a mean ``[rows, heads, value_dim]`` and its log-sum-exp."""
-    place = rows.to(tl.int64) * (SHAPE.kv_heads * SHAPE.group) + heads
-    m = tl.load(before[1] + place, mask=valid, other=float("-inf")) * 1.4426950408889634
-    channel = tl.arange(0, SHAPE.value_block)
-    mask = valid[:, None] & (channel < SHAPE.value_dim)[None, :]
-    mean = tl.load(before[0] + place[:, None] * SHAPE.value_dim + channel[None, :], mask=mask, other=0.0)
-    return m, tl.where(m == float("-inf"), 0.0, 1.0), mean
+    store_result(finish(m, total, acc, sinks, heads, SHAPE), out, rows, heads, valid, SHAPE)
 
 
 @triton.jit
 def prefill_tiles(query, key, value, cache, tiles, starts, first_rows, sealed, head_frames, sink_frames, sinks, out,
-                  before, SHAPE: tl.constexpr, SEALED: tl.constexpr, OPEN: tl.constexpr, SINK: tl.constexpr,
+                  SHAPE: tl.constexpr, SEALED: tl.constexpr, OPEN: tl.constexpr, SINK: tl.constexpr,
                   M: tl.constexpr):  # fmt: skip
-    """Grid ``(tiles, kv_heads)``: sealed pages, then the tile's own, and the result. Arguments as above.
-
-    ``before``: ``None``, or (mean, log-sum-exp): what came of the sealed pages already.
-    """
+    """Grid ``(tiles, kv_heads)``: sealed pages, then the tile's own, and the result. Arguments as above."""
     index, head = tl.program_id(0), tl.program_id(1)
     sequence, first, count, positions, rows, heads, valid = tile_rows(tiles, index, head, SHAPE, M)
     page = first // _TOKENS
     q = load_query(query, rows, heads, valid, tl.arange(0, SHAPE.key_block), SHAPE)
-    if before is not None:
-        m, total, acc = _load_before(before, rows, heads, valid, SHAPE)
-    else:
-        m = tl.full([M], float("-inf"), tl.float32)
-        total = tl.zeros([M], tl.float32)
-        acc = tl.full([M, SHAPE.value_block], 0.0, tl.float32)
-        m, total, acc = attend_sealed(
-            q, query, rows, heads, valid, positions, cache, head, sealed[0] + sequence * sealed[1],
-            sink_frames + sequence, oldest_page(first, SHAPE), page, m, total, acc,
-            SHAPE, SEALED, SINK,
-        )  # fmt: skip
+    m = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    acc = tl.full([M, SHAPE.value_block], 0.0, tl.float32)
+    m, total, acc = attend_sealed(
+        q, query, rows, heads, valid, positions, cache, head, sealed[0] + sequence * sealed[1],
+        sink_frames + sequence, oldest_page(first, SHAPE), page, m, total, acc, SHAPE, SEALED, SINK,
+    )  # fmt: skip
     frame = tl.load(head_frames + sequence).to(tl.int64)
     open_block = cache[0] + frame * cache[1] + cache[3] + head * OPEN.bytes
     start, first_row = tl.load(starts + sequence), tl.load(first_rows + sequence)
@@ -133,12 +114,4 @@ def prefill_tiles(query, key, value, cache, tiles, starts, first_rows, sealed, h
         q, key, value, valid, positions, open_block, head, page, start, first_row, first + count, m, total, acc,
         SHAPE, OPEN,
     )  # fmt: skip
-    _store(finish(m, total, acc, sinks, heads, SHAPE), out, rows, heads, valid, SHAPE)
-
-
-@triton.jit
-def _store(result, out, rows, heads, valid, SHAPE: tl.constexpr):
-    channel = tl.arange(0, SHAPE.value_block)
-    target = out[0] + (rows.to(tl.int64) * out[1] + heads * out[2])[:, None] + channel[None, :]
-    mask = valid[:, None] & (channel < SHAPE.value_dim)[None, :]
-    tl.store(target, convert(result, out[0].dtype.element_ty), mask=mask)
+    store_result(finish(m, total, acc, sinks, heads, SHAPE), out, rows, heads, valid, SHAPE)

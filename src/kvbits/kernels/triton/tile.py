@@ -132,3 +132,12 @@ def attend_own(q, key, value, valid, positions, open_block, head, page, start, f
         value, open_block + OPEN.values_at, head, page, start, first_row, end, channel, False, SHAPE.value_dim
     )
     return accumulate(_seen(scores, positions, page, valid, SHAPE), values, m, total, acc, q.dtype)
+
+
+@triton.jit
+def store_result(result, out, rows, heads, valid, SHAPE: tl.constexpr):
+    """``[m, value_dim]`` in the type of ``out``: (pointer, stride of a row, stride of a head)."""
+    channel = tl.arange(0, SHAPE.value_block)
+    target = out[0] + (rows.to(tl.int64) * out[1] + heads * out[2])[:, None] + channel[None, :]
+    mask = valid[:, None] & (channel < SHAPE.value_dim)[None, :]
+    tl.store(target, convert(result, out[0].dtype.element_ty), mask=mask)
