@@ -355,8 +355,9 @@ def test_kernels_compile_ahead_of_time(tmp_path: Path) -> None:
     rows = [line.split() for line in done.stdout.splitlines()[1:]]
     assert [row[:3] for row in rows] == [["int4", "decode_splits", t] for t in ("sm_80", "sm_90", "gfx942")]
     for row in rows:
-        warps, registers, spilled, shared = map(int, row[3:])
-        assert (warps, spilled) == (4, 0)
+        warps, registers, spilled, shared, cycles = map(int, row[3:])
+        assert (warps, spilled) == (1, 0)
+        assert (cycles > 100) == (row[2] != "gfx942")
         assert 32 < registers <= 512
         assert 0 < shared <= 64 << 10
 

@@ -16,7 +16,7 @@ _SPLIT = tl.constexpr(SPLIT_PAGES)
 @triton.jit
 def decode_splits(query, key, value, cache, tiles, starts, first_rows, sealed, head_frames, sink_frames, partial,
                   SHAPE: tl.constexpr, SEALED: tl.constexpr, OPEN: tl.constexpr, SINK: tl.constexpr,
-                  M: tl.constexpr):  # fmt: skip
+                  M: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     """Grid ``(tiles, kv_heads, slots)``: slot 0 is the tile's own page, slot ``i + 1`` the ``i``-th split of pages.
 
     ``query``, ``key``, ``value``: (pointer, stride of a row, stride of a head); ``cache`` as for
@@ -24,7 +24,8 @@ def decode_splits(query, key, value, cache, tiles, starts, first_rows, sealed, h
     position of the first; ``sealed``: (``int32`` pointer, stride of a sequence); ``head_frames``, ``sink_frames``
     ``int32 [sequences]``.
     ``partial``: pointers to ``float32 [tiles, kv_heads, slots, M, value_block]`` (sums), ``[..., M]`` (maxima) and
-    ``[..., M]`` (weights); rows that are none stay as they are.
+    ``[..., M]`` (weights); rows that are none stay as they are. ``PARTS``: sealed
+    pages are read in parts (:mod:`kvbits.kernels.triton.folded`), which needs queries in bfloat16.
     """
     index, head, slot = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, first, count, positions, rows, heads, valid = tile_rows(tiles, index, head, SHAPE, M)
@@ -46,7 +47,7 @@ def decode_splits(query, key, value, cache, tiles, starts, first_rows, sealed, h
         low = tl.maximum((slot - 1) * _SPLIT, oldest_page(first, SHAPE))
         high = tl.minimum(slot * _SPLIT, page)
         if low < high:
-            if q.dtype == tl.bfloat16:
+            if PARTS:
                 m, total, acc = attend_pages(
                     q, query, rows, heads, valid, positions, cache, head, sealed[0] + sequence * sealed[1],
                     sink_frames + sequence, low, high, M, SHAPE, SEALED, SINK,

@@ -32,8 +32,8 @@ class TritonBackend(Backend):
     """Kernels for NVIDIA, AMD and Intel GPUs; on the CPU in Triton's interpreter only, which is for tests.
 
     Pages are byte for byte those of the other backends. Numbers: float32 rows are multiplied in float32, bfloat16 rows
-    with keys, values and softmax weights rounded to bfloat16, both added in float32. Raises ``ConfigError`` for a
-    ``device`` that Triton has no kernels for.
+    with keys (or queries times their scales), values and softmax weights rounded to bfloat16, both added in float32.
+    Raises ``ConfigError`` for a ``device`` that Triton has no kernels for.
     """
 
     name = "triton"

@@ -141,9 +141,7 @@ def attend_pages(q, query, rows, heads, valid, positions, cache, head, sealed_ro
     for page in range(low, high):
         frame = tl.load(sealed_row + page).to(tl.int64)
         block = cache[0] + frame * cache[1] + cache[2] + head * SEALED.bytes
-        state = _visit(
-            q, rotated, parts, sums, query, rows, heads, valid, positions, page, block, state, SHAPE, SEALED
-        )
+        state = _visit(q, rotated, parts, sums, query, rows, heads, valid, positions, page, block, state, SHAPE, SEALED)
     m, total, acc, _ = _whole(state, VALUES)
     return m, total, acc
 

@@ -1,13 +1,13 @@
 """Sealed pages without dequantizing them: codes go to the product as bfloat16 integers, scales to the other operand.
 
-Pages are read as 16-bit halfwords, ``16 / width`` codes each: a *part* is what lies at one place of all halfwords, and a
-product takes a part at a time. So nothing moves between threads: Triton loads the halfwords in the order of the
+Pages are read as 16-bit halfwords, ``16 / width`` codes each: a *part* is what lies at one place of all halfwords,
+and a product takes a part at a time. So no code moves between threads: Triton loads the halfwords in the order of the
 product's operand, and the rest is arithmetic in registers. Rows of a part lie apart in the page (:func:`part_rows`);
 queries come in the order of the keys' channels, softmax weights in that of the values' tokens.
 
 Of ``scale * (unit - offset) + zero``, where ``unit`` is the integer that is multiplied, the scale is multiplied into
-the query or the weights and rounded there; what the middle ``unit`` means is added apart, so that the error of
-the rounding meets what remains of a code, half of its range at most.
+the query or the weights and rounded there; what the middle ``unit`` means is added apart, so that the error of the
+rounding meets what remains of a code, half of its range at most.
 """
 
 import triton
@@ -41,6 +41,12 @@ def parts_of(form) -> int:
     if width == 0 or (not form.key and not form.per_row and form.kind in ("affine", "nibbles")):
         return 0
     return 16 // width if form.row_block * width // 16 >= _LEAST.value else 0
+
+
+@triton.constexpr_function
+def in_parts(block) -> bool:
+    """Whether keys and values of a :class:`~kvbits.kernels.triton.format.Block` are both read in parts."""
+    return parts_of(block.keys) > 0 and parts_of(block.values) > 0
 
 
 @triton.constexpr_function
@@ -115,10 +121,8 @@ def _units(halfwords, PART: tl.constexpr, PARTS: tl.constexpr, FORMAT: tl.conste
         return convert(entry(((high >> shift) & mask).to(tl.int32), FORMAT.bits), tl.bfloat16)
     elif FORMAT.kind == "float8":
         # e5m2 is the upper half of a float16; e4m3 that of one 2**-8 as large, but for the sign
-        if FORMAT.bits == 2:
-            bits = (high << (8 - shift)) & 0xFF00
-        else:
-            bits = ((high << (8 - shift)) & 0x8000) | (((high >> shift) & 0x7F) << 7)
+        top = high << (8 - shift)
+        bits = top & 0xFF00 if FORMAT.bits == 2 else (top & 0x8000) | ((top & 0x7F00) >> 1)
         return convert(bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32), tl.bfloat16)
     elif FORMAT.kind == "nibbles" and not FORMAT.draft:
         code = (((high >> shift) & 15) << 4) | ((low >> shift) & 15)

@@ -12,6 +12,7 @@ from kvbits.codecs import LayerRounding, Place, Rounding
 from kvbits.config import PAGE_TOKENS
 from kvbits.kernels.triton.append import append_rows
 from kvbits.kernels.triton.attention import decode_splits, merge_splits, prefill_tiles
+from kvbits.kernels.triton.folded import in_parts
 from kvbits.kernels.triton.format import Block, Shape
 from kvbits.kernels.triton.pieces import Piece, Tiling
 from kvbits.kernels.triton.prompt import attend_decoded
@@ -156,10 +157,10 @@ def decode(
         torch.empty(*size, device=out.device),
     )
     args = *_attention_arguments(layer, tables, tiles, sides), partial
+    parts = sides.query.dtype == torch.bfloat16 and bool(in_parts(layer.sealed))
+    constants = {**_attention_constants(layer, tiles), "PARTS": parts}
     # parts of pages go through one warp's registers: it waits for no other
-    warps = 1 if sides.query.dtype == torch.bfloat16 else 4
-    constants = _attention_constants(layer, tiles)
-    launch(decode_splits, size[:3], args, constants, **{**_ATTENTION, "num_warps": warps})
+    launch(decode_splits, size[:3], args, constants, **{**_ATTENTION, "num_warps": 1 if parts else 4})
     merge = partial, tiles.table, sinks, _rows(out), tiles.slots
     launch(merge_splits, size[:2], merge, {"SHAPE": shape, "M": tiles.rows}, **_ATTENTION)
 
