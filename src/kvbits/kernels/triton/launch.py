@@ -220,13 +220,12 @@ def attend_pages(
     cache = view.buffer, view.buffer.stride(0), view.open.offset
     rows = _rows(sides.query), _rows(sides.key), _rows(sides.value)
     constants = {"SHAPE": shape, "OPEN": layer.open, "M": tiling.rows, "PAGES": tiling.pages}
-    options = {"num_warps": tiling.warps, "num_stages": tiling.stages, "enable_fp_fusion": True}
     step = tables.starts, tables.first_rows, tables.head[view.open.frame]
     for piece in pieces:
         keys, values = unpack(launch, layer, tables, piece.pages)
         decoded = keys, values, keys.shape[1]
         args = *rows, cache, piece.tiles, *step, *decoded, sinks, _rows(out), carried
-        launch(attend_decoded, (len(piece.tiles), shape.kv_heads), args, constants, **options)
+        launch(attend_decoded, (len(piece.tiles), shape.kv_heads), args, constants, enable_fp_fusion=True, **tiling.options)
 
 
 def _sink_frames(layer: LayerKernels, tables: StepTables) -> Tensor:
