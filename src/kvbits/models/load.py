@@ -157,7 +157,8 @@ def load_model(
 def wrap(model: Any, tokenizer: Any, name: str, geometry: ModelGeometry | None = None) -> LoadedModel:
     """Turn a Hugging Face causal language model that is already in memory into a :class:`LoadedModel`.
 
-    The model's attention implementation becomes kvbits'; on a GPU its layers run fused where they can. Raises ``UnsupportedError`` when kvbits cannot run it.
+    The model's attention implementation becomes kvbits'; on a GPU its layers run fused where they can. Raises
+    ``UnsupportedError`` when kvbits cannot run it.
     """
     geometry = geometry or geometry_of(model, name)
     names = inspect.signature(model.forward).parameters

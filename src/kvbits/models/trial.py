@@ -23,8 +23,8 @@ def both_logits(
     backend: Backend,
     count: int,
 ) -> tuple[Tensor, Tensor]:
-    """Logits of ``count`` tokens, ``float32 [count, vocabulary]``: of ``fused`` and of transformers' own code, each with
-    a small 16-bit cache of its own."""
+    """Logits of ``count`` tokens, ``float32 [count, vocabulary]``: of ``fused`` and of transformers' own code, each
+    with a small 16-bit cache of its own."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(geometry.vocab_size, (count,), generator=generator).to(model.device)
     positions = torch.arange(count, device=model.device)

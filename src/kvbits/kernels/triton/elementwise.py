@@ -83,10 +83,11 @@ def _turn(
         if REST > 0:
             rest *= scale * tl.load(weights + behind, mask=beyond, other=0.0)
     angle = channel < HALF
-    cos_low, cos_high = tl.load(cos + channel, mask=angle, other=0.0), tl.load(cos + HALF + channel, mask=angle, other=0.0)
-    sin_low, sin_high = tl.load(sin + channel, mask=angle, other=0.0), tl.load(sin + HALF + channel, mask=angle, other=0.0)
-    _store(out + at + channel, low * cos_low - high * sin_low, inside)
-    _store(out + at + HALF + channel, high * cos_high + low * sin_high, inside)
+    # the two halves of a table are alike in most models, but need not be
+    turned_low = low * _load(cos + channel, angle) - high * _load(sin + channel, angle)
+    turned_high = high * _load(cos + HALF + channel, angle) + low * _load(sin + HALF + channel, angle)
+    _store(out + at + channel, turned_low, inside)
+    _store(out + at + HALF + channel, turned_high, inside)
     if REST > 0:
         _store(out + at + behind, rest, beyond)
 
@@ -138,8 +139,8 @@ def add_norm(
 ) -> Tensor:
     """``x += norm(delta) * after`` in place, then ``norm(x) * before``, by root mean squares.
 
-    ``x``, ``delta`` ``[rows, width]``; ``after``, ``before`` ``float32 [width]``. ``after`` ``None``: ``delta`` is added
-    as it is; ``before`` ``None``: the result is ``x`` itself.
+    ``x``, ``delta`` ``[rows, width]``; ``after``, ``before`` ``float32 [width]``. ``after`` ``None``: ``delta`` is
+    added as it is; ``before`` ``None``: the result is ``x`` itself.
     """
     rows, width = x.shape
     out = None if before is None else torch.empty_like(x)
@@ -157,8 +158,8 @@ def turned(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Queries ``[rows, heads, dim]``, keys and values ``[rows, kv_heads, dim]`` of the rows ``source`` of all three.
 
-    Queries and keys with their ``norms`` (``float32``, of one head or of all of them) and the rotary embedding: ``cos``,
-    ``sin`` ``float32 [rows, turned]`` for a head's first elements, halves of which are turned against each other.
+    Queries and keys with their ``norms`` (``float32``, of one head or of all of them) and the rotary embedding:
+    ``cos``, ``sin`` ``float32 [rows, turned]`` for a head's first elements, whose halves are turned together.
     """
     rows, turned_dim = cos.shape
     dim = source.shape[1] // (heads + 2 * kv_heads)
