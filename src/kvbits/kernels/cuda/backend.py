@@ -74,17 +74,18 @@ class CudaBackend(TritonBackend):
     def _attend_few(
         self, view: LayerView, batch: BatchLayout, kernels: LayerKernels, tables: StepTables, tiles: Tiles,
         sides: Sides, sinks: Tensor | None, out: Tensor,
-    ) -> None:  # fmt: skip
+    ) -> bool:  # fmt: skip
         if not self._has_kernels(view, sides.query):
-            super()._attend_few(view, batch, kernels, tables, tiles, sides, sinks, out)
-            return
+            return super()._attend_few(view, batch, kernels, tables, tiles, sides, sinks, out)
         if not len(tiles.table):
-            return
+            return False
         found = self._tables_of(view, batch, tables)
         needed = len(found.work.tiles) * view.geometry.num_kv_heads
         arrived = self._counters(batch, needed, out.device)
         rows = _even(sides.query), _even(sides.key), _even(sides.value)
-        attend(self._run, view, found, rows, sinks, arrived, out)
+        stores = not batch.completes and bool((batch.counts <= MAX_ROWS // view.geometry.group_size).all())
+        attend(self._run, view, found, rows, sinks, arrived, out, stores)
+        return stores
 
     def _has_kernels(self, view: LayerView, query: Tensor) -> bool:
         known = self._ready.get(view.index)

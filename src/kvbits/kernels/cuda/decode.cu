@@ -16,7 +16,7 @@ constexpr bool TOGETHER = VALUES != NF4;
 struct Step {
   const u16 *query, *key, *value;  // bfloat16
   u16* out;
-  const u8* cache;
+  u8* cache;
   const int *items;        // tile, slot, first page, end; ~end: and the own page (unless TOGETHER in slot 0)
   const int *tiles;        // sequence, first row, queries, position of the first, first slot, slots, items
   const int *sealed;       // frames, [sequences, sealed_columns]
@@ -26,7 +26,7 @@ struct Step {
   u32* arrived;            // [tiles, KV heads]: 0 before and after
   i64 query_row, query_head, key_row, key_head, value_row, value_head, out_row, out_head;  // strides in elements
   i64 frame_bytes, sealed_at, open_at, sealed_columns;
-  int kv_heads, group, window, unused;
+  int kv_heads, group, window, stores;  // `stores`: rows go to the open pages
   float scale, cap;        // to base 2
 };
 
@@ -292,6 +292,24 @@ INLINE void attend_own(const Step& step, const Tile& tile, int head, const Rows&
   }
 }
 
+// The step's rows of a tile to its open page, of which all has been read. A page that begins with the step is 0 behind
+// them: a weight of 0 must not meet what an earlier owner left there.
+INLINE void store_rows(const Step& step, const Tile& tile, int head) {
+  int first = tile.position & 63, start = step.starts[tile.sequence], end = first + tile.count;
+  int last = start == tile.position && first == 0 ? 64 : end;
+  i64 row = (i64)step.first_rows[tile.sequence] + tile.position - start;
+  u8* block = step.cache + step.open_frames[tile.sequence] * step.frame_bytes + step.open_at + (i64)head * 256 * DIM;
+  for (int i = thread_index(); i < (last - first) * DIM; i += 32 * WARPS) {
+    int token = first + i / DIM, channel = i % DIM;
+    bool some = token < end;
+    i64 of = row + i / DIM;
+    u16 k = some ? step.key[of * step.key_row + head * step.key_head + channel] : 0;
+    u16 v = some ? step.value[of * step.value_row + head * step.value_head + channel] : 0;
+    *(u16*)(block + 4 * ((channel >> 1) * 64 + token) + 2 * (channel & 1)) = k;
+    *(u16*)(block + 128 * DIM + 4 * ((token >> 1) * DIM + channel) + 2 * (token & 1)) = v;
+  }
+}
+
 // The warps' sums as one: `merged` float32 [ROWS, DIM], `ends` [ROWS, 2] (maximum, total).
 INLINE void merge_warps(Sums& sums, float* merged, float* ends, float* most_of) {
   int lane = thread_index() & 31, warp = thread_index() >> 5, m = lane >> 2, t = lane & 3;
@@ -398,6 +416,7 @@ KERNEL(WARPS, BLOCKS_AT_ONCE) decode(const Step step) {
       attend_own(step, tile, head, {own ? plain : raw, nullptr}, logits, sums);
     }
     sync_block();
+    if (step.stores && (own || (TOGETHER && both))) store_rows(step, tile, head);
     merge_warps(sums, rows, ends, most_of);
     if (VALUES == NF4 && !own) rotate_rows(rows, ROWS);
     int slot = tile.first_slot + (own ? 0 : item[1]);

@@ -81,18 +81,21 @@ class TritonBackend(Backend):
         assert out.shape == shape, (out.shape, shape)
         assert out.dtype == query.dtype, (out.dtype, query.dtype)
         assert out.stride(-1) == 1, out.stride()
-        seal(self._launch, kernels, tables, sides)
-        self._attend_few(view, batch, kernels, tables, few, sides, sinks, out)
+        if batch.completes:
+            seal(self._launch, kernels, tables, sides)
+        stored = self._attend_few(view, batch, kernels, tables, few, sides, sinks, out)
         self._attend_many(view, batch, kernels, tables, many, sides, sinks, out)
-        append(self._launch, kernels, tables, sides)
+        if not stored:
+            append(self._launch, kernels, tables, sides)
         return out
 
     def _attend_few(
         self, view: LayerView, batch: BatchLayout, kernels: LayerKernels, tables: StepTables, tiles: Tiles,
         sides: Sides, sinks: Tensor | None, out: Tensor,
-    ) -> None:  # fmt: skip
-        """Attention of sequences with few new tokens."""
+    ) -> bool:  # fmt: skip
+        """Attention of sequences with few new tokens; whether it has stored the step's rows too."""
         decode(self._launch, kernels, tables, tiles, sides, sinks, out)
+        return False
 
     def _attend_many(
         self, view: LayerView, batch: BatchLayout, kernels: LayerKernels, tables: StepTables, tiles: Tiles,
