@@ -57,7 +57,7 @@ def model_of(family: str, dtype: torch.dtype = torch.float32) -> Any:
         changes, name = {"model_type": "gemma"}, "llama"
     model = tiny_model(name, **changes)
     generator = torch.Generator().manual_seed(7)
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
     return model.to(dtype)
@@ -135,7 +135,7 @@ def test_what_a_recording_reads_lives_as_long_as_it(monkeypatch: pytest.MonkeyPa
     known = made[-1]._known.values()
     assert [len(r.layout.counts) for r in known] == [1, 2]
     for r in known:
-        assert len(r.graph.read) > 60
+        assert len(r.graph.read) > 40
         assert not any(ref.expired() for ref in r.graph.read)
 
 
@@ -177,9 +177,7 @@ def launched(family: str, layers: int) -> Counter[str]:
 def test_a_layer_is_four_products_and_four_kernels(family: str) -> None:
     counts = launched(family, 3)
     counts.subtract(launched(family, 2))
-    products = counts.pop("mm", 0) + counts.pop("addmm", 0)
-    assert products == 4
-    assert +counts == {"add_norm_rows": 2, "turn_heads": 1, "gate_rows": 1}
+    assert +counts == {"linear": 4, "add_norm_rows": 2, "turn_heads": 1, "gate_rows": 1}
 
 
 @pytest.mark.parametrize("family", ["llama with biases", "phi3"])

@@ -278,8 +278,8 @@ def test_bit_identical_batches_are_not_promised() -> None:
 
 def test_in_the_interpreter() -> None:
     """The tests above, and others that are marked so, in a process in which Triton interprets."""
-    names = "test_triton.py", "test_triton_prompts.py", "test_static_steps.py", "test_cuda_device.py"
-    files = (str(Path(__file__).with_name(name)) for name in names)
+    names = "triton", "triton_prompts", "static_steps", "cuda_device", "elementwise"
+    files = (str(Path(__file__).with_name(f"test_{name}.py")) for name in names)
     command = [sys.executable, "-m", "pytest", "-m", "triton", "-x", "-v", *files]
     variables = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=900, check=False)
