@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,8 +31,6 @@ def run(backend: Backend, dtype: str, static: bool, emulation: Emulation | None 
     frames = Frames(geometry, dtype, 40)
     pool = frames.pool
     view = pool.layers[1]
-    if emulation is not None:
-        emulation.pool = pool.buffer
     inputs = make_inputs(LAYER, [start + 3 for start in STARTS])
     rows = [[x.bfloat16() for x in part] for part in (inputs.query, inputs.key, inputs.value)]
     sinks = pool.layout.sink.frames if pool.layout.sink else 0
@@ -44,18 +43,23 @@ def run(backend: Backend, dtype: str, static: bool, emulation: Emulation | None 
     prompts = BatchLayout.of([frames.slice(s, start) for s, start in enumerate(STARTS)])
     parts = [torch.cat([x[:start] for x, start in zip(part, STARTS, strict=True)]) for part in rows]
     ReferenceBackend().forward(view, prompts, *parts, None)
+    buffer = pool.buffer.to(DEVICE)
+    view = replace(view, buffer=buffer)
+    rows = [[x.to(DEVICE) for x in part] for part in rows]
+    if emulation is not None:
+        emulation.pool = buffer
     if static:  # recorded without a sequence: nothing may change
-        before = pool.buffer.clone()
+        before = buffer.clone()
         for layout in layouts:
-            step(layout, [torch.zeros(4, *part[0].shape[1:], dtype=torch.bfloat16) for part in rows])
+            step(layout, [part[0].new_zeros(4, *part[0].shape[1:]) for part in rows])
             found.pop()
-            assert torch.equal(pool.buffer, before)
+            assert torch.equal(buffer, before)
     for new, sequences in enumerate(((0, 1, 2), (0, 1, 2), (0, 2))):
         slices = [frames.slice(s, 1) for s in sequences]
         batch = BatchLayout.of(slices)
         if new == 2:  # its first sequence begins a page, which somebody else had before
             at, size = view.open.offset, view.open.scheme.layer_bytes(LAYER)
-            pool.buffer[slices[0].tail[view.open.frame], at : at + size] = 0x41
+            buffer[slices[0].tail[view.open.frame], at : at + size] = 0x41
         assert batch.completes == (new == 1)
         parts = [torch.stack([part[s][STARTS[s] + new] for s in sequences]) for part in rows]
         if static:
@@ -68,7 +72,7 @@ def run(backend: Backend, dtype: str, static: bool, emulation: Emulation | None 
         found[-1] = found[-1][: len(sequences)]
         if static:
             assert {id(x): x.data_ptr() for x in tensors(layout)} == addresses
-    return [*found, pool.buffer.clone()]
+    return [*found, buffer.clone()]
 
 
 def tensors(layout: BatchLayout) -> list[Tensor]:
