@@ -10,12 +10,14 @@ constexpr int WARPS = 4;
 constexpr int STAGES = 2;
 constexpr int PARAMS = (KEY_PARAMS + VALUE_PARAMS + 63) / 64 * 64;
 constexpr int ITEM = 4, TILE = 8;  // int32 of an item and of a tile
+// The own page's sums are added to those of sealed pages; rotated ones are rotated back before, in a second round.
+constexpr bool TOGETHER = VALUES != NF4;
 
 struct Step {
   const u16 *query, *key, *value;  // bfloat16
   u16* out;
-  const u8* cache;
-  const int *items;        // tile, slot, first page, end; ~end: and then the own page, whose slot is 0
+  u8* cache;
+  const int *items;        // tile, slot, first page, end; ~end: and the own page (unless TOGETHER in slot 0)
   const int *tiles;        // sequence, first row, queries, position of the first, first slot, slots, items
   const int *sealed;       // frames, [sequences, sealed_columns]
   const int *starts, *first_rows, *open_frames;  // of each sequence
@@ -24,7 +26,7 @@ struct Step {
   u32* arrived;            // [tiles, KV heads]: 0 before and after
   i64 query_row, query_head, key_row, key_head, value_row, value_head, out_row, out_head;  // strides in elements
   i64 frame_bytes, sealed_at, open_at, sealed_columns;
-  int kv_heads, group, window, unused;
+  int kv_heads, group, window, stores;  // `stores`: rows go to the open pages
   float scale, cap;        // to base 2
 };
 
@@ -110,9 +112,11 @@ INLINE void octet_of_row(const float* row, float factor, u32 (&x)[4]) {
 }
 
 // The query rows of a tile as right operands. They are scaled by a power of two, so that their products with the scales of
-// channels are within float16; `scale` [ROWS] undoes it. `rows`: float32 [ROWS, DIM], scratch.
+// channels are within float16; `scale` [ROWS] undoes it. `raw`: bfloat16, unscaled, where wanted. `rows`: float32
+// [ROWS, DIM], scratch.
 template <int K>
-INLINE void load_rows(const Step& step, const Tile& tile, int head, float* rows, float* scale, uint4* plain, uint4* coded) {
+INLINE void load_rows(const Step& step, const Tile& tile, int head, float* rows, float* scale, uint4* plain, uint4* coded,
+                      uint4* raw) {
   int valid = tile.count * step.group;
   for (int i = 2 * thread_index(); i < ROWS * DIM; i += 64 * WARPS) {
     int row = i / DIM;
@@ -123,11 +127,14 @@ INLINE void load_rows(const Step& step, const Tile& tile, int head, float* rows,
   }
   sync_block();
   int lane = thread_index() & 31, m = lane >> 2, t = lane & 3;
-  if (K == RAW) {
+  if (K == RAW || raw) {
     for (int i = thread_index(); i < OCTETS * TILES * 32; i += 32 * WARPS) {
       const float* row = rows + (8 * (i / 32 % TILES) + m) * DIM + octet_start<RAW>(i / 32 / TILES, t);
-      plain[i] = {pack_bf16(row[0], row[1]), pack_bf16(row[2], row[3]), pack_bf16(row[4], row[5]), pack_bf16(row[6], row[7])};
+      uint4 x = {pack_bf16(row[0], row[1]), pack_bf16(row[2], row[3]), pack_bf16(row[4], row[5]), pack_bf16(row[6], row[7])};
+      (K == RAW ? plain : raw)[i] = x;
     }
+  }
+  if (K == RAW) {
     if (thread_index() < ROWS) scale[thread_index()] = step.scale;
     sync_block();
     return;
@@ -257,17 +264,17 @@ INLINE void attend_sealed(const Step& step, const Tile& tile, const int* frames,
   }
 }
 
-// Half of the own page for each of the first two warps.
+// Half of the own page for each of the last two warps, which may have a sealed page less.
 INLINE void attend_own(const Step& step, const Tile& tile, int head, const Rows& rows, const Logits& logits, Sums& sums) {
   using P = Plan<RAW, RAW, 1>;
-  int lane = thread_index() & 31, warp = thread_index() >> 5;
+  int lane = thread_index() & 31, half = WARPS - 1 - (thread_index() >> 5);
   int page = tile.position >> 6, start = step.starts[tile.sequence];
   int end = tile.position + tile.count - 64 * page;
-  if (warp > 1 || 32 * warp >= end) return;
+  if (half > 1 || 32 * half >= end) return;
   i64 row = (i64)step.first_rows[tile.sequence] + 64 * page - start;
   Own own = {step.cache + step.open_frames[tile.sequence] * step.frame_bytes + step.open_at + (i64)head * 256 * DIM,
              step.key + row * step.key_row + head * step.key_head, step.value + row * step.value_row + head * step.value_head,
-             step.key_row, step.value_row, 32 * warp, start - 64 * page, end, lane_of<RAW, RAW>(lane)};
+             step.key_row, step.value_row, 32 * half, start - 64 * page, end, lane_of<RAW, RAW>(lane)};
   uint4 loads[2][CHUNK];
   load_chunk<RAW, RAW, 1>(own, 0, loads[0]);
   load_chunk<RAW, RAW, 1>(own, 1, loads[1]);
@@ -279,9 +286,27 @@ INLINE void attend_own(const Step& step, const Tile& tile, int head, const Rows&
     else chunk_of_values<RAW, RAW, 1>(n - P::key_chunks, loads[n & 1], weights, sums);
     if (n + 2 < P::chunks) load_chunk<RAW, RAW, 1>(own, n + 2, loads[n & 1]);
     if (n == P::key_chunks - 1) {
-      softmax<RAW, RAW, 1>(scores, shift, logits, nullptr, nullptr, 64 * page + 32 * warp, true, step.cap, lane >> 2, sums,
+      softmax<RAW, RAW, 1>(scores, shift, logits, nullptr, nullptr, 64 * page + 32 * half, true, step.cap, lane >> 2, sums,
                            weights);
     }
+  }
+}
+
+// The step's rows of a tile to its open page, of which all has been read. A page that begins with the step is 0 behind
+// them: a weight of 0 must not meet what an earlier owner left there.
+INLINE void store_rows(const Step& step, const Tile& tile, int head) {
+  int first = tile.position & 63, start = step.starts[tile.sequence], end = first + tile.count;
+  int last = start == tile.position && first == 0 ? 64 : end;
+  i64 row = (i64)step.first_rows[tile.sequence] + tile.position - start;
+  u8* block = step.cache + step.open_frames[tile.sequence] * step.frame_bytes + step.open_at + (i64)head * 256 * DIM;
+  for (int i = thread_index(); i < (last - first) * DIM; i += 32 * WARPS) {
+    int token = first + i / DIM, channel = i % DIM;
+    bool some = token < end;
+    i64 of = row + i / DIM;
+    u16 k = some ? step.key[of * step.key_row + head * step.key_head + channel] : 0;
+    u16 v = some ? step.value[of * step.value_row + head * step.value_head + channel] : 0;
+    *(u16*)(block + 4 * ((channel >> 1) * 64 + token) + 2 * (channel & 1)) = k;
+    *(u16*)(block + 128 * DIM + 4 * ((token >> 1) * DIM + channel) + 2 * (token & 1)) = v;
   }
 }
 
@@ -356,7 +381,8 @@ KERNEL(WARPS, BLOCKS_AT_ONCE) decode(const Step step) {
   float* rows = (float*)memory;                       // [ROWS, DIM]: queries, later sums
   uint4* plain = (uint4*)(rows + ROWS * DIM);         // [OCTETS, TILES, 32]
   uint4* coded = plain + OCTETS * TILES * 32;
-  u8* params = (u8*)(coded + (KEYS == NF4 ? OCTETS * TILES * 32 : 0));
+  uint4* raw = KEYS == RAW ? plain : coded + (KEYS == NF4 ? OCTETS * TILES * 32 : 0);  // of the own page
+  u8* params = (u8*)(raw + (TOGETHER || KEYS == RAW ? OCTETS * TILES * 32 : 0));
   float* scale = (float*)(params + WARPS * STAGES * PARAMS);  // [ROWS]
   float* ends = scale + ROWS;                         // [ROWS, 2]
   float* most_of = ends + 2 * ROWS;                   // [WARPS, ROWS]
@@ -369,11 +395,12 @@ KERNEL(WARPS, BLOCKS_AT_ONCE) decode(const Step step) {
   u8* mine = params + (thread_index() >> 5) * STAGES * PARAMS;
   const Tile tile = tile_of(step, item[0]);
   const int* frames = step.sealed + tile.sequence * step.sealed_columns;
+  bool both = item[3] < 0;
 #pragma unroll 1
-  for (int own = low < high ? 0 : 1; own < (item[3] < 0 ? 2 : 1); own++) {
+  for (int own = TOGETHER || low < high ? 0 : 1; own < (both && !TOGETHER ? 2 : 1); own++) {
     Ahead ahead = load_ahead(step, frames, head, low, own ? low : high, mine);
-    if (own) load_rows<RAW>(step, tile, head, rows, scale, plain, coded);
-    else load_rows<KEYS>(step, tile, head, rows, scale, plain, coded);
+    if (own) load_rows<RAW>(step, tile, head, rows, scale, plain, coded, nullptr);
+    else load_rows<KEYS>(step, tile, head, rows, scale, plain, coded, TOGETHER && both ? raw : nullptr);
     Logits logits;
     UNROLL for (int i = 0; i < TILES; i++) UNROLL for (int e = 0; e < 2; e++) {
       int row = 8 * i + 2 * (lane & 3) + e;
@@ -383,10 +410,13 @@ KERNEL(WARPS, BLOCKS_AT_ONCE) decode(const Step step) {
     }
     Sums sums;
     clear(sums);
-    Rows operands = {plain, coded};
-    if (own) attend_own(step, tile, head, operands, logits, sums);
-    else attend_sealed(step, tile, frames, high, operands, logits, mine, ahead, sums);
+    if (!own) attend_sealed(step, tile, frames, high, {plain, coded}, logits, mine, ahead, sums);
+    if (own || (TOGETHER && both)) {
+      UNROLL for (int i = 0; i < TILES; i++) UNROLL for (int e = 0; e < 2; e++) logits.scale[i][e] = step.scale;
+      attend_own(step, tile, head, {own ? plain : raw, nullptr}, logits, sums);
+    }
     sync_block();
+    if (step.stores && (own || (TOGETHER && both))) store_rows(step, tile, head);
     merge_warps(sums, rows, ends, most_of);
     if (VALUES == NF4 && !own) rotate_rows(rows, ROWS);
     int slot = tile.first_slot + (own ? 0 : item[1]);

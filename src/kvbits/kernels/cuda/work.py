@@ -15,7 +15,7 @@ from kvbits.kernels.cuda.variant import MAX_ROWS
 WAVES = 4
 """Items for each block at most: the last wave is a small part of the whole."""
 
-OWN, BEGINNING = 5, 4
+OWN, BEGINNING = 3, 4
 """What an own page, and beginning and ending an item, take, in sealed pages: a guess."""
 
 
@@ -24,8 +24,8 @@ class Work:
     """What the kernel works on.
 
     ``tiles`` ``int32 [T, 8]``: sequence, first row, queries, position of the first, first slot, slots, items. ``items``
-    ``int32 [n, 4]``: tile, slot, first page, end, the longest first; ``~end`` where the own page, whose slot is 0,
-    follows. ``first_pages``: those of first pages that have a dtype of their own. ``rows``: the most query rows of a
+    ``int32 [n, 4]``: tile, slot, first page, end, the longest first; ``~end`` where the own page follows, in slot 0
+    (which is the item's own if both are one partial result). ``first_pages``: those of first pages that have a dtype of their own. ``rows``: the most query rows of a
     tile; ``slots``: partial results of a KV head.
     """
 
@@ -41,10 +41,13 @@ def decoding(batch: BatchLayout, group: int) -> Ints:
     return np.flatnonzero((batch.counts > 0) & (batch.counts <= MAX_ROWS // group)).astype(np.int32)
 
 
-def work_list(batch: BatchLayout, group: int, kv_heads: int, window: int | None, apart: bool, blocks: int) -> Work:
+def work_list(
+    batch: BatchLayout, group: int, kv_heads: int, window: int | None, apart: bool, together: bool, blocks: int
+) -> Work:
     """Cut the step of :func:`decoding` for a machine of ``blocks`` blocks at once.
 
-    ``apart``: page 0 has a dtype of its own. A tile's first item has the own page too, and fewer others for it.
+    ``apart``: page 0 has a dtype of its own. A tile's first item has the own page too, and fewer others for it;
+    ``together``: in one partial result.
     """
     tiles, low, high = _tiles(batch, group, window)
     first = (low == 0) & (high > 0) if apart else np.zeros(len(tiles), dtype=bool)
@@ -57,13 +60,15 @@ def work_list(batch: BatchLayout, group: int, kv_heads: int, window: int | None,
     some = begin < end
     used = some | (cut == 0)  # where an own page takes more than an item may, others have no pages left
     of, cut, begin, end, some = (x[used] for x in (of, cut, begin, end, some))
-    slots = 1 + np.bincount(of[some], minlength=len(tiles)) + first
+    partial = (cut > 0) | (some & (not together))  # a slot of its own, beside the own page's
+    slots = 1 + np.bincount(of[partial], minlength=len(tiles)) + first
     tiles[:, 4] = np.cumsum(slots) - slots
     tiles[:, 5] = slots
     tiles[:, 6] = np.bincount(of, minlength=len(tiles)) + first
-    slot = np.cumsum(some) - (np.cumsum(slots - 1 - first) - (slots - 1 - first))[of]
+    before = np.cumsum(slots - 1 - first) - (slots - 1 - first)
+    slot = np.where(partial, np.cumsum(partial) - before[of], 0)
     longest = np.argsort(begin - end - OWN * (cut == 0), kind="stable")
-    items = _columns(len(of), of, np.where(some, slot, 0), begin, np.where(cut == 0, ~end, end))[longest]
+    items = _columns(len(of), of, slot, begin, np.where(cut == 0, ~end, end))[longest]
     alone = np.flatnonzero(first)
     apart_items = _columns(len(alone), alone, slots[alone] - 1, 0, 1)
     rows = int(tiles[:, 2].max(initial=0)) * group

@@ -10,11 +10,18 @@ _TOKENS = tl.constexpr(PAGE_TOKENS)
 
 
 @triton.jit
-def _append(rows, target, token, new, row, head, fresh, FORMAT: tl.constexpr):
-    channel = tl.arange(0, FORMAT.dim_block)[None, :]
+def _append(rows, target, page, start, count, first_row, head, FORMAT: tl.constexpr):
+    channel, token = tl.arange(0, FORMAT.dim_block), tl.arange(0, _TOKENS)
+    if FORMAT.key:  # side by side as they lie in the page: an empty page's zeros are most of what is stored
+        channel, token = channel[:, None], token[None, :]
+    else:
+        channel, token = channel[None, :], token[:, None]
+    position = page * _TOKENS + token
+    new = (position >= start) & (position < start + count)
+    row = (first_row + position - start).to(tl.int64)
     x = tl.load(rows[0] + row * rows[1] + head * rows[2] + channel, mask=new & (channel < FORMAT.dim), other=0.0)
     # a fresh page's rows to come are 0: a weight of 0 must not meet what an earlier owner left there
-    mask = (new | fresh) & (channel < FORMAT.dim)
+    mask = (new | (position - token >= start)) & (channel < FORMAT.dim)
     tl.store(target.to(tl.pointer_type(tl.bfloat16)) + open_index(channel, token, FORMAT.key, FORMAT.dim), x, mask=mask)
 
 
@@ -37,13 +44,8 @@ def append_rows(key, value, cache, starts, counts, first_rows, head_frames, tail
     if (count > 0) & ((which == 0) | (began != stays)):
         page = tl.where(which == 0, (start + count) // _TOKENS, start // _TOKENS)
         frame = tl.where(which == 0, stays, began).to(tl.int64)
-        token = tl.arange(0, _TOKENS)[:, None]
-        position = page * _TOKENS + token
-        new = (position >= start) & (position < start + count)
-        row = (first_row + position - start).to(tl.int64)
         target = cache[0] + frame * cache[1] + cache[2] + head * OPEN.bytes
-        fresh = position - token >= start
         if tl.program_id(2) % 2 == 0:
-            _append(key, target, token, new, row, head, fresh, KEYS)
+            _append(key, target, page, start, count, first_row, head, KEYS)
         else:
-            _append(value, target + OPEN.values_at, token, new, row, head, fresh, VALUES)
+            _append(value, target + OPEN.values_at, page, start, count, first_row, head, VALUES)

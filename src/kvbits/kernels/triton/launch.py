@@ -12,7 +12,10 @@ from kvbits.codecs import LayerRounding, Place, Rounding
 from kvbits.config import PAGE_TOKENS
 from kvbits.kernels.triton.append import append_rows
 from kvbits.kernels.triton.attention import decode_splits, merge_splits, prefill_tiles
+from kvbits.kernels.triton.folded import in_parts
 from kvbits.kernels.triton.format import Block, Shape
+from kvbits.kernels.triton.pieces import Piece, Tiling
+from kvbits.kernels.triton.prompt import attend_decoded
 from kvbits.kernels.triton.seal import seal_pages
 from kvbits.kernels.triton.tables import StepTables, Tiles
 from kvbits.kernels.triton.unpack import unpack_pages
@@ -154,7 +157,10 @@ def decode(
         torch.empty(*size, device=out.device),
     )
     args = *_attention_arguments(layer, tables, tiles, sides), partial
-    launch(decode_splits, size[:3], args, _attention_constants(layer, tiles), **_ATTENTION)
+    parts = sides.query.dtype == torch.bfloat16 and bool(in_parts(layer.sealed))
+    constants = {**_attention_constants(layer, tiles), "PARTS": parts}
+    # parts of pages go through one warp's registers: it waits for no other
+    launch(decode_splits, size[:3], args, constants, **{**_ATTENTION, "num_warps": 1 if parts else 4})
     merge = partial, tiles.table, sinks, _rows(out), tiles.slots
     launch(merge_splits, size[:2], merge, {"SHAPE": shape, "M": tiles.rows}, **_ATTENTION)
 
@@ -167,27 +173,59 @@ def prefill(
     sides: Sides,
     sinks: Tensor | None,
     out: Tensor,
-    before: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Attention of the other sequences; ``before``: what came of the pages before the queries' own
-    (:class:`kvbits.kernels.triton.flash.Before`), ``None``: all pages are read."""
+    """Attention of the other sequences, each tile by itself: float32 rows."""
     if not len(tiles.table):
         return
-    args = *_attention_arguments(layer, tables, tiles, sides), sinks, _rows(out), before
+    args = *_attention_arguments(layer, tables, tiles, sides), sinks, _rows(out)
     grid = len(tiles.table), layer.shape.kv_heads
     launch(prefill_tiles, grid, args, _attention_constants(layer, tiles), **{**_ATTENTION, "num_warps": 8})
 
 
 def unpack(
-    launch: Launch, layer: LayerKernels, tables: StepTables, sequence: int, low: int, keys: Tensor, values: Tensor
+    launch: Launch, layer: LayerKernels, tables: StepTables, pages: Tensor, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of ``pages`` ``int32 [n, 2]`` (sequence, page) one after another, ``[kv_heads, 64 n, dim]``."""
+    view, first, tokens = layer.view, layer.view.first_page, len(pages) * PAGE_TOKENS
+    keys, values = (
+        torch.empty(layer.shape.kv_heads, tokens, dim, dtype=dtype, device=pages.device)
+        for dim in (layer.shape.key_dim, layer.shape.value_dim)
+    )
+    if tokens:
+        cache = view.buffer, view.buffer.stride(0), view.sealed.offset, 0 if first is None else first.offset
+        frames = (tables.sealed, tables.sealed.stride(0)), _sink_frames(layer, tables)
+        constants = {"SHAPE": layer.shape, "SEALED": layer.sealed, "SINK": layer.sink}
+        grid = len(pages), layer.shape.kv_heads
+        launch(unpack_pages, grid, (cache, *frames, pages, keys, values, tokens), constants, num_warps=4)
+    return keys, values
+
+
+def attend_pages(
+    launch: Launch,
+    layer: LayerKernels,
+    tables: StepTables,
+    pieces: list[Piece],
+    cut: bool,
+    tiling: Tiling,
+    sides: Sides,
+    sinks: Tensor | None,
+    out: Tensor,
 ) -> None:
-    """Pages of ``sequence`` from ``low`` on as rows ``[kv_heads, tokens, dim]``, all that these hold."""
-    view, first, tokens = layer.view, layer.view.first_page, keys.shape[1]
-    cache = view.buffer, view.buffer.stride(0), view.sealed.offset, 0 if first is None else first.offset
-    frames = (tables.sealed, tables.sealed.stride(0)), _sink_frames(layer, tables)
-    constants = {"SHAPE": layer.shape, "SEALED": layer.sealed, "SINK": layer.sink}
-    grid = tokens // PAGE_TOKENS, layer.shape.kv_heads
-    launch(unpack_pages, grid, (cache, *frames, keys, values, sequence, low, tokens), constants, num_warps=4)
+    """Attention of prompts in bfloat16, whose pages are decoded piece by piece. ``cut``: a tile is in several."""
+    view, shape = layer.view, layer.shape
+    carried = None
+    if cut:
+        size = out.shape[:2]
+        carried = tuple(torch.empty(*size, *last, device=out.device) for last in ((shape.value_dim,), (), ()))
+    cache = view.buffer, view.buffer.stride(0), view.open.offset
+    rows = _rows(sides.query), _rows(sides.key), _rows(sides.value)
+    constants = {"SHAPE": shape, "OPEN": layer.open, "M": tiling.rows, "PAGES": tiling.pages}
+    step = tables.starts, tables.first_rows, tables.head[view.open.frame]
+    for piece in pieces:
+        keys, values = unpack(launch, layer, tables, piece.pages)
+        decoded = keys, values, keys.shape[1]
+        args = *rows, cache, piece.tiles, *step, *decoded, sinks, _rows(out), carried
+        launch(attend_decoded, (len(piece.tiles), shape.kv_heads), args, constants, enable_fp_fusion=True, **tiling.options)
 
 
 def _sink_frames(layer: LayerKernels, tables: StepTables) -> Tensor:
