@@ -188,8 +188,8 @@ def _joined(parts: Sequence[Outputs]) -> Linear:
         layer.weight.data = own
     if all(layer.bias is None for layer in layers):
         return Linear(weight, None)
-    bias = weight.new_zeros(len(weight))
-    for layer, part in zip(layers, bias.split(sizes), strict=True):
+    joined = weight.new_zeros(len(weight))
+    for layer, part in zip(layers, joined.split(sizes), strict=True):
         if layer.bias is not None:
             layer.bias.data = part.copy_(layer.bias)
-    return Linear(weight, bias)
+    return Linear(weight, joined)

@@ -25,8 +25,8 @@ class Work:
 
     ``tiles`` ``int32 [T, 8]``: sequence, first row, queries, position of the first, first slot, slots, items. ``items``
     ``int32 [n, 4]``: tile, slot, first page, end, the longest first; ``~end`` where the own page follows, in slot 0
-    (which is the item's own if both are one partial result). ``first_pages``: those of first pages that have a dtype of their own. ``rows``: the most query rows of a
-    tile; ``slots``: partial results of a KV head.
+    (which is the item's own if both are one partial result). ``first_pages``: those of first pages that have a dtype of
+    their own. ``rows``: the most query rows of a tile; ``slots``: partial results of a KV head.
     """
 
     tiles: Ints
