@@ -46,7 +46,7 @@ def parts_of(form) -> int:
 @triton.constexpr_function
 def in_parts(block) -> bool:
     """Whether keys and values of a :class:`~kvbits.kernels.triton.format.Block` are both read in parts."""
-    return parts_of(block.keys) > 0 and parts_of(block.values) > 0
+    return bool(parts_of(block.keys) > 0 and parts_of(block.values) > 0)
 
 
 @triton.constexpr_function
