@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from kvbits.errors import UnsupportedError
@@ -44,9 +44,9 @@ def held_bytes(model: nn.Module, weights: str, own: Forms) -> int:
         if form is None and not plain and packs(layer, weights):
             form = (ROUNDED[weights],)
         if form is not None:
-            sizes[id(weight)] = PackedWeight.size(*weight.shape, form[0])
-            if getattr(layer, "bias", None) is not None:
-                sizes[id(layer.bias)] = 4 * layer.bias.numel()  # type: ignore[operator, union-attr]
+            sizes[id(weight)] = _size(weight, form[0])
+            bias: Any = getattr(layer, "bias", None)
+            sizes |= {} if bias is None else {id(bias): 4 * bias.numel()}
     return sum(sizes.values())
 
 
@@ -69,7 +69,12 @@ def _experts(layer: Any, names: Mapping[int, str], weights: str, own: Forms, pla
             return {}
         both, down = (ROUNDED[weights],) * 2, (ROUNDED[weights],)
     count, parts = len(layer.down_proj), experts_parts(layer, 0)
-    gate, up, last = (PackedWeight.size(*w.shape, form) for (w, _), form in zip(parts, (*both, *down), strict=True))
+    gate, up, last = (_size(w, form) for (w, _), form in zip(parts, (*both, *down), strict=True))
     found = {id(layer.gate_up_proj): count * (gate + up), id(layer.down_proj): count * last}
     biases = [p for name, p in layer.named_parameters(recurse=False) if name.endswith("_bias")]
     return found | {id(bias): 4 * bias.numel() for bias in biases}
+
+
+def _size(weight: Tensor, weight_format: WeightFormat) -> int:
+    rows, columns = weight.shape
+    return PackedWeight.size(rows, columns, weight_format)
