@@ -35,6 +35,9 @@ class BatchLayout:
     ``draft``: sealed pages are read as drafts (:meth:`kvbits.codecs.Codec.decode_draft`), which takes about half of the
     bytes of ``int8h`` pages and changes nothing for other codecs. What the step stores does not depend on it.
 
+    ``completes``: whether a sequence completes a page or keeps the page apart that it began in; where none does, the
+    step only adds rows to open pages.
+
     ``shared``: what backends have made of the layout for all layers, by names of theirs. ``static``: the arrays change
     from step to step (:mod:`kvbits.kernels.static`); ``refreshers`` then make ``shared`` follow.
     """
@@ -47,6 +50,7 @@ class BatchLayout:
     tail: Ints
     sink: Ints
     draft: bool = False
+    completes: bool = True
     static: bool = False
     shared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     refreshers: list[Callable[[], None]] = field(default_factory=list, repr=False, compare=False)
@@ -67,6 +71,7 @@ class BatchLayout:
         sink = np.full((len(slices), max(len(s.sink) for s in slices)), -1, dtype=np.int32)
         for row, s in zip(sink, slices, strict=True):
             row[: len(s.sink)] = s.sink
+        completes = any(s.start % PAGE_TOKENS + s.count >= PAGE_TOKENS or list(s.head) != list(s.tail) for s in slices)
         return cls(
             starts=np.array([s.start for s in slices], dtype=np.int32),
             counts=counts,
@@ -76,6 +81,7 @@ class BatchLayout:
             tail=np.array([s.tail for s in slices], dtype=np.int32),
             sink=sink,
             draft=draft,
+            completes=completes,
         )
 
     @property
