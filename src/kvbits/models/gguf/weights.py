@@ -64,7 +64,7 @@ class Weights:
             found.setdefault(source.name, []).append(FORMATS[source.tensor.kind.name.lower()])
         return found
 
-    def read(self, native: bool, packs: bool) -> Any:
+    def read(self, native: bool = False, packs: bool = False) -> Any:
         """Take the weights from the file into the model and return it; once.
 
         With ``native``, what the kernels can multiply as it is stays in its bits. ``packs``: the caller packs layers
