@@ -124,7 +124,7 @@ bench: $(INSTALLED) ## read bandwidth, attention alone, a step taken apart, and 
 	$(BIN)/kvbits bench $(MODEL) --kv-cache-dtype bf16 --kv-cache-dtype int8 --kv-cache-dtype int4 \
 	  --context 4096 --batch 8 --new-tokens 64 --json out/bench.json
 
-bench-peers: $(INSTALLED) ## the same beside llama.cpp, OpenVINO GenAI and transformers (installs them in scratch/peers)
+bench-peers: $(INSTALLED) ## the same beside llama.cpp, OpenVINO GenAI, vLLM and transformers (installs them in scratch/peers)
 	$(BIN)/python benchmarks/peers/install.py
 	$(BIN)/python benchmarks/compare_engines.py --json out/peers.json
 

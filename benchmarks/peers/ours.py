@@ -10,7 +10,7 @@ from pathlib import Path
 from peers.case import Case, Measurement
 
 KV_DTYPES = ("bf16", "int8", "int4")
-DEFAULT_WEIGHTS = "bf16"
+DEFAULT_WEIGHTS = "auto"
 PROGRAM = Path(sys.executable).with_name("kvbits")
 
 
@@ -24,17 +24,23 @@ class KVBits:
     result: Path
     system: str = "kvbits"
 
+    def prepare(self) -> None:
+        """Nothing is needed."""
+
+    def start(self, threads: int) -> list[str]:
+        options = ["--kv-cache-dtype", self.kv_dtype, "--weights", self.weights, "--threads", str(threads)]
+        return [str(PROGRAM), "generate", str(self.gguf), "--prompt", "One", "--max-tokens", "2", *options]
+
     def command(self, case: Case) -> list[str]:
         options = {
             "--kv-cache-dtype": self.kv_dtype,
+            "--weights": self.weights,
             "--context": case.context,
             "--batch": case.batch,
             "--new-tokens": case.new_tokens,
             "--threads": case.threads,
             "--json": self.result,
         }
-        if self.weights != DEFAULT_WEIGHTS:
-            options["--weights"] = self.weights
         return [str(PROGRAM), "bench", str(self.gguf), *(str(part) for option in options.items() for part in option)]
 
     def parse(self, case: Case, output: str) -> Measurement:

@@ -13,7 +13,13 @@ from matplotlib import pyplot
 from peers.case import Case, Peer, label
 from peers.results import FIGURES, Results, label_of
 
-_COLORS = {"kvbits": "#c0392b", "llama.cpp": "#2c7fb8", "OpenVINO GenAI": "#7fbf7b", "transformers": "#969696"}
+_COLORS = {
+    "kvbits": "#c0392b",
+    "llama.cpp": "#2c7fb8",
+    "OpenVINO GenAI": "#7fbf7b",
+    "transformers": "#969696",
+    "vLLM": "#e0a030",
+}
 
 
 def draw(results: Results, peers: Sequence[Peer], cases: Sequence[Case], path: Path) -> None:

@@ -25,17 +25,25 @@ class Results:
     machine: dict[str, Any]
     settings: dict[str, Any]
     samples: dict[tuple[Peer, Case], list[Measurement]] = field(default_factory=dict)
+    starts: dict[Peer, list[float]] = field(default_factory=dict)
+    broken: dict[Peer, str] = field(default_factory=dict)
+    """Engines that did not answer at all, with what they said."""
     failures: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, peer: Peer, case: Case, measurement: Measurement) -> None:
         self.samples.setdefault((peer, case), []).append(measurement)
+
+    def add_start(self, peer: Peer, seconds: float) -> None:
+        self.starts.setdefault(peer, []).append(seconds)
 
     def fail(self, peer: Peer, case: Case, reason: str) -> None:
         self.failures.append(_keys(peer, case) | {"reason": reason})
 
     def failed(self, peer: Peer, case: Case) -> bool:
         keys = _keys(peer, case)
-        return any(all(failure[key] == value for key, value in keys.items()) for failure in self.failures)
+        return peer in self.broken or any(
+            all(failure[key] == value for key, value in keys.items()) for failure in self.failures
+        )
 
     def rows(self) -> list[dict[str, Any]]:
         """One row for each engine and case: medians, least and greatest."""
@@ -47,6 +55,7 @@ class Results:
             row |= {
                 "repeats": len(found),
                 "prefill_sequences": found[0].prefill_sequences,
+                **(spread("ready_s", self.starts[peer]) if peer in self.starts else {}),
                 "peak_rss_bytes": max(measurement.peak_rss_bytes for measurement in found),
                 "wall_s": statistics.median(measurement.wall_s for measurement in found),
                 "new_tokens": case.new_tokens,
@@ -59,7 +68,11 @@ class Results:
 
     def write(self, path: Path, text: str | None = None) -> None:
         """The whole run as JSON, and ``text`` beside it."""
-        found = {"rows": self.rows(), "failures": self.failures}
+        silent = [
+            {"system": p.system, "kv_dtype": p.kv_dtype, "weights": p.weights, "reason": r}
+            for p, r in self.broken.items()
+        ]
+        found = {"rows": self.rows(), "failures": self.failures, "no_start": silent}
         write(path, {"machine": self.machine, "settings": self.settings, **found}, text)
 
 
@@ -88,20 +101,39 @@ def markdown(results: Results, peers: Sequence[Peer], cases: Sequence[Case]) -> 
             cells = [_cell(by_key.get((label(peer), case.batch, case.context)), figure) for case in cases]
             lines.append(f"| {peer.system} | {peer.kv_dtype} | {peer.weights} | " + " | ".join(cells) + " |")
         lines.append("")
+    lines += _starts(results, peers, cases, by_key)
     lines.append("llama.cpp computes one prompt and copies it (its prefill is one sequence's); the others compute all.")
     commands = [peer.command(cases[-1]) for peer in peers]
+    starts = [peer.start(cases[-1].threads) for peer in peers]
     if any(FLAG in command for command in commands):
         lines.append(REASON)
     lines += ["", "## Command lines", ""]
     lines += [
         f"- {label(peer)}, {cases[-1]}: `{shlex.join(command)}`" for peer, command in zip(peers, commands, strict=True)
     ]
-    if results.failures:
+    lines += [f"- {label(peer)}, start: `{shlex.join(command)}`" for peer, command in zip(peers, starts, strict=True)]
+    if results.failures or results.broken:
         lines += ["", "## Not measured", ""]
         for failure in results.failures:
             head = failure["reason"].splitlines()[0]
             lines.append(f"- {label_of(failure)} at {failure['batch']} x {failure['context']}: {head}")
+        lines += [f"- {label(peer)}: {reason.splitlines()[0]}" for peer, reason in results.broken.items()]
     return "\n".join(lines) + "\n"
+
+
+def _starts(
+    results: Results, peers: Sequence[Peer], cases: Sequence[Case], by_key: dict[tuple[str, int, int], dict[str, Any]]
+) -> list[str]:
+    """Time to ready, and the greatest memory of each case."""
+    lines = ["## Time from the command to the end of a few tokens, s; peak memory, MiB", ""]
+    lines.append("| system | KV cache | weights | ready | " + " | ".join(f"MiB {case}" for case in cases) + " |")
+    lines.append("|---" * (4 + len(cases)) + "|")
+    for peer in peers:
+        found = [by_key.get((label(peer), case.batch, case.context)) for case in cases]
+        cells = ["-" if row is None else f"{row['peak_rss_bytes'] / 2**20:,.0f}" for row in found]
+        ready = _cell(spread("ready_s", results.starts[peer]), "ready_s") if peer in results.starts else "-"
+        lines.append(f"| {peer.system} | {peer.kv_dtype} | {peer.weights} | {ready} | " + " | ".join(cells) + " |")
+    return [*lines, "", "Memory is that of the process and its children; pages that they share count for each.", ""]
 
 
 def label_of(row: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from peers.case import Case, Measurement
 from peers.install import Installation
-from peers.worker import worker_command, worker_result
+from peers.worker import worker_command, worker_result, worker_start
 
 CACHES = ("bf16", "quanto4")
 
@@ -21,6 +21,12 @@ class Transformers:
     kv_dtype: str
     weights: str = "bf16"
     system: str = "transformers"
+
+    def prepare(self) -> None:
+        """Nothing is needed."""
+
+    def start(self, threads: int) -> list[str]:
+        return worker_start(self.command(Case(1, 16, 1, threads)))
 
     def command(self, case: Case) -> list[str]:
         return worker_command(self.place, "transformers_worker.py", self.gguf, case, {"--cache": self.kv_dtype})

@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, required=True)
     parser.add_argument("--new-tokens", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--start-only", action="store_true", help="end after the first short prompt")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     file = Path(arguments.model)
@@ -61,6 +62,8 @@ def main() -> None:
     prompts = torch.randint(100, model.config.vocab_size, shape, generator=generator)
     with torch.inference_mode():
         run(model, arguments.cache, prompts[:, :16], 2)
+        if arguments.start_only:
+            return
         timing = run(model, arguments.cache, prompts, arguments.new_tokens)
     result = {
         "version": f"transformers {transformers.__version__}, torch {torch.__version__}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,7 +38,10 @@ def plan(
     ] = None,
     weights: Annotated[
         str | None,
-        typer.Option(metavar="DTYPE|SIZE", help="bf16, fp8, int4, mxfp4, ... or bytes. Default: as published."),
+        typer.Option(
+            metavar="DTYPE|SIZE",
+            help="auto, bf16, int8, int4, awq, fp8, mxfp4, ... or bytes. Default: as the model's files are held.",
+        ),
     ] = None,
     context: Annotated[
         list[int] | None,
@@ -161,21 +165,19 @@ def plan(
 
 
 def _facts(model: str, mla: MLA, trusted: bool) -> ModelFacts:
-    """From the tables without loading transformers, where they have the model."""
+    """From the tables without loading transformers, where they have the model and its files are not here."""
+    from kvbits.models.locate import is_packaged
     from kvbits.planning.facts import known_facts
 
-    known = known_facts(model, mla)
+    known = None if is_packaged(model) else known_facts(model, mla)
     if known is not None:
         return known
-    if not Path(model).expanduser().is_dir() and not model.endswith(".json"):
-        from kvbits.models.gguf.facts import facts_of_gguf
+    from kvbits.models.lean import lean
 
-        found = facts_of_gguf(model, mla)
-        if found is not None:
-            return found
-    from kvbits.models.facts import facts_of_model
+    with nullcontext() if trusted else lean():
+        from kvbits.models.facts import facts_of_model
 
-    return facts_of_model(model, mla, trusted)
+        return facts_of_model(model, mla, trusted)
 
 
 def _check_picture(path: Path) -> None:

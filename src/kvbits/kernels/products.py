@@ -42,6 +42,12 @@ class PackedWeight:
         native = _native.Linear(weight_format.native_id, plain, out_features, in_features)
         return cls(out_features, in_features, weight_format, native, kept)
 
+    @staticmethod
+    def size(out_features: int, in_features: int, weight_format: WeightFormat) -> int:
+        """What :attr:`bytes` of such a weight will be."""
+        strip = _native.Linear(weight_format.native_id, None, STRIP, in_features).bytes
+        return -(-out_features // STRIP) * int(strip)
+
     @property
     def bytes(self) -> int:
         return int(self.native.bytes)
@@ -116,19 +122,23 @@ class Products:
         weight: Tensor,
         bias: Tensor | None,
         weight_format: WeightFormat = FORMATS["bf16"],
-        done: Callable[[Tensor], None] | None = None,
+        read: Callable[[int, int], Tensor] | None = None,
+        done: Callable[[int, int], None] | None = None,
     ) -> PackedWeight:
-        """``weight`` ``[out, in]``, rounded to the format, a few rows at a time, which ``done`` then gets; ``bias``
-        ``[out]``. Both are copied."""
+        """``weight`` ``[out, in]``, rounded to the format, a few rows at a time; ``bias`` ``[out]``. Both are copied.
+
+        Where ``weight`` has no memory, ``read(first, last)`` gives its rows; ``done`` is told which were taken.
+        """
         out_features, in_features = weight.shape
         packed = PackedWeight.empty(out_features, in_features, weight_format, bias)
         step = max(STRIP, _PART // in_features // STRIP * STRIP)
 
         def pack_from(first: int) -> None:
-            part = weight.detach()[first : first + step]
+            last = min(first + step, out_features)
+            part = weight.detach()[first:last] if read is None else read(first, last)
             packed.fill_part(weight_format.encode(part).numpy(), first)
             if done is not None:
-                done(part)
+                done(first, last)
 
         # Rounding computes in torch's own threads.
         with ThreadPoolExecutor(1 if weight_format.rounds_inputs else torch.get_num_threads()) as threads:

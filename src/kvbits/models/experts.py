@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kvbits.kernels.experts import Experts, Gate
 from kvbits.kernels.products import PackedWeight, Products
+from kvbits.models.stored import StoredParameter
 from kvbits.weights import WeightFormat
 
 Part = tuple[Tensor, Tensor | None]
@@ -71,7 +72,7 @@ def gate_of(module: nn.Module) -> Gate | None:
 
 def experts_parts(module: Any, index: int) -> tuple[Part, Part, Part]:
     """Gate, up and down of one expert of a module with a :func:`gate_of`."""
-    both, down = module.gate_up_proj[index], module.down_proj[index]
+    both, down = (_one(parameter, index) for parameter in (module.gate_up_proj, module.down_proj))
     both, down = (both.T, down.T) if module.is_transposed else (both, down)
     biases = (module.gate_up_proj_bias[index], module.down_proj_bias[index]) if module.has_bias else (None, None)
     left, right = _halves(module, len(both))
@@ -87,8 +88,17 @@ def pack_experts(module: Any, gate: Gate, products: Products, weight_format: Wei
         [products.pack(weight, bias, weight_format) for weight, bias in experts_parts(module, index)]
         for index in range(len(module.gate_up_proj))
     ]
+    for parameter in (module.gate_up_proj, module.down_proj):
+        if isinstance(parameter, StoredParameter):
+            parameter.release(0, len(parameter) * parameter.shape[1])
     gates, ups, downs = (list(part) for part in zip(*packed, strict=True))
     return PackedExperts(Experts(gates, ups, downs, gate), products)
+
+
+def _one(parameter: nn.Parameter, index: int) -> Tensor:
+    if isinstance(parameter, StoredParameter) and parameter.is_meta:
+        return parameter.read(index * parameter.shape[1], (index + 1) * parameter.shape[1])
+    return parameter[index]
 
 
 def _halves(module: Any, rows: int) -> tuple[slice, slice]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.models.geometry import geometry_of
-from kvbits.models.locate import Source, locate
+from kvbits.models.held import blank, held
+from kvbits.models.locate import Source, is_packaged, locate
 from kvbits.models.quiet import quiet
 from kvbits.models.reader import Reader
-from kvbits.models.trust import trusted
 from kvbits.planning.facts import ModelFacts, Parameters, facts_of_config, known_facts
 from kvbits.planning.hf_config import MLA, text_config
 
@@ -29,10 +29,10 @@ def facts_of_model(name: str, mla: MLA = "latent", trust_remote_code: bool = Fal
     ``UnsupportedError`` when kvbits could not cache it.
     """
     known = known_facts(name, mla)
-    if known is not None:
+    if known is not None and not is_packaged(name):
         return known
-    config, source = _config(name, trust_remote_code)
-    parameters = parameters_of(config)
+    config, source, reader = _config(name, trust_remote_code)
+    parameters, sizes = parameters_of(config), _held(config, reader)
     fields = config.to_dict()
     latent = mla == "latent" and "kv_lora_rank" in text_config(fields)
     return facts_of_config(
@@ -42,22 +42,44 @@ def facts_of_model(name: str, mla: MLA = "latent", trust_remote_code: bool = Fal
         parameters.total,
         parameters.embeddings,
         parameters.experts,
-        weights="bf16",
+        weights="auto" if sizes else _published(_quantization(config)),
         mla=mla,
         geometry=None if latent else geometry_of(config, name),
+        held=sizes,
     )
+
+
+def _held(config: PreTrainedConfig, reader: Reader | None) -> dict[str, int]:
+    """Bytes of the weights by form, nothing for those in bits that kvbits does not run or whose files are not here."""
+    if not _quantization(config):
+        return held(blank(config), {}) if reader is None else reader.held()
+    try:
+        return {} if reader is None else reader.held()
+    except UnsupportedError:
+        return {}
+
+
+def _quantization(config: PreTrainedConfig) -> Mapping[str, Any]:
+    fields = config.to_dict()
+    found = fields.get("quantization_config") or fields.get("compression_config")
+    return found if isinstance(found, Mapping) else {}
+
+
+def _published(quantization: Mapping[str, Any]) -> str:
+    """The dtype of weights in bits, by a checkpoint's configuration alone."""
+    method = str(quantization.get("quant_method", "")).lower()
+    if method in ("fp8", "mxfp4"):
+        return method
+    groups = quantization.get("config_groups") or {"": {}}
+    weights = next(iter(groups.values())).get("weights") or {}
+    bits = quantization.get("bits") or quantization.get("w_bit") or weights.get("num_bits")
+    eight = "fp8" if weights.get("type") == "float" else "w8a8"
+    return "awq" if bits == 4 else eight if bits == 8 else "bf16"
 
 
 def parameters_of(config: PreTrainedConfig) -> Parameters:
     """Count the parameters of a model of this configuration, each shared one once; no memory is taken for them."""
-    try:
-        with quiet(), torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted(config))
-    except _ERRORS as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UnsupportedError(
-            f"no causal language model can be made of this {config.model_type} model: {reason}"
-        ) from error
+    model = blank(config)
     sizes = {id(p): (name, p.numel()) for name, p in model.named_parameters()}
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     embeddings = {id(end.weight): end.weight.numel() for end in ends if end is not None}
@@ -65,14 +87,17 @@ def parameters_of(config: PreTrainedConfig) -> Parameters:
     return Parameters(sum(size for _, size in sizes.values()), sum(embeddings.values()), experts)
 
 
-def _config(name: str, trust_remote_code: bool) -> tuple[PreTrainedConfig, str]:
-    """The configuration that ``name`` stands for, and where it was read."""
+def _config(name: str, trust_remote_code: bool) -> tuple[PreTrainedConfig, str, Reader | None]:
+    """The configuration that ``name`` stands for, where it was read, and what reads the weights beside it."""
     path = Path(name).expanduser()
     file = path / "config.json" if path.is_dir() else path
     if file.is_file() and file.suffix == ".json":
-        return _of_file(file, trust_remote_code), str(file)
+        beside = Source(str(path)) if path.is_dir() and any(path.glob("*.safetensors")) else None
+        reader = Reader(name, beside, trust_remote_code) if beside is not None else None
+        return _of_file(file, trust_remote_code), str(file), reader
     source = locate(name)
-    return Reader(name, source, trust_remote_code).configuration(), source.path
+    reader = Reader(name, source, trust_remote_code)
+    return reader.configuration(), source.path if source.gguf is None else f"{source.path}/{source.gguf}", reader
 
 
 def _of_file(file: Path, trust_remote_code: bool) -> PreTrainedConfig:

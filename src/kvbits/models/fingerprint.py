@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from kvbits.errors import UnsupportedError
@@ -21,6 +21,7 @@ from kvbits.models.quiet import quiet
 from kvbits.models.reader import Reader
 from kvbits.models.safetensors.file import read_headers
 from kvbits.models.safetensors.maps import Maps
+from kvbits.models.stored import StoredParameter
 
 _VOLATILE = frozenset(
     {"_name_or_path", "_model_name_or_path", "dtype", "torch_dtype", "transformers_version", "quantization_config"}
@@ -36,15 +37,18 @@ def fingerprint(model: Any, values_of: Callable[[str], Tensor] | None = None) ->
     """
     facts = {k: v for k, v in model.config.to_dict().items() if k not in _VOLATILE}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    samples = [
-        (name, tuple(p.shape), _sample((p.detach() if values_of is None else values_of(name)).flatten()))
-        for name, p in model.named_parameters()
-    ]
+    samples = [(name, tuple(p.shape), _values(name, p, values_of)) for name, p in model.named_parameters()]
     samples += [(name, shape, _sample_rows(shape, rows)) for name, shape, rows in packed_parameters(model)]
     for name, shape, sample in sorted(samples, key=lambda entry: entry[0]):
         digest.update(f"{name}{shape}".encode())
         digest.update(sample.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _values(name: str, parameter: nn.Parameter, values_of: Callable[[str], Tensor] | None) -> Tensor:
+    if isinstance(parameter, StoredParameter) and parameter.is_meta:
+        return _sample_rows(tuple(parameter.shape), parameter.rows)
+    return _sample((parameter.detach() if values_of is None else values_of(name)).flatten())
 
 
 def _sample(flat: Tensor) -> Tensor:

@@ -47,6 +47,12 @@ def locate(name: str) -> Source:
     return _hub(name)
 
 
+def is_packaged(name: str) -> bool:
+    """Whether ``name`` is that of a model in a Python package that is installed."""
+    package = _PACKAGED.get(name.lower())
+    return package is not None and importlib.util.find_spec(package) is not None
+
+
 def _choices() -> str:
     return f"give one of {', '.join(_PACKAGED)}, a .gguf file, a directory with safetensors, or a Hugging Face id"
 

@@ -15,24 +15,11 @@ from torch import Tensor, nn
 from kvbits.kernels.experts import Gate
 from kvbits.kernels.products import PackedWeight, Products
 from kvbits.models.experts import PackedExperts, experts_parts, gate_of, pack_experts
-from kvbits.weights import ROUNDED
+from kvbits.models.stored import StoredParameter, settled
+from kvbits.weights import ROUNDED, WeightFormat
 
 _ROUNDED_ROWS = 4096
 _TRIED_ROWS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 48, 64, 65, 127, 200, 512)
-
-
-class StoredParameter(nn.Parameter):
-    """A layer's parameter that lies in a map of its file, in the file's own type, until the layer is packed.
-
-    ``release`` gives memory of the map back.
-    """
-
-    release: Callable[[Tensor], None]
-
-    def __new__(cls, values: Tensor, release: Callable[[Tensor], None]) -> StoredParameter:
-        made: StoredParameter = super().__new__(cls, values)
-        made.release = release
-        return made
 
 
 class PackedLinear(nn.Module):
@@ -88,7 +75,7 @@ def pack_linears(model: nn.Module, weights: str = "bf16") -> int:
     places = _places(model, _packs)
     for parent, name in places:  # a packed layer's weight goes at once
         layer = getattr(parent, name)
-        weight = products.pack(layer.weight, layer.bias, weight_format, getattr(layer.weight, "release", None))
+        weight = _packed(products, layer.weight, layer.bias, weight_format)
         if id(layer.weight) in embeddings:
             shared[id(layer.weight)] = weight
         setattr(parent, name, PackedLinear(weight, products))
@@ -98,11 +85,17 @@ def pack_linears(model: nn.Module, weights: str = "bf16") -> int:
     for parent, name in _places(model, is_embedding):
         layer = getattr(parent, name)
         found = shared.get(id(layer.weight))
-        if found is None and weights != "bf16" and _of_16_bits(layer.weight):
-            found = products.pack(layer.weight, None, weight_format, getattr(layer.weight, "release", None))
+        if found is None and packs(layer, weights):
+            found = _packed(products, layer.weight, None, weight_format)
         if found is not None:
             setattr(parent, name, packed_embedding(layer, found))
     return len(places)
+
+
+def _packed(products: Products, weight: Tensor, bias: Tensor | None, weight_format: WeightFormat) -> PackedWeight:
+    if isinstance(weight, StoredParameter):
+        return products.pack(weight, bias, weight_format, weight.read, weight.release)
+    return products.pack(weight, bias, weight_format)
 
 
 @torch.no_grad()
@@ -132,17 +125,30 @@ def settle(model: nn.Module, dtype: torch.dtype) -> None:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if isinstance(parameter, StoredParameter):
-                plain = made.setdefault(id(parameter), nn.Parameter(parameter.detach().to(dtype)))
-                module.register_parameter(name, plain)
+                if id(parameter) not in made:
+                    made[id(parameter)] = nn.Parameter(settled(parameter, dtype))
+                module.register_parameter(name, made[id(parameter)])
 
 
 def is_packed_later(layer: nn.Module) -> bool:
     """Whether :func:`pack_linears` may take parameters of ``layer`` in any type, as :class:`StoredParameter`."""
-    return (type(layer) is nn.Linear and layer.in_features % 2 == 0) or is_embedding(layer)
+    return (
+        (type(layer) is nn.Linear and layer.in_features % 2 == 0) or is_embedding(layer) or gate_of(layer) is not None
+    )
+
+
+def packs(layer: nn.Module, weights: str) -> bool:
+    """Whether :func:`pack_linears` packs the weights of ``layer``, whatever it shares with other layers. It may be one
+    without memory."""
+    if is_embedding(layer):
+        return weights != "bf16" and _of_16_bits(layer.weight)
+    return _packs(layer) or _packs_experts(layer)
 
 
 def _of_16_bits(weight: Tensor) -> bool:
-    return weight.dtype == torch.bfloat16 or isinstance(weight, StoredParameter)
+    if isinstance(weight, StoredParameter):
+        return True
+    return weight.dtype == torch.bfloat16 and weight.device.type in ("cpu", "meta")
 
 
 def _places(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[tuple[nn.Module, str]]:
@@ -150,18 +156,11 @@ def _places(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[tuple
 
 
 def _packs(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    return (
-        type(layer) is nn.Linear
-        and _of_16_bits(layer.weight)
-        and layer.weight.device.type == "cpu"
-        and layer.in_features % 2 == 0
-    )
+    return type(layer) is nn.Linear and _of_16_bits(layer.weight) and layer.in_features % 2 == 0
 
 
 def _packs_experts(module: Any) -> bool:
-    return gate_of(module) is not None and bool(
-        module.gate_up_proj.dtype == torch.bfloat16 and module.gate_up_proj.device.type == "cpu"
-    )
+    return gate_of(module) is not None and _of_16_bits(module.gate_up_proj)
 
 
 def packed_weights(model: nn.Module) -> Iterator[tuple[str, PackedWeight]]:

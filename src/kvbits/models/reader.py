@@ -21,6 +21,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.models import gguf, hub
+from kvbits.models.held import blank, held
 from kvbits.models.locate import Source
 from kvbits.models.quiet import quiet
 from kvbits.models.safetensors.carried import carried_by
@@ -76,30 +77,52 @@ class Reader:
 
         It is on the CPU and has the attention implementation ``attention``. ``native`` leaves weights in bits that the
         kernels can multiply as they are (:class:`kvbits.models.packed.PackedLinear`); ``packs`` leaves parameters of
-        layers that the caller packs in their files (:class:`kvbits.models.packed.StoredParameter`).
+        layers that the caller packs in their files (:class:`kvbits.models.stored.StoredParameter`).
         """
-        if self._own:
-            assert self._file is not None
-            read = gguf.Weights(self._file, self.configuration(), dtype, attention, native).read
-            return lambda: self._with_ends(read())
+        directory = self._directory() if self._file is None else None
+        own = self._planned(dtype, attention, directory)
+        if own is not None and directory is not None:
+            return lambda: self._with_generation(own.read(native, packs), directory)
+        if own is not None:
+            return lambda: self._with_ends(own.read(native, packs))
         options: dict[str, Any] = {"dtype": dtype}
         if attention is not None:
             options["attn_implementation"] = attention
         if self._file is not None:
             options["quantization_config"] = GgufConfig(dequantize=True)
             return lambda: self._with_ends(self._read("weights", AutoModelForCausalLM, **options))
+        return lambda: self._complete(options)
+
+    def held(self) -> dict[str, int]:
+        """Bytes of the weights by the form that they are asked for in (:data:`kvbits.config.WEIGHT_FORMATS`), as the
+        CPU's kernels hold them in bfloat16. Of the files, headers are read; none is fetched."""
+        path = Path(self._source.path)
+        own = self._planned(torch.bfloat16, None, path if path.is_dir() and self._file is None else None)
+        if own is None:
+            return held(blank(self.configuration()), {})
+        own.model.tie_weights()
+        return held(own.model, own.forms())
+
+    def _planned(
+        self, dtype: torch.dtype, attention: str | None, directory: Path | None
+    ) -> gguf.Weights | Weights | None:
+        """What reads the weights here, by the files' headers; ``None`` where transformers has to."""
+        if self._own:
+            assert self._file is not None
+            return gguf.Weights(self._file, self.configuration(), dtype, attention)
+        if self._file is not None:
+            return None
         config = self.configuration()
         carried = carried_by(self._name, config.to_dict())
-        directory = self._directory()
         if directory is not None:
             stored = read_headers(directory)
             if not trusted(config):
                 found = Weights(directory, stored, config, dtype, attention, carried)
                 if found.whole:
-                    return lambda: self._with_generation(found.read(native, packs), directory)
+                    return found
         if carried is not None:
             raise UnsupportedError(f"the weights of the model '{self._name}' are in bits that its own code has to read")
-        return lambda: self._complete(options)
+        return None
 
     def _directory(self) -> Path | None:
         """Where the safetensors lie, from the hub if need be; ``None`` where the model has none there."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -37,6 +37,8 @@ class Parameters:
 class ModelFacts:
     """One model. ``weights`` is the dtype that its publisher ships; ``hidden`` and ``widest`` are sizes in elements.
 
+    ``held``: bytes of the weights by the form that they are loaded in (``--weights``), of a model whose files or
+    configuration were read; ``weights`` is then one of these.
     ``source`` says where the facts come from. ``latent``: the geometry is that of multi-head latent attention's
     compressed cache.
     """
@@ -49,6 +51,7 @@ class ModelFacts:
     hidden: int
     widest: int
     latent: bool = False
+    held: Mapping[str, int] = field(default_factory=dict)
 
 
 def known_models() -> tuple[str, ...]:
@@ -90,6 +93,7 @@ def facts_of_config(
     weights: str,
     mla: MLA = "latent",
     geometry: ModelGeometry | None = None,
+    held: Mapping[str, int] | None = None,
 ) -> ModelFacts:
     """Facts from the fields of a Hugging Face ``config.json`` and from counted parameters.
 
@@ -120,6 +124,7 @@ def facts_of_config(
         hidden=hidden,
         widest=inner,
         latent=latent,
+        held=held or {},
     )
 
 

@@ -6,16 +6,27 @@ from kvbits.config import parse_bytes
 from kvbits.errors import ConfigError
 from kvbits.planning.facts import ModelFacts, Parameters
 
-WEIGHT_BITS: dict[str, float] = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "int4": 4.15625}
-"""Bits per weight. ``int4``: groups of 128 with a 16-bit scale and a 4-bit zero point, as AWQ and GPTQ store them."""
+WEIGHT_BITS: dict[str, float] = {
+    "fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "w8a8": 8, "awq": 4.15625, "gptq": 4.15625, "int8": 9, "int4": 5,
+}  # fmt: skip
+"""Bits per weight. ``awq`` and ``gptq``: groups of 128 with a 16-bit scale and a 4-bit zero point; ``int8`` and
+``int4``: kvbits' own, embeddings too, groups of 32 with a 16-bit scale and a 16-bit minimum."""
 
-QUANTIZED = frozenset({"fp8", "int8", "int4"})
+QUANTIZED = frozenset({"fp8", "w8a8", "awq", "gptq"})
 """Dtypes that checkpoints use for all but the embeddings and the output head, which stay in 16 bits."""
 
 MXFP4 = "mxfp4"
 """Experts in 4-bit blocks of 32 with an 8-bit scale (OCP microscaling), everything else in 16 bits: gpt-oss."""
 
-_ALIASES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "w8a8": "int8", "awq": "int4", "gptq": "int4"}
+_ALIASES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+def planned_bytes(facts: ModelFacts, weights: str) -> int:
+    """Bytes of the weights of ``facts`` in the form ``weights``: as they will be held where that is known, otherwise
+    as :func:`weights_bytes` says. ``auto`` is the default."""
+    name = weights.strip().lower()
+    name = facts.weights if name == "auto" else _ALIASES.get(name, name)
+    return facts.held[name] if name in facts.held else weights_bytes(facts.parameters, name)
 
 
 def weights_bytes(parameters: Parameters, weights: str) -> int:
@@ -34,7 +45,7 @@ def weights_bytes(parameters: Parameters, weights: str) -> int:
     try:
         return parse_bytes(weights)
     except ConfigError as error:
-        names = ", ".join([*WEIGHT_BITS, MXFP4])
+        names = ", ".join(["auto", *WEIGHT_BITS, MXFP4])
         raise ConfigError(f"unknown weights '{weights}'; choose from {names}, or give a size such as 16GiB") from error
 
 

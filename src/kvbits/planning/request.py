@@ -10,7 +10,7 @@ from kvbits.config import POLICY_PREFIX, ModelGeometry, parse_bytes
 from kvbits.errors import ConfigError
 from kvbits.planning.core import Plan, plan
 from kvbits.planning.facts import ModelFacts
-from kvbits.planning.memory import weights_bytes, workspace_bytes
+from kvbits.planning.memory import planned_bytes, workspace_bytes
 from kvbits.planning.ranks import rank_geometry
 
 SHORTEST = 1024
@@ -66,7 +66,7 @@ def make_plan(facts: ModelFacts, options: Options) -> Planned:
     if names == list(SCHEMES):  # nobody asked for one of them by name
         left_out = {policy.name: reason for policy in policies if (reason := _unfit(policy, geometry))}
         policies = [policy for policy in policies if policy.name not in left_out]
-    weights = -(-weights_bytes(facts.parameters, options.weights) // options.ranks)
+    weights = -(-planned_bytes(facts, options.weights) // options.ranks)
     if options.workspace is None:
         sequences = options.max_num_seqs or SEQUENCES
         workspace = workspace_bytes(facts, options.max_num_batched_tokens, sequences, options.ranks)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -23,17 +22,11 @@ from kvbits.models.gguf.file import GgufFile
 from kvbits.models.gguf.header import TensorInfo
 from kvbits.models.gguf.native import native_sources, place
 from kvbits.models.gguf.rope import TENSORS as _ROPE_TENSORS
-from kvbits.models.gguf.source import Source
-from kvbits.models.packed import PackedEmbedding
+from kvbits.models.gguf.source import Source, Sources
+from kvbits.models.packed import PackedEmbedding, is_packed_later
 from kvbits.models.quiet import quiet
-
-_BLOCK = 1 << 17
-"""Elements that are unpacked at a time, so that what numpy makes on the way stays in the processor's cache."""
-
-_PIECE = (1 << 15) - 1
-"""Elements that torch converts at a time: more would start its own threads in each of ours."""
-
-_TASK = 1 << 21
+from kvbits.models.stored import StoredParameter, settled
+from kvbits.weights import FORMATS, WeightFormat
 
 _GATE_UP = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.gate_up_proj")
 _DOWN = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.down_proj")
@@ -56,46 +49,59 @@ class Weights:
         config: PreTrainedConfig,
         dtype: torch.dtype,
         attention: str | None = None,
-        native: bool = False,
     ) -> None:
         options: dict[str, Any] = {"dtype": dtype} | ({"attn_implementation": attention} if attention else {})
         with quiet(), torch.device("meta"), no_init_weights():
-            self._model: Any = AutoModelForCausalLM.from_config(config, **options)
-        self._dtype, self._native = dtype, native
-        self._sources = list(plan(file, self._model, known_family(file)))
+            self.model: Any = AutoModelForCausalLM.from_config(config, **options)
+        self._dtype = dtype
+        self._sources = list(plan(file, self.model, known_family(file)))
         _check_types(self._sources)
 
-    def read(self) -> Any:
+    def forms(self) -> dict[str, list[WeightFormat]]:
+        """Parameters that :meth:`read` leaves in their bits where it may, with the formats of their parts."""
+        found: dict[str, list[WeightFormat]] = {}
+        for source in native_sources(self._sources, self.model):
+            found.setdefault(source.name, []).append(FORMATS[source.tensor.kind.name.lower()])
+        return found
+
+    def read(self, native: bool = False, packs: bool = False) -> Any:
         """Take the weights from the file into the model and return it; once.
 
-        With ``native``, what the kernels can multiply as it is stays in its bits.
+        With ``native``, what the kernels can multiply as it is stays in its bits. ``packs``: the caller packs layers
+        (:func:`kvbits.models.packed.pack_linears`), whose parameters so stay in the file.
         """
-        model = self._model
+        model = self.model
         fill_buffers(model)  # while the parameters have no memory: a new model's buffers and weights are set together
-        packed = native_sources(self._sources, model) if self._native else []
+        packed = native_sources(self._sources, model) if native else []
         layers = {source.name.rpartition(".")[0] for source in packed}
-        biases = [source for source in self._sources if _bias_of(source) in layers]
-        left = [source for source in self._sources if source not in packed and source not in biases]
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        filled = {source.name: torch.empty(shapes[source.name], dtype=self._dtype) for source in left}
-        fill(left, filled)
-        for name, tensor in filled.items():
+        biases: dict[str, Tensor] = {}
+        for name, parts in _by_name(source for source in self._sources if source not in packed).items():
             owner, _, leaf = name.rpartition(".")
-            model.get_submodule(owner).register_parameter(leaf, nn.Parameter(tensor))
-        place(packed, {_bias_of(source): _whole(source) for source in biases}, model)
+            if leaf == "bias" and owner in layers:
+                biases[owner] = parts.read(0, 1).flatten()
+            else:
+                module = model.get_submodule(owner)
+                module.register_parameter(leaf, self._parameter(module, leaf, parts, packs))
+        place(packed, biases, model)
         if not isinstance(model.get_input_embeddings(), PackedEmbedding):  # whose head is set already
             model.tie_weights()
         return model.eval()
 
+    def _parameter(self, module: nn.Module, leaf: str, parts: Sources, packs: bool) -> nn.Parameter:
+        empty = module.get_parameter(leaf).detach()
+        stored = StoredParameter(empty, parts.read, parts.release)
+        if not packs or not is_packed_later(module):
+            return nn.Parameter(settled(stored, self._dtype))
+        if leaf.endswith("bias"):
+            return StoredParameter(settled(stored, torch.float32), parts.read, parts.release)
+        return stored
 
-def _bias_of(source: Source) -> str:
-    """The layer whose bias it is; empty for anything else."""
-    owner, _, leaf = source.name.rpartition(".")
-    return owner if leaf == "bias" else ""
 
-
-def _whole(source: Source) -> Tensor:
-    return torch.from_numpy(_values(source.tensor.rows(), source)).flatten()
+def _by_name(sources: Iterable[Source]) -> dict[str, Sources]:
+    found: dict[str, list[Source]] = {}
+    for source in sources:
+        found.setdefault(source.name, []).append(source)
+    return {name: Sources(tuple(parts)) for name, parts in found.items()}
 
 
 def plan(file: GgufFile, model: Any, family: Family) -> Iterator[Source]:
@@ -155,44 +161,6 @@ def _order(tensor: TensorInfo, model: Any, family: Family) -> np.ndarray | None:
     config = model.config
     heads = config.num_attention_heads if part == "attn_q" else config.num_key_value_heads
     return np.arange(tensor.shape[0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
-
-
-def fill(sources: Iterable[Source], targets: dict[str, Tensor]) -> None:
-    """Unpack every source into its target, in as many threads as torch computes with."""
-    tasks = []
-    for source in sources:
-        rows = source.tensor.rows()
-        step = max(1, _TASK // max(1, source.tensor.shape[-1]))
-        tasks += [(source, targets[source.name], first, step) for first in range(0, len(rows), step)]
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        for done in [threads.submit(_unpack, *task) for task in tasks]:
-            done.result()
-
-
-def _unpack(source: Source, target: Tensor, first: int, count: int) -> None:
-    rows, columns = source.tensor.rows(), source.tensor.shape[-1]
-    flat = target.view(-1)
-    step = max(1, _BLOCK // columns)
-    last = min(first + count, len(rows))
-    begin = first
-    while begin < last:
-        end = min(begin + step, last, begin + source.run(begin))
-        part = rows[begin:end] if source.order is None else rows[source.order[begin:end]]
-        values = torch.from_numpy(_values(part, source)).view(-1)
-        to = source.place(begin) * columns
-        for at in range(0, len(values), _PIECE):
-            piece = values[at : at + _PIECE]
-            flat[to + at : to + at + len(piece)].copy_(piece)
-        begin = end
-    if source.order is None:
-        source.tensor.release(first, last)
-
-
-def _values(part: np.ndarray, source: Source) -> np.ndarray:
-    values: np.ndarray = dequantize(part, source.tensor.kind)
-    if source.add:
-        return values + np.float32(source.add)
-    return values if values.flags.writeable else values.copy()
 
 
 def _check_types(sources: Iterable[Source]) -> None:

@@ -42,8 +42,10 @@ class Grouped:
         return blocks.reshape(last - first, -1)
 
     def values(self, first: int, last: int) -> Tensor:
-        """``float32 [last - first, in]``: exactly what the blocks say."""
-        return self.weight_format.decode(self.blocks(first, last))[:, : self.shape[1]]
+        """``float32 [last - first, in]``, any outputs: exactly what the blocks say."""
+        begin = first // GROUP * GROUP
+        blocks = self.blocks(begin, min(-(-last // GROUP) * GROUP, self.shape[0]))
+        return self.weight_format.decode(blocks[first - begin : last - begin])[:, : self.shape[1]]
 
     def _spread(self, numbers: Tensor) -> Tensor:
         """A number a group to a number a block, ``float16 [blocks, 1]``."""

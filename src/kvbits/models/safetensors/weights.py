@@ -15,7 +15,7 @@ from transformers.initialization import no_init_weights
 from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.kernels.products import PackedWeight, Products
 from kvbits.models.buffers import fill_buffers
-from kvbits.models.packed import PackedLinear, StoredParameter, is_embedding, is_packed_later, packed_embedding
+from kvbits.models.packed import PackedLinear, is_embedding, is_packed_later, packed_embedding
 from kvbits.models.quiet import quiet
 from kvbits.models.safetensors.carried import Carried
 from kvbits.models.safetensors.codes import CODES, LEAVES, Coded, read_coded
@@ -23,6 +23,8 @@ from kvbits.models.safetensors.file import Stored
 from kvbits.models.safetensors.grouped import Grouped, grouped
 from kvbits.models.safetensors.maps import Maps
 from kvbits.models.safetensors.names import placed
+from kvbits.models.stored import StoredParameter, settled
+from kvbits.weights import WeightFormat
 
 _ROWS = 1024
 """Outputs that are taken out of their codes at a time; a multiple of 32."""
@@ -48,17 +50,17 @@ class Weights:
     ) -> None:
         options: dict[str, Any] = {"dtype": dtype} | ({"attn_implementation": attention} if attention else {})
         with quiet(), torch.device("meta"), no_init_weights():
-            self._model: Any = AutoModelForCausalLM.from_config(config, **options)
+            self.model: Any = AutoModelForCausalLM.from_config(config, **options)
         self._directory, self._dtype, self._maps = directory, dtype, Maps()
-        self._state: dict[str, Tensor] = self._model.state_dict()
+        self._state: dict[str, Tensor] = self.model.state_dict()
         self._plain: dict[str, Stored] = {}
         self._grouped: dict[str, Grouped] = {}
-        self.whole = not self._model._keep_in_fp32_modules_strict
+        self.whole = not self.model._keep_in_fp32_modules_strict
         """Whether every tensor is one parameter; where not, transformers has to read the files."""
         leaves = LEAVES if carried is not None else CODES
         in_bits = {name for name in stored if name.rpartition(".")[2] in leaves}
-        names = placed(self._model, [name for name in stored if name not in in_bits])
-        layers = placed(self._model, {f"{_stem(name)}.weight" for name in in_bits})
+        names = placed(self.model, [name for name in stored if name not in in_bits])
+        layers = placed(self.model, {f"{_stem(name)}.weight" for name in in_bits})
         if names is None or layers is None:
             if carried is not None:
                 raise UnsupportedError(
@@ -69,22 +71,26 @@ class Weights:
         elif self.whole:
             self._place(stored, names, layers, carried)
 
+    def forms(self) -> dict[str, list[WeightFormat]]:
+        """Parameters that :meth:`read` leaves in their bits where it may."""
+        return {name: [weight.weight_format] for name, weight in self._grouped.items()}
+
     def read(self, native: bool, packs: bool) -> Any:
         """The model, once. ``packs``: the caller packs layers (:func:`kvbits.models.packed.pack_linears`), whose
         parameters so stay in their maps, in any type. ``native``: weights in bits stay in them."""
-        model = self._model
+        model = self.model
         fill_buffers(model)
         for name, stored in self._plain.items():
             values = self._maps.tensor(stored)
             owner, leaf = self._owner(name), name.rpartition(".")[2]
             if packs and values.is_floating_point() and is_packed_later(owner) and leaf not in owner._buffers:
-                owner.register_parameter(leaf, StoredParameter(values, self._maps.release))
+                owner.register_parameter(leaf, self._in_map(values))
             else:
                 self._set(name, values.to(self._state[name].dtype))
         for name, weight in self._grouped.items():
             model.all_tied_weights_keys.pop(name, None)
             if not native:
-                self._set(name, self._unpacked(weight))
+                self._set_grouped(name, weight, packs)
         model.tie_weights(missing_keys=self._state.keys() - self._plain.keys(), recompute_mapping=False)
         if native:
             self._pack()
@@ -117,7 +123,7 @@ class Weights:
 
     def _check_missing(self) -> None:
         """What is tied is needed once."""
-        model, found = self._model, self._plain.keys() | self._grouped.keys()
+        model, found = self.model, self._plain.keys() | self._grouped.keys()
         tied = dict(model.all_tied_weights_keys)
         sources = {source: target for target, source in tied.items()}
         harmless = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
@@ -129,15 +135,15 @@ class Weights:
     def _check_unknown(self, stored: Stored, target: str) -> None:
         """Tensors without a place are left out, as transformers does; but not what changes a layer's result."""
         owner, _, leaf = target.rpartition(".")
-        modules = dict(self._model.named_modules())
+        modules = dict(self.model.named_modules())
         if leaf == "bias" and isinstance(modules.get(owner), nn.Linear) and self._maps.tensor(stored).any():
             raise UnsupportedError(
-                f"'{stored.path}' has the tensor {stored.name}, for which the {self._model.config.model_type} model "
+                f"'{stored.path}' has the tensor {stored.name}, for which the {self.model.config.model_type} model "
                 "has no place"
             )
 
     def _owner(self, name: str) -> nn.Module:
-        owner: nn.Module = self._model.get_submodule(name.rpartition(".")[0])
+        owner: nn.Module = self.model.get_submodule(name.rpartition(".")[0])
         return owner
 
     def _set(self, name: str, values: Tensor) -> None:
@@ -147,23 +153,30 @@ class Weights:
         else:
             owner.register_parameter(leaf, nn.Parameter(values, requires_grad=values.is_floating_point()))
 
-    def _unpacked(self, weight: Grouped) -> Tensor:
-        found = torch.empty(weight.shape, dtype=self._dtype)
-        for first in range(0, len(found), _ROWS):
-            last = min(first + _ROWS, len(found))
-            found[first:last] = weight.values(first, last)
-        return found
+    def _in_map(self, values: Tensor) -> StoredParameter:
+        rows = values.flatten(0, -2) if values.ndim > 1 else values
+        return StoredParameter(
+            values, lambda first, last: rows[first:last], lambda first, last: self._maps.release(rows[first:last])
+        )
+
+    def _set_grouped(self, name: str, weight: Grouped, packs: bool) -> None:
+        owner, leaf = self._owner(name), name.rpartition(".")[2]
+        stored = StoredParameter(owner.get_parameter(leaf).detach(), weight.values, lambda first, last: None)
+        if packs and is_packed_later(owner):
+            owner.register_parameter(leaf, stored)
+        else:
+            self._set(name, settled(stored, self._dtype))
 
     def _pack(self) -> None:
         products = Products()
         for name, weight in self._grouped.items():
             owner = name.rpartition(".")[0]
-            layer = self._model.get_submodule(owner)
+            layer = self.model.get_submodule(owner)
             packed = PackedWeight.empty(*weight.shape, weight.weight_format, getattr(layer, "bias", None))
             for first in range(0, packed.out_features, _ROWS):
                 packed.fill_part(weight.blocks(first, min(first + _ROWS, packed.out_features)).numpy(), first)
             self._maps.release(weight.coded.words)
-            self._model.set_submodule(
+            self.model.set_submodule(
                 owner, packed_embedding(layer, packed) if is_embedding(layer) else PackedLinear(packed, products)
             )
 
