@@ -24,7 +24,10 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vnni");
 }
-bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+// What the kernels on tiles take of vectors.
+bool has_avx512_beside_tiles() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+}
 // Linux lets a process use tiles only after it asked.
 bool has_tiles() {
 #if defined(__linux__)
@@ -38,7 +41,7 @@ bool has_tiles() {
 #endif
 }
 bool has_amx() {
-  static const bool has = has_avx512bf16() && has_tiles();
+  static const bool has = has_avx512_beside_tiles() && has_tiles();
   return has;
 }
 const RowKernels& best_avx512_rows() {
@@ -61,7 +64,7 @@ const struct {
 #endif
     {"scalar", always, scalar_kernels, scalar_rows, scalar_products},
 #if defined(KVBITS_EMULATED_TILES)
-    {"amx_emulated", has_avx512bf16, amx_emulated_kernels, best_avx512_rows, amx_emulated_products},
+    {"amx_emulated", has_avx512_beside_tiles, amx_emulated_kernels, best_avx512_rows, amx_emulated_products},
 #endif
 };
 }  // namespace

@@ -61,13 +61,13 @@ struct QueryRow {
   float* query;            // [key_dim], scaled
   const uint16_t* source;  // [key_dim], as the model gave it; null: not in bfloat16
   float scale;             // of the scores with `source`
-  uint8_t* codes;       // [2 * key_dim]: high and low terms of the query, for codecs that quantize it once
-  float unit;           // value of one unit of `codes`
-  float correction;     // what a page's products need beside those with `codes`
-  float sum;            // sum of the query
-  float max;            // running maximum of the scores, in units of log 2
-  float total[kLanes];  // running sum of the softmax, spread over a vector's lanes
-  float* accumulator;   // [value_dim]
+  uint8_t* codes;          // [2 * key_dim]: high and low terms of the query, for codecs that quantize it once
+  float unit;              // value of one unit of `codes`
+  float correction;        // what a page's products need beside those with `codes`
+  float sum;               // sum of the query
+  float max;               // running maximum of the scores, in units of log 2
+  float total[kLanes];     // running sum of the softmax, spread over a vector's lanes
+  float* accumulator;      // [value_dim]
 };
 
 // Query rows that share a KV head, and one page of it. While a kernel reads the page it asks for the bytes `ahead` of

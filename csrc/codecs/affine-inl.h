@@ -149,6 +149,7 @@ struct AffineKey {
 
   // What a vector of tokens' scores have in common.
   struct Lanes {
+    Lanes() = default;
     template <class Params>
     Lanes([[maybe_unused]] const Params& params, [[maybe_unused]] int token) {
       if constexpr (!kPerChannel) scale = params.scale(token);
@@ -334,6 +335,7 @@ struct AffineValue {
 
   // What a vector of channels' gains have in common.
   struct Lanes {
+    Lanes() = default;
     template <class Params>
     Lanes([[maybe_unused]] const Params& params, [[maybe_unused]] int channel) {
       if constexpr (kPerChannel) scale = params.scale(channel);

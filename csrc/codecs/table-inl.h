@@ -30,8 +30,8 @@ constexpr CodecKernels affine() {
 constexpr CodecKernels affine8_key() {
   using Format = PlainFormat<8, true, false>;
   using K = AffineKey<Format>;
-  return {Format::kId,  {K::prepare, score_any<K>}, {}, seal_affine_key<Format>,
-          nullptr, {K::prepare, score_any<K>}, {}, open_affine<Format, true>};
+  return {Format::kId, {K::prepare, score_any<K>}, {}, seal_affine_key<Format>,
+          nullptr,     {K::prepare, score_any<K>}, {}, open_affine<Format, true>};
 }
 constexpr CodecKernels affine8_value() {
   using Format = PlainFormat<8, false, true>;
@@ -52,8 +52,8 @@ constexpr CodecKernels nibbles() {
   using Key = NibbleFormat<PER_CHANNEL, SYMMETRIC, true>;
   using Value = NibbleFormat<PER_CHANNEL, SYMMETRIC, false>;
   using Draft = DraftFormat<PER_CHANNEL, SYMMETRIC>;
-  return entry<AffineKey<Key>, AffineValue<Value>, AffineKey<Draft>, AffineValue<Draft>>(
-      Key::kId, seal_affine_key<Key>, seal_affine_value<Value>);
+  return entry<AffineKey<Key>, AffineValue<Value>, AffineKey<Draft>, AffineValue<Draft>>(Key::kId, seal_affine_key<Key>,
+                                                                                         seal_affine_value<Value>);
 }
 
 // Keys take the centers out, values do not: each has one side only.
@@ -61,7 +61,7 @@ template <int BITS>
 constexpr CodecKernels codebook_key() {
   using Format = CodebookFormat<BITS, true>;
   return {Format::kId, {AffineKey<Format>::prepare, score_any<AffineKey<Format>>}, {}, seal_affine_key<Format>,
-          nullptr,         {AffineKey<Format>::prepare, score_any<AffineKey<Format>>}, {}};
+          nullptr,     {AffineKey<Format>::prepare, score_any<AffineKey<Format>>}, {}};
 }
 template <int BITS>
 constexpr CodecKernels codebook_value() {

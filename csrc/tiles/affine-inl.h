@@ -1,5 +1,5 @@
-// The kernels of codecs/affine-inl.h and codecs/compose-inl.h on tiles of bytes: sums of products of codes are exact, and
-// everything else is the same code, so results are the vectors' to the bit. Included inside a per-ISA anonymous
+// The kernels of codecs/affine-inl.h and codecs/compose-inl.h on tiles of bytes: sums of products of codes are exact,
+// and everything else is the same code, so results are the vectors' to the bit. Included inside a per-ISA anonymous
 // namespace.
 
 // Codes [reduction / 4][lanes][4] as tiles, zeros after the last.
@@ -44,14 +44,16 @@ inline void score_codes(const Block& block, int dim, uint8_t* codes) {
   for (int v = 0; v < kPage / kWidth; v += kVectors) {
     const int steps = padded(dim, 64) / 64;
     multiply_page<SignedUnsigned, kT, kVectors>({terms, 2 * dim, dim}, page.from(v), steps, steps, sums);
-    unrolled<kVectors>([&](auto i) KVBITS_INLINE {
-      const int token = (v + i) * kWidth;
-      const typename K::Lanes lanes(params, token);
-      for (int r = 0; r < block.count; ++r) {
+    typename K::Lanes lanes[kVectors];
+    unrolled<kVectors>([&](auto i) KVBITS_INLINE { lanes[i] = {params, (v + i) * kWidth}; });
+    float* scores = block.scores + v * kWidth;
+    const QueryRow* row = block.rows;
+    for (int r = 0, count = block.count; r < count; ++r, ++row, scores += kPage) {
+      unrolled<kVectors>([&](auto i) KVBITS_INLINE {
         const I high = _mm512_load_si512(sums[i][r]), low = _mm512_load_si512(sums[(kT - 1) * kVectors + i][r]);
-        f_store(block.scores + r * kPage + token, K::score(high, low, folded, r, block.rows[r], lanes));
-      }
-    });
+        f_store(scores + i * kWidth, K::score(high, low, folded, r, *row, lanes[i]));
+      });
+    }
   }
 }
 
@@ -75,15 +77,18 @@ inline void accumulate_codes(const Block& block, int dim, uint8_t* codes) {
   each_vectors<kTileSums / kT>(dim / kWidth, [&](int v, auto vectors) {
     constexpr int kVectors = decltype(vectors)::value;
     multiply_page<UnsignedSigned, kT, kVectors>({folded.codes[0], 2 * kPage, kPage}, page.from(v), 1, 1, sums);
-    unrolled<kVectors>([&](auto i) KVBITS_INLINE {
-      const int channel = (v + i) * kWidth;
-      const typename V::Lanes lanes(params, channel);
-      for (int r = 0; r < block.count; ++r) {
+    typename V::Lanes lanes[kVectors];
+    unrolled<kVectors>([&](auto i) KVBITS_INLINE { lanes[i] = {params, (v + i) * kWidth}; });
+    const QueryRow* row = block.rows;
+    const float* rescale = block.rescale;
+    for (int r = 0, count = block.count; r < count; ++r, ++row) {
+      float* out = row->accumulator + v * kWidth;
+      const F shrink = f_set(rescale[r]);
+      unrolled<kVectors>([&](auto i) KVBITS_INLINE {
         const I high = _mm512_load_si512(sums[i][r]), low = _mm512_load_si512(sums[(kT - 1) * kVectors + i][r]);
-        float* out = block.rows[r].accumulator + channel;
-        f_store(out, f_fma(f_load(out), f_set(block.rescale[r]), V::gain(high, low, folded, r, lanes)));
-      }
-    });
+        f_store(out + i * kWidth, f_fma(f_load(out + i * kWidth), shrink, V::gain(high, low, folded, r, lanes[i])));
+      });
+    }
   });
 }
 

@@ -1,5 +1,5 @@
-// Attention on tiles: included inside isa/amx*.cpp's anonymous namespace, after simd/avx512-inl.h, the tiles and `kIsa`.
-// What is not here is the vectors' (isa/avx512.cpp).
+// Attention on tiles: included inside isa/amx*.cpp's anonymous namespace, after simd/avx512-inl.h, the tiles and
+// `kIsa`. What is not here is the vectors' (isa/avx512.cpp).
 // clang-format off: the order is the dependency
 #include "../codecs/planes-inl.h"
 #include "../codecs/quantize-inl.h"

@@ -12,13 +12,32 @@ struct RawTiles {
   static void unpack(const uint8_t* page, int reduction, int lanes, uint8_t* out) {
     for (int pair = 0; pair < padded(reduction, 32) / 2; ++pair) {
       for (int lane = 0; lane < lanes; lane += kWidth) {
-        const B both =
-            pair < reduction / 2 ? b_load(page + (static_cast<size_t>(pair) * lanes + lane) * 4) : i_zero();
+        const B both = pair < reduction / 2 ? b_load(page + (static_cast<size_t>(pair) * lanes + lane) * 4) : i_zero();
         _mm512_store_si512(unpacked_row(out, lanes, pair, lane), both);
       }
     }
   }
 };
+
+// The two bytes of the bfloat16 that a code without its sign stands for.
+struct Float8Bytes {
+  alignas(64) uint8_t low[128], high[128];
+};
+template <int MANTISSA>
+constexpr Float8Bytes float8_bytes() {
+  Float8Bytes bytes{};
+  constexpr int kOne = 1 << MANTISSA;
+  for (int code = 1; code < 128; ++code) {
+    int exponent = code >> MANTISSA, mantissa = code & (kOne - 1);
+    if (exponent == 0) {
+      for (exponent = 1; mantissa < kOne; mantissa *= 2) --exponent;
+    }
+    const int bits = ((exponent + 127 - kFloat8Bias<MANTISSA>) << 7) | ((mantissa & (kOne - 1)) << (7 - MANTISSA));
+    bytes.low[code] = static_cast<uint8_t>(bits);
+    bytes.high[code] = static_cast<uint8_t>(bits >> 8);
+  }
+  return bytes;
+}
 
 template <int MANTISSA>
 struct Float8Tiles {
@@ -28,22 +47,24 @@ struct Float8Tiles {
   static float scale(const uint8_t* page, int dim) { return float8_scale(page, 0, dim); }
   static void prefetch(const uint8_t* page, ptrdiff_t ahead, int dim) { prefetch_all(page, ahead, kPage * dim + 4); }
   static void unpack(const uint8_t* page, int reduction, int lanes, uint8_t* out) {
-    const F power = f_set(MANTISSA == 3 ? 0x1p120f : 0x1p112f);
-    const auto pair = [](F even, F odd) {  // exact: the lower halves are 0
-      const __m512i high = _mm512_and_si512(_mm512_castps_si512(odd), _mm512_set1_epi32(static_cast<int>(0xffff0000)));
-      return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(even), 16), high);
+    static constexpr Float8Bytes bytes = float8_bytes<MANTISSA>();
+    // Quads of a 128-bit lane as their first pairs, then their second.
+    const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+    const B sign = _mm512_set1_epi8(static_cast<char>(0x80));
+    const auto look_up = [](const uint8_t* table, B codes) {
+      return _mm512_permutex2var_epi8(b_load(table), codes, b_load(table + 64));
     };
-    for (int quad = 0; quad < padded(reduction, 32) / 4; ++quad) {
-      for (int lane = 0; lane < lanes; lane += kWidth) {
-        B pairs[2] = {i_zero(), i_zero()};
-        if (quad < reduction / 4) {
-          const B codes = b_load(page + (static_cast<size_t>(quad) * lanes + lane) * 4);
-          F x[4];
-          unrolled<4>([&](auto i) KVBITS_INLINE { x[i] = f_mul(b_float8<i, 20 + 3 - MANTISSA>(codes), power); });
-          pairs[0] = pair(x[0], x[1]);
-          pairs[1] = pair(x[2], x[3]);
+    for (int first = 0; first < padded(reduction, 32) / 4; first += 8) {
+      for (int lane = 0; lane < lanes; lane += kWidth, out += kTileBytes) {
+        for (int i = 0; i < 8; ++i) {
+          const bool there = first + i < reduction / 4;
+          B codes = there ? b_load(page + (static_cast<size_t>(first + i) * lanes + lane) * 4) : i_zero();
+          codes = _mm512_shuffle_epi8(codes, order);
+          const B low = look_up(bytes.low, codes), high = look_up(bytes.high, codes);
+          const B signs = _mm512_ternarylogic_epi32(high, codes, sign, 0xf8);  // high | (codes & sign)
+          _mm512_store_si512(out + i * 128, _mm512_unpacklo_epi8(low, signs));
+          _mm512_store_si512(out + i * 128 + 64, _mm512_unpackhi_epi8(low, signs));
         }
-        for (int i = 0; i < 2; ++i) _mm512_store_si512(unpacked_row(out, lanes, 2 * quad + i, lane), pairs[i]);
       }
     }
   }

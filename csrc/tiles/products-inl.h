@@ -1,9 +1,9 @@
-// Products of a block of rows with a page on tiles. Included inside a per-ISA anonymous namespace, after simd/avx512-inl.h
-// and the tiles.
+// Products of a block of rows with a page on tiles. Included inside a per-ISA anonymous namespace, after
+// simd/avx512-inl.h and the tiles.
 //
-// Tiles 0 to 3 are sums of up to kManyRows rows and 16 lanes; 4 and 5 the rows' terms, 64 bytes of the reduced dimension
-// of each; 6 and 7 16 quads of bytes (or pairs of bfloat16) of 16 lanes. That is the order in which a page's planes lie,
-// so 8 bytes wide and 16 bit pages are loaded as they are or, like all others, unpacked once a page.
+// Tiles 0 to 3 are sums of up to kManyRows rows and 16 lanes; 4 and 5 the rows' terms, 64 bytes of the reduced
+// dimension of each; 6 and 7 16 quads of bytes (or pairs of bfloat16) of 16 lanes. That is the order in which a page's
+// planes lie, so 8 bytes wide and 16 bit pages are loaded as they are or, like all others, unpacked once a page.
 
 constexpr int kTileBytes = 1024;
 constexpr int kTileSums = 4;

@@ -1,5 +1,5 @@
-// The codecs whose pages meet many rows on tiles; those of others are met by the vectors' kernels, a few rows at a time.
-// Included inside a per-ISA anonymous namespace.
+// The codecs whose pages meet many rows on tiles; those of others are met by the vectors' kernels, a few rows at a
+// time. Included inside a per-ISA anonymous namespace.
 
 struct TileCodec {
   int id;
