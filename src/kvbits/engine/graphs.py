@@ -56,10 +56,13 @@ class CudaGraph:
 
 @dataclass(frozen=True)
 class _Recorded:
+    """Everything that the graph reads has to live as long as it does."""
+
     graph: Graph
     layout: BatchLayout
     ids: Tensor
     positions: Tensor
+    rows: Tensor
     logits: Tensor
 
 
@@ -130,7 +133,7 @@ class DecodeGraphs:
         step = Forward(self._pool, self._backend, layout)
         graph = self._make()
         logits = graph.capture(lambda: self._loaded.forward(ids, positions, step, rows))
-        return _Recorded(graph, layout, ids, positions, logits)
+        return _Recorded(graph, layout, ids, positions, rows, logits)
 
 
 def graphs_for(loaded: LoadedModel, pool: PagedPool, backend: Backend) -> DecodeGraphs | None:

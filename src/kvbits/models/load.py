@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from kvbits.attention import IMPLEMENTATION, Forward, attend
 from kvbits.codecs import Policy, policy_of
 from kvbits.config import ModelGeometry
 from kvbits.errors import UnsupportedError
+from kvbits.kernels import GPUS
 from kvbits.kernels.hugepages import collapse_to_huge_pages
 from kvbits.models.control import ControlTokens
 from kvbits.models.device import find_device
@@ -27,6 +29,11 @@ from kvbits.models.locate import locate
 from kvbits.models.packed import depends_on_rows, pack_linears, packed_weights, round_linears, settle
 from kvbits.models.reader import Reader
 from kvbits.models.sampling import sampling_defaults
+
+if TYPE_CHECKING:  # it imports Triton
+    from kvbits.models.fused_gpu import FusedGpuModel
+
+log = logging.getLogger(__name__)
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -43,7 +50,7 @@ class LoadedModel:
     geometry: ModelGeometry
     name: str
     fingerprint: str
-    fused: FusedModel | None = None
+    fused: FusedModel | FusedGpuModel | None = None
     trust_remote_code: bool = False
     """Whether code that comes with a model was allowed to run; a draft model's is then too."""
     weights: str = "auto"
@@ -92,7 +99,7 @@ class LoadedModel:
 
     def depends_on_rows(self) -> str | None:
         """``None``, or why a token's result may depend on the other rows of its step (``--batch-invariant``)."""
-        return depends_on_rows(self.model, self.fused is not None)
+        return depends_on_rows(self.model, isinstance(self.fused, FusedModel))
 
 
 def load_model(
@@ -129,7 +136,7 @@ def load_model(
     loaded = replace(wrap(model, tokenizer, name, geometry), trust_remote_code=trust_remote_code, weights=weights)
     if place.type != "cpu":
         model.to(place)
-        return loaded
+        return fused_on_gpu(loaded, report)
     if rounded and dtype == "float32":
         round_linears(model, weights)  # after the fingerprint, which reads the plain weights
         return loaded
@@ -142,7 +149,7 @@ def load_model(
         if isinstance(fused, FusedModel):
             loaded = replace(loaded, fused=fused)
         else:
-            report(f"The layers of {name} run as transformers' own code: {fused}")
+            report(_plain_line(name, fused))
             collapse_to_huge_pages()  # weights that are not packed
     return loaded
 
@@ -150,7 +157,8 @@ def load_model(
 def wrap(model: Any, tokenizer: Any, name: str, geometry: ModelGeometry | None = None) -> LoadedModel:
     """Turn a Hugging Face causal language model that is already in memory into a :class:`LoadedModel`.
 
-    The model's attention implementation becomes kvbits'. Raises ``UnsupportedError`` when kvbits cannot run it.
+    The model's attention implementation becomes kvbits'; on a GPU its layers run fused where they can. Raises
+    ``UnsupportedError`` when kvbits cannot run it.
     """
     geometry = geometry or geometry_of(model, name)
     names = inspect.signature(model.forward).parameters
@@ -159,7 +167,27 @@ def wrap(model: Any, tokenizer: Any, name: str, geometry: ModelGeometry | None =
             raise UnsupportedError(f"the model '{name}' takes no {needed}")
     register()
     model.eval().set_attn_implementation(IMPLEMENTATION)
-    return LoadedModel(model, tokenizer, geometry, name, fingerprint(model))
+    return fused_on_gpu(LoadedModel(model, tokenizer, geometry, name, fingerprint(model)), log.info)
+
+
+def fused_on_gpu(loaded: LoadedModel, report: Callable[[str], None]) -> LoadedModel:
+    """``loaded`` with fused layers where it is on a GPU and they can be; else ``report`` gets the reason."""
+    if loaded.device.type not in GPUS:
+        return loaded
+    try:
+        from kvbits.models.fused_gpu import fuse_on_gpu
+    except ImportError as error:
+        found: FusedGpuModel | str = f"it needs Triton ({error})"
+    else:
+        found = fuse_on_gpu(loaded.model, loaded.geometry)
+    if isinstance(found, str):
+        report(_plain_line(loaded.name, found))
+        return loaded
+    return replace(loaded, fused=found)
+
+
+def _plain_line(name: str, reason: str) -> str:
+    return f"The layers of {name} run as transformers' own code: {reason}"
 
 
 def register() -> None:

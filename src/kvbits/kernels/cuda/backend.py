@@ -15,7 +15,7 @@ from kvbits.kernels.base import BatchLayout
 from kvbits.kernels.cuda.attend import Launch, Tables, attend
 from kvbits.kernels.cuda.driver import Driver, refusal
 from kvbits.kernels.cuda.tables import tables_of
-from kvbits.kernels.cuda.variant import MAX_ROWS, Variant, blocks_at_once, variant_of
+from kvbits.kernels.cuda.variant import MAX_ROWS, Variant, blocks_at_once, together, variant_of
 from kvbits.kernels.cuda.work import decoding
 from kvbits.kernels.triton.backend import TritonBackend
 from kvbits.kernels.triton.launch import LayerKernels, Sides
@@ -105,7 +105,7 @@ class CudaBackend(TritonBackend):
     def _tables_of(self, view: LayerView, batch: BatchLayout, steps: StepTables) -> Tables:
         """The step's tables, made once for all layers that can share them."""
         layer, first, known = view.geometry, view.first_page, batch.shared
-        frames = view.open.frame, None if first is None else first.frame
+        frames = view.open.frame, None if first is None else first.frame, together(view.sealed.scheme, layer)
         key = (Tables, layer.num_heads, layer.num_kv_heads, layer.key_dim, layer.window, frames)
         if key not in known:
             rows = layer.group_size * int(batch.counts[decoding(batch, layer.group_size)].max(initial=1))
