@@ -31,6 +31,14 @@ struct Group {
 
 inline int round_up(int x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
 
+// Rows of a block when `rows` of them meet a page: kBlockRows at most, or as even a share as there is for kernels of
+// many.
+inline int block_rows(int rows, bool many) {
+  if (!many || rows <= kBlockRows) return rows < kBlockRows ? rows : kBlockRows;
+  const int blocks = (rows + kManyRows - 1) / kManyRows;
+  return (rows + blocks - 1) / blocks;
+}
+
 // The first page that a query at `position` sees anything of.
 inline int oldest_page(const Layer& layer, int position) {
   return layer.window > 0 && position >= layer.window ? (position - layer.window + 1) / kPage : 0;
@@ -159,23 +167,32 @@ class Attention {
   static size_t partial_stride(int value_dim) { return 2 * kLanes + round_up(value_dim, kLanes); }
 
   void run(const Item& item, uint8_t* scratch) const {
+    if (kernels_.begin != nullptr) kernels_.begin(block_rows(head_rows(item), true));
+    read_splits(item, scratch);
+    if (kernels_.end != nullptr) kernels_.end();
+  }
+
+ private:
+  // `scratch` begins with what kernels keep.
+  void read_splits(const Item& item, uint8_t* scratch) const {
     const int count = item.tokens * group_size_ * item.heads;
-    RowBlock block(scratch, count, layer_.key_dim, layer_.value_dim);
+    RowBlock block(scratch + kernels_.kept_bytes, count, layer_.key_dim, layer_.value_dim);
     QueryRow *state = block.rows(), *totals = block.totals();
     for (int r = 0; r < count; ++r) {
       const int64_t at = token_row(item, r) * rows_.query_row + query_head(item, r) * rows_.query_head;
-      kernels_.load_query(static_cast<const uint8_t*>(rows_.query) + at * width_, rows_.dtype, layer_.scale,
-                          layer_.key_dim, state[r].query);
+      const uint8_t* query = static_cast<const uint8_t*>(rows_.query) + at * width_;
+      kernels_.load_query(query, rows_.dtype, layer_.scale, layer_.key_dim, state[r].query);
+      state[r].source = rows_.dtype == Float::kBf16 ? reinterpret_cast<const uint16_t*>(query) : nullptr;
+      state[r].scale = layer_.scale;
     }
     for (int split = item.split; split < item.last_split; ++split) {
-      read_split(item, split, state, count);
+      read_split(item, split, state, count, scratch);
       if (item.group >= 0) return reduce(item, state, totals, count);
       for (int r = 0; r < count; ++r) add(totals[r], state[r], split == item.split);
     }
     for (int r = 0; r < count; ++r) finish(item, totals[r], r);
   }
 
- private:
   struct Codecs {
     const KeyKernel* key;
     const ValueKernel* value;
@@ -204,7 +221,7 @@ class Attention {
     for (int r = 0; r < count; ++r) kernel->unrotate(state[r], layer_.value_dim);
   }
 
-  void read_split(const Item& item, int split, QueryRow* state, int count) const {
+  void read_split(const Item& item, int split, QueryRow* state, int count, uint8_t* kept) const {
     const int own = position(item) / kPage, first_page = oldest_page(layer_, position(item));
     for (int r = 0; r < count; ++r) reset(state[r], layer_.value_dim);
     const int from = split * kSplitPages > first_page ? split * kSplitPages : first_page;
@@ -226,17 +243,20 @@ class Attention {
         unrotate(codecs.value, state, count);
         value_before = codecs.value;
       }
-      read_page(item, page, page < to, codecs, state);
+      read_page(item, page, page < to, codecs, state, kept);
     }
     unrotate(value_before, state, count);
   }
 
-  void read_page(const Item& item, int page, bool one_follows, const Codecs& codecs, QueryRow* state) const {
-    alignas(64) float scores[kBlockRows * kPage];
-    alignas(kCacheLine) uint8_t kept[kKeptBytes];
-    float rescale[kBlockRows];
+  void read_page(const Item& item, int page, bool one_follows, const Codecs& codecs, QueryRow* state,
+                 uint8_t* kept) const {
+    alignas(64) float scores[kManyRows * kPage];
+    float rescale[kManyRows];
     const bool is_own = page == position(item) / kPage;
     const int rows = head_rows(item), last_head = item.head + item.heads - 1;
+    const int step = block_rows(rows, codecs.key->score_many && codecs.value->accumulate_many);
+    const auto score = step > kBlockRows ? codecs.key->score_many : codecs.key->score;
+    const auto accumulate = step > kBlockRows ? codecs.value->accumulate_many : codecs.value->accumulate;
     for (int head = item.head; head <= last_head; ++head, state += rows) {
       const uint8_t* keys = keys_of(item, page, head);
       const uint8_t* values = keys + (is_own ? layer_.open : pages_.sealed_place(page)).value_offset;
@@ -248,20 +268,33 @@ class Attention {
       } else if (one_follows) {
         next = keys_of(item, page + 1, item.head);
       }
-      for (int r = 0; r < rows; r += kBlockRows) {
-        const int n = rows - r < kBlockRows ? rows - r : kBlockRows;
+      for (int r = 0; r < rows; r += step) {
+        const int n = rows - r < step ? rows - r : step;
         const Block block{keys, values, r == 0 ? next - keys : 0, state + r, n, scores, rescale, r == 0, kept};
-        codecs.key->score(block, layer_.key_dim);
-        int oldest[kBlockRows], last[kBlockRows];
-        for (int i = 0; i < n; ++i) {
-          const int offset = position(item) + (r + i) / group_size_ - page * kPage;  // of the query in the page
-          last[i] = is_own ? offset + 1 : kPage;
-          oldest[i] = layer_.window > 0 && offset >= layer_.window ? offset - layer_.window + 1 : 0;
-        }
-        kernels_.softmax(block, oldest, last, layer_.softcap);
-        codecs.value->accumulate(block, layer_.value_dim);
+        score(block, layer_.key_dim);
+        for (int i = 0; i < n; i += kBlockRows) weigh(block, i, position(item) - page * kPage, r, is_own);
+        accumulate(block, layer_.value_dim);
       }
     }
+  }
+
+  // The softmax of up to kBlockRows rows of a block, from row `begin` on. Row `first` of the head is the block's first;
+  // the head's first row is that of a query `offset` tokens from the page's start.
+  void weigh(const Block& block, int begin, int offset, int first, bool is_own) const {
+    const int rest = block.count - begin;
+    Block part = block;
+    part.count = rest < kBlockRows ? rest : kBlockRows;
+    part.rows += begin;
+    part.scores += begin * kPage;
+    part.rescale += begin;
+    if (begin > 0) part.ahead = 0;
+    int oldest[kBlockRows], last[kBlockRows];
+    for (int i = 0; i < part.count; ++i) {
+      const int query = offset + (first + begin + i) / group_size_;
+      last[i] = is_own ? query + 1 : kPage;
+      oldest[i] = layer_.window > 0 && query >= layer_.window ? query - layer_.window + 1 : 0;
+    }
+    kernels_.softmax(part, oldest, last, layer_.softcap);
   }
 
   // Keeps a split's partial result; whoever brings the last one merges them in order.
@@ -323,7 +356,7 @@ void Cpu::attend(const Layer& layer, const Batch& batch, const Rows& rows, const
   Plan plan(layer, batch, workers_.threads());
   const size_t partial = Attention::partial_stride(layer.value_dim) * sizeof(float);
   auto* partials = reinterpret_cast<float*>(partials_.get(plan.partial_rows * partial + kCacheLine));
-  const size_t bytes = RowBlock::bytes(plan.item_rows, layer.key_dim, layer.value_dim);
+  const size_t bytes = kernels_.kept_bytes + RowBlock::bytes(plan.item_rows, layer.key_dim, layer.value_dim);
   const size_t per_thread = round_up(static_cast<int>(bytes), 4096);
   uint8_t* scratch = thread_scratch_.get(per_thread * workers_.threads());
   const Attention attention(kernels_, layer, batch, rows, pages, plan.groups, partials);

@@ -11,6 +11,7 @@
 #include "codecs/open-inl.h"
 #include "codecs/float8-inl.h"
 #include "codecs/compose-inl.h"
+#include "codecs/rows-inl.h"
 #include "codecs/table-inl.h"
 #include "softmax-inl.h"
 // clang-format on

@@ -24,21 +24,25 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vnni");
 }
+// What the kernels on tiles take of vectors.
+bool has_avx512_beside_tiles() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+}
 // Linux lets a process use tiles only after it asked.
 bool has_tiles() {
 #if defined(__linux__)
   unsigned a = 0, b = 0, c = 0, d = 0;
-  constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTile) == 0 || (d & kInt8) == 0) return false;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kAll = kBf16 | kTile | kInt8;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll) return false;
   constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
   return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 #else
   return false;
 #endif
 }
-const ProductKernels& best_avx512_products() {
-  static const bool tiles = has_tiles();
-  return tiles ? amx_products() : avx512_products();
+bool has_amx() {
+  static const bool has = has_avx512_beside_tiles() && has_tiles();
+  return has;
 }
 const RowKernels& best_avx512_rows() {
   return __builtin_cpu_supports("avx512bf16") ? avx512bf16_rows() : avx512_rows();
@@ -54,10 +58,14 @@ const struct {
   const ProductKernels& (*products)();
 } kIsas[] = {
 #if defined(__x86_64__)
-    {"avx512", has_avx512, avx512_kernels, best_avx512_rows, best_avx512_products},
+    {"amx", has_amx, amx_kernels, best_avx512_rows, amx_products},
+    {"avx512", has_avx512, avx512_kernels, best_avx512_rows, avx512_products},
     {"avx2", has_avx2, avx2_kernels, avx2_rows, avx2_products},
 #endif
     {"scalar", always, scalar_kernels, scalar_rows, scalar_products},
+#if defined(KVBITS_EMULATED_TILES)
+    {"amx_emulated", has_avx512_beside_tiles, amx_emulated_kernels, best_avx512_rows, amx_emulated_products},
+#endif
 };
 }  // namespace
 

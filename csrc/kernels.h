@@ -10,6 +10,7 @@ constexpr int kPage = 64;        // tokens in a page
 constexpr int kSplitPages = 16;  // pages whose partial result is kept apart and merged in order (part of the numerics)
 constexpr int kMaxDim = 576;     // largest head size (MLA's latent key)
 constexpr int kBlockRows = 4;    // query rows that a kernel treats at once
+constexpr int kManyRows = 16;    // the same of kernels for many
 constexpr int kLanes = 16;       // floats in the widest vector
 constexpr size_t kCacheLine = 64;
 constexpr size_t kKeptBytes = 6 * kMaxDim + kCacheLine;
@@ -57,14 +58,16 @@ struct Rows {
 
 // One query row while it meets one sequence's pages.
 struct QueryRow {
-  float* query;         // [key_dim], scaled
-  uint8_t* codes;       // [2 * key_dim]: high and low terms of the query, for codecs that quantize it once
-  float unit;           // value of one unit of `codes`
-  float correction;     // what a page's products need beside those with `codes`
-  float sum;            // sum of the query
-  float max;            // running maximum of the scores, in units of log 2
-  float total[kLanes];  // running sum of the softmax, spread over a vector's lanes
-  float* accumulator;   // [value_dim]
+  float* query;            // [key_dim], scaled
+  const uint16_t* source;  // [key_dim], as the model gave it; null: not in bfloat16
+  float scale;             // of the scores with `source`
+  uint8_t* codes;          // [2 * key_dim]: high and low terms of the query, for codecs that quantize it once
+  float unit;              // value of one unit of `codes`
+  float correction;        // what a page's products need beside those with `codes`
+  float sum;               // sum of the query
+  float max;               // running maximum of the scores, in units of log 2
+  float total[kLanes];     // running sum of the softmax, spread over a vector's lanes
+  float* accumulator;      // [value_dim]
 };
 
 // Query rows that share a KV head, and one page of it. While a kernel reads the page it asks for the bytes `ahead` of
@@ -74,11 +77,11 @@ struct Block {
   const uint8_t* values;
   ptrdiff_t ahead;
   QueryRow* rows;
-  int count;       // up to kBlockRows
+  int count;       // up to kBlockRows, or kManyRows
   float* scores;   // [count, kPage]; the softmax turns them into weights
   float* rescale;  // [count]: the factor by which a row's accumulator must shrink
   bool first;      // the first block of rows that meets these keys
-  uint8_t* kept;   // [kKeptBytes], on a cache line: what the key kernel keeps of the keys for the other blocks
+  uint8_t* kept;   // [Kernels::kept_bytes], on a cache line: what a kernel keeps of the page for the other blocks
 };
 
 // One codec's work on a block.
@@ -87,12 +90,16 @@ struct KeyKernel {
   void (*prepare)(QueryRow& row, int dim);
   // scores[r * kPage + t] = row r's query . key t
   void (*score)(const Block& block, int dim);
+  // Null, or the same for up to kManyRows rows, to the same bits.
+  void (*score_many)(const Block& block, int dim) = nullptr;
 };
 struct ValueKernel {
   // row r: accumulator = accumulator * rescale[r] + sum over t of weights[r * kPage + t] * value t
   void (*accumulate)(const Block& block, int dim);
   // Null, or what turns an accumulator into the basis that `accumulate` adds to, and back.
   void (*unrotate)(QueryRow& row, int dim);
+  // Null, or `accumulate` for up to kManyRows rows, to the same bits.
+  void (*accumulate_many)(const Block& block, int dim) = nullptr;
 };
 // How one head's codes are chosen (Rounding in codecs/base.py).
 struct Rounding {
@@ -133,11 +140,17 @@ struct Kernels {
   // Null: the codec has none.
   OpenKernel (*open_key)(int codec);
   OpenKernel (*open_value)(int codec);
+  size_t kept_bytes = kKeptBytes;
+  // Null, or what a thread calls before and after blocks of up to `rows` rows.
+  void (*begin)(int rows) = nullptr;
+  void (*end)() = nullptr;
 };
 
 const Kernels& scalar_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
+const Kernels& amx_kernels();
+const Kernels& amx_emulated_kernels();
 
 // The table for `isa` ("auto": the best that this processor runs); null if unknown or not runnable here.
 const Kernels* kernels_for(const char* isa);

@@ -118,6 +118,17 @@ NB_MODULE(_native, m) {
              }
              return found;
            })
+      .def("many_rows",
+           [](const Cpu& self) {
+             nb::list found;
+             CodecSides codec;
+             for (int i = 0; self.kernels().codec(i, &codec); ++i) {
+               const bool key = codec.key && self.kernels().key(codec.id)->score_many;
+               const bool value = codec.value && self.kernels().value(codec.id)->accumulate_many;
+               if (key || value) found.append(nb::make_tuple(codec.id, key, value));
+             }
+             return found;
+           })
       .def("supports",
            [](const Cpu& self, int key_codec, int value_codec) -> nb::object {
              Layer layer{};

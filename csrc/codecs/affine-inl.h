@@ -52,6 +52,7 @@ struct AffineKey {
   static constexpr float kKeyMean = kT == 2 ? 0.0f : FORMAT::kKeyMean;
   using Codes = typename FORMAT::KeyCodes;
   static constexpr float kRadixValue = static_cast<float>(1 << FORMAT::kRadix);
+  using Format = FORMAT;
 
   static void prepare(QueryRow& row, int dim) {
     const float* query = row.query;
@@ -70,10 +71,10 @@ struct AffineKey {
     row.sum = f_reduce_add(sum);
     if (in_words(dim)) {
       constexpr float kLimit = kSignedLimit<2, FORMAT::kRadix>;
-      float top;
-      f_reduce_max_positive_rows<1>(largest, &top);
-      const F factor = f_set(top > 0 ? kLimit / top : 0.0f);
-      row.unit = top * (1.0f / kLimit);
+      float top[4];
+      f_reduce_max_positive_rows<1>(largest, top);
+      const F factor = f_set(top[0] > 0 ? kLimit / top[0] : 0.0f);
+      row.unit = top[0] * (1.0f / kLimit);
       for (int i = 0; i < dim / kWidth; i += 4) pack_words(rounded[0] + i, factor, row.codes + 2 * i * kWidth);
     } else if constexpr (!kPerChannel) {
       F correction[1] = {f_mul(sum, f_set(kKeyMean))};
@@ -84,23 +85,26 @@ struct AffineKey {
   }
 
   // The rows' queries in the page's units, as integers.
-  struct Folded {
-    const uint8_t* codes[kBlockRows];
-    float unit[kBlockRows], bias[kBlockRows];
-    float centers[kBlockRows];  // the query's products with the page's centers
-    alignas(64) uint8_t own_codes[kPerChannel ? kBlockRows * 2 * kMaxDim : 1];
+  template <int MOST>
+  struct FoldedRows {
+    const uint8_t* codes[MOST];
+    float unit[MOST], bias[MOST];
+    float centers[MOST];  // the query's products with the page's centers
+    alignas(64) uint8_t own_codes[kPerChannel ? MOST * 2 * kMaxDim : 1];
   };
+  using Folded = FoldedRows<kBlockRows>;
 
-  template <int ROWS>
-  static void fold(const Block& block, int dim, Folded& folded_rows) {
+  // The block's rows become the `at`-th and following.
+  template <int ROWS, int MOST>
+  static void fold(const Block& block, int dim, FoldedRows<MOST>& folded_rows, int at = 0) {
     const QueryRow* rows = block.rows;
     const auto params = FORMAT::params(block.keys, dim);
     params.prefetch(block.ahead);
     static_assert(!(kPerChannel && FORMAT::kCentered));
     if constexpr (kPerChannel) {
       const auto fold_vectors = [&](auto n) {
-        if (in_words(dim)) return fold_words<ROWS, n>(block, dim, folded_rows);
-        fold_channels<ROWS, n>(block, dim, folded_rows);
+        if (in_words(dim)) return fold_words<ROWS, n>(block, dim, folded_rows, at);
+        fold_channels<ROWS, n>(block, dim, folded_rows, at);
       };
       if constexpr (fixed_vectors(64) > 0) {
         if (dim == 64) return fold_vectors(std::integral_constant<int, fixed_vectors(64)>{});
@@ -109,9 +113,9 @@ struct AffineKey {
       fold_vectors(std::integral_constant<int, 0>{});
     } else {
       for (int r = 0; r < ROWS; ++r) {
-        folded_rows.codes[r] = rows[r].codes;
-        folded_rows.unit[r] = rows[r].unit;
-        folded_rows.bias[r] = rows[r].correction;
+        folded_rows.codes[at + r] = rows[r].codes;
+        folded_rows.unit[at + r] = rows[r].unit;
+        folded_rows.bias[at + r] = rows[r].correction;
       }
     }
     if constexpr (FORMAT::kCentered) {
@@ -121,7 +125,7 @@ struct AffineKey {
         const F center = params.center(i);
         for (int r = 0; r < ROWS; ++r) sum[r] = f_fma(f_load(rows[r].query + i), center, sum[r]);
       }
-      f_reduce_add_rows<ROWS>(sum, folded_rows.centers);
+      f_reduce_add_rows<ROWS>(sum, folded_rows.centers + at);
     }
   }
 
@@ -136,18 +140,35 @@ struct AffineKey {
       unrolled<ROWS>([&](auto r) KVBITS_INLINE {
         unrolled<kVectors>([&](auto v) KVBITS_INLINE {
           const int token = lane + v * kWidth;
-          F dot = f_from(sum[r][0][v]);
-          if constexpr (kT == 2) dot = f_fma(dot, f_set(kRadixValue), f_from(sum[r][1][v]));
-          F score = f_fma(dot, f_set(folded.unit[r]), f_set(folded.bias[r]));
-          if constexpr (!kPerChannel) {
-            const F scale = params.scale(token);
-            score = FORMAT::kCentered ? f_fma(score, scale, f_set(folded.centers[r])) : f_mul(score, scale);
-            if constexpr (FORMAT::kZeros) score = f_fma(params.zero(token, scale), f_set(block.rows[r].sum), score);
-          }
-          f_store(block.scores + r * kPage + token, score);
+          f_store(block.scores + r * kPage + token,
+                  score(sum[r][0][v], sum[r][kT - 1][v], folded, r, block.rows[r], Lanes(params, token)));
         });
       });
     }
+  }
+
+  // What a vector of tokens' scores have in common.
+  struct Lanes {
+    Lanes() = default;
+    template <class Params>
+    Lanes([[maybe_unused]] const Params& params, [[maybe_unused]] int token) {
+      if constexpr (!kPerChannel) scale = params.scale(token);
+      if constexpr (!kPerChannel && FORMAT::kZeros) zero = params.zero(token, scale);
+    }
+    F scale = f_set(1), zero = f_set(0);
+  };
+
+  // Row r's scores from the sums with its terms.
+  template <int MOST>
+  static F score(I high, I low, const FoldedRows<MOST>& folded, int r, const QueryRow& row, const Lanes& lanes) {
+    F dot = f_from(high);
+    if constexpr (kT == 2) dot = f_fma(dot, f_set(kRadixValue), f_from(low));
+    F score = f_fma(dot, f_set(folded.unit[r]), f_set(folded.bias[r]));
+    if constexpr (!kPerChannel) {
+      score = FORMAT::kCentered ? f_fma(score, lanes.scale, f_set(folded.centers[r])) : f_mul(score, lanes.scale);
+      if constexpr (FORMAT::kZeros) score = f_fma(lanes.zero, f_set(row.sum), score);
+    }
+    return score;
   }
 
  private:
@@ -182,16 +203,16 @@ struct AffineKey {
       // Not the zero alone: a scale that is no number must reach the scores.
       f_store(page.zeros + i * kWidth, f_fma(scale[i], f_set(0), params.zero(i * kWidth, scale[i])));
     });
-    float top;
-    f_reduce_max_positive_rows<1>(largest, &top);
-    const F factor = f_set(top > 0 ? kLimit / top : 0.0f);
+    float top[4];
+    f_reduce_max_positive_rows<1>(largest, top);
+    const F factor = f_set(top[0] > 0 ? kLimit / top[0] : 0.0f);
     each_vector<N / 4>(dim / kWidth / 4,
                        [&](auto i) KVBITS_INLINE { pack_words(scale + i * 4, factor, page.scales + i * 8 * kWidth); });
-    page.unit = top * (32768 / kLimit);  // of w_mul
+    page.unit = top[0] * (32768 / kLimit);  // of w_mul
   }
 
-  template <int ROWS, int N>
-  static void fold_words(const Block& block, int dim, Folded& folded) {
+  template <int ROWS, int N, int MOST>
+  static void fold_words(const Block& block, int dim, FoldedRows<MOST>& folded, int at) {
     auto& page = *reinterpret_cast<PageWords*>(block.kept);
     if (block.first) keep<N>(block, dim, page);
     F correction[ROWS];
@@ -208,20 +229,20 @@ struct AffineKey {
       unrolled<ROWS>([&](auto r) KVBITS_INLINE {
         const uint8_t* query = block.rows[r].codes + i * 2 * kBytes;
         const W product[2] = {w_mul(w_load(query), scales[0]), w_mul(w_load(query + kBytes), scales[1])};
-        uint8_t* out = folded.own_codes + r * 2 * dim + i * kBytes;
+        uint8_t* out = folded.own_codes + (at + r) * 2 * dim + i * kBytes;
         w_store_terms<FORMAT::kRadix>(out, out + dim, product);
       });
     });
-    f_reduce_add_rows<ROWS>(correction, folded.bias);
+    f_reduce_add_rows<ROWS>(correction, folded.bias + at);
     unrolled<ROWS>([&](auto r) KVBITS_INLINE {
-      folded.codes[r] = folded.own_codes + r * 2 * dim;
-      folded.unit[r] = block.rows[r].unit * page.unit;
+      folded.codes[at + r] = folded.own_codes + (at + r) * 2 * dim;
+      folded.unit[at + r] = block.rows[r].unit * page.unit;
     });
   }
 
   // `correction` gets the query's products with the zero points and with what the codes' mean stands for.
-  template <int ROWS, int N>
-  static void fold_channels(const Block& block, int dim, Folded& folded) {
+  template <int ROWS, int N, int MOST>
+  static void fold_channels(const Block& block, int dim, FoldedRows<MOST>& folded, int at) {
     static_assert(FORMAT::kZeros);
     const auto params = FORMAT::params(block.keys, dim);
     F product[ROWS][kVectorsOf<N>], largest[ROWS], correction[ROWS];
@@ -237,10 +258,11 @@ struct AffineKey {
         correction[r] = f_fma(q, base, correction[r]);
       });
     });
-    quantize_rows<ROWS, kT, FORMAT::kRadix, true, N>(product, dim / kWidth, largest, kKeyMean, folded.own_codes,
-                                                     2 * dim, folded.unit, correction);
-    f_reduce_add_rows<ROWS>(correction, folded.bias);
-    for (int r = 0; r < ROWS; ++r) folded.codes[r] = folded.own_codes + r * 2 * dim;
+    uint8_t* codes = folded.own_codes + at * 2 * dim;
+    quantize_rows<ROWS, kT, FORMAT::kRadix, true, N>(product, dim / kWidth, largest, kKeyMean, codes, 2 * dim,
+                                                     folded.unit + at, correction);
+    f_reduce_add_rows<ROWS>(correction, folded.bias + at);
+    for (int r = 0; r < ROWS; ++r) folded.codes[at + r] = codes + r * 2 * dim;
   }
 };
 
@@ -250,16 +272,20 @@ struct AffineValue {
   static constexpr bool kPerChannel = FORMAT::kPerChannel;
   using Codes = typename FORMAT::ValueCodes;
   static constexpr float kRadixValue = static_cast<float>(1 << FORMAT::kRadix);
+  using Format = FORMAT;
 
   // The rows' weights in the page's units, as integers.
-  struct Folded {
-    alignas(64) uint8_t codes[kBlockRows][2 * kPage];
-    float unit[kBlockRows], bias[kBlockRows];
-    float total[kBlockRows];  // per channel: what the channel's zero point meets
+  template <int MOST>
+  struct FoldedRows {
+    alignas(64) uint8_t codes[MOST][2 * kPage];
+    float unit[MOST], bias[MOST];
+    float total[MOST];  // per channel: what the channel's zero point meets
   };
+  using Folded = FoldedRows<kBlockRows>;
 
-  template <int ROWS>
-  static void fold(const Block& block, int dim, Folded& folded_rows) {
+  // The block's rows become the `at`-th and following.
+  template <int ROWS, int MOST>
+  static void fold(const Block& block, int dim, FoldedRows<MOST>& folded_rows, int at = 0) {
     constexpr int kN = fixed_vectors(kPage);
     constexpr float kMean = kT == 2 ? 0.0f : FORMAT::kValueMean;
     const auto params = FORMAT::params(block.values, dim);
@@ -284,10 +310,10 @@ struct AffineValue {
     if constexpr (kPerChannel) {
       unrolled<ROWS>([&](auto r) KVBITS_INLINE { correction[r] = f_mul(sum[r], f_set(kMean)); });
     }
-    quantize_rows<ROWS, kT, FORMAT::kRadix, false, kN>(product, kPage / kWidth, largest, kMean, folded_rows.codes[0],
-                                                       2 * kPage, folded_rows.unit, correction);
-    f_reduce_add_rows<ROWS>(correction, folded_rows.bias);
-    if constexpr (kPerChannel) f_reduce_add_rows<ROWS>(sum, folded_rows.total);
+    quantize_rows<ROWS, kT, FORMAT::kRadix, false, kN>(product, kPage / kWidth, largest, kMean, folded_rows.codes[at],
+                                                       2 * kPage, folded_rows.unit + at, correction);
+    f_reduce_add_rows<ROWS>(correction, folded_rows.bias + at);
+    if constexpr (kPerChannel) f_reduce_add_rows<ROWS>(sum, folded_rows.total + at);
   }
 
   template <int ROWS>
@@ -307,6 +333,30 @@ struct AffineValue {
     }
   }
 
+  // What a vector of channels' gains have in common.
+  struct Lanes {
+    Lanes() = default;
+    template <class Params>
+    Lanes([[maybe_unused]] const Params& params, [[maybe_unused]] int channel) {
+      if constexpr (kPerChannel) scale = params.scale(channel);
+      if constexpr (kPerChannel && FORMAT::kZeros) zero = params.zero(channel, scale);
+    }
+    F scale = f_set(1), zero = f_set(0);
+  };
+
+  // What row r's accumulator gains, from the sums with its terms.
+  template <int MOST>
+  static F gain(I high, I low, const FoldedRows<MOST>& folded, int r, const Lanes& lanes) {
+    F dot = f_from(high);
+    if constexpr (kT == 2) dot = f_fma(dot, f_set(kRadixValue), f_from(low));
+    F gain = f_fma(dot, f_set(folded.unit[r]), f_set(folded.bias[r]));
+    if constexpr (kPerChannel) {
+      gain = f_mul(gain, lanes.scale);
+      if constexpr (FORMAT::kZeros) gain = f_fma(lanes.zero, f_set(folded.total[r]), gain);
+    }
+    return gain;
+  }
+
  private:
   template <int ROWS, int VECTORS>
   static void accumulate_lanes(const Block& block, int dim, int lane, const Folded& folded) {
@@ -318,16 +368,9 @@ struct AffineValue {
     unrolled<ROWS>([&](auto r) KVBITS_INLINE {
       unrolled<VECTORS>([&](auto v) KVBITS_INLINE {
         const int channel = lane + v * kWidth;
-        F dot = f_from(sum[r][0][v]);
-        if constexpr (kT == 2) dot = f_fma(dot, f_set(kRadixValue), f_from(sum[r][1][v]));
-        F gain = f_fma(dot, f_set(folded.unit[r]), f_set(folded.bias[r]));
-        if constexpr (kPerChannel) {
-          const F scale = params.scale(channel);
-          gain = f_mul(gain, scale);
-          if constexpr (FORMAT::kZeros) gain = f_fma(params.zero(channel, scale), f_set(folded.total[r]), gain);
-        }
         float* out = block.rows[r].accumulator + channel;
-        f_store(out, f_fma(f_load(out), f_set(block.rescale[r]), gain));
+        f_store(out, f_fma(f_load(out), f_set(block.rescale[r]),
+                           gain(sum[r][0][v], sum[r][kT - 1][v], folded, r, Lanes(params, channel))));
       });
     });
   }

@@ -40,6 +40,7 @@ struct EntryPlanes {
 
 template <int BITS, bool CENTERED>
 struct CodebookFormat {
+  static constexpr int kId = 256 + BITS + 16 * CENTERED;
   // Entries have seven bits, so that two products fit AVX2's 16 bits; one term's rounding is below the codes' own.
   static constexpr int kTerms = 1;
   static constexpr int kRadix = 8;

@@ -8,10 +8,12 @@ constexpr size_t channel_page_bytes(int dim) {
 // Key channels of two widths (src/kvbits/codecs/mixed.py): the page says in which order it stores them.
 template <int HIGH, int LOW>
 struct MixedKey {
+  static constexpr int kId = 512 + 16 * HIGH + LOW;
   using HighFormat = PlainFormat<HIGH, true, false>;
   using LowFormat = PlainFormat<LOW, true, false>;
   using High = AffineKey<HighFormat, false>;  // every page gathers the query in its own order
   using Low = AffineKey<LowFormat, false>;
+  static constexpr int kHigh = HIGH, kLow = LOW;
 
   static void prepare(QueryRow&, int) {}
 
@@ -79,7 +81,6 @@ struct MixedKey {
                                end + channel_page_bytes<HIGH>(first));
   }
 
- private:
   // The block as it meets the page of one width.
   template <int BITS>
   static Block part(const Block& block, int dim, QueryRow* rows, float* scores) {
@@ -89,6 +90,8 @@ struct MixedKey {
     found.scores = scores;
     return found;
   }
+
+ private:
   static int at(int channel, int token) { return (channel / 2 * kPage + token) * 2 + channel % 2; }
   static float channel(const uint16_t* pairs, int c, int t) {
     const float x = bf16_to_float(pairs[at(c, t)]);
@@ -99,6 +102,7 @@ struct MixedKey {
 // Values with parameters for blocks of channels (src/kvbits/codecs/blocks.py): one page of affine-inl.h a block.
 template <int BITS>
 struct BlockValue {
+  static constexpr int kId = 1024 + BITS;
   using Format = PlainFormat<BITS, false, false>;
   static constexpr int kBlock = 32;
   static constexpr size_t kBytes = (static_cast<size_t>(kPage) * kBlock * BITS / 8 + 4 * kPage + 63) / 64 * 64;

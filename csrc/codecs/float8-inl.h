@@ -65,6 +65,7 @@ inline void lift(const float* const* rows, int n, float* out) {
 
 template <int MANTISSA>
 struct Float8Key {
+  static constexpr int kId = 128 + MANTISSA;
   static void prepare(QueryRow&, int) {}
 
   struct Folded {

@@ -2,6 +2,7 @@
 // mean. Included inside a per-ISA anonymous namespace.
 //
 // A format has
+//   kId                  Codec.native_id in Python
 //   kTerms, kRadix       byte terms of the small operand (query, weights) and the bits of each
 //   kPerChannel, kZeros  one parameter per channel, else per token; whether there is a zero point at all
 //   kKeyMean, kKeyOffset mean of the key's unsigned codes u, and what is taken from them: k = s (u - offset) + z
@@ -33,6 +34,7 @@ struct IntegerCodes {
 // Codes of BITS bits and float16 parameters (src/kvbits/codecs/affine.py).
 template <int BITS, bool PER_CHANNEL, bool SYMMETRIC>
 struct PlainFormat : IntegerCodes<BITS, SYMMETRIC> {
+  static constexpr int kId = BITS + 16 * PER_CHANNEL + 32 * SYMMETRIC;
   static constexpr int kTerms = kTermsFor<BITS>;
   static constexpr int kRadix = BITS > 6 ? kRadixBits8 : 8;
   static constexpr bool kPerChannel = PER_CHANNEL;
@@ -74,6 +76,7 @@ struct PlainFormat : IntegerCodes<BITS, SYMMETRIC> {
 // 128.
 template <bool PER_CHANNEL, bool SYMMETRIC>
 struct NibbleLayout : IntegerCodes<8, SYMMETRIC> {
+  static constexpr int kId = 64 + 16 * PER_CHANNEL + 32 * SYMMETRIC;
   static constexpr bool kPerChannel = PER_CHANNEL;
   static constexpr bool kZeros = true;  // not all are stored: some follow from the scale
   static constexpr float kBias = 128;   // of symmetric codes

@@ -21,6 +21,7 @@ inline void add_pairs(const float* factors, const F (&even)[VECTORS], const F (&
 }
 
 struct RawKey {
+  static constexpr int kId = 0;
   static void prepare(QueryRow&, int) {}
 
   struct Folded {};

@@ -1,40 +1,6 @@
 // Every codec by its number (Codec.native_id in Python): the one line that a new codec adds here.
 // Included inside a per-ISA anonymous namespace.
 
-// body(rows) for the block's number of rows as a compile-time constant.
-template <class Body>
-inline void with_rows(int count, Body&& body) {
-  static_assert(kBlockRows == 4);
-  switch (count) {
-    case 1:
-      return body(std::integral_constant<int, 1>{});
-    case 2:
-      return body(std::integral_constant<int, 2>{});
-    case 3:
-      return body(std::integral_constant<int, 3>{});
-    default:
-      return body(std::integral_constant<int, 4>{});
-  }
-}
-
-template <class K>
-void score_any(const Block& block, int dim) {
-  with_rows(block.count, [&](auto rows) {
-    typename K::Folded folded;
-    K::template fold<rows>(block, dim, folded);
-    K::template score_rows<rows>(block, dim, folded);
-  });
-}
-
-template <class V>
-void accumulate_any(const Block& block, int dim) {
-  with_rows(block.count, [&](auto rows) {
-    typename V::Folded folded;
-    V::template fold<rows>(block, dim, folded);
-    V::template accumulate_rows<rows>(block, dim, folded);
-  });
-}
-
 struct CodecKernels {
   int id;
   KeyKernel key;
@@ -56,8 +22,7 @@ constexpr CodecKernels entry(int id, SealKernel seal_key, SealKernel seal_value,
 template <int BITS, bool PER_CHANNEL, bool SYMMETRIC>
 constexpr CodecKernels affine() {
   using Format = PlainFormat<BITS, PER_CHANNEL, SYMMETRIC>;
-  return entry<AffineKey<Format>, AffineValue<Format>>(BITS + 16 * PER_CHANNEL + 32 * SYMMETRIC,
-                                                       seal_affine_key<Format>, seal_affine_value<Format>,
+  return entry<AffineKey<Format>, AffineValue<Format>>(Format::kId, seal_affine_key<Format>, seal_affine_value<Format>,
                                                        open_affine<Format, true>, open_affine<Format, false>);
 }
 
@@ -65,13 +30,13 @@ constexpr CodecKernels affine() {
 constexpr CodecKernels affine8_key() {
   using Format = PlainFormat<8, true, false>;
   using K = AffineKey<Format>;
-  return {8 + 16,  {K::prepare, score_any<K>}, {}, seal_affine_key<Format>,
-          nullptr, {K::prepare, score_any<K>}, {}, open_affine<Format, true>};
+  return {Format::kId, {K::prepare, score_any<K>}, {}, seal_affine_key<Format>,
+          nullptr,     {K::prepare, score_any<K>}, {}, open_affine<Format, true>};
 }
 constexpr CodecKernels affine8_value() {
   using Format = PlainFormat<8, false, true>;
   using V = AffineValue<Format>;
-  return {8 + 32,
+  return {Format::kId,
           {},
           {accumulate_any<V>, nullptr},
           nullptr,
@@ -87,22 +52,22 @@ constexpr CodecKernels nibbles() {
   using Key = NibbleFormat<PER_CHANNEL, SYMMETRIC, true>;
   using Value = NibbleFormat<PER_CHANNEL, SYMMETRIC, false>;
   using Draft = DraftFormat<PER_CHANNEL, SYMMETRIC>;
-  return entry<AffineKey<Key>, AffineValue<Value>, AffineKey<Draft>, AffineValue<Draft>>(
-      64 + 16 * PER_CHANNEL + 32 * SYMMETRIC, seal_affine_key<Key>, seal_affine_value<Value>);
+  return entry<AffineKey<Key>, AffineValue<Value>, AffineKey<Draft>, AffineValue<Draft>>(Key::kId, seal_affine_key<Key>,
+                                                                                         seal_affine_value<Value>);
 }
 
 // Keys take the centers out, values do not: each has one side only.
 template <int BITS>
 constexpr CodecKernels codebook_key() {
   using Format = CodebookFormat<BITS, true>;
-  return {256 + BITS + 16, {AffineKey<Format>::prepare, score_any<AffineKey<Format>>}, {}, seal_affine_key<Format>,
-          nullptr,         {AffineKey<Format>::prepare, score_any<AffineKey<Format>>}, {}};
+  return {Format::kId, {AffineKey<Format>::prepare, score_any<AffineKey<Format>>}, {}, seal_affine_key<Format>,
+          nullptr,     {AffineKey<Format>::prepare, score_any<AffineKey<Format>>}, {}};
 }
 template <int BITS>
 constexpr CodecKernels codebook_value() {
   using Format = CodebookFormat<BITS, false>;
   using V = AffineValue<Format>;
-  return {256 + BITS,
+  return {Format::kId,
           {},
           {accumulate_any<V>, unrotate_accumulator},
           nullptr,
@@ -114,23 +79,23 @@ constexpr CodecKernels codebook_value() {
 template <int BITS>
 constexpr CodecKernels block_value() {
   using V = BlockValue<BITS>;
-  return {1024 + BITS, {}, {accumulate_any<V>, nullptr}, nullptr, V::seal, {}, {accumulate_any<V>, nullptr}};
+  return {V::kId, {}, {accumulate_any<V>, nullptr}, nullptr, V::seal, {}, {accumulate_any<V>, nullptr}};
 }
 
 template <int HIGH, int LOW>
 constexpr CodecKernels mixed_key() {
   using K = MixedKey<HIGH, LOW>;
-  return {512 + 16 * HIGH + LOW, {K::prepare, score_any<K>}, {}, K::seal, nullptr, {K::prepare, score_any<K>}, {}};
+  return {K::kId, {K::prepare, score_any<K>}, {}, K::seal, nullptr, {K::prepare, score_any<K>}, {}};
 }
 
 template <int MANTISSA>
 constexpr CodecKernels float8() {
-  return entry<Float8Key<MANTISSA>, Float8Value<MANTISSA>>(128 + MANTISSA, seal_float8<MANTISSA, true>,
+  return entry<Float8Key<MANTISSA>, Float8Value<MANTISSA>>(Float8Key<MANTISSA>::kId, seal_float8<MANTISSA, true>,
                                                            seal_float8<MANTISSA, false>);
 }
 
 const CodecKernels kCodecs[] = {
-    entry<RawKey, RawValue>(0, RawKey::seal, RawValue::seal),
+    entry<RawKey, RawValue>(RawKey::kId, RawKey::seal, RawValue::seal),
     affine8_key(),
     affine8_value(),
     affine<6, false, false>(),

@@ -12,6 +12,7 @@ constexpr char kIsa[] = "avx512";
 constexpr char kTileIsa[] = "amx";
 // clang-format off: the order is the dependency
 #include "../simd/avx512-inl.h"
+#include "../simd/tile_config-inl.h"
 #include "../simd/amx-inl.h"
 #include "../weights/codes-inl.h"
 #include "../weights/params-inl.h"

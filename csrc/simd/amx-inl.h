@@ -1,59 +1,39 @@
-// Tiles of bytes beside 512-bit vectors: AMX-TILE and AMX-INT8. Included only by isa/products_amx.cpp, after
-// avx512-inl.h.
+// Tiles beside 512-bit vectors: AMX-TILE, AMX-INT8 and AMX-BF16. Included by isa/*amx.cpp, after avx512-inl.h and
+// tile_config-inl.h. Assembly, because the compilers' intrinsics take a tile's number as a token and do not say that
+// they touch memory.
 
-// Tiles 0 to 3: sums of 16 rows and 16 outputs; 4, 5: two times 16 rows of inputs; 6, 7: two panels of 16 outputs.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
+inline void tile_configure(const TileConfig& config) { __asm__ volatile("ldtilecfg %0" ::"m"(config) : "memory"); }
+inline void tile_release() { __asm__ volatile("tilerelease" ::: "memory"); }
+template <int T>
+inline void tile_zero() {
+  __asm__ volatile("tilezero %%tmm%c0" ::"i"(T));
+}
+// Rows `stride` bytes apart.
+template <int T>
+inline void tile_load(const void* from, ptrdiff_t stride) {
+  __asm__ volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(T), "r"(from), "r"(stride) : "memory");
+}
+template <int T>
+inline void tile_store(void* to, ptrdiff_t stride) {
+  __asm__ volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(T), "r"(to), "r"(stride) : "memory");
+}
+
+// Tile SUM += tile A times tile B, B's rows being quads (pairs) of A's columns.
+struct SignedUnsigned {  // bytes of A and of B; int32 sums
+  template <int SUM, int A, int B>
+  static void add() {
+    __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(A), "i"(B));
+  }
 };
-
-// GCC's tile intrinsics do not say that they touch memory.
-#define KVBITS_TILES_SEE(memory) __asm__ volatile("" ::"r"(memory) : "memory")
-
-// For `rows` <= 32 rows and `depth` bytes of each.
-inline void configure_tiles(int rows, int depth) {
-  TileConfig config;
-  const int halves[2] = {rows < 16 ? rows : 16, rows > 16 ? rows - 16 : 1};
-  for (int i = 0; i < 2; ++i) {
-    config.row_bytes[4 + i] = static_cast<uint16_t>(depth);
-    config.rows[4 + i] = static_cast<uint8_t>(halves[i]);
-    config.row_bytes[6 + i] = 64;
-    config.rows[6 + i] = static_cast<uint8_t>(depth / 4);
-    for (int p = 0; p < 2; ++p) {
-      config.row_bytes[2 * i + p] = 64;
-      config.rows[2 * i + p] = static_cast<uint8_t>(halves[i]);
-    }
+struct UnsignedSigned {
+  template <int SUM, int A, int B>
+  static void add() {
+    __asm__ volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(A), "i"(B));
   }
-  KVBITS_TILES_SEE(&config);
-  _tile_loadconfig(&config);
-}
-inline void release_tiles() { _tile_release(); }
-
-// sums[panel][row][16] = signed inputs (rows of a cache line) times unsigned weights [panel][quad][16 outputs][4].
-inline void multiply_tiles(const void* inputs, int rows, const uint8_t* weights, ptrdiff_t panel, int32_t* sums,
-                           ptrdiff_t sums_panel) {
-  KVBITS_TILES_SEE(weights);
-  const auto* second = static_cast<const uint8_t*>(inputs) + 16 * 64;
-  _tile_loadd(6, weights, 64);
-  _tile_loadd(7, weights + panel, 64);
-  _tile_loadd(4, inputs, 64);
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_dpbsud(0, 4, 6);
-  _tile_dpbsud(1, 4, 7);
-  if (rows > 16) {
-    _tile_loadd(5, second, 64);
-    _tile_zero(2);
-    _tile_zero(3);
-    _tile_dpbsud(2, 5, 6);
-    _tile_dpbsud(3, 5, 7);
+};
+struct Bfloat16 {  // float32 sums
+  template <int SUM, int A, int B>
+  static void add() {
+    __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(A), "i"(B));
   }
-  _tile_stored(0, sums, 64);
-  _tile_stored(1, sums + sums_panel, 64);
-  if (rows > 16) {
-    _tile_stored(2, sums + 16 * 16, 64);
-    _tile_stored(3, sums + sums_panel + 16 * 16, 64);
-  }
-  KVBITS_TILES_SEE(sums);
-}
+};

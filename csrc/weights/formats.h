@@ -100,6 +100,7 @@ const ProductKernels& scalar_products();
 const ProductKernels& avx2_products();
 const ProductKernels& avx512_products();
 const ProductKernels& amx_products();
+const ProductKernels& amx_emulated_products();
 
 // The best for the instruction set `isa` of the attention kernels on this processor.
 const ProductKernels& products_for(const char* isa);

@@ -6,6 +6,43 @@ constexpr int kFewRows = kProductRows;
 
 using TileSums = int32_t[2][kTileRows][16];  // by panel of outputs
 
+// Tiles 0 to 3: sums of 16 rows and 16 outputs; 4, 5: two times 16 rows of inputs; 6, 7: two panels of 16 outputs. For
+// `rows` <= 32 rows and `depth` bytes of each.
+inline void configure_tiles(int rows, int depth) {
+  TileConfig config;
+  const int halves[2] = {rows < 16 ? rows : 16, rows > 16 ? rows - 16 : 1};
+  for (int i = 0; i < 2; ++i) {
+    config.shape(4 + i, halves[i], depth);
+    config.shape(6 + i, depth / 4, 64);
+    for (int p = 0; p < 2; ++p) config.shape(2 * i + p, halves[i], 64);
+  }
+  tile_configure(config);
+}
+
+// sums[panel][row][16] = signed inputs (rows of a cache line) times unsigned weights [panel][quad][16 outputs][4].
+inline void multiply_tiles(const int8_t* inputs, int rows, const uint8_t* weights, ptrdiff_t panel, TileSums& sums) {
+  tile_load<6>(weights, 64);
+  tile_load<7>(weights + panel, 64);
+  tile_load<4>(inputs, 64);
+  tile_zero<0>();
+  tile_zero<1>();
+  SignedUnsigned::add<0, 4, 6>();
+  SignedUnsigned::add<1, 4, 7>();
+  if (rows > 16) {
+    tile_load<5>(inputs + 16 * 64, 64);
+    tile_zero<2>();
+    tile_zero<3>();
+    SignedUnsigned::add<2, 5, 6>();
+    SignedUnsigned::add<3, 5, 7>();
+  }
+  tile_store<0>(sums[0][0], 64);
+  tile_store<1>(sums[1][0], 64);
+  if (rows > 16) {
+    tile_store<2>(sums[0][16], 64);
+    tile_store<3>(sums[1][16], 64);
+  }
+}
+
 template <class Format, int PART>
 inline void sum_half_on_tiles(const InputGroup* x, int rows, const uint8_t* group, TileSums& sums) {
   constexpr int kDepth = kGroup / 2;
@@ -19,7 +56,7 @@ inline void sum_half_on_tiles(const InputGroup* x, int rows, const uint8_t* grou
       _mm512_store_si512(codes[v][2 * kStep + 1], quads[1]);
     }
   });
-  multiply_tiles(x->codes + PART * kDepth, rows, codes[0][0], sizeof codes[0], sums[0][0], kTileRows * 16);
+  multiply_tiles(x->codes + PART * kDepth, rows, codes[0][0], sizeof codes[0], sums);
 }
 
 template <class Format>
@@ -60,7 +97,7 @@ void multiply_on_tiles(const InputRows& tile, int rows, int in, const uint8_t* s
     }
     add_group_on_tiles<Format>(x, rows, header, group, out);
   }
-  release_tiles();
+  tile_release();
 }
 
 template <class... F>

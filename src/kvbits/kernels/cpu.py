@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class CpuBackend(Backend):
-    """Kernels for x86-64 (AVX-512 VNNI, AVX2) and portable C++, chosen at run time.
+    """Kernels for x86-64 (AMX, AVX-512 VNNI, AVX2) and portable C++, chosen at run time.
 
     ``isa`` is ``"auto"`` or one of :func:`available_isas`; ``threads`` defaults to torch's number. One instance
     serves one engine: it keeps the scratch memory of a step, so calls from several threads take turns.
