@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from decimal import Decimal
+from math import prod
 
 from kvbits.errors import ConfigError
 
@@ -60,17 +61,46 @@ class LayerGeometry:
 
 
 @dataclass(frozen=True)
+class StateShape:
+    """A state of a recurrent layer: of one size for each sequence, changed by every token.
+
+    ``layer`` is the model's number of the layer; ``kind`` is ``conv`` (the last inputs of a short convolution) or
+    ``recurrent``; ``number`` counts the layer's states of a kind. ``wide``: float32, whatever the model computes in.
+    """
+
+    layer: int
+    kind: str
+    number: int
+    shape: tuple[int, ...]
+    wide: bool
+
+    def nbytes(self, itemsize: int) -> int:
+        """Bytes, where an element of the model's dtype has ``itemsize``."""
+        return prod(self.shape) * (4 if self.wide else itemsize)
+
+
+@dataclass(frozen=True)
 class ModelGeometry:
-    """What the cache must know of a model."""
+    """What the cache must know of a model.
+
+    ``layers`` are those with attention; ``places`` the model's numbers of them, where there are others between (empty:
+    all have attention). ``states``: what recurrent layers keep of a sequence.
+    """
 
     name: str
     layers: tuple[LayerGeometry, ...]
     max_position: int
     vocab_size: int
+    places: tuple[int, ...] = ()
+    states: tuple[StateShape, ...] = ()
 
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    def index_of(self, place: int) -> int:
+        """Which of ``layers`` the model's layer ``place`` is."""
+        return self.places.index(place) if self.places else place
 
     def bytes_per_token_16bit(self) -> int:
         """Bytes of one token's keys and values at 16 bits."""

@@ -35,6 +35,9 @@ class BatchLayout:
     ``draft``: sealed pages are read as drafts (:meth:`kvbits.codecs.Codec.decode_draft`), which takes about half of the
     bytes of ``int8h`` pages and changes nothing for other codecs. What the step stores does not depend on it.
 
+    ``slots``: where each sequence's states of recurrent layers lie (none where the model has no such layers); ``trails``:
+    where those before each of its guessed tokens, its last rows, go.
+
     ``shared``: what backends have made of the layout for all layers, by names of theirs. ``static``: the arrays change
     from step to step (:mod:`kvbits.kernels.static`); ``refreshers`` then make ``shared`` follow.
     """
@@ -48,6 +51,8 @@ class BatchLayout:
     sink: Ints
     draft: bool = False
     static: bool = False
+    slots: tuple[int, ...] = ()
+    trails: tuple[tuple[int, ...], ...] = ()
     shared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     refreshers: list[Callable[[], None]] = field(default_factory=list, repr=False, compare=False)
 
@@ -76,6 +81,8 @@ class BatchLayout:
             tail=np.array([s.tail for s in slices], dtype=np.int32),
             sink=sink,
             draft=draft,
+            slots=tuple(s.slot for s in slices if s.slot >= 0),
+            trails=tuple(tuple(s.trail) for s in slices),
         )
 
     @property

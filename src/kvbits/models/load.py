@@ -26,6 +26,7 @@ from kvbits.models.geometry import geometry_of
 from kvbits.models.locate import locate
 from kvbits.models.packed import depends_on_rows, pack_linears, packed_weights, round_linears, settle
 from kvbits.models.reader import Reader
+from kvbits.models.recurrent import dtype_of, mixers_of, split
 from kvbits.models.sampling import sampling_defaults
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -54,6 +55,12 @@ class LoadedModel:
         """Where the model's weights are, and its cache has to be."""
         device: torch.device = self.model.device
         return device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What recurrent layers compute in."""
+        mixers = mixers_of(self.model)
+        return dtype_of(next(iter(mixers.values()))) if mixers else self.model.dtype
 
     def policy(self, dtype: str | Policy) -> Policy:
         """A KV cache dtype as a policy of this model. Raises as :func:`kvbits.codecs.policy_of`."""
@@ -159,6 +166,7 @@ def wrap(model: Any, tokenizer: Any, name: str, geometry: ModelGeometry | None =
             raise UnsupportedError(f"the model '{name}' takes no {needed}")
     register()
     model.eval().set_attn_implementation(IMPLEMENTATION)
+    split(model, geometry)
     return LoadedModel(model, tokenizer, geometry, name, fingerprint(model))
 
 

@@ -15,7 +15,8 @@ class PrefixCache:
     """What the pool keeps beyond the sequences that made it.
 
     ``tier`` gets every page that is given up. ``enabled`` is false: nothing is found and nothing is kept. A page has a
-    part for each of ``groups``.
+    part for each of ``groups``. ``goes_on``: whether a sequence can go on after the page with this hash at all; ``None``:
+    after every one.
     """
 
     def __init__(
@@ -26,6 +27,7 @@ class PrefixCache:
         on_evict: Callable[[CachedPage], None],
         tier: SecondTier | None,
         groups: Sequence[PageGroup],
+        goes_on: Callable[[bytes], bool] | None = None,
     ) -> None:
         self.enabled = enabled
         self.groups = groups
@@ -35,6 +37,7 @@ class PrefixCache:
         self.evictions = 0
         self._allocator = allocator
         self._on_evict = on_evict
+        self._goes_on = goes_on
         self._generation = 0
 
     def root(self, salt: bytes) -> bytes:
@@ -69,6 +72,8 @@ class PrefixCache:
                     rows[number] = 0
             found.append(key)
             pages = start + page + 1
+            if self._goes_on is not None and not self._goes_on(key):
+                continue
             if all(row >= pages - group.oldest(pages) for row, group in zip(rows, self.groups, strict=True)):
                 usable = len(found)
         return found[:usable]

@@ -1,0 +1,204 @@
+"""Recurrent layers beside attention: gated delta rules, Mamba-2, short convolutions.
+
+They run as transformers' own modules. A step packs the rows of several sequences into one, which a recurrent layer must
+not mix: in its place each sequence's rows pass through it alone, with transformers' own cache, whose tensors are a slot
+of the :class:`~kvbits.pool.StatePool`. A layer is known by its parts (a short convolution, a number, a cache among
+its arguments), measured on torch's ``meta`` device, and accepted if it goes on from its states as it runs at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+from kvbits.attention import Forward
+from kvbits.config import ModelGeometry, StateShape
+from kvbits.errors import UnsupportedError
+from kvbits.models.quiet import quiet
+from kvbits.pool import StatePool
+
+_CACHES = ("cache_params", "past_key_values")
+"""What transformers' modules call their cache."""
+
+_TRIED = 70
+"""Rows on which a layer is tried: more than a chunk of its fast form."""
+
+_CUTS = (33, 1, 1, 35)
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
+
+Run = Callable[..., Tensor]
+
+
+def mixers_of(model: nn.Module) -> dict[int, Any]:
+    """The modules that carry a state from token to token, by the model's numbers of their layers."""
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        place = getattr(module, "layer_idx", None)
+        if isinstance(place, int) and _convolution(module) is not None and cache_name(module) is not None:
+            if place in found:
+                raise UnsupportedError(f"layer {place} has two recurrent parts")
+            found[place] = module
+    return found
+
+
+def cache_name(module: nn.Module) -> str | None:
+    """What ``module`` calls its cache."""
+    names = inspect.signature(type(module).forward).parameters
+    return next((name for name in _CACHES if name in names), None)
+
+
+def _convolution(module: nn.Module) -> nn.Conv1d | None:
+    return next((child for child in module.children() if isinstance(child, nn.Conv1d)), None)
+
+
+class Split:
+    """In the place of a recurrent module's ``forward``: each sequence's rows pass through it alone."""
+
+    def __init__(self, module: Any, config: Any) -> None:
+        self.run: Run = module.forward
+        self._layer: int = module.layer_idx
+        self._name = cache_name(module)
+        self._config = config
+
+    def __call__(self, hidden_states: Tensor, *args: Any, kvbits: Forward | None = None, **kwargs: Any) -> Tensor:
+        """``hidden_states`` ``[1, rows, hidden]``, packed as in the step ``kvbits``; without one the module's own."""
+        if kvbits is None:
+            return self.run(hidden_states, *args, **kwargs)
+        if kvbits.pool.states is None:
+            raise UnsupportedError(f"layer {self._layer} is recurrent; only kvbits' engine keeps its states")
+        if args or kwargs.get("attention_mask") is not None:
+            raise UnsupportedError(f"the model passes a mask to its recurrent layer {self._layer}")
+        kwargs.pop(self._name, None)
+        out = torch.empty_like(hidden_states)
+        for first, end, cache, keep in self._pieces(kvbits):
+            out[:, first:end] = self.run(hidden_states[:, first:end], **{**kwargs, self._name: cache})
+            if keep is not None:
+                kvbits.pool.states.copy_layer(self._layer, *keep)
+        return out
+
+    def _pieces(self, step: Forward) -> Iterator[tuple[int, int, DynamicCache, tuple[int, int] | None]]:
+        """Rows to run at once, the states that they go on from, and the slots between which these are copied then."""
+        batch, states = step.batch, step.pool.states
+        assert states is not None and len(batch.slots) == len(batch.starts), batch.slots
+        for number, slot in enumerate(batch.slots):
+            cache = _cache_of(states, slot, self._config)
+            layer: Any = cache.layers[self._layer]
+            first, end = int(batch.rows[number]), int(batch.rows[number + 1])
+            trail = batch.trails[number] if batch.trails else ()
+            known = bool(batch.starts[number])
+            apart = end - len(trail)  # the guessed rows
+            cuts = range(first + 1, end) if states.single else range(max(apart, first + 1), end)
+            for begin, stop in zip([first, *cuts], [*cuts, end], strict=True):
+                layer.has_previous_state = dict.fromkeys(layer.has_previous_state, known)
+                # after the row before the first guess, and after each guess but the last
+                kept = stop - apart
+                yield begin, stop, cache, (slot, trail[kept]) if 0 <= kept < len(trail) else None
+                known = True
+
+
+def _cache_of(states: StatePool, slot: int, config: Any) -> DynamicCache:
+    """transformers' cache whose tensors are those of ``slot``."""
+    cache: DynamicCache | None = states.made.get(slot)
+    if cache is None:
+        cache = DynamicCache(config=config)
+        for shape in states.geometry.states:
+            _put(cache.layers[shape.layer], shape, states.state(slot, shape))
+        states.made[slot] = cache
+    return cache
+
+
+def _put(layer: Any, shape: StateShape, tensor: Tensor) -> None:
+    layer.device, number = tensor.device, shape.number
+    if shape.kind == "conv":
+        layer.dtype, layer.conv_states[number] = tensor.dtype, tensor
+        layer.conv_kernel_size[number] = tensor.shape[-1]
+        layer.is_conv_states_initialized[number] = True
+    else:
+        layer.recurrent_states[number] = tensor
+        layer.is_recurrent_states_initialized[number] = True
+
+
+def split(model: Any, geometry: ModelGeometry) -> None:
+    """Let every recurrent layer of ``model`` keep sequences apart; again is harmless.
+
+    Raises ``UnsupportedError`` for one whose results differ where its rows are cut.
+    """
+    config, tried = model.config.get_text_config(decoder=True), set()
+    for place, module in mixers_of(model).items():
+        if isinstance(module.forward, Split):
+            continue
+        if type(module) not in tried:
+            tried.add(type(module))
+            _check_cuts(module, [s for s in geometry.states if s.layer == place], config)
+        module.forward = Split(module, config)
+
+
+@torch.inference_mode()
+def _check_cuts(module: Any, shapes: list[StateShape], config: Any) -> None:
+    dtype = dtype_of(module)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(1, _TRIED, config.hidden_size, generator=generator).to(dtype)
+    rows = rows.to(next(module.parameters()).device)
+    with quiet():  # about kernels of other packages
+        whole = module.forward(rows)
+        cache = DynamicCache(config=config)
+        parts = [module.forward(part, **{cache_name(module) or "": cache}) for part in rows.split(_CUTS, dim=1)]
+    found = _shapes(cache.layers[module.layer_idx], module.layer_idx, dtype)
+    if found != [replace(shape, wide=shape.wide and dtype != torch.float32) for shape in shapes]:
+        raise UnsupportedError(f"{type(module).__name__} keeps {found}; its geometry says {shapes}")
+    difference = float((torch.cat(parts, dim=1) - whole).abs().max() / whole.abs().max())
+    if not difference <= _TOLERANCE[dtype]:
+        raise UnsupportedError(
+            f"{type(module).__name__} does not go on from its states: results differ by {difference:.2g} where rows "
+            "are cut"
+        )
+
+
+def dtype_of(module: Any) -> torch.dtype:
+    """What a recurrent module computes in."""
+    convolution = _convolution(module)
+    assert convolution is not None
+    return convolution.weight.dtype
+
+
+def _shapes(layer: Any, place: int, dtype: torch.dtype) -> list[StateShape]:
+    """The states that transformers' cache layer holds after a module of ``dtype`` ran."""
+    kinds = (("conv", layer.conv_states), ("recurrent", layer.recurrent_states))
+    found = []
+    for kind, states in kinds:
+        for number, state in states.items():
+            if state is not None:
+                wide = state.dtype == torch.float32 != dtype
+                if not wide and state.dtype != dtype:
+                    raise UnsupportedError(f"layer {place} keeps a state in {state.dtype}")
+                found.append(StateShape(place, kind, number, tuple(state.shape[1:]), wide))
+    return found
+
+
+def note_states(model: Any, states: dict[int, list[StateShape]]) -> None:
+    """Let recurrent layers of a ``model`` on ``meta`` note in ``states`` what they keep when it runs, in bfloat16."""
+    config = model.config.get_text_config(decoder=True)
+    for module in mixers_of(model).values():
+        module.forward = _noted(module, config, states)
+
+
+def _noted(module: Any, config: Any, states: dict[int, list[StateShape]]) -> Run:
+    own, name = module.forward, cache_name(module) or ""
+
+    def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        cache, place = DynamicCache(config=config), module.layer_idx
+        if place in states or not isinstance(cache.layers[place], LinearAttentionCacheLayerMixin):
+            raise UnsupportedError(f"layer {place} keeps its state in its own way")
+        module.to(torch.bfloat16)
+        out: Tensor = own(hidden_states.to(torch.bfloat16), **{name: cache})
+        states[place] = _shapes(cache.layers[place], place, torch.bfloat16)
+        return out.to(hidden_states.dtype)
+
+    return forward
