@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from math import prod
 
-from kvbits.errors import ConfigError
+from kvbits.errors import ConfigError, UnsupportedError
 
 PAGE_TOKENS = 64
 """Tokens in one page. Every codec, kernel and table counts in pages of this size."""
@@ -97,6 +97,15 @@ class ModelGeometry:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    def refuse_states(self, what: str) -> None:
+        """Raise ``UnsupportedError`` for a model with recurrent layers; ``what`` has no place for their states."""
+        places = sorted({state.layer for state in self.states})
+        if places:
+            raise UnsupportedError(
+                f"{what} has no place for the states of recurrent layers; {self.name} has {len(places)} of them, the "
+                f"first is layer {places[0]}"
+            )
 
     def index_of(self, place: int) -> int:
         """Which of ``layers`` the model's layer ``place`` is."""

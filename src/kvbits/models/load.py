@@ -98,8 +98,12 @@ class LoadedModel:
         return logits
 
     def depends_on_rows(self) -> str | None:
-        """``None``, or why a token's result may depend on the other rows of its step (``--batch-invariant``)."""
-        return depends_on_rows(self.model, self.fused is not None)
+        """``None``, or why a token's result may depend on the other rows of its step (``--batch-invariant``).
+
+        Recurrent layers run token by token then.
+        """
+        apart = {part for mixer in mixers_of(self.model).values() for part in mixer.modules()}
+        return depends_on_rows(self.model, self.fused is not None, apart)
 
 
 def load_model(
@@ -128,6 +132,8 @@ def load_model(
     report(f"Loading {name} ({dtype}) ..." if source.offline else f"Downloading and loading {name} ({dtype}) ...")
     reader = Reader(name, source, trust_remote_code)
     geometry = geometry_of(reader.configuration(), name)  # refused before a weight is read
+    if place.type != "cpu":
+        geometry.refuse_states(f"the cache on '{device}'")
     register()
     packs = dtype == "bfloat16" and place.type == "cpu"
     weights_of = reader.weights(_DTYPES[dtype], IMPLEMENTATION, packs and weights == "auto", packs)

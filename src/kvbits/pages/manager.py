@@ -273,6 +273,8 @@ class PageManager:
                 f"{self.num_frames} are available"
             )
         self._cache.make_free(needed)
+        if tentative and self.states is not None:
+            self.states.guess(seq_id, count - 1)
         had_open = table.open is not None
         table.open = self._own_open(table)
         table.reservation = Reservation(
@@ -335,6 +337,8 @@ class PageManager:
         """
         table, step = self._reserved(seq_id)
         table.reservation = None
+        if self.states is not None:
+            self.states.settle(seq_id, 0)
         self._put_unused(step.sealed)
         if step.tail is not None:
             self._release_open(step.tail)
