@@ -53,8 +53,8 @@ class PagedPool:
     ) -> None:
         """Reserve ``memory_bytes`` of ``device`` (or use ``buffer``, ``uint8``, of at least that size).
 
-        ``free_windows`` false: every page of every layer is kept, and a sealed page is one frame. ``states``: the memory
-        of recurrent layers, beside it.
+        ``free_windows`` false: every page of every layer is kept, and a sealed page is one frame. ``states``: the
+        memory of recurrent layers, beside it.
         Raises ``ConfigError`` when not even one short sequence fits, ``UnsupportedError`` when a layer does not fit
         its codec.
         """

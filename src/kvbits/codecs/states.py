@@ -28,6 +28,10 @@ class StateLayout:
         ends = tuple(accumulate(align(state.nbytes(itemsize)) for state in geometry.states))
         return cls((0, *ends[:-1]), ends[-1])
 
+    def memory_for(self, sequences: int) -> int:
+        """Bytes with which :meth:`slots` has as many as ``sequences`` sequences can use."""
+        return _SHARE * (2 * sequences + 1) * self.slot_bytes
+
     def slots(self, memory: int, sequences: int) -> int:
         """Slots of a cache of ``memory`` bytes that up to ``sequences`` sequences use at once.
 
@@ -37,7 +41,7 @@ class StateLayout:
         found = min(2 * sequences + 1, memory // _SHARE // self.slot_bytes)
         if not found:
             raise ConfigError(
-                f"kv_cache_memory is {show(memory)}; the recurrent layers keep {show(self.slot_bytes)} of each sequence, "
-                f"which may take half of it"
+                f"kv_cache_memory is {show(memory)}; the recurrent layers keep {show(self.slot_bytes)} of each "
+                "sequence, and may take half of it"
             )
         return found

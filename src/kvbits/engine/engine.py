@@ -23,7 +23,7 @@ from kvbits.engine.params import SamplingParams
 from kvbits.engine.request import FinishReason, Request
 from kvbits.engine.request_state import RequestState
 from kvbits.engine.scheduler import ScheduledRequest, Scheduler, SchedulerOutput
-from kvbits.engine.setup import check_invariance, context_of, limits_of, pages_of, policy_of, states_of
+from kvbits.engine.setup import check_invariance, context_of, limits_of, pages_of, policy_of, recurrent_line, states_of
 from kvbits.engine.speculation import SpeculativeConfig, Speculator
 from kvbits.engine.speculation.methods import proposer_of
 from kvbits.engine.stats import EngineLoad, EngineStats
@@ -75,6 +75,9 @@ class Engine:
         )
         if not self.backend.layer_groups and set(kinds_of(loaded.geometry)) != {None}:
             log.warning("The backend '%s' keeps pages that have left a sliding window.", self.backend.name)
+        self.recurrent = recurrent_line(states)
+        if self.recurrent:
+            log.info("Beside attention: %s", self.recurrent)
         self.backend.prepare(self.pool.layers)
         self.pages = pages_of(self.pool, loaded, config)
         self.limits = limits_of(self.pool, self.max_model_len, config)

@@ -13,8 +13,8 @@ from kvbits.engine.offload import tier_of
 from kvbits.engine.precheck import check_least, check_length
 from kvbits.errors import UnsupportedError
 from kvbits.kernels import Backend
-from kvbits.models import LoadedModel
 from kvbits.memory import show
+from kvbits.models import LoadedModel
 from kvbits.pages import PageGroup, PageManager, StateSlots
 from kvbits.pool import PagedPool, StatePool
 
@@ -70,6 +70,18 @@ def states_of(loaded: LoadedModel, config: EngineConfig) -> StatePool | None:
             slots, config.max_num_seqs, loaded.name, show(layout.slot_bytes),
         )  # fmt: skip
     return StatePool(loaded.geometry, slots, loaded.compute_dtype, loaded.device, config.batch_invariant)
+
+
+def recurrent_line(states: StatePool | None) -> str:
+    """Which layers are recurrent and how they run, for users to read; empty where none is."""
+    if states is None:
+        return ""
+    places = sorted({state.layer for state in states.geometry.states})
+    how = "token by token" if states.single else "a chunk at once"
+    return (
+        f"{len(places)} recurrent layers ({', '.join(map(str, places))}) run as transformers' code, sequence by "
+        f"sequence, {how}; {show(states.slot_bytes)} of states a sequence, in {states.num_slots} slots"
+    )
 
 
 def pages_of(pool: PagedPool, loaded: LoadedModel, config: EngineConfig) -> PageManager:

@@ -35,8 +35,8 @@ class BatchLayout:
     ``draft``: sealed pages are read as drafts (:meth:`kvbits.codecs.Codec.decode_draft`), which takes about half of the
     bytes of ``int8h`` pages and changes nothing for other codecs. What the step stores does not depend on it.
 
-    ``slots``: where each sequence's states of recurrent layers lie (none where the model has no such layers); ``trails``:
-    where those before each of its guessed tokens, its last rows, go.
+    ``slots``: where each sequence's states of recurrent layers lie (empty: the model has none); ``trails``: where those
+    before each of its guessed tokens, its last rows, go.
 
     ``shared``: what backends have made of the layout for all layers, by names of theirs. ``static``: the arrays change
     from step to step (:mod:`kvbits.kernels.static`); ``refreshers`` then make ``shared`` follow.

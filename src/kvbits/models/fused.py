@@ -71,6 +71,8 @@ class FusedModel:
 
 def fuse(model: Any, geometry: ModelGeometry) -> FusedModel | str:
     """The fused version of a model whose layers are packed, or the reason why it has none."""
+    if geometry.states:
+        return "it has recurrent layers"
     try:
         fused = _recognise(model, geometry)
     except Different as reason:

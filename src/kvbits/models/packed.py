@@ -195,9 +195,7 @@ def _packed_experts(model: nn.Module) -> Iterator[tuple[str, PackedExperts]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, PackedExperts))
 
 
-def depends_on_rows(
-    model: nn.Module, fused: bool = False, apart: Collection[nn.Module] = ()
-) -> str | None:
+def depends_on_rows(model: nn.Module, fused: bool = False, apart: Collection[nn.Module] = ()) -> str | None:
     """``None`` when every layer that multiplies gives a row the same bits for any number of rows; else the one that
     does not.
 

@@ -86,7 +86,8 @@ class Split:
     def _pieces(self, step: Forward) -> Iterator[tuple[int, int, DynamicCache, tuple[int, int] | None]]:
         """Rows to run at once, the states that they go on from, and the slots between which these are copied then."""
         batch, states = step.batch, step.pool.states
-        assert states is not None and len(batch.slots) == len(batch.starts), batch.slots
+        assert states is not None
+        assert len(batch.slots) == len(batch.starts), batch.slots
         for number, slot in enumerate(batch.slots):
             cache = _cache_of(states, slot, self._config)
             layer: Any = cache.layers[self._layer]

@@ -15,8 +15,8 @@ class PrefixCache:
     """What the pool keeps beyond the sequences that made it.
 
     ``tier`` gets every page that is given up. ``enabled`` is false: nothing is found and nothing is kept. A page has a
-    part for each of ``groups``. ``goes_on``: whether a sequence can go on after the page with this hash at all; ``None``:
-    after every one.
+    part for each of ``groups``. ``goes_on``: whether a sequence can go on after the page with this hash at all
+    (``None``: after every one).
     """
 
     def __init__(
