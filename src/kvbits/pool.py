@@ -98,8 +98,13 @@ class PagedPool:
             self.buffer[b] = self.buffer[a]
 
     def sessions_capacity(self, tokens: int) -> int:
-        """Running sequences of ``tokens`` tokens that the pool holds at once, open pages included."""
-        return self.layout.sessions(self.buffer.nbytes, tokens)
+        """Running sequences of ``tokens`` tokens that the pool holds at once, open pages and states included."""
+        found = self.layout.sessions(self.buffer.nbytes, tokens)
+        return found if self.states is None else min(found, self.states.num_slots)
+
+    def session_bytes(self, tokens: int) -> int:
+        """Bytes that a running sequence of ``tokens`` tokens holds, its open page and its states included."""
+        return self.layout.session_bytes(tokens) + (0 if self.states is None else self.states.slot_bytes)
 
     def bits_per_element(self) -> float:
         """Bits per element of a sealed page, every parameter counted."""
@@ -152,9 +157,12 @@ class StatePool:
 
     def copy_layer(self, layer: int, source: int, target: int) -> None:
         """Copy the states of the model's layer ``layer``."""
-        for shape in self.geometry.states:
-            if shape.layer == layer:
-                self.state(target, shape).copy_(self.state(source, shape))
+        for shape in self.of_layer(layer):
+            self.state(target, shape).copy_(self.state(source, shape))
+
+    def of_layer(self, layer: int) -> list[StateShape]:
+        """The states of the model's layer ``layer``."""
+        return [shape for shape in self.geometry.states if shape.layer == layer]
 
 
 def _reserve(size: int, device: torch.device) -> Tensor:

@@ -77,10 +77,10 @@ def recurrent_line(states: StatePool | None) -> str:
     if states is None:
         return ""
     places = sorted({state.layer for state in states.geometry.states})
-    how = "token by token" if states.single else "a chunk at once"
+    how = "one after another, token by token" if states.single else "prompts one after another, next tokens together"
     return (
-        f"{len(places)} recurrent layers ({', '.join(map(str, places))}) run as transformers' code, sequence by "
-        f"sequence, {how}; {show(states.slot_bytes)} of states a sequence, in {states.num_slots} slots"
+        f"{len(places)} recurrent layers ({', '.join(map(str, places))}) run as transformers' code, "
+        f"{how}; {show(states.slot_bytes)} of states a sequence, in {states.num_slots} slots"
     )
 
 

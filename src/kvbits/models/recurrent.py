@@ -1,9 +1,10 @@
 """Recurrent layers beside attention: gated delta rules, Mamba-2, short convolutions.
 
 They run as transformers' own modules. A step packs the rows of several sequences into one, which a recurrent layer must
-not mix: in its place each sequence's rows pass through it alone, with transformers' own cache, whose tensors are a slot
-of the :class:`~kvbits.pool.StatePool`. A layer is known by its parts (a short convolution, a number, a cache among
-its arguments), measured on torch's ``meta`` device, and accepted if it goes on from its states as it runs at once.
+not mix: each sequence's rows pass through it alone, with transformers' own cache, whose tensors are a slot of the
+:class:`~kvbits.pool.StatePool`; single next tokens pass as a batch. A layer is known by its parts (a short convolution,
+a number, a cache among its arguments), measured on torch's ``meta`` device, and accepted if it goes on from its states
+as it runs at once.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -21,6 +23,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from kvbits.attention import Forward
 from kvbits.config import ModelGeometry, StateShape
 from kvbits.errors import UnsupportedError
+from kvbits.kernels import BatchLayout
 from kvbits.models.quiet import quiet
 from kvbits.pool import StatePool
 
@@ -29,6 +32,9 @@ _CACHES = ("cache_params", "past_key_values")
 
 _TRIED = 70
 """Rows on which a layer is tried: more than a chunk of its fast form."""
+
+_BATCH = -1
+"""Whose place in :attr:`kvbits.pool.StatePool.made` the cache of several sequences has."""
 
 _CUTS = (33, 1, 1, 35)
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
@@ -59,7 +65,7 @@ def _convolution(module: nn.Module) -> nn.Conv1d | None:
 
 
 class Split:
-    """In the place of a recurrent module's ``forward``: each sequence's rows pass through it alone."""
+    """In the place of a recurrent module's ``forward``: no sequence's rows meet another one's states."""
 
     def __init__(self, module: Any, config: Any) -> None:
         self.run: Run = module.forward
@@ -71,37 +77,47 @@ class Split:
         """``hidden_states`` ``[1, rows, hidden]``, packed as in the step ``kvbits``; without one the module's own."""
         if kvbits is None:
             return self.run(hidden_states, *args, **kwargs)
-        if kvbits.pool.states is None:
+        states = kvbits.pool.states
+        if states is None:
             raise UnsupportedError(f"layer {self._layer} is recurrent; only kvbits' engine keeps its states")
         if args or kwargs.get("attention_mask") is not None:
             raise UnsupportedError(f"the model passes a mask to its recurrent layer {self._layer}")
         kwargs.pop(self._name, None)
-        out = torch.empty_like(hidden_states)
-        for first, end, cache, keep in self._pieces(kvbits):
-            out[:, first:end] = self.run(hidden_states[:, first:end], **{**kwargs, self._name: cache})
-            if keep is not None:
-                kvbits.pool.states.copy_layer(self._layer, *keep)
+        batch, out = kvbits.batch, torch.empty_like(hidden_states)
+        assert len(batch.slots) == len(batch.starts), batch.slots
+        together = _together(batch, states)
+        if together:
+            rows, slots = batch.rows[together], [batch.slots[number] for number in together]
+            cache = _gathered(states, self._layer, slots, self._config)
+            out[0, rows] = self.run(hidden_states[0, rows].unsqueeze(1), **{**kwargs, self._name: cache}).squeeze(1)
+            _scatter(states, self._layer, slots, cache)
+        for number in set(range(len(batch.slots))).difference(together):
+            for first, end, cache, keep in self._pieces(batch, states, number):
+                out[:, first:end] = self.run(hidden_states[:, first:end], **{**kwargs, self._name: cache})
+                if keep is not None:
+                    states.copy_layer(self._layer, batch.slots[number], keep)
         return out
 
-    def _pieces(self, step: Forward) -> Iterator[tuple[int, int, DynamicCache, tuple[int, int] | None]]:
-        """Rows to run at once, the states that they go on from, and the slots between which these are copied then."""
-        batch, states = step.batch, step.pool.states
-        assert states is not None
-        assert len(batch.slots) == len(batch.starts), batch.slots
-        for number, slot in enumerate(batch.slots):
-            cache = _cache_of(states, slot, self._config)
-            layer: Any = cache.layers[self._layer]
-            first, end = int(batch.rows[number]), int(batch.rows[number + 1])
-            trail = batch.trails[number] if batch.trails else ()
-            known = bool(batch.starts[number])
-            apart = end - len(trail)  # the guessed rows
-            cuts = range(first + 1, end) if states.single else range(max(apart, first + 1), end)
-            for begin, stop in zip([first, *cuts], [*cuts, end], strict=True):
-                layer.has_previous_state = dict.fromkeys(layer.has_previous_state, known)
-                # after the row before the first guess, and after each guess but the last
-                kept = stop - apart
-                yield begin, stop, cache, (slot, trail[kept]) if 0 <= kept < len(trail) else None
-                known = True
+    def _pieces(
+        self, batch: BatchLayout, states: StatePool, number: int
+    ) -> Iterator[tuple[int, int, DynamicCache, int | None]]:
+        """Rows of a sequence to run at once, the states they go on from, and the slot where these are kept then."""
+        cache = _cache_of(states, batch.slots[number], self._config)
+        layer: Any = cache.layers[self._layer]
+        first, end = int(batch.rows[number]), int(batch.rows[number + 1])
+        trail, known = batch.trails[number], bool(batch.starts[number])
+        guesses = end - len(trail)
+        cuts = range(first + 1 if states.single else max(guesses, first + 1), end)
+        for begin, stop in zip([first, *cuts], [*cuts, end], strict=True):
+            layer.has_previous_state = dict.fromkeys(layer.has_previous_state, known)
+            yield begin, stop, cache, trail[stop - guesses] if guesses <= stop < end else None
+            known = True
+
+
+def _together(batch: BatchLayout, states: StatePool) -> list[int]:
+    """Sequences that go on by one token: a layer reads its weights once for all of them."""
+    found = [] if states.single else np.flatnonzero((batch.counts == 1) & (batch.starts > 0)).tolist()
+    return found if len(found) > 1 else []
 
 
 def _cache_of(states: StatePool, slot: int, config: Any) -> DynamicCache:
@@ -124,6 +140,26 @@ def _put(layer: Any, shape: StateShape, tensor: Tensor) -> None:
     else:
         layer.recurrent_states[number] = tensor
         layer.is_recurrent_states_initialized[number] = True
+
+
+def _gathered(states: StatePool, place: int, slots: list[int], config: Any) -> DynamicCache:
+    """transformers' cache with copies of a layer's states in ``slots``, as a batch."""
+    cache: DynamicCache = states.made.get(_BATCH) or DynamicCache(config=config)
+    states.made[_BATCH] = cache
+    layer: Any = cache.layers[place]
+    for shape in states.of_layer(place):
+        _put(layer, shape, torch.cat([states.state(slot, shape) for slot in slots]))
+    layer.has_previous_state = dict.fromkeys(layer.has_previous_state, True)
+    return cache
+
+
+def _scatter(states: StatePool, place: int, slots: list[int], cache: DynamicCache) -> None:
+    """Copy a layer's states back to ``slots``."""
+    layer: Any = cache.layers[place]
+    for shape in states.of_layer(place):
+        kept = (layer.conv_states if shape.kind == "conv" else layer.recurrent_states)[shape.number]
+        for row, slot in zip(kept.split(1), slots, strict=True):
+            states.state(slot, shape).copy_(row)
 
 
 def split(model: Any, geometry: ModelGeometry) -> None:

@@ -324,10 +324,11 @@ class PageManager:
         if pages:
             self._give_back(table, first + pages)
         if self.states is not None:
+            if pages and self.enable_prefix_caching:
+                end, after = first + pages, len(tokens) - self._in_open(table)
+                stays = end == table.goal or end % self.states.spacing == 0
+                self.states.save(seq_id, table.hash, after, step.count, stays)
             self.states.settle(seq_id, step.count - len(tokens))
-            if pages and not self._in_open(table) and self.enable_prefix_caching:
-                end = first + pages
-                self.states.save(seq_id, table.hash, end == table.goal or end % self.states.spacing == 0)
 
     def rollback(self, seq_id: int) -> None:
         """Drop the reservation of a step that did not run, or that was tentative.

@@ -75,11 +75,15 @@ class StateSlots:
         self._kept.move_to_end(page)
         self._copy(self._kept[page], self._own[seq_id])
 
-    def save(self, seq_id: int, page: bytes, stays: bool) -> None:
-        """Keep the sequence's state, if a slot is to be had, as that at the end of ``page``.
+    def save(self, seq_id: int, page: bytes, after: int, count: int, stays: bool) -> None:
+        """Keep a state of the sequence, if a slot is to be had, as that at the end of ``page``.
 
-        Unless it ``stays`` it goes when the sequence's next one comes.
+        It is that after the first ``after`` of a step's ``count`` tokens, which is there after the last and where the
+        rest are guesses. Unless it ``stays`` it goes when the sequence's next one comes.
         """
+        trail = self._trails.get(seq_id, ())
+        if after != count and not trail:
+            return
         before = self._passing.pop(seq_id, None)
         if page in self._kept:
             self._kept.move_to_end(page)
@@ -89,7 +93,7 @@ class StateSlots:
             if not self.available():
                 return
             self._kept[page] = self._take()
-            self._copy(self._own[seq_id], self._kept[page])
+            self._copy(self._own[seq_id] if after == count else trail[after - count], self._kept[page])
         if not stays:
             self._passing[seq_id] = page
 
