@@ -53,7 +53,6 @@ def calibrate(
     for parts of another calibration; ``UnsupportedError`` for a model that keeps its layers in no list.
     """
     geometry = loaded.geometry
-    geometry.refuse_states("calibration")
     policies_of(loaded, [sink or "int8"], sizes.context)
     check_goal(geometry, goal, sink)
     check_counts(sizes.context, sizes.windows, sizes.check_windows)

@@ -34,6 +34,9 @@ def check_fit(loaded: LoadedModel, config: EngineConfig, backend: Backend) -> No
     check_invariance(loaded, config, backend)
     context_of(loaded, config)
     check_least(config.kv_cache_memory, loaded.geometry)
+    states = StateLayout.of(loaded.geometry, loaded.compute_dtype.itemsize)
+    if states is not None:
+        states.slots(config.kv_cache_memory, config.max_num_seqs)
 
 
 def policy_of(loaded: LoadedModel, config: EngineConfig, backend: Backend) -> Policy:

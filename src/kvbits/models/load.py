@@ -26,7 +26,7 @@ from kvbits.models.geometry import geometry_of
 from kvbits.models.locate import locate
 from kvbits.models.packed import depends_on_rows, pack_linears, packed_weights, round_linears, settle
 from kvbits.models.reader import Reader
-from kvbits.models.recurrent import dtype_of, mixers_of, split
+from kvbits.models.recurrent import dtype_of, mixers_of, split, try_cuts
 from kvbits.models.sampling import sampling_defaults
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -139,15 +139,18 @@ def load_model(
     weights_of = reader.weights(_DTYPES[dtype], IMPLEMENTATION, packs and weights == "auto", packs)
     tokenizer = reader.tokenizer()
     model = weights_of()
-    loaded = replace(wrap(model, tokenizer, name, geometry), trust_remote_code=trust_remote_code, weights=weights)
+    loaded = wrap(model, tokenizer, name, geometry, tried=False)
+    loaded = replace(loaded, trust_remote_code=trust_remote_code, weights=weights)
     if place.type != "cpu":
         model.to(place)
         return loaded
     if rounded and dtype == "float32":
         round_linears(model, weights)  # after the fingerprint, which reads the plain weights
+        try_cuts(model, geometry)
         return loaded
     packed = pack_linears(model, weights if rounded else "bf16")
     settle(model, _DTYPES[dtype])
+    try_cuts(model, geometry)
     if rounded and not packed:
         raise UnsupportedError(f"the model '{name}' has no linear layer that can be stored as {weights}")
     if packed or any(packed_weights(model)):
@@ -160,10 +163,13 @@ def load_model(
     return loaded
 
 
-def wrap(model: Any, tokenizer: Any, name: str, geometry: ModelGeometry | None = None) -> LoadedModel:
+def wrap(
+    model: Any, tokenizer: Any, name: str, geometry: ModelGeometry | None = None, tried: bool = True
+) -> LoadedModel:
     """Turn a Hugging Face causal language model that is already in memory into a :class:`LoadedModel`.
 
-    The model's attention implementation becomes kvbits'. Raises ``UnsupportedError`` when kvbits cannot run it.
+    The model's attention implementation becomes kvbits'; ``tried``: its recurrent layers are run once, which takes
+    weights as they will be used. Raises ``UnsupportedError`` when kvbits cannot run it.
     """
     geometry = geometry or geometry_of(model, name)
     names = inspect.signature(model.forward).parameters
@@ -172,7 +178,9 @@ def wrap(model: Any, tokenizer: Any, name: str, geometry: ModelGeometry | None =
             raise UnsupportedError(f"the model '{name}' takes no {needed}")
     register()
     model.eval().set_attn_implementation(IMPLEMENTATION)
-    split(model, geometry)
+    split(model)
+    if tried:
+        try_cuts(model, geometry)
     return LoadedModel(model, tokenizer, geometry, name, fingerprint(model))
 
 

@@ -162,19 +162,19 @@ def _scatter(states: StatePool, place: int, slots: list[int], cache: DynamicCach
             states.state(slot, shape).copy_(row)
 
 
-def split(model: Any, geometry: ModelGeometry) -> None:
-    """Let every recurrent layer of ``model`` keep sequences apart; again is harmless.
+def split(model: Any) -> None:
+    """Let every recurrent layer of ``model`` keep sequences apart; again is harmless."""
+    config = model.config.get_text_config(decoder=True)
+    for module in mixers_of(model).values():
+        if not isinstance(module.forward, Split):
+            module.forward = Split(module, config)
 
-    Raises ``UnsupportedError`` for one whose results differ where its rows are cut.
-    """
-    config, tried = model.config.get_text_config(decoder=True), set()
-    for place, module in mixers_of(model).items():
-        if isinstance(module.forward, Split):
-            continue
-        if type(module) not in tried:
-            tried.add(type(module))
-            _check_cuts(module, [s for s in geometry.states if s.layer == place], config)
-        module.forward = Split(module, config)
+
+def try_cuts(model: Any, geometry: ModelGeometry) -> None:
+    """Run a recurrent layer of each kind. Raises ``UnsupportedError`` where results differ where rows are cut."""
+    config = model.config.get_text_config(decoder=True)
+    for module in {type(module): module for module in reversed(mixers_of(model).values())}.values():
+        _check_cuts(module, [state for state in geometry.states if state.layer == module.layer_idx], config)
 
 
 @torch.inference_mode()
