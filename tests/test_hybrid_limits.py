@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from helpers.hybrids import hybrid_engine, loaded_of, prompt
-from helpers.serving import byte_model
+from helpers.serving import MODEL, byte_model, engine_of, packed_byte_model, running
 from helpers.tiny import save, tiny_config, tiny_model
 from transformers import AutoConfig
 
@@ -28,6 +29,8 @@ from kvbits.hf import QuantizedCache
 from kvbits.models import geometry_of, load_model
 from kvbits.models.outline import outline_of
 from kvbits.planning.core import plan
+from kvbits.server.options import ServerOptions
+from kvbits.server.run import start_line
 
 
 def test_geometry_says_which_layers_are_which() -> None:
@@ -88,6 +91,20 @@ def test_files_are_loaded_and_answered_from(tmp_path: Path) -> None:
     answers = [llm.generate("w5 w6 w7", max_tokens=8, temperature=0)[0].outputs[0].token_ids for _ in range(2)]
     assert len(answers[0]) > 0
     assert answers[0] == answers[1]
+
+
+def test_a_server_says_which_layers_are_recurrent_and_counts_their_slots() -> None:
+    loaded = packed_byte_model(family="lfm2", fused=False)
+    engine = engine_of(loaded, max_num_seqs=4)
+    assert "layers: transformers'; 2 recurrent layers (0, 2) run" in start_line(engine, ServerOptions(), "here", 1)
+    body = {"model": MODEL, "prompt": "a" * 100, "max_tokens": 3, "temperature": 0}
+    with running(engine) as server:
+        found = [httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json() for _ in range(2)]
+        server.idle()
+        metrics = httpx.get(f"{server.url}/metrics").text
+    assert found[0]["choices"] == found[1]["choices"]
+    for use, count in (("free", 8), ("sequences", 0), ("snapshots", 1)):
+        assert f'kvbits:state_slots{{model_name="{MODEL}",use="{use}"}} {count}.0' in metrics
 
 
 def test_a_gpu_is_refused_before_a_weight_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

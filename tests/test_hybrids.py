@@ -94,13 +94,13 @@ def test_an_abort_gives_the_slot_back() -> None:
     for number in range(4):
         engine.add_request(PROMPTS[0], SamplingParams(max_tokens=50), request_id=f"{number}")
     engine.step()
-    assert engine.pages.states.used == 2
+    assert engine.pages.states.stats().sequences == 2
     engine.abort("0")
     engine.pages.check()
-    assert engine.pages.states.used == 1
+    assert engine.pages.states.stats().sequences == 1
     while engine.has_unfinished():
         engine.step()
-    assert engine.pages.states.used == 0
+    assert engine.pages.states.stats().sequences == 0
 
 
 @pytest.mark.parametrize("family", SOME)
@@ -114,7 +114,7 @@ def test_guesses_that_fail_leave_no_trace(family: str) -> None:
     assert answers(engine, [text, PROMPTS[0]]) == right
     tried = engine.stats.speculation
     assert tried.draft_tokens > tried.accepted_tokens > 0, tried
-    assert engine.pages.states.used == engine.pages.states.snapshots, "guesses give their slots back"
+    assert engine.pages.states.stats().sequences == 0, "guesses give their slots back"
 
 
 @pytest.mark.parametrize("family", ["qwen3_next-dense", "lfm2", "bamba", "falcon_h1", "nemotron_h"])

@@ -66,7 +66,7 @@ def test_a_passing_snapshot_makes_room_for_the_next_of_its_sequence() -> None:
     # The prompt's last full page, every eighth, and the newest, which is the twentieth.
     assert found == [1, 8, 16]
     assert manager.lookup([*text, 0]) == 20 * PAGE_TOKENS
-    assert slots.snapshots == 4
+    assert slots.stats().snapshots == 4
 
 
 def test_long_prompts_stop_for_snapshots_by_the_budget() -> None:
@@ -88,11 +88,11 @@ def test_sequences_take_what_snapshots_hold_and_no_more() -> None:
     text = list(range(PAGE_TOKENS + 1))
     manager.open(0, text)
     stored(manager, 0, text)
-    assert slots.snapshots == 1
+    assert slots.stats().snapshots == 1
     manager.open(1, [1])
     assert manager.can_open()
     manager.open(2, [2])
-    assert slots.snapshots == 0
+    assert slots.stats().snapshots == 0
     assert not manager.can_open()
     with pytest.raises(OutOfPages, match="sequence 3 needs a slot"):
         manager.open(3, [3])
@@ -133,7 +133,7 @@ def test_guesses_that_do_not_hold_are_undone(right: int) -> None:
     manager.reserve(0, 3, tentative=True)
     manager.free(0)
     manager.check()
-    assert slots.used == 0
+    assert slots.stats().sequences == 0
 
 
 def test_check_finds_a_slot_that_nobody_owns() -> None:

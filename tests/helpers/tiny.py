@@ -80,7 +80,7 @@ _HYBRIDS: dict[str, dict] = {
     "qwen3_5_moe_text": {**_DELTA, **_EXPERTS, "shared_expert_intermediate_size": 32},
     "granitemoehybrid": {
         **_MAMBA, "layer_types": ["mamba", "attention", "mamba", "mamba"], "num_local_experts": 4,
-        "num_experts_per_tok": 2, "shared_intermediate_size": 64,
+        "num_experts_per_tok": 2, "shared_intermediate_size": 64, "attention_multiplier": 0.25,
     },
     "lfm2": {**_SHORT, "block_auto_adjust_ff_dim": False},
     "lfm2_moe": {**_SHORT, **_EXPERTS, "num_dense_layers": 1},

@@ -372,6 +372,7 @@ class PageManager:
             evictions=self._cache.evictions,
             groups=tuple(parts[:-1]),
             tier=None if self._cache.tier is None else self._cache.tier.stats(),
+            states=None if self.states is None else self.states.stats(),
         )
 
     def map(self) -> bytes:

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection
 
 from kvbits.errors import OutOfPages
+from kvbits.pages.stats import StateStats
 
 _CHAIN = 4
 """The snapshots of one sequence of the longest context take at most one slot in so many."""
@@ -33,14 +34,10 @@ class StateSlots:
         self._kept: OrderedDict[bytes, int] = OrderedDict()
         self._passing: dict[int, bytes] = {}
 
-    @property
-    def used(self) -> int:
-        """Slots that hold something."""
-        return self.num_slots - len(self._free)
-
-    @property
-    def snapshots(self) -> int:
-        return len(self._kept)
+    def stats(self) -> StateStats:
+        """The slots in numbers."""
+        free, kept = len(self._free), len(self._kept)
+        return StateStats(free, self.num_slots - free - kept, kept)
 
     def available(self) -> int:
         """Slots that can be had: free ones, and those of snapshots."""
@@ -136,5 +133,5 @@ class StateSlots:
         if named != list(range(self.num_slots)) or set(self._own) != set(sequences):
             raise AssertionError(
                 f"slots free {self._free}, of sequences {self._own}, of guesses {self._trails}, of snapshots "
-                f"{self.snapshots}; there are {self.num_slots} and the sequences {sorted(sequences)}"
+                f"{list(self._kept.values())}; there are {self.num_slots} and the sequences {sorted(sequences)}"
             )
