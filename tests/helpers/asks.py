@@ -163,7 +163,7 @@ def alone(ask: Ask, dtype: str, family: str) -> dict[int, dict[str, object]]:
     """The answers to ``ask`` without anything beside it, from a cache that keeps every page."""
     engine = engine_of(
         model(family), Keeping(), kv_cache_dtype=dtype, kv_cache_memory=8 << 20, enable_prefix_caching=False,
-        batch_invariant=True,
+        batch_invariant=family in HYBRIDS,
     )  # fmt: skip
     engine.add_request(ask.prompt, ask.params, request_id=ask.id)
     deltas: dict[int, list[Delta]] = {}

@@ -229,8 +229,10 @@ def note_states(model: Any, states: dict[int, list[StateShape]]) -> None:
 def _noted(module: Any, config: Any, states: dict[int, list[StateShape]]) -> Run:
     own, name = module.forward, cache_name(module) or ""
 
-    def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    def forward(hidden_states: Tensor, *_: Any, kvbits: Any = None, **__: Any) -> Tensor:
         cache, place = DynamicCache(config=config), module.layer_idx
+        if kvbits is None:
+            raise UnsupportedError(f"the recurrent layer {place} is not told of the step that it runs in")
         if place in states or not isinstance(cache.layers[place], LinearAttentionCacheLayerMixin):
             raise UnsupportedError(f"layer {place} keeps its state in its own way")
         module.to(torch.bfloat16)
