@@ -13,7 +13,7 @@ from helpers.serving import MODEL, byte_model, engine_of, packed_byte_model, run
 from helpers.tiny import save, tiny_config, tiny_model
 from transformers import AutoConfig
 
-from kvbits import LLM
+from kvbits import LLM, SamplingParams
 from kvbits.calibration.goal import Goal, Sizes
 from kvbits.calibration.run import calibrate
 from kvbits.codecs import parse_policy
@@ -88,15 +88,16 @@ def test_files_are_loaded_and_answered_from(tmp_path: Path) -> None:
     llm = LLM(name, kv_cache_dtype="int8", kv_cache_memory="8MiB")
     assert llm.engine.loaded.fused is None
     assert llm.engine.pool.states.dtype == torch.bfloat16
-    answers = [llm.generate("w5 w6 w7", max_tokens=8, temperature=0)[0].outputs[0].token_ids for _ in range(2)]
-    assert len(answers[0]) > 0
+    params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+    answers = [llm.generate("w5 w6 w7", params)[0].outputs[0].token_ids for _ in range(2)]
+    assert len(answers[0]) == 8
     assert answers[0] == answers[1]
 
 
 def test_a_server_says_which_layers_are_recurrent_and_counts_their_slots() -> None:
     loaded = packed_byte_model(family="lfm2", fused=False)
     engine = engine_of(loaded, max_num_seqs=4)
-    assert "layers: transformers'; 2 recurrent layers (0, 2) run" in start_line(engine, ServerOptions(), "here", 1)
+    assert "layers: transformers'; 2 recurrent layers (0, 2) run" in start_line(engine, ServerOptions(MODEL), "here", 1)
     body = {"model": MODEL, "prompt": "a" * 100, "max_tokens": 3, "temperature": 0}
     with running(engine) as server:
         found = [httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json() for _ in range(2)]
@@ -130,7 +131,7 @@ def test_what_has_no_place_for_states_is_refused_by_name(tmp_path: Path) -> None
     with pytest.raises(UnsupportedError, match=f"a draft model's cache {has}"):
         draft_model(loaded, chosen, loaded, EngineConfig())
     with pytest.raises(UnsupportedError, match=f"calibration {has}"):
-        calibrate(loaded, [], tmp_path, Goal(bits=4), None, Sizes(), None, print)
+        calibrate(loaded, [], tmp_path, Goal(bits=4), None, Sizes(256), None, print)
 
 
 def test_a_plain_model_is_not_refused() -> None:
