@@ -136,6 +136,15 @@ def test_guesses_that_do_not_hold_are_undone(right: int) -> None:
     assert slots.stats().sequences == 0
 
 
+def test_who_asks_for_nothing_leaves_nothing() -> None:
+    """As teacher forcing does, under a salt that nobody can ask for."""
+    manager = PageManager(100, 4, states=Slots(9))
+    text = list(range(3 * PAGE_TOKENS))
+    manager.open(0, [])
+    assert stored(manager, 0, text) == [len(text)]
+    assert manager.states.stats().snapshots == 0
+
+
 def test_check_finds_a_slot_that_nobody_owns() -> None:
     manager = PageManager(100, 4, states=Slots(4))
     manager.open(0, [1])

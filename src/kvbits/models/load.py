@@ -60,7 +60,8 @@ class LoadedModel:
     def compute_dtype(self) -> torch.dtype:
         """What recurrent layers compute in."""
         mixers = mixers_of(self.model)
-        return dtype_of(next(iter(mixers.values()))) if mixers else self.model.dtype
+        found: torch.dtype = dtype_of(next(iter(mixers.values()))) if mixers else self.model.dtype
+        return found
 
     def policy(self, dtype: str | Policy) -> Policy:
         """A KV cache dtype as a policy of this model. Raises as :func:`kvbits.codecs.policy_of`."""

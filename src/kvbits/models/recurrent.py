@@ -70,7 +70,7 @@ class Split:
     def __init__(self, module: Any, config: Any) -> None:
         self.run: Run = module.forward
         self._layer: int = module.layer_idx
-        self._name = cache_name(module)
+        self._name = cache_name(module) or ""
         self._config = config
 
     def __call__(self, hidden_states: Tensor, *args: Any, kvbits: Forward | None = None, **kwargs: Any) -> Tensor:

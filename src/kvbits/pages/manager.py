@@ -100,7 +100,7 @@ class PageManager:
         if self.states is not None:
             self.states.open(seq_id)
         table = SequenceTable(self._cache.root(salt), [0] * len(self.shape.groups))
-        table.goal = max(len(tokens) - 1, 0) // self.page_tokens
+        table.goal = (len(tokens) - 1) // self.page_tokens
         self._tables[seq_id] = table
         cached = self._attach(table, self._cache.match(tokens, salt), None) * self.page_tokens
         table.tokens.extend(tokens[:cached])
@@ -225,6 +225,8 @@ class PageManager:
         if self.states is None or not self.enable_prefix_caching:
             return count
         table = self._table(seq_id)
+        if table.goal < 0:
+            return count
         start = len(table.tokens)
         end = (start + count) // self.page_tokens
         if start < table.goal * self.page_tokens:
@@ -324,7 +326,7 @@ class PageManager:
         if pages:
             self._give_back(table, first + pages)
         if self.states is not None:
-            if pages and self.enable_prefix_caching:
+            if pages and self.enable_prefix_caching and table.goal >= 0:
                 end, after = first + pages, len(tokens) - self._in_open(table)
                 stays = end == table.goal or end % self.states.spacing == 0
                 self.states.save(seq_id, table.hash, after, step.count, stays)

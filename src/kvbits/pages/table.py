@@ -52,7 +52,8 @@ class SequenceTable:
     """What a sequence holds: ``sealed`` frames page after page (the first may take more), then at most one open page.
 
     ``hash`` is the chain hash of the sealed pages. Of group ``g`` the first ``gone[g]`` pages were given back: their
-    places in ``sealed`` are :data:`kvbits.pages.groups.GONE`. ``goal``: full pages of the text that was asked for.
+    places in ``sealed`` are :data:`kvbits.pages.groups.GONE`. ``goal``: full pages of the text that was
+    asked for; -1 where none was, and no state is kept to be found.
     """
 
     hash: bytes
