@@ -12,6 +12,7 @@ from helpers.serving import engine_of, packed_byte_model
 from helpers.tiny import HYBRIDS, tiny_model
 
 from kvbits import SamplingParams
+from kvbits.codecs.states import StateLayout
 from kvbits.engine.engine import Engine
 from kvbits.engine.speculation import SpeculativeConfig
 from kvbits.engine.speculation.proposer import Candidate
@@ -73,7 +74,8 @@ def test_sequences_go_on_from_what_others_left(family: str) -> None:
 def test_preempted_sequences_go_on_where_they_were(family: str) -> None:
     pool = hybrid_engine(family).pool
     frames, slot = 7 * pool.layout.frame_bytes, pool.states.slot_bytes
-    slots = next(n for n in range(7, 0, -1) if frames + n * slot >= 2 * n * slot)
+    layout = StateLayout.of(pool.geometry, 4)
+    slots = next(n for n in range(1, 99) if layout.slots(frames + n * slot, 3) == n)
     engine = hybrid_engine(family, max_num_seqs=3, kv_cache_memory=frames + slots * slot)
     assert (engine.pool.num_frames, engine.pool.states.num_slots) == (7, slots)
     assert answers(engine, PROMPTS) == expected(family)

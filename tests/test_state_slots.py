@@ -82,6 +82,19 @@ def test_long_prompts_stop_for_snapshots_by_the_budget() -> None:
     assert stored(plain, 0, text) == [len(text)], "nothing to find, nothing to stop for"
 
 
+def test_where_prompts_part_a_snapshot_is_made_for_the_third() -> None:
+    manager = PageManager(100, 4, states=Slots(20))
+    shared = list(range(2 * PAGE_TOKENS + 5))
+    found, ends = [], []
+    for seq_id in range(3):
+        text = [*shared, *range(1000 * (seq_id + 1), 1000 * (seq_id + 1) + 100)]
+        found.append(manager.open(seq_id, text))
+        ends.append(stored(manager, seq_id, text))
+        manager.free(seq_id)
+    assert found == [0, 0, 128]
+    assert ends == [[192, 233], [128, 192, 233], [192, 233]]
+
+
 def test_sequences_take_what_snapshots_hold_and_no_more() -> None:
     slots = Slots(3)
     manager = PageManager(100, 4, states=slots)

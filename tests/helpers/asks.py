@@ -122,7 +122,7 @@ class Setup:
 def state_bytes(served: LoadedModel, sequences: int) -> int:
     """What an engine for so many sequences takes for the states of recurrent layers."""
     layout = StateLayout.of(served.geometry)
-    return 0 if layout is None else layout.slot_bytes * layout.slots(1 << 40, sequences)
+    return 0 if layout is None else layout.slot_bytes * (2 * sequences + 1)
 
 
 @dataclass

@@ -237,7 +237,7 @@ def _print(planned: Planned, facts: ModelFacts, options: Options) -> None:
     if made.state_bytes:
         print(
             f"Recurrent layers keep {made.state_bytes / (1 << 20):,.2f} MiB of each session, whatever its length, "
-            "and as much again for prompts that begin alike: counted."
+            "and at least as much for prompts that begin alike: counted."
         )
     if facts.latent:
         print("The cache is the latent of multi-head latent attention; kvbits' own engine stores --mla expanded.")

@@ -9,8 +9,9 @@ from kvbits.config import ModelGeometry, align
 from kvbits.errors import ConfigError
 from kvbits.memory import show
 
-_SHARE = 2
-"""Slots take at most one part in so many of the cache's memory."""
+_SHARE, _LEAST = 2, 8
+"""Slots take at most one part in so many of the cache's memory, and at least one in so many: small states are kept
+often."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,11 @@ class StateLayout:
     def slots(self, memory: int, sequences: int) -> int:
         """Slots of a cache of ``memory`` bytes that up to ``sequences`` sequences use at once.
 
-        Each has one, and as many keep states for prompts that begin alike. Raises ``ConfigError`` when half of the
-        memory holds none.
+        Each has one, and as many or more keep states for prompts that begin alike. Raises ``ConfigError`` when half of
+        the memory holds none.
         """
         found = min(2 * sequences + 1, memory // _SHARE // self.slot_bytes)
+        found = max(found, memory // _LEAST // self.slot_bytes)
         if not found:
             raise ConfigError(
                 f"kv_cache_memory is {show(memory)}; the recurrent layers keep {show(self.slot_bytes)} of each "

@@ -100,7 +100,8 @@ class PageManager:
         if self.states is not None:
             self.states.open(seq_id)
         table = SequenceTable(self._cache.root(salt), [0] * len(self.shape.groups))
-        table.goal = (len(tokens) - 1) // self.page_tokens
+        if self.states is not None and tokens:
+            table.goals = {(len(tokens) - 1) // self.page_tokens, self._cache.branch(tokens, salt)}
         self._tables[seq_id] = table
         cached = self._attach(table, self._cache.match(tokens, salt), None) * self.page_tokens
         table.tokens.extend(tokens[:cached])
@@ -225,13 +226,12 @@ class PageManager:
         if self.states is None or not self.enable_prefix_caching:
             return count
         table = self._table(seq_id)
-        if table.goal < 0:
+        if not table.goals:
             return count
         start = len(table.tokens)
         end = (start + count) // self.page_tokens
-        if start < table.goal * self.page_tokens:
-            end = min(end, table.goal)
-        if end != table.goal:
+        end = min([end, *(goal for goal in table.goals if goal * self.page_tokens > start)])
+        if end not in table.goals:
             end -= end % self.states.spacing
         inside = end * self.page_tokens - start
         return inside if inside > 0 else count
@@ -326,9 +326,9 @@ class PageManager:
         if pages:
             self._give_back(table, first + pages)
         if self.states is not None:
-            if pages and self.enable_prefix_caching and table.goal >= 0:
+            if pages and self.enable_prefix_caching and table.goals:
                 end, after = first + pages, len(tokens) - self._in_open(table)
-                stays = end == table.goal or end % self.states.spacing == 0
+                stays = end in table.goals or end % self.states.spacing == 0
                 self.states.save(seq_id, table.hash, after, step.count, stays)
             self.states.settle(seq_id, step.count - len(tokens))
 

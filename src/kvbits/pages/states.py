@@ -1,9 +1,9 @@
 """Slots of recurrent layers' states: one for each sequence, and snapshots of states at the ends of pages.
 
 A sequence that begins as another one did goes on from a snapshot, as it does from sealed pages, and only from there: so
-a prompt is found up to the last page whose end has one. They are taken where a prompt's last full page ends, and at
-each end of a page on the way, where the next one of the same sequence replaces it unless ``spacing`` pages divide its
-place. What was used longest ago makes room.
+a prompt is found up to the last page whose end has one. They are taken where a prompt's last full page ends, where it
+parts from what other prompts have left, and at each end of a page on the way, where the next one of the same sequence
+replaces it unless ``spacing`` pages divide its place. What was used longest ago makes room.
 """
 
 from __future__ import annotations

@@ -52,8 +52,9 @@ class SequenceTable:
     """What a sequence holds: ``sealed`` frames page after page (the first may take more), then at most one open page.
 
     ``hash`` is the chain hash of the sealed pages. Of group ``g`` the first ``gone[g]`` pages were given back: their
-    places in ``sealed`` are :data:`kvbits.pages.groups.GONE`. ``goal``: full pages of the text that was
-    asked for; -1 where none was, and no state is kept to be found.
+    places in ``sealed`` are :data:`kvbits.pages.groups.GONE`. ``goals``: after how many pages the
+    states of recurrent layers are kept: all full ones of the text that was asked for, and those that another text
+    shares. Empty where none was asked for: then no state is kept to be found.
     """
 
     hash: bytes
@@ -62,7 +63,7 @@ class SequenceTable:
     sealed: list[int] = field(default_factory=list)
     open: Frames | None = None
     reservation: Reservation | None = None
-    goal: int = 0
+    goals: set[int] = field(default_factory=set)
 
     def held(self) -> list[int]:
         """The frames of the sealed pages that are kept."""
