@@ -75,7 +75,7 @@ def test_preempted_sequences_go_on_where_they_were(family: str) -> None:
     pool = hybrid_engine(family).pool
     frames, slot = 7 * pool.layout.frame_bytes, pool.states.slot_bytes
     layout = StateLayout.of(pool.geometry, 4)
-    slots = next(n for n in range(1, 99) if layout.slots(frames + n * slot, 3) == n)
+    slots = next(n for n in range(99, 0, -1) if layout.slots(frames + n * slot, 3) == n)
     engine = hybrid_engine(family, max_num_seqs=3, kv_cache_memory=frames + slots * slot)
     assert (engine.pool.num_frames, engine.pool.states.num_slots) == (7, slots)
     assert answers(engine, PROMPTS) == expected(family)
