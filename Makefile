@@ -68,7 +68,7 @@ test-install: ## "pip install" in a fresh environment, then the library, the pro
 test-gpu: $(INSTALLED) ## the Triton and CUDA kernels against the reference, on this machine's GPU (a torch build for it in .venv)
 	$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'torch sees no GPU here')"
 	$(BIN)/python -m pytest -m triton tests/test_triton.py tests/test_triton_prompts.py tests/test_static_steps.py \
-		tests/test_cuda_device.py tests/test_graphs.py
+		tests/test_cuda_device.py tests/test_elementwise.py tests/test_graphs.py
 
 bench-gpu: $(INSTALLED) ## attention of the Triton kernels on this machine's GPU, per dtype
 	mkdir -p out

@@ -58,26 +58,30 @@ class Count:
     instructions: dict[str, int]
 
 
-def page_loop(code: str) -> list[tuple[str, str, str]]:
-    """Name, suffixes and operands of the instructions of the loop around transposed weights.
-
-    The own page's code has transpositions too, in no loop.
-    """
+def loops(code: str) -> list[list[tuple[str, str, str]]]:
+    """Of every loop in ``nvdisasm``'s text: name, suffixes and operands of its instructions."""
     instructions: list[tuple[str, str, str]] = []
     labels: dict[str, int] = {}
-    best: list[tuple[str, str, str]] = []
+    found = []
     for line in code.splitlines():
         if label := _LABEL.match(line):
             labels[label[1]] = len(instructions)
-        elif found := _LINE.search(line):
-            instructions.append((found[2], found[3], found[4]))
-            target = re.search(r"`\((\.L_x_\d+)\)", found[4])
-            if found[2] == "BRA" and target and target[1] in labels:
-                body = instructions[labels[target[1]] :]
-                if any(name == "MOVM" for name, _, _ in body) and len(body) > len(best):
-                    best = body
-    assert best, "no loop with transposed weights"
-    return best
+        elif match := _LINE.search(line):
+            instructions.append((match[2], match[3], match[4]))
+            target = re.search(r"`\((\.L_x_\d+)\)", match[4])
+            if match[2] == "BRA" and target and target[1] in labels:
+                found.append(instructions[labels[target[1]] :])
+    return found
+
+
+def page_loop(code: str) -> list[tuple[str, str, str]]:
+    """The inmost loop around transposed weights.
+
+    The own page's code has transpositions too; the loop around both is longer.
+    """
+    around = [body for body in loops(code) if any(name == "MOVM" for name, _, _ in body)]
+    assert around, "no loop with transposed weights"
+    return min(around, key=len)
 
 
 def ahead(loop: list[tuple[str, str, str]]) -> list[int]:
@@ -102,7 +106,7 @@ def count(dtype: str, variant: Variant, arch: str, page_bytes: int) -> Count:
         file.write(cubin)
         file.flush()
         code, usage = (
-            _tool(name, option, file.name) for name, option in (("nvdisasm", "-c"), ("cuobjdump", "-res-usage"))
+            tool(name, option, file.name) for name, option in (("nvdisasm", "-c"), ("cuobjdump", "-res-usage"))
         )
     loop = page_loop(code)
     names = Counter(name for name, _, _ in loop)
@@ -123,7 +127,8 @@ def count(dtype: str, variant: Variant, arch: str, page_bytes: int) -> Count:
     )  # fmt: skip
 
 
-def _tool(name: str, option: str, file: str) -> str:
+def tool(name: str, option: str, file: str) -> str:
+    """What NVIDIA's tool ``name``, of those that come with Triton, prints about ``file``."""
     import triton
 
     path = Path(triton.__file__).parent / "backends/nvidia/bin" / name

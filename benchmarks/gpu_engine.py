@@ -10,9 +10,11 @@ the root mean square of the logits' differences from transformers' own attention
 from __future__ import annotations
 
 import argparse
+import logging
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +96,8 @@ def own_step(model: Any, prompts: list[list[int]], device: str) -> float:
 
 
 def measure(
-    loaded: LoadedModel, dtype: str, prompts: list[list[int]], tokens: int, expected: torch.Tensor, config: EngineConfig,
-    bandwidth: float, limit: float,
+    loaded: LoadedModel, dtype: str, prompts: list[list[int]], tokens: int, expected: torch.Tensor,
+    config: EngineConfig, bandwidth: float, limit: float,
 ) -> dict[str, Any]:  # fmt: skip
     """Seconds of prefill and of decode steps; gives up after ``limit`` seconds."""
     device = loaded.device.type
@@ -143,6 +145,7 @@ def main() -> None:
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--limit", type=float, default=60, help="seconds for each dtype")
+    parser.add_argument("--layers", choices=["fused", "transformers"], default="fused", help="who computes them")
     parser.add_argument("--without-transformers", action="store_true", help="leave out its own step")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -151,9 +154,7 @@ def main() -> None:
     model = model_of(args.shape, args.device)
     g = torch.Generator().manual_seed(1)
     length = args.context - args.tokens
-    prompts = [
-        torch.randint(4, model.config.vocab_size, (length,), generator=g).tolist() for _ in range(args.batch)
-    ]
+    prompts = [torch.randint(4, model.config.vocab_size, (length,), generator=g).tolist() for _ in range(args.batch)]
     with torch.inference_mode():  # before the attention is changed
         probe = torch.tensor([prompts[0][: min(300, length)]], device=args.device)
         expected = model(input_ids=probe).logits[0, PAGE_TOKENS:].float().cpu()
@@ -162,7 +163,13 @@ def main() -> None:
         seconds = own_step(model, prompts, args.device)
         print(f"transformers, SDPA, bf16: step {seconds * 1e3:.2f} ms", flush=True)
         results.append({"dtype": "transformers", "step_seconds": seconds})
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("kvbits").setLevel(logging.INFO)  # why layers do not run fused
     loaded = wrap(model, None, args.shape)
+    if args.layers == "transformers":
+        loaded = replace(loaded, fused=None)
+    layers = "transformers' own code" if loaded.fused is None else "fused"
+    print(f"layers: {layers}", flush=True)
     print("dtype   ready s  prefill tok/s  step ms  of its bytes     off  graphs  kernels", flush=True)
     for dtype in args.dtype:
         config = EngineConfig.of(
@@ -176,7 +183,8 @@ def main() -> None:
         results.append(r)
     if args.json:
         name = torch.get_device_module(args.device).get_device_name() if args.device != "cpu" else "cpu"
-        write(args.json, {"device": name, "shape": args.shape, "copy_bytes_per_second": bandwidth, "results": results})
+        about = {"device": name, "shape": args.shape, "layers": layers, "copy_bytes_per_second": bandwidth}
+        write(args.json, {**about, "results": results})
 
 
 if __name__ == "__main__":

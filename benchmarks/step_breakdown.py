@@ -37,6 +37,7 @@ from kvbits.config import WEIGHT_FORMATS
 from kvbits.evaluation.speed import WARM_UP
 from kvbits.kernels.cpu import CpuBackend
 from kvbits.models import LoadedModel, load_model
+from kvbits.models.fused import FusedModel
 
 PARTS = (
     "attention",
@@ -66,7 +67,7 @@ class Clocks:
 def clocked(loaded: LoadedModel) -> tuple[LoadedModel, Clocks]:
     """The same model with clocks in it."""
     fused = loaded.fused
-    if fused is None:
+    if not isinstance(fused, FusedModel):
         raise SystemExit(f"{loaded.name} runs as transformers' own code, which has no single call to take apart")
     decoder: Any = copy(fused.decoder)
     clocks = Clocks(Clock(decoder.native), Clock(fused.embedding), Clock(fused.rope.module))

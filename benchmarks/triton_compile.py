@@ -1,14 +1,15 @@
 """Compile the Triton kernels without a GPU and print what they take: registers, spilled bytes, shared memory.
 
 Every kernel that a step launches is compiled, with the arguments with which it is launched. NVIDIA's numbers are those
-of ``cuobjdump`` for the finished code, AMD's those in the assembler text.
+of ``cuobjdump`` for the finished code, AMD's those in the assembler text. ``cycles``, of NVIDIA's kernels with a loop
+of products: issue cycles of a multiprocessor for one turn of the loop with the most products (a page of a KV head in
+``decode_splits``), as in ``cuda_cycles.py``.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
-import subprocess
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 import triton
+from cuda_cycles import SCHEDULERS, loops, tool
 from report import write
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -41,7 +43,8 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Usage:
-    """Of one kernel: registers of a thread, spilled bytes of a thread, shared memory of a program in bytes."""
+    """Of one kernel: registers of a thread, spilled bytes of a thread, shared memory of a program in bytes; issue
+    cycles of its loop of products, 0 where none is known."""
 
     dtype: str
     kernel: str
@@ -50,6 +53,7 @@ class Usage:
     registers: int
     spilled: int
     shared: int
+    cycles: int
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,7 @@ class Launched:
 
     @property
     def name(self) -> str:
-        """The kernel, with the side that it works on."""
-        name = self.kernel.fn.__name__
-        side = self.constants["FORMAT"].key if "FORMAT" in self.constants else self.constants.get("KEY")
-        return name if side is None else f"{name} ({'keys' if side else 'values'})"
+        return str(self.kernel.fn.__name__)
 
 
 def record(dtype: str, layer: LayerGeometry, queries: torch.dtype) -> list[Launched]:
@@ -136,17 +137,23 @@ def compile_launch(launched: Launched, target: GPUTarget) -> Any:
     return triton.compile(source, target=target, options=launched.options)
 
 
-def usage_of(compiled: Any, target: GPUTarget) -> tuple[int, int]:
-    """Registers and spilled bytes of a thread."""
+def usage_of(compiled: Any, target: GPUTarget, warps: int) -> tuple[int, int, int]:
+    """Registers and spilled bytes of a thread, and cycles of the loop of products."""
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
-        return _number(r"\.vgpr_count:\s+", text), _number(r"\.private_segment_fixed_size:\s+", text)
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        return _number(r"\.vgpr_count:\s+", text), _number(r"\.private_segment_fixed_size:\s+", text), 0
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
-    return _number("REG:", text), _number("STACK:", text)
+        text, code = tool("cuobjdump", "-res-usage", file.name), tool("nvdisasm", "-c", file.name)
+    return _number("REG:", text), _number("STACK:", text), round(_loop_length(code) * warps / SCHEDULERS)
+
+
+def _loop_length(code: str) -> int:
+    """Instructions of the innermost of the loops with the most products."""
+    sizes = [(sum(name == "HMMA" for name, _, _ in body), -len(body)) for body in loops(code)]
+    products, length = max(sizes, default=(0, 0))
+    return -length if products else 0
 
 
 def _number(before: str, text: str) -> int:
@@ -163,9 +170,9 @@ def measure(dtype: str, layer: LayerGeometry, queries: torch.dtype, target: str,
         if launched.name in results or not launched.name.startswith(kernels):
             continue
         compiled = compile_launch(launched, TARGETS[target])
-        registers, spilled = usage_of(compiled, TARGETS[target])
         warps, shared = launched.options["num_warps"], compiled.metadata.shared
-        results[launched.name] = Usage(dtype, launched.name, target, warps, registers, spilled, shared)
+        registers, spilled, cycles = usage_of(compiled, TARGETS[target], warps)
+        results[launched.name] = Usage(dtype, launched.name, target, warps, registers, spilled, shared, cycles)
     return list(results.values())
 
 
@@ -182,12 +189,12 @@ def main() -> None:
     (heads, kv_heads), (key_dim, value_dim) = args.heads, args.head_dim
     layer = LayerGeometry(heads, kv_heads, key_dim, value_dim, key_dim**-0.5)
     results = []
-    print(f"{'dtype':10} {'kernel':22} {'target':7} warps registers spilled shared", flush=True)
+    print(f"{'dtype':10} {'kernel':22} {'target':7} warps registers spilled shared cycles", flush=True)
     for dtype in args.dtype:
         for target in args.target:
             for u in measure(dtype, layer, getattr(torch, args.queries), target, args.kernels):
                 results.append(u)
-                row = f"{u.warps:5} {u.registers:9} {u.spilled:7} {u.shared:6}"
+                row = f"{u.warps:5} {u.registers:9} {u.spilled:7} {u.shared:6} {u.cycles:6}"
                 print(f"{u.dtype:10} {u.kernel:22} {u.target:7} {row}", flush=True)
     if args.json:
         write(args.json, {"rows": [asdict(u) for u in results]})

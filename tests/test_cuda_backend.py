@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,11 @@ from kvbits.codecs import SCHEMES, parse_policy
 from kvbits.config import LayerGeometry, ModelGeometry
 from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.kernels import BatchLayout, SequencePages, choose_backend, kernels_line
+from kvbits.kernels.base import Ints
 from kvbits.kernels.cuda import nvrtc
 from kvbits.kernels.cuda.attend import Step
 from kvbits.kernels.cuda.variant import Variant, variant_of
-from kvbits.kernels.cuda.work import WAVES, Work, work_list
+from kvbits.kernels.cuda.work import OWN, WAVES, Work, work_list
 from kvbits.kernels.reference import ReferenceBackend
 from kvbits.pool import PagedPool
 
@@ -42,58 +44,79 @@ def batch_of(*sequences: tuple[int, int]) -> BatchLayout:
     return BatchLayout.of([SequencePages(s, n, range((s + n) // 64), [900], [900]) for s, n in sequences])
 
 
-def pages_by_tile(work: Work) -> list[list[int]]:
+def pages_by_tile(work: Work, together: bool) -> list[list[int]]:
     """The sealed pages that the items of each tile attend to, in the order of their slots; every slot is used once."""
     found: list[list[int]] = []
     items = np.concatenate([work.items, work.first_pages])
     for index, tile in enumerate(work.tiles):
-        own = items[items[:, 0] == index]
-        own = own[np.argsort(own[:, 1])]
-        assert own[:, 1].tolist() == list(range(tile[5]))
-        assert own[0, 3] == -1
-        assert (own[1:, 3] > own[1:, 2]).all()
-        found.append([page for _, _, low, high in own[1:] for page in range(low, high)])
-    slots = work.tiles[:, 4], work.tiles[:, 4] + work.tiles[:, 5]
-    assert slots[0].tolist() == [0, *slots[1][:-1].tolist()]
-    assert slots[1][-1] == work.slots
+        mine = items[items[:, 0] == index]
+        assert len(mine) == tile[6]
+        own = mine[mine[:, 3] < 0]
+        assert len(own) == 1
+        spans = sorted((slot, low, ~high if high < 0 else high) for _, slot, low, high in mine.tolist())
+        spans = [span for span in spans if span[1] < span[2]]
+        slots = {slot for slot, _, _ in spans} | {0}  # the own page's
+        assert sorted(slots) == list(range(tile[5]))
+        assert len(slots) == len(spans) + (not (together and own[0, 2] < ~own[0, 3]))
+        found.append([page for _, low, high in spans for page in range(low, high)])
+    begin, end = work.tiles[:, 4], work.tiles[:, 4] + work.tiles[:, 5]
+    assert begin.tolist() == [0, *end[:-1].tolist()]
+    assert end[-1] == work.slots
     return found
 
 
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 100, 640])
 @pytest.mark.parametrize("blocks", [1, 8, 396])
-def test_every_page_is_attended_to_once(blocks: int, window: int | None, apart: bool) -> None:
+def test_every_page_is_attended_to_once(blocks: int, window: int | None, apart: bool, together: bool) -> None:
     sequences = [(0, 1), (63, 1), (64, 4), (1000, 3), (5, 200), (20_000, 1), (638, 4)]
-    work = work_list(batch_of(*sequences), 4, 8, window, apart, blocks)
+    work = work_list(batch_of(*sequences), 4, 8, window, apart, together, blocks)
     tiles = [(0, 0, 1), (1, 63, 1), (2, 64, 4), (3, 1000, 3), (5, 20_000, 1), (6, 638, 2), (6, 640, 2)]
     assert [(t[0], t[3], t[2]) for t in work.tiles.tolist()] == tiles  # 200 new tokens are no decode step
-    for pages, (_, position, _) in zip(pages_by_tile(work), tiles, strict=True):
+    for pages, (_, position, _) in zip(pages_by_tile(work, together), tiles, strict=True):
         low = 0 if window is None else max(position - window + 1, 0) // 64
         assert sorted(pages) == list(range(low, position // 64))
-    of_first = [pages for pages, tile in zip(pages_by_tile(work), tiles, strict=True) if 0 in pages]
+    of_first = [pages for pages, tile in zip(pages_by_tile(work, together), tiles, strict=True) if 0 in pages]
     assert len(work.first_pages) == (len(of_first) if apart else 0)
 
 
 @pytest.mark.parametrize("context", [2048, 8192, 131_072])
 def test_a_batch_of_one_fills_the_machine(context: int) -> None:
     """132 multiprocessors, three blocks each: all are busy in one wave, as far as there are pages."""
-    work = work_list(batch_of((context - 1, 1)), 4, 8, None, False, 396)
+    work = work_list(batch_of((context - 1, 1)), 4, 8, None, False, True, 396)
     blocks, pages = 8 * len(work.items), 8 * (context // 64)
     assert blocks <= 396
     assert blocks >= min(pages, 200)
-    lengths = np.diff(work.items[1:, 2:], axis=1)
-    assert lengths.max() - lengths.min() <= 1
+    lengths = np.sort(lengths_of(work)[work.items[:, 3] >= 0])
+    assert lengths[-1] - lengths[1] <= 1  # the own page is part of one
+
+
+def lengths_of(work: Work) -> Ints:
+    end = work.items[:, 3]
+    return np.where(end < 0, ~end, end) - work.items[:, 2]
 
 
 @pytest.mark.parametrize("sequences", [16, 64])
 def test_large_batches_end_together(sequences: int) -> None:
     """One wave where it has room for all tiles; else several short ones, the longest items first."""
     depths = [512 * (i + 1) for i in range(sequences)]
-    work = work_list(batch_of(*((depth, 1) for depth in depths)), 4, 8, None, False, 396)
-    lengths = np.diff(work.items[sequences:, 2:], axis=1).ravel()
-    assert (np.diff(lengths) <= 0).all()
-    assert 8 * len(work.items) <= (396 if sequences == 16 else WAVES * 396)
-    assert lengths.max() <= 2 * sum(depths) / 64 / (len(work.items) - sequences)
+    work = work_list(batch_of(*((depth, 1) for depth in depths)), 4, 8, None, False, True, 396)
+    lengths = lengths_of(work)
+    assert (np.diff(lengths) <= OWN).all()  # an own page comes on top
+    assert 8 * len(work.items) <= WAVES * 396
+    assert lengths.max() <= 2 * sum(depths) / 64 / len(work.items)
+
+
+@pytest.mark.parametrize(("sequences", "context"), [(16, 8192), (16, 32_768), (64, 4096), (1, 131_072)])
+def test_blocks_end_together(sequences: int, context: int) -> None:
+    """Taken by whichever of 396 blocks is free, the items take at most a seventh more than pages without gaps."""
+    work = work_list(batch_of(*[(context - 1, 1)] * sequences), 4, 8, None, False, True, 396)
+    free = [0] * 396
+    for length in lengths_of(work).tolist():
+        for _ in range(8):
+            heapq.heapreplace(free, free[0] + length)
+    assert max(free) <= 8 / 7 * sequences * 8 * (context // 64) / 396
 
 
 def test_which_layers_have_kernels() -> None:

@@ -2,45 +2,30 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 
 import pytest
 import torch
+from helpers.recorded import Rerun, Watched, recording
 from helpers.tiny import tiny_model
 from helpers.tiny_engine import PROMPTS, loaded, make, one_thread, original, packed, prompt_of, tokens
 from torch import Tensor
 
-from kvbits.engine import graphs, model_runner
+from kvbits.engine import graphs
 from kvbits.engine.config import EngineConfig
 from kvbits.engine.engine import Engine
 from kvbits.engine.graphs import SIZES, DecodeGraphs
 from kvbits.engine.params import SamplingParams
-from kvbits.kernels import Backend, SequencePages
+from kvbits.kernels import SequencePages
 from kvbits.kernels.base import BatchLayout
 from kvbits.kernels.reference import ReferenceBackend
 from kvbits.kernels.static import refill, static_layout
 from kvbits.models import LoadedModel
 from kvbits.models.load import wrap
-from kvbits.pool import PagedPool
 
 __all__ = ["loaded", "one_thread", "original", "packed"]
-
-
-class Rerun:
-    """Records by remembering, replays by running again; the result stays where it was."""
-
-    replays = 0
-
-    def capture(self, step: Callable[[], Tensor]) -> Tensor:
-        self._step = step
-        self._out = step()
-        self._out.fill_(torch.nan)  # what a graph records it has not run
-        return self._out
-
-    def replay(self) -> None:
-        Rerun.replays += 1
-        self._out.copy_(self._step())
 
 
 class Broken(Rerun):
@@ -52,18 +37,6 @@ class Broken(Rerun):
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[DecodeGraphs]:
     """Engines made in the test record their steps; what they recorded."""
     return recording(monkeypatch, Rerun)
-
-
-def recording(monkeypatch: pytest.MonkeyPatch, graph: type[Rerun]) -> list[DecodeGraphs]:
-    made: list[DecodeGraphs] = []
-
-    def graphs_for(loaded: LoadedModel, pool: PagedPool, backend: Backend) -> DecodeGraphs:
-        made.append(DecodeGraphs(loaded, pool, backend, graph))
-        return made[-1]
-
-    Rerun.replays = 0
-    monkeypatch.setattr(model_runner, "graphs_for", graphs_for)
-    return made
 
 
 @pytest.mark.parametrize("dtype", ["int4", "int8+sink:bf16"])
@@ -79,6 +52,18 @@ def test_replayed_steps_give_the_same_tokens(packed: LoadedModel, recorded: list
     llm.engine._runner.graphs = None
     assert tokens(llm, PROMPTS, params) == got
     assert Rerun.replays == before
+
+
+def test_what_a_recording_reads_lives_as_long_as_it(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device's graph reads addresses: memory that went back to the allocator would hold anything."""
+    made = recording(monkeypatch, Watched)
+    make(loaded, ReferenceBackend(), "int4", max_num_seqs=2).engine.warm_up(lambda line: None)
+    gc.collect()
+    known = made[-1]._known.values()
+    assert [len(r.layout.counts) for r in known] == [1, 1, 2, 2]
+    for r in known:
+        assert len(r.graph.read) > 40
+        assert not any(ref.expired() for ref in r.graph.read)
 
 
 def test_deeper_sequences_get_recordings_of_their_own(

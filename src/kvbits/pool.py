@@ -87,10 +87,10 @@ class PagedPool:
         )
 
     @classmethod
-    def smallest(cls, geometry: ModelGeometry, policy: Policy) -> PagedPool:
+    def smallest(cls, geometry: ModelGeometry, policy: Policy, device: torch.device | str = "cpu") -> PagedPool:
         """A pool of one page: for what only asks a pool for its layers, or stores no more than that."""
         size = PoolLayout.of(geometry, policy, free_windows=False).session_bytes(PAGE_TOKENS)
-        return cls(geometry, policy, size, free_windows=False)
+        return cls(geometry, policy, size, device=device, free_windows=False)
 
     def copy(self, source: tuple[int, ...], target: tuple[int, ...]) -> None:
         """Copy frame by frame (copy-on-write, or to make room)."""

@@ -23,6 +23,7 @@ struct uint4 { u32 x, y, z, w; };
 #define KERNEL(warps, blocks) constexpr int emulated_threads = 32 * warps; void
 #define UNROLL
 #define UNROLL_BY_4
+#define UNROLL_BY_8
 
 namespace emulation {
 
@@ -176,6 +177,11 @@ inline u32 count_arrival(u32* counter, u32 last) {
   return before;
 }
 inline float fresh(const float* p) { return *p; }
+inline uint4 fresh4(const float* p) {
+  uint4 v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
 
 inline float exp2_(float x) { return exp2f(x); }
 inline u32 permute(u32 a, u32 b, u32 select) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Protocol
 
 import torch
@@ -56,15 +57,19 @@ class CudaGraph:
 
 @dataclass(frozen=True)
 class _Recorded:
+    """Everything that the graph reads has to live as long as it does."""
+
     graph: Graph
     layout: BatchLayout
     ids: Tensor
     positions: Tensor
+    rows: Tensor
     logits: Tensor
 
 
 class DecodeGraphs:
-    """Steps of one token of each sequence, by number of sequences and depth; anything else is not for graphs.
+    """Steps of one token of each sequence, by number of sequences and depth, and whether one of them completes a page;
+    anything else is not for graphs.
 
     Depths are powers of two in pages; a recording is made when a size and depth first come (:meth:`warm_up`: before).
     Where one fails, the log says why, and all steps run as they would without graphs. ``make`` makes what records.
@@ -78,7 +83,7 @@ class DecodeGraphs:
             memory = torch.cuda.graph_pool_handle()
             make = lambda: CudaGraph(memory)  # noqa: E731
         self._make = make
-        self._known: dict[tuple[int, int, int, bool], _Recorded] = {}
+        self._known: dict[tuple[int, int, int, bool, bool], _Recorded] = {}
         self.off: str | None = None
         """Why there are no graphs after all."""
 
@@ -88,7 +93,7 @@ class DecodeGraphs:
         layout, count = batch.layout, len(batch.layout.counts)
         if count > SIZES[-1] or (layout.counts != 1).any() or len(batch.logits_rows) != count:
             return None
-        recorded = self._recorded(count, layout.sealed.shape[1], layout.sink.shape[1], layout.draft)
+        recorded = self._recorded(count, layout.sealed.shape[1], layout.sink.shape[1], layout.draft, layout.completes)
         if recorded is None:
             return None
         refill(recorded.layout, layout)
@@ -104,16 +109,16 @@ class DecodeGraphs:
         for size in SIZES:
             if size < 2 * sequences and self.off is None:
                 report(f"Warming up: steps of {size} sequences")
-                for frames in {0, sink.frames if sink else 0}:
-                    self._recorded(size, _LEAST_PAGES, frames, False)
+                for frames, completes in product({0, sink.frames if sink else 0}, (False, True)):
+                    self._recorded(size, _LEAST_PAGES, frames, False, completes)
 
-    def _recorded(self, count: int, pages: int, sink_frames: int, draft: bool) -> _Recorded | None:
+    def _recorded(self, count: int, pages: int, sink_frames: int, draft: bool, completes: bool) -> _Recorded | None:
         size = next(size for size in SIZES if size >= count)
         pages = max(_LEAST_PAGES, 1 << (pages - 1).bit_length())
-        key = size, pages, sink_frames, draft
+        key = size, pages, sink_frames, draft, completes
         if key not in self._known and self.off is None:
             frames, groups = self._pool.layout.open.frames, len(self._pool.layout.groups)
-            layout = static_layout(size, pages, frames, sink_frames, draft, groups)
+            layout = static_layout(size, pages, frames, sink_frames, draft, completes, groups)
             try:
                 self._known[key] = self._record(layout)
             # A model's own code may do what no graph can hold; its steps are right without.
@@ -130,7 +135,7 @@ class DecodeGraphs:
         step = Forward(self._pool, self._backend, layout)
         graph = self._make()
         logits = graph.capture(lambda: self._loaded.forward(ids, positions, step, rows))
-        return _Recorded(graph, layout, ids, positions, logits)
+        return _Recorded(graph, layout, ids, positions, rows, logits)
 
 
 def graphs_for(loaded: LoadedModel, pool: PagedPool, backend: Backend) -> DecodeGraphs | None:

@@ -38,6 +38,9 @@ class BatchLayout:
     ``slots``: where each sequence's states of recurrent layers lie (empty: the model has none); ``trails``: where those
     before each of its guessed tokens, its last rows, go.
 
+    ``completes``: whether a sequence completes a page or keeps the page apart that it began in; where none does, the
+    step only adds rows to open pages.
+
     ``shared``: what backends have made of the layout for all layers, by names of theirs. ``static``: the arrays change
     from step to step (:mod:`kvbits.kernels.static`); ``refreshers`` then make ``shared`` follow.
     """
@@ -50,6 +53,7 @@ class BatchLayout:
     tail: Ints
     sink: Ints
     draft: bool = False
+    completes: bool = True
     static: bool = False
     slots: tuple[int, ...] = ()
     trails: tuple[tuple[int, ...], ...] = ()
@@ -72,6 +76,7 @@ class BatchLayout:
         sink = np.full((len(slices), max(len(s.sink) for s in slices)), -1, dtype=np.int32)
         for row, s in zip(sink, slices, strict=True):
             row[: len(s.sink)] = s.sink
+        completes = any(s.start % PAGE_TOKENS + s.count >= PAGE_TOKENS or list(s.head) != list(s.tail) for s in slices)
         return cls(
             starts=np.array([s.start for s in slices], dtype=np.int32),
             counts=counts,
@@ -83,6 +88,7 @@ class BatchLayout:
             draft=draft,
             slots=tuple(s.slot for s in slices if s.slot >= 0),
             trails=tuple(tuple(s.trail) for s in slices),
+            completes=completes,
         )
 
     @property

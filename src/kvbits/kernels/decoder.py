@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -16,14 +17,17 @@ from kvbits.kernels.experts import Experts, Gate
 from kvbits.kernels.products import PackedWeight
 from kvbits.pool import LayerView
 
+W = TypeVar("W")
+"""What a weight ``[out, in]`` is to whoever multiplies with it; here :class:`PackedWeight`."""
+
 
 @dataclass(frozen=True)
-class Mlp:
+class Mlp(Generic[W]):
     """A gated MLP."""
 
-    gate: PackedWeight
-    up: PackedWeight
-    down: PackedWeight
+    gate: W
+    up: W
+    down: W
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Mixture:
 
 
 @dataclass(frozen=True)
-class DecoderLayer:
+class DecoderLayer(Generic[W]):
     """The parts of one layer; norms ``float32``.
 
     ``input_norm`` and ``mlp_norm`` ``[hidden]`` before a block, ``attention_norm`` and ``output_norm`` after it;
@@ -50,11 +54,11 @@ class DecoderLayer:
     rotary table.
     """
 
-    query: PackedWeight
-    key: PackedWeight
-    value: PackedWeight
-    output: PackedWeight
-    mlp: Mlp | Mixture
+    query: W
+    key: W
+    value: W
+    output: W
+    mlp: Mlp[W] | Mixture
     input_norm: Tensor | None = None
     attention_norm: Tensor | None = None
     mlp_norm: Tensor | None = None
@@ -84,7 +88,11 @@ class Decoder:
     """All layers, the last norm and the head of a model."""
 
     def __init__(
-        self, shape: DecoderShape, layers: Sequence[DecoderLayer], final_norm: Tensor, head: PackedWeight
+        self,
+        shape: DecoderShape,
+        layers: Sequence[DecoderLayer[PackedWeight]],
+        final_norm: Tensor,
+        head: PackedWeight,
     ) -> None:
         self._shape, self._vocabulary = shape, head.out_features
         self._parts = (tuple(layers), head)  # whose memory the native decoder reads
@@ -147,7 +155,7 @@ class Decoder:
         return logits
 
 
-def _layer(layer: DecoderLayer) -> _native.DecoderLayer:
+def _layer(layer: DecoderLayer[PackedWeight]) -> _native.DecoderLayer:
     mlp = layer.mlp
     dense, mixture = (mlp, None) if isinstance(mlp, Mlp) else (None, mlp)
     return _native.DecoderLayer(

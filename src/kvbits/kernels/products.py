@@ -78,10 +78,10 @@ class PackedWeight:
 
     def part(self, first: int, count: int) -> PackedWeight:
         """``count`` of the outputs from ``first`` on, in the same memory; both are multiples of :data:`STRIP`, but for
-        an end that is the weight's own."""
+        an end that is the weight's own. Raises ``ValueError`` for others."""
         last = first + count
-        assert first % STRIP == 0, first
-        assert last == self.out_features or last % STRIP == 0, (first, count, self)
+        if first % STRIP or (last != self.out_features and last % STRIP):
+            raise ValueError(f"outputs {first} to {last - 1} are no whole strips of {STRIP}")
         assert 0 <= first < last <= self.out_features, (first, count, self)
         bias = None if self.bias is None else self.bias[first:last]
         return PackedWeight(count, self.in_features, self.weight_format, self.native.part(first, count), bias)

@@ -15,9 +15,12 @@ Arrays = Sequence[NDArray[np.int32]]
 
 
 def static_layout(
-    sequences: int, pages: int, open_frames: int, sink_frames: int, draft: bool = False, groups: int = 1
-) -> BatchLayout:
+    sequences: int, pages: int, open_frames: int, sink_frames: int, draft: bool = False, completes: bool = True,
+    groups: int = 1,
+) -> BatchLayout:  # fmt: skip
     """A layout for steps of one new token each of up to ``sequences`` sequences of up to ``pages`` sealed pages.
+
+    Without ``completes`` for steps that complete none.
 
     It begins without any; :func:`refill` makes it a step. Sequences that are not there have no new token (``counts`` 0)
     and one row each, which means nothing.
@@ -31,6 +34,7 @@ def static_layout(
         tail=np.zeros((sequences, open_frames), dtype=np.int32),
         sink=np.full((sequences, sink_frames), -1, dtype=np.int32),
         draft=draft,
+        completes=completes,
         static=True,
     )
 
@@ -39,6 +43,7 @@ def refill(layout: BatchLayout, batch: BatchLayout) -> None:
     """Make a static ``layout`` the step ``batch``, and so all tables that were made of it, where they are."""
     count = len(batch.counts)
     assert (batch.counts == 1).all(), batch.counts
+    assert layout.completes or not batch.completes, batch.starts
     assert batch.sealed.shape[1] <= layout.sealed.shape[1], (batch.sealed.shape, layout.sealed.shape)
     for name in ("starts", "counts", "head", "tail", "sink"):
         own = getattr(layout, name)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from kvbits.attention import IMPLEMENTATION, Forward, attend
 from kvbits.codecs import Policy, policy_of
 from kvbits.config import ModelGeometry
 from kvbits.errors import UnsupportedError
+from kvbits.kernels import GPUS
 from kvbits.kernels.hugepages import collapse_to_huge_pages
 from kvbits.models.control import ControlTokens
 from kvbits.models.device import find_device
@@ -28,6 +30,11 @@ from kvbits.models.packed import depends_on_rows, pack_linears, packed_weights, 
 from kvbits.models.reader import Reader
 from kvbits.models.recurrent import dtype_of, mixers_of, split, try_cuts
 from kvbits.models.sampling import sampling_defaults
+
+if TYPE_CHECKING:  # it imports Triton
+    from kvbits.models.fused_gpu import FusedGpuModel
+
+log = logging.getLogger(__name__)
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -44,7 +51,7 @@ class LoadedModel:
     geometry: ModelGeometry
     name: str
     fingerprint: str
-    fused: FusedModel | None = None
+    fused: FusedModel | FusedGpuModel | None = None
     trust_remote_code: bool = False
     """Whether code that comes with a model was allowed to run; a draft model's is then too."""
     weights: str = "auto"
@@ -104,7 +111,7 @@ class LoadedModel:
         Recurrent layers run token by token then.
         """
         apart = {part for mixer in mixers_of(self.model).values() for part in mixer.modules()}
-        return depends_on_rows(self.model, self.fused is not None, apart)
+        return depends_on_rows(self.model, isinstance(self.fused, FusedModel), apart)
 
 
 def load_model(
@@ -144,7 +151,7 @@ def load_model(
     loaded = replace(loaded, trust_remote_code=trust_remote_code, weights=weights)
     if place.type != "cpu":
         model.to(place)
-        return loaded
+        return fused_on_gpu(loaded, report)
     if rounded and dtype == "float32":
         round_linears(model, weights)  # after the fingerprint, which reads the plain weights
         try_cuts(model, geometry)
@@ -159,7 +166,7 @@ def load_model(
         if isinstance(fused, FusedModel):
             loaded = replace(loaded, fused=fused)
         else:
-            report(f"The layers of {name} run as transformers' own code: {fused}")
+            report(_plain_line(name, fused))
             collapse_to_huge_pages()  # weights that are not packed
     return loaded
 
@@ -169,10 +176,13 @@ def wrap(
 ) -> LoadedModel:
     """Turn a Hugging Face causal language model that is already in memory into a :class:`LoadedModel`.
 
-    The model's attention implementation becomes kvbits'; ``tried``: its recurrent layers are run once, which takes
-    weights as they will be used. Raises ``UnsupportedError`` when kvbits cannot run it.
+    The model's attention implementation becomes kvbits'; on a GPU its layers run fused where they can. ``tried``: its
+    recurrent layers are run once, which takes weights as they will be used. Raises ``UnsupportedError`` when kvbits
+    cannot run it.
     """
     geometry = geometry or geometry_of(model, name)
+    if model.device.type != "cpu":
+        geometry.refuse_states(f"the cache on '{model.device}'")
     names = inspect.signature(model.forward).parameters
     for needed in ("position_ids", "logits_to_keep"):
         if needed not in names:
@@ -182,7 +192,27 @@ def wrap(
     split(model)
     if tried:
         try_cuts(model, geometry)
-    return LoadedModel(model, tokenizer, geometry, name, fingerprint(model))
+    return fused_on_gpu(LoadedModel(model, tokenizer, geometry, name, fingerprint(model)), log.info)
+
+
+def fused_on_gpu(loaded: LoadedModel, report: Callable[[str], None]) -> LoadedModel:
+    """``loaded`` with fused layers where it is on a GPU and they can be; else ``report`` gets the reason."""
+    if loaded.device.type not in GPUS:
+        return loaded
+    try:
+        from kvbits.models.fused_gpu import fuse_on_gpu
+    except ImportError as error:
+        found: FusedGpuModel | str = f"it needs Triton ({error})"
+    else:
+        found = fuse_on_gpu(loaded.model, loaded.geometry)
+    if isinstance(found, str):
+        report(_plain_line(loaded.name, found))
+        return loaded
+    return replace(loaded, fused=found)
+
+
+def _plain_line(name: str, reason: str) -> str:
+    return f"The layers of {name} run as transformers' own code: {reason}"
 
 
 def register() -> None:

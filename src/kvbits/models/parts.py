@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from kvbits.kernels.decoder import Mixture, Mlp
 from kvbits.kernels.experts import Gate
-from kvbits.kernels.products import STRIP, PackedWeight, Products
+from kvbits.kernels.products import Products
 from kvbits.models.experts import PackedExperts
-from kvbits.models.packed import PackedLinear
 
 _TRIED_ROWS = 8
 _NORM_ERROR, _ROUTER_ERROR = 0.01, 0.05
@@ -36,20 +35,35 @@ def expect(module: nn.Module, needed: frozenset[str], allowed: frozenset[str] = 
         raise Different(f"{type(module).__name__} differs in {', '.join(odd)}")
 
 
-def packed_weight(layer: Any) -> PackedWeight:
-    """The weight of a packed linear layer."""
-    if not isinstance(layer, PackedLinear):
-        raise Different(f"a linear layer ({type(layer).__name__}) is not packed")
-    return layer.weight
+class Weight(Protocol):
+    """The weight ``[out, in]`` of a linear layer, in the form that a decoder multiplies with."""
+
+    @property
+    def out_features(self) -> int: ...
+
+    @property
+    def in_features(self) -> int: ...
+
+    def part(self, first: int, count: int) -> Any:
+        """The weight of ``count`` outputs from ``first`` on, in the same memory."""
 
 
-def split(layer: Any, sizes: Sequence[int]) -> list[PackedWeight]:
+W = TypeVar("W", bound=Weight)
+
+Weigh = Callable[[Any], W]
+"""A linear layer's weight; raises :class:`Different` for a layer that it is not in."""
+
+
+def split(whole: W, sizes: Sequence[int]) -> list[W]:
     """The weights of layers that one linear layer joins, of ``sizes`` outputs."""
-    whole = packed_weight(layer)
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    if sum(sizes) != whole.out_features or any(start % STRIP for start in starts):
-        raise Different(f"a linear layer joins parts of {', '.join(map(str, sizes))} outputs")
-    return [whole.part(start, size) for start, size in zip(starts, sizes, strict=True)]
+    odd = Different(f"a linear layer joins parts of {', '.join(map(str, sizes))} outputs")
+    if sum(sizes) != whole.out_features:
+        raise odd
+    try:
+        return [whole.part(start, size) for start, size in zip(starts, sizes, strict=True)]
+    except ValueError as error:
+        raise odd from error
 
 
 def called(module: Any, *given: Any) -> Any:
@@ -74,7 +88,7 @@ def norm_weight(norm: Any) -> Tensor:
     if {name for name, _ in norm.named_parameters()} != {"weight"}:
         raise Different(f"{type(norm).__name__} is not a plain root mean square norm")
     weight: Tensor = norm.weight.detach().float().contiguous()
-    x = _random(_TRIED_ROWS, len(weight))
+    x = _random(_TRIED_ROWS, len(weight)).to(weight.device)
     wide = x.float()
     plain = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon(norm))
     found = called(norm, x).float()
@@ -102,9 +116,14 @@ class Rope:
         if by_kind and not layer_types:
             raise Different("its layers have no types, by which it rotates")
         rope = cls(module, tuple(dict.fromkeys(layer_types or ())) if by_kind else (None,), False)
-        cos = rope.tables(torch.ones(1, dtype=torch.long))[0][0, 0]
+        cos = rope.tables(torch.ones(1, dtype=torch.long, device=_device(module)))[0][0, 0]
         middle = len(cos) // 2
         return cls(module, rope.kinds, not torch.equal(cos[:middle], cos[middle:]))
+
+    @property
+    def rotated(self) -> int:
+        """How many of a head's first elements are turned."""
+        return self.tables(torch.zeros(1, dtype=torch.long, device=_device(self.module)))[0].shape[-1]
 
     def table(self, layer_type: str | None) -> int:
         """Which of :meth:`tables` a layer uses."""
@@ -112,13 +131,13 @@ class Rope:
 
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``float32 [kinds, rows, rotated]`` at ``positions`` ``int64 [rows]``."""
-        where = torch.empty(1), positions.unsqueeze(0)
+        where = torch.empty(1, device=positions.device), positions.unsqueeze(0)
         found = [called(self.module, *where, *(() if kind is None else (kind,))) for kind in self.kinds]
         cos, sin = (torch.cat(parts) for parts in zip(*found, strict=True))
         return (torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)) if self.halves else (cos, sin)
 
 
-def mlp(module: Any) -> tuple[Mlp | Mixture, Gate | None]:
+def mlp(module: Any, weigh: Weigh[W]) -> tuple[Mlp[W] | Mixture, Gate | None]:
     """The MLP of a layer, and the gate of a dense one."""
     if isinstance(getattr(module, "experts", None), PackedExperts):
         return _mixture(module), None
@@ -126,12 +145,12 @@ def mlp(module: Any) -> tuple[Mlp | Mixture, Gate | None]:
     act = next((name for name in _ACTIVATIONS if name in names), _ACTIVATIONS[0])
     if "gate_up_proj" in names:
         expect(module, frozenset({"gate_up_proj", "down_proj", act}))
-        inner = packed_weight(module.down_proj).in_features
-        gate, up = split(module.gate_up_proj, (inner, inner))
+        inner = weigh(module.down_proj).in_features
+        gate, up = split(weigh(module.gate_up_proj), (inner, inner))
     else:
         expect(module, frozenset({"gate_proj", "up_proj", "down_proj", act}))
-        gate, up = packed_weight(module.gate_proj), packed_weight(module.up_proj)
-    return Mlp(gate, up, packed_weight(module.down_proj)), _gate(getattr(module, act))
+        gate, up = weigh(module.gate_proj), weigh(module.up_proj)
+    return Mlp(gate, up, weigh(module.down_proj)), _gate(getattr(module, act))
 
 
 def _gate(activation: nn.Module) -> Gate:
@@ -177,6 +196,11 @@ def _among_chosen(router: Any, chosen: int) -> bool:
     if not _relative(shares, ways[among]) < _ROUTER_ERROR:
         raise odd
     return among
+
+
+def _device(module: nn.Module) -> torch.device:
+    """Where a module without parameters computes."""
+    return next((buffer.device for buffer in module.buffers()), torch.device("cpu"))
 
 
 def _random(rows: int, width: int) -> Tensor:

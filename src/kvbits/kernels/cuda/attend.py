@@ -29,7 +29,7 @@ class Step(ctypes.Structure):
             "query_row", "query_head", "key_row", "key_head", "value_row", "value_head", "out_row", "out_head",
             "frame_bytes", "sealed_at", "open_at", "sealed_columns",
         )),
-        *((name, ctypes.c_int32) for name in ("kv_heads", "group", "window", "unused")),
+        *((name, ctypes.c_int32) for name in ("kv_heads", "group", "window", "stores")),
         *((name, ctypes.c_float) for name in ("scale", "cap")),
     )  # fmt: skip
 
@@ -71,12 +71,14 @@ def attend(
     sinks: Tensor | None,
     arrived: Tensor,
     out: Tensor,
+    stores: bool = False,
 ) -> None:
     """Write the decoding sequences' rows of ``out`` ``bfloat16 [rows, heads, dim]``.
 
     ``rows``: query, key and value ``bfloat16 [rows, heads, dim]``, the last dimension contiguous and the other strides
     even; ``sinks`` ``float32 [heads]``; ``arrived`` ``int32``, at least tiles times KV heads zeros, which are zeros
-    again afterwards. The layer has kernels for its formats (:func:`kvbits.kernels.cuda.variant.variant_of`).
+    again afterwards. ``stores``: add the rows of keys and values to the open pages, of which the step completes none.
+    The layer has kernels for its formats (:func:`kvbits.kernels.cuda.variant.variant_of`).
     """
     layer, work, (query, key, value) = view.geometry, tables.work, rows
     if not len(work.tiles):
@@ -97,6 +99,7 @@ def attend(
         setattr(step, f"{name}_head", x.stride(1))
     step.frame_bytes, step.open_at = view.buffer.stride(0), view.open.offset
     step.kv_heads, step.group, step.window = layer.num_kv_heads, layer.group_size, layer.window or 0
+    step.stores = stores
     step.scale, step.cap = layer.scale, (layer.softcap or 0.0) * _LOG2E
     step.scale *= _LOG2E
     _run(launch, variant, view.sealed, tables.items, tables.sealed, step)

@@ -15,7 +15,7 @@ from kvbits.kernels.base import BatchLayout
 from kvbits.kernels.cuda.attend import Launch, Tables, attend
 from kvbits.kernels.cuda.driver import Driver, refusal
 from kvbits.kernels.cuda.tables import tables_of
-from kvbits.kernels.cuda.variant import MAX_ROWS, Variant, blocks_at_once, variant_of
+from kvbits.kernels.cuda.variant import MAX_ROWS, Variant, blocks_at_once, together, variant_of
 from kvbits.kernels.cuda.work import decoding
 from kvbits.kernels.triton.backend import TritonBackend
 from kvbits.kernels.triton.launch import LayerKernels, Sides
@@ -74,17 +74,18 @@ class CudaBackend(TritonBackend):
     def _attend_few(
         self, view: LayerView, batch: BatchLayout, kernels: LayerKernels, tables: StepTables, tiles: Tiles,
         sides: Sides, sinks: Tensor | None, out: Tensor,
-    ) -> None:  # fmt: skip
+    ) -> bool:  # fmt: skip
         if not self._has_kernels(view, sides.query):
-            super()._attend_few(view, batch, kernels, tables, tiles, sides, sinks, out)
-            return
+            return super()._attend_few(view, batch, kernels, tables, tiles, sides, sinks, out)
         if not len(tiles.table):
-            return
+            return False
         found = self._tables_of(view, batch, tables)
         needed = len(found.work.tiles) * view.geometry.num_kv_heads
         arrived = self._counters(batch, needed, out.device)
         rows = _even(sides.query), _even(sides.key), _even(sides.value)
-        attend(self._run, view, found, rows, sinks, arrived, out)
+        stores = not batch.completes and bool((batch.counts <= MAX_ROWS // view.geometry.group_size).all())
+        attend(self._run, view, found, rows, sinks, arrived, out, stores)
+        return stores
 
     def _has_kernels(self, view: LayerView, query: Tensor) -> bool:
         known = self._ready.get(view.index)
@@ -105,7 +106,7 @@ class CudaBackend(TritonBackend):
     def _tables_of(self, view: LayerView, batch: BatchLayout, steps: StepTables) -> Tables:
         """The step's tables, made once for all layers that can share them."""
         layer, first, known = view.geometry, view.first_page, batch.shared
-        frames = view.open.frame, None if first is None else first.frame
+        frames = view.open.frame, None if first is None else first.frame, together(view.sealed.scheme, layer)
         key = (Tables, layer.num_heads, layer.num_kv_heads, layer.key_dim, layer.window, frames)
         if key not in known:
             rows = layer.group_size * int(batch.counts[decoding(batch, layer.group_size)].max(initial=1))

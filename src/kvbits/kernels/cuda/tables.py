@@ -8,6 +8,7 @@ from torch import Tensor
 from kvbits.config import LayerGeometry
 from kvbits.kernels.base import BatchLayout
 from kvbits.kernels.cuda.attend import Tables
+from kvbits.kernels.cuda.variant import together
 from kvbits.kernels.cuda.work import Work, most_items, work_list
 from kvbits.kernels.static import Arrays, padded, upload
 from kvbits.kernels.triton.tables import StepTables
@@ -17,9 +18,10 @@ from kvbits.pool import LayerView
 def tables_of(batch: BatchLayout, view: LayerView, blocks: int, steps: StepTables) -> Tables:
     """What layers like ``view`` need of ``batch``, on the pool's device; ``blocks`` run at once there."""
     layer, first, known = view.geometry, view.first_page, batch.shared
-    key = (Work, layer.num_heads, layer.num_kv_heads, layer.window, first is not None, blocks)
+    joined = together(view.sealed.scheme, layer)
+    key = (Work, layer.num_heads, layer.num_kv_heads, layer.window, first is not None, joined, blocks)
     if key not in known:
-        known[key] = _work(batch, layer, first is not None, blocks, view.buffer.device)
+        known[key] = _work(batch, layer, first is not None, joined, blocks, view.buffer.device)
     sink_frames = None if first is None or not len(steps.sink) else steps.sink[first.frame]
     places = steps.starts, steps.first_rows, steps.sealed, steps.head[view.open.frame]
     work, tiles, items, first_pages = known[key]
@@ -27,13 +29,13 @@ def tables_of(batch: BatchLayout, view: LayerView, blocks: int, steps: StepTable
 
 
 def _work(
-    batch: BatchLayout, layer: LayerGeometry, apart: bool, blocks: int, device: torch.device
+    batch: BatchLayout, layer: LayerGeometry, apart: bool, joined: bool, blocks: int, device: torch.device
 ) -> tuple[Work, Tensor, Tensor, Tensor]:
     """The work, and its tables. Of a static layout the items are as many as there can be, and may be of the tile -1."""
     sequences = len(batch.counts)
 
     def work_of() -> Work:
-        work = work_list(batch, layer.group_size, layer.num_kv_heads, layer.window, apart, blocks)
+        work = work_list(batch, layer.group_size, layer.num_kv_heads, layer.window, apart, joined, blocks)
         if not batch.static:
             return work
         most = most_items(sequences, layer.num_kv_heads, blocks)

@@ -40,6 +40,11 @@ class Variant:
         return tuple(f"{name}={value}" for name, value in sizes.items())
 
     @property
+    def together(self) -> bool:
+        """Whether an own page's sums are added to those of the sealed pages of its item: rotated ones cannot be."""
+        return self.values != NF4
+
+    @property
     def param_bytes(self) -> int:
         keys = {RAW: 0, NF4: 64 + 2 * self.dim}.get(self.keys, 4 * self.dim)
         values = {RAW: 0, NF4: 64, INT8: 128}.get(self.values, 256)
@@ -52,7 +57,7 @@ class Variant:
         small = 4 * (self.rows * (1 + 2 + WARPS) + 4)
         return (
             4 * self.rows * self.dim
-            + operands * (2 if self.keys == NF4 else 1)
+            + operands * (1 + (self.keys == NF4) + (self.together and self.keys != RAW))
             + WARPS * STAGES * self.param_bytes
             + small
         )
@@ -61,6 +66,11 @@ class Variant:
 def blocks_at_once(dim: int, rows: int) -> int:
     """Blocks of a multiprocessor, for a head size and query rows of a tile."""
     return 3 if dim * -(-rows // 8) <= 128 else 2
+
+
+def together(scheme: Scheme, layer: LayerGeometry) -> bool:
+    """:attr:`Variant.together` of a layer that has kernels."""
+    return kind_of(scheme.value, layer.value_dim, "value") != NF4
 
 
 def kind_of(codec: Codec, dim: int, side: Side) -> int | None:

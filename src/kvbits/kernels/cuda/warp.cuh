@@ -12,6 +12,7 @@ typedef long long i64;
 #define KERNEL(warps, blocks) extern "C" __global__ void __launch_bounds__(32 * warps, blocks)
 #define UNROLL _Pragma("unroll")
 #define UNROLL_BY_4 _Pragma("unroll 4")
+#define UNROLL_BY_8 _Pragma("unroll 8")
 
 INLINE int thread_index() { return threadIdx.x; }
 INLINE int block_x() { return blockIdx.x; }
@@ -53,12 +54,14 @@ template <int LEFT>
 INLINE void wait_groups() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
 // Counts up and begins anew after `last`; what the block wrote before is seen by whoever counts later.
 INLINE u32 count_arrival(u32* counter, u32 last) {
-  __threadfence();
-  u32 before = atomicInc(counter, last);
-  __threadfence();
+  u32 before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0,[%1],%2;" : "=r"(before) : "l"(counter), "r"(last) : "memory");
   return before;
 }
 INLINE float fresh(const float* p) { return __ldcg(p); }
+INLINE uint4 fresh4(const float* p) {  // at a multiple of 16 bytes
+  return __ldcg((const uint4*)p);
+}
 
 INLINE float exp2_(float x) { float r; asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(r) : "f"(x)); return r; }
 INLINE float bits_float(u32 x) { return __uint_as_float(x); }

@@ -13,16 +13,20 @@ from kvbits.kernels.base import BatchLayout, Ints
 from kvbits.kernels.cuda.variant import MAX_ROWS
 
 WAVES = 4
-"""Items for each block where there are more tiles than blocks: the last wave is a small part of the whole."""
+"""Items for each block at most: the last wave is a small part of the whole."""
+
+OWN, BEGINNING = 3, 4
+"""What an own page, and beginning and ending an item, take, in sealed pages: a guess."""
 
 
 @dataclass(frozen=True)
 class Work:
     """What the kernel works on.
 
-    ``tiles`` ``int32 [T, 8]``: sequence, first row, queries, position of the first, first slot, slots. ``items``
-    ``int32 [n, 4]``: tile, slot, first page, end; the own page ends at -1. ``first_pages``: those of first pages that
-    have a dtype of their own. ``rows``: the most query rows of a tile; ``slots``: partial results of a KV head.
+    ``tiles`` ``int32 [T, 8]``: sequence, first row, queries, position of the first, first slot, slots, items. ``items``
+    ``int32 [n, 4]``: tile, slot, first page, end, the longest first; ``~end`` where the own page follows, in slot 0
+    (which is the item's own if both are one partial result). ``first_pages``: those of first pages that have a dtype of their own. ``rows``: the most query rows of a
+    tile; ``slots``: partial results of a KV head.
     """
 
     tiles: Ints
@@ -37,26 +41,34 @@ def decoding(batch: BatchLayout, group: int) -> Ints:
     return np.flatnonzero((batch.counts > 0) & (batch.counts <= MAX_ROWS // group)).astype(np.int32)
 
 
-def work_list(batch: BatchLayout, group: int, kv_heads: int, window: int | None, apart: bool, blocks: int) -> Work:
+def work_list(
+    batch: BatchLayout, group: int, kv_heads: int, window: int | None, apart: bool, together: bool, blocks: int
+) -> Work:
     """Cut the step of :func:`decoding` for a machine of ``blocks`` blocks at once.
 
-    ``apart``: page 0 has a dtype of its own. Slot 0 of a tile is its own page.
+    ``apart``: page 0 has a dtype of its own. A tile's first item has the own page too, and fewer others for it;
+    ``together``: in one partial result.
     """
     tiles, low, high = _tiles(batch, group, window)
     first = (low == 0) & (high > 0) if apart else np.zeros(len(tiles), dtype=bool)
     low = np.where(first, 1, low)
-    pages = np.maximum(high - low, 0)
-    cuts = -(-pages // pages_of_an_item(pages, kv_heads, blocks))
-    slots = 1 + cuts + first
-    tiles[:, 4] = np.cumsum(slots) - slots
-    tiles[:, 5] = slots
+    costs = np.maximum(high - low, 0) + OWN
+    cuts = -(-costs // size_of_an_item(costs, kv_heads, blocks))
     of = np.repeat(np.arange(len(tiles)), cuts)
     cut = np.arange(len(of)) - np.repeat(np.cumsum(cuts) - cuts, cuts)
-    many = cuts[of]
-    begin, end = (low[of] + pages[of] * (cut + i) // many for i in (0, 1))
-    longest = np.argsort(begin - end, kind="stable")  # they go first
-    own = _columns(len(tiles), np.arange(len(tiles)), 0, 0, -1)
-    items = np.concatenate([own, _columns(len(of), of, 1 + cut, begin, end)[longest]]) if len(of) else own
+    begin, end = (low[of] + np.maximum(costs[of] * (cut + i) // cuts[of] - OWN, 0) for i in (0, 1))
+    some = begin < end
+    used = some | (cut == 0)  # where an own page takes more than an item may, others have no pages left
+    of, cut, begin, end, some = (x[used] for x in (of, cut, begin, end, some))
+    partial = (cut > 0) | (some & (not together))  # a slot of its own, beside the own page's
+    slots = 1 + np.bincount(of[partial], minlength=len(tiles)) + first
+    tiles[:, 4] = np.cumsum(slots) - slots
+    tiles[:, 5] = slots
+    tiles[:, 6] = np.bincount(of, minlength=len(tiles)) + first
+    before = np.cumsum(slots - 1 - first) - (slots - 1 - first)
+    slot = np.where(partial, np.cumsum(partial) - before[of], 0)
+    longest = np.argsort(begin - end - OWN * (cut == 0), kind="stable")
+    items = _columns(len(of), of, slot, begin, np.where(cut == 0, ~end, end))[longest]
     alone = np.flatnonzero(first)
     apart_items = _columns(len(alone), alone, slots[alone] - 1, 0, 1)
     rows = int(tiles[:, 2].max(initial=0)) * group
@@ -89,23 +101,27 @@ def _tiles(batch: BatchLayout, group: int, window: int | None) -> tuple[Ints, In
 
 def most_items(tiles: int, kv_heads: int, blocks: int) -> int:
     """The most items that :func:`work_list` makes of ``tiles`` tiles."""
-    return max(WAVES * blocks // kv_heads, 2 * tiles)
+    return max(WAVES * blocks // kv_heads, tiles)
 
 
-def pages_of_an_item(pages: Ints, kv_heads: int, blocks: int) -> int:
-    """The least number of pages an item may have so that no more items arise than the machine is to have.
+def size_of_an_item(costs: Ints, kv_heads: int, blocks: int) -> int:
+    """What an item costs at most, so that the machine is done soonest: in one wave of items, or in several shorter."""
+    best, soonest = max(int(costs.max(initial=1)), 1), float("inf")
+    for wave in range(1, WAVES + 1):
+        size = _least(costs, wave * blocks // kv_heads)
+        if size is not None and wave * (size + BEGINNING) < soonest:
+            best, soonest = size, wave * (size + BEGINNING)
+    return best
 
-    One for each block where that many can be had, else :data:`WAVES` times as many: own pages count too.
-    """
-    if not len(pages) or not pages.any():
-        return 1
-    room = blocks // kv_heads - len(pages)
-    if room < np.count_nonzero(pages):
-        room = max(WAVES * blocks // kv_heads - len(pages), int(np.count_nonzero(pages)))
-    least, most = 1, int(pages.max())
+
+def _least(costs: Ints, room: int) -> int | None:
+    """The least size of items of which there are no more than ``room``; ``None`` where there are more tiles."""
+    if len(costs) > room or not len(costs):
+        return None
+    least, most = 1, int(costs.max())
     while least < most:
         middle = (least + most) // 2
-        if int((-(-pages // middle)).sum()) <= room:
+        if int((-(-costs // middle)).sum()) <= room:
             most = middle
         else:
             least = middle + 1

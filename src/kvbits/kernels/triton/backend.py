@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from triton import knobs
@@ -13,21 +10,30 @@ from kvbits.codecs import Scheme
 from kvbits.config import LayerGeometry
 from kvbits.errors import ConfigError
 from kvbits.kernels import GPUS, Backend, BatchLayout
-from kvbits.kernels.triton import flash
 from kvbits.kernels.triton.format import block_of, refusal, shape_of
-from kvbits.kernels.triton.launch import Launch, LayerKernels, Sides, append, decode, prefill, rounding_of, run, seal
-from kvbits.kernels.triton.tables import StepTables, Tiles, prompts, step_tables, step_tiles
+from kvbits.kernels.triton.launch import (
+    Launch,
+    LayerKernels,
+    Sides,
+    append,
+    attend_pages,
+    decode,
+    prefill,
+    rounding_of,
+    run,
+    seal,
+)
+from kvbits.kernels.triton.pieces import pieces_of, shared_memory, tiling_of
+from kvbits.kernels.triton.tables import StepTables, Tiles, step_tables, step_tiles
 from kvbits.pool import LayerView
-
-log = logging.getLogger(__name__)
 
 
 class TritonBackend(Backend):
     """Kernels for NVIDIA, AMD and Intel GPUs; on the CPU in Triton's interpreter only, which is for tests.
 
     Pages are byte for byte those of the other backends. Numbers: float32 rows are multiplied in float32, bfloat16 rows
-    with keys, values and softmax weights rounded to bfloat16, both added in float32. Raises ``ConfigError`` for a
-    ``device`` that Triton has no kernels for.
+    with keys (or queries times their scales), values and softmax weights rounded to bfloat16, both added in float32.
+    Raises ``ConfigError`` for a ``device`` that Triton has no kernels for.
     """
 
     name = "triton"
@@ -43,10 +49,8 @@ class TritonBackend(Backend):
                 "device such as 'cuda'"
             )
         self.graphs = self.device.type == "cuda"
+        self._shared = shared_memory(self.device)
         self._layers: dict[tuple[int, bool], LayerKernels] = {}
-
-    def prepare(self, views: Sequence[LayerView]) -> None:
-        log.info("Prompts: %s", flash.line([view.geometry for view in views], self.device))
 
     def supports(self, scheme: Scheme, layer: LayerGeometry) -> str | None:
         return refusal(scheme, layer)
@@ -77,29 +81,33 @@ class TritonBackend(Backend):
         assert out.shape == shape, (out.shape, shape)
         assert out.dtype == query.dtype, (out.dtype, query.dtype)
         assert out.stride(-1) == 1, out.stride()
-        seal(self._launch, kernels, tables, sides)
-        self._attend_few(view, batch, kernels, tables, few, sides, sinks, out)
-        before = self._before_own_page(view, batch, kernels, tables, query)
-        prefill(self._launch, kernels, tables, many, sides, sinks, out, before)
-        append(self._launch, kernels, tables, sides)
+        if batch.completes:
+            seal(self._launch, kernels, tables, sides)
+        stored = self._attend_few(view, batch, kernels, tables, few, sides, sinks, out)
+        self._attend_many(view, batch, kernels, tables, many, sides, sinks, out)
+        if not stored:
+            append(self._launch, kernels, tables, sides)
         return out
 
     def _attend_few(
         self, view: LayerView, batch: BatchLayout, kernels: LayerKernels, tables: StepTables, tiles: Tiles,
         sides: Sides, sinks: Tensor | None, out: Tensor,
-    ) -> None:  # fmt: skip
-        """Attention of sequences with few new tokens."""
+    ) -> bool:  # fmt: skip
+        """Attention of sequences with few new tokens; whether it has stored the step's rows too."""
         decode(self._launch, kernels, tables, tiles, sides, sinks, out)
+        return False
 
-    def _before_own_page(
-        self, view: LayerView, batch: BatchLayout, kernels: LayerKernels, tables: StepTables, query: Tensor
-    ) -> tuple[Tensor, Tensor] | None:
-        """Prompts' attention to earlier pages by FlashAttention, where it can."""
-        sequences = prompts(batch, view.geometry.group_size)
-        if not sequences or flash.refusal(view.geometry, query.device, query.dtype) is not None:
-            return None
-        found = flash.before_own_page(self._launch, kernels, tables, batch, sequences, query)
-        return found.mean, found.lse
+    def _attend_many(
+        self, view: LayerView, batch: BatchLayout, kernels: LayerKernels, tables: StepTables, tiles: Tiles,
+        sides: Sides, sinks: Tensor | None, out: Tensor,
+    ) -> None:  # fmt: skip
+        """Attention of prompts."""
+        if sides.query.dtype == torch.float32:
+            prefill(self._launch, kernels, tables, tiles, sides, sinks, out)
+            return
+        tiling = tiling_of(view.geometry, self._shared)
+        pieces, cut = pieces_of(batch, view.geometry, tiling.rows, out.device)
+        attend_pages(self._launch, kernels, tables, pieces, cut, tiling, sides, sinks, out)
 
     def _kernels(self, view: LayerView, draft: bool) -> LayerKernels:
         known = self._layers.get((view.index, draft))

@@ -12,7 +12,10 @@ from kvbits.codecs import LayerRounding, Place, Rounding
 from kvbits.config import PAGE_TOKENS
 from kvbits.kernels.triton.append import append_rows
 from kvbits.kernels.triton.attention import decode_splits, merge_splits, prefill_tiles
-from kvbits.kernels.triton.format import Block, Format, Shape
+from kvbits.kernels.triton.folded import in_parts
+from kvbits.kernels.triton.format import Block, Shape
+from kvbits.kernels.triton.pieces import Piece, Tiling
+from kvbits.kernels.triton.prompt import attend_decoded
 from kvbits.kernels.triton.seal import seal_pages
 from kvbits.kernels.triton.tables import StepTables, Tiles
 from kvbits.kernels.triton.unpack import unpack_pages
@@ -106,35 +109,31 @@ def _seal(
     if not len(pages):
         return
     buffer, opened = layer.view.buffer, layer.view.open
-    parts: tuple[tuple[Tensor, Format, Pointers, int, int], ...] = (
-        (sides.key, block.keys, key_rounding, 0, 0),
-        (sides.value, block.values, value_rounding, layer.open.values_at, block.values_at),
-    )
-    for rows, page, rounding, open_at, at in parts:
-        cache = (buffer, buffer.stride(0), opened.offset + open_at, layer.open.bytes, place.offset + at, block.bytes)
-        args = _rows(rows), cache, pages, tables.starts, tables.first_rows, tables.head[opened.frame], frames, rounding
-        # a product that is fused with a sum is rounded once less: the bytes would be other ones
-        launch(
-            seal_pages, (len(pages), layer.shape.kv_heads), args, {"FORMAT": page}, num_warps=4, enable_fp_fusion=False
-        )
+    cache = buffer, buffer.stride(0), opened.offset, place.offset
+    args = (
+        _rows(sides.key), _rows(sides.value), cache, pages, tables.starts, tables.first_rows,
+        tables.head[opened.frame], frames, key_rounding, value_rounding,
+    )  # fmt: skip
+    grid = len(pages), layer.shape.kv_heads, 2
+    # a product that is fused with a sum is rounded once less: the bytes would be other ones
+    launch(seal_pages, grid, args, {"OPEN": layer.open, "SEALED": block}, num_warps=4, enable_fp_fusion=False)
 
 
 def append(launch: Launch, layer: LayerKernels, tables: StepTables, sides: Sides) -> None:
     """Store the rows of pages that stay open."""
     buffer, opened = layer.view.buffer, layer.view.open
-    for rows, page, at in ((sides.key, layer.open.keys, 0), (sides.value, layer.open.values, layer.open.values_at)):
-        args = (
-            _rows(rows),
-            (buffer, buffer.stride(0), opened.offset, layer.open.bytes, at),
-            tables.starts,
-            tables.counts,
-            tables.first_rows,
-            tables.head[opened.frame],
-            tables.tail[opened.frame],
-        )
-        constants = {"KEY": page.key, "DIM": page.dim, "BLOCK": page.dim_block}
-        grid = len(tables.starts), layer.shape.kv_heads, 2
-        launch(append_rows, grid, args, constants, num_warps=4)
+    args = (
+        _rows(sides.key),
+        _rows(sides.value),
+        (buffer, buffer.stride(0), opened.offset),
+        tables.starts,
+        tables.counts,
+        tables.first_rows,
+        tables.head[opened.frame],
+        tables.tail[opened.frame],
+    )
+    grid = len(tables.starts), layer.shape.kv_heads, 4
+    launch(append_rows, grid, args, {"OPEN": layer.open}, num_warps=4)
 
 
 def decode(
@@ -158,7 +157,10 @@ def decode(
         torch.empty(*size, device=out.device),
     )
     args = *_attention_arguments(layer, tables, tiles, sides), partial
-    launch(decode_splits, size[:3], args, _attention_constants(layer, tiles), **_ATTENTION)
+    parts = sides.query.dtype == torch.bfloat16 and bool(in_parts(layer.sealed))
+    constants = {**_attention_constants(layer, tiles), "PARTS": parts}
+    # parts of pages go through one warp's registers: it waits for no other
+    launch(decode_splits, size[:3], args, constants, **{**_ATTENTION, "num_warps": 1 if parts else 4})
     merge = partial, tiles.table, sinks, _rows(out), tiles.slots
     launch(merge_splits, size[:2], merge, {"SHAPE": shape, "M": tiles.rows}, **_ATTENTION)
 
@@ -171,27 +173,61 @@ def prefill(
     sides: Sides,
     sinks: Tensor | None,
     out: Tensor,
-    before: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Attention of the other sequences; ``before``: what came of the pages before the queries' own
-    (:class:`kvbits.kernels.triton.flash.Before`), ``None``: all pages are read."""
+    """Attention of the other sequences, each tile by itself: float32 rows."""
     if not len(tiles.table):
         return
-    args = *_attention_arguments(layer, tables, tiles, sides), sinks, _rows(out), before
+    args = *_attention_arguments(layer, tables, tiles, sides), sinks, _rows(out)
     grid = len(tiles.table), layer.shape.kv_heads
     launch(prefill_tiles, grid, args, _attention_constants(layer, tiles), **{**_ATTENTION, "num_warps": 8})
 
 
 def unpack(
-    launch: Launch, layer: LayerKernels, tables: StepTables, sequence: int, low: int, keys: Tensor, values: Tensor
+    launch: Launch, layer: LayerKernels, tables: StepTables, pages: Tensor, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of ``pages`` ``int32 [n, 2]`` (sequence, page) one after another, ``[kv_heads, 64 n, dim]``."""
+    view, first, tokens = layer.view, layer.view.first_page, len(pages) * PAGE_TOKENS
+    keys, values = (
+        torch.empty(layer.shape.kv_heads, tokens, dim, dtype=dtype, device=pages.device)
+        for dim in (layer.shape.key_dim, layer.shape.value_dim)
+    )
+    if tokens:
+        cache = view.buffer, view.buffer.stride(0), view.sealed.offset, 0 if first is None else first.offset
+        frames = (tables.sealed, tables.sealed.stride(0)), _sink_frames(layer, tables)
+        constants = {"SHAPE": layer.shape, "SEALED": layer.sealed, "SINK": layer.sink}
+        grid = len(pages), layer.shape.kv_heads
+        launch(unpack_pages, grid, (cache, *frames, pages, keys, values, tokens), constants, num_warps=4)
+    return keys, values
+
+
+def attend_pages(
+    launch: Launch,
+    layer: LayerKernels,
+    tables: StepTables,
+    pieces: list[Piece],
+    cut: bool,
+    tiling: Tiling,
+    sides: Sides,
+    sinks: Tensor | None,
+    out: Tensor,
 ) -> None:
-    """Pages of ``sequence`` from ``low`` on as rows ``[kv_heads, tokens, dim]``, all that these hold."""
-    view, first, tokens = layer.view, layer.view.first_page, keys.shape[1]
-    cache = view.buffer, view.buffer.stride(0), view.sealed.offset, 0 if first is None else first.offset
-    frames = (tables.sealed, tables.sealed.stride(0)), _sink_frames(layer, tables)
-    constants = {"SHAPE": layer.shape, "SEALED": layer.sealed, "SINK": layer.sink}
-    grid = tokens // PAGE_TOKENS, layer.shape.kv_heads
-    launch(unpack_pages, grid, (cache, *frames, keys, values, sequence, low, tokens), constants, num_warps=4)
+    """Attention of prompts in bfloat16, whose pages are decoded piece by piece. ``cut``: a tile is in several."""
+    view, shape = layer.view, layer.shape
+    carried = None
+    if cut:
+        size = out.shape[:2]
+        carried = tuple(torch.empty(*size, *last, device=out.device) for last in ((shape.value_dim,), (), ()))
+    cache = view.buffer, view.buffer.stride(0), view.open.offset
+    rows = _rows(sides.query), _rows(sides.key), _rows(sides.value)
+    constants = {"SHAPE": shape, "OPEN": layer.open, "M": tiling.rows, "PAGES": tiling.pages}
+    step = tables.starts, tables.first_rows, tables.head[view.open.frame]
+    for piece in pieces:
+        keys, values = unpack(launch, layer, tables, piece.pages)
+        decoded = keys, values, keys.shape[1]
+        args = *rows, cache, piece.tiles, *step, *decoded, sinks, _rows(out), carried
+        launch(
+            attend_decoded, (len(piece.tiles), shape.kv_heads), args, constants, enable_fp_fusion=True, **tiling.options
+        )
 
 
 def _sink_frames(layer: LayerKernels, tables: StepTables) -> Tensor:

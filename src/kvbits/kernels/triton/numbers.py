@@ -38,6 +38,13 @@ def convert(x, TYPE: tl.constexpr):
 
 
 @triton.jit
+def nearest16(x):
+    """``float32`` numbers rounded to what ``bfloat16`` holds, halves away from 0; and those in ``bfloat16``."""
+    bits = (x.to(tl.uint32, bitcast=True) + 0x8000) & 0xFFFF0000
+    return bits.to(tl.float32, bitcast=True), (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
 def clamp(x, low, high):
     """``x`` between two numbers."""
     return tl.minimum(tl.maximum(x, low), high)

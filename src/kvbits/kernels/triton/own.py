@@ -18,14 +18,16 @@ def open_index(channel, token, KEY: tl.constexpr, DIM: tl.constexpr):
 
 
 @triton.jit
-def load_own(rows, open_page, head, page, start, first_row, end, channels, KEY: tl.constexpr, DIM: tl.constexpr):
-    """Elements of the page ``page``, ``bfloat16``: ``[channels, 64]`` for keys, ``[64, channels]`` for values.
+def load_own(rows, open_page, head, page, start, first_row, end, channels, KEY: tl.constexpr, DIM: tl.constexpr,
+             skip=0, COUNT: tl.constexpr = PAGE_TOKENS):  # fmt: skip
+    """Elements of the page ``page``, ``bfloat16``: ``[channels, COUNT]`` for keys, ``[COUNT, channels]`` for values,
+    tokens from the page's ``skip``-th on.
 
     ``rows`` are the step's (pointer, stride of a row, stride of a head); the sequence's first new token is ``start``,
     its row ``first_row``. Older tokens come from ``open_page``; tokens from ``end`` on and channels from ``DIM`` on are
     0.
     """
-    token = tl.arange(0, _TOKENS)
+    token = skip + tl.arange(0, COUNT)
     if KEY:
         channel, token = channels[:, None], token[None, :]
     else:

@@ -1,4 +1,4 @@
-"""Full pages become codes: one program for each page and head, for keys and for values."""
+"""Full pages become codes: a program for the keys and one for the values of each page and head."""
 
 import triton
 import triton.language as tl
@@ -13,16 +13,18 @@ from kvbits.kernels.triton.raw import quantize_raw
 
 
 @triton.jit
-def seal_pages(rows, cache, pages, starts, first_rows, open_frames, sealed_frames, rounding,
-               FORMAT: tl.constexpr):  # fmt: skip
-    """Grid ``(pages, kv_heads)``.
+def seal_pages(key, value, cache, pages, starts, first_rows, open_frames, sealed_frames, key_rounding, value_rounding,
+               OPEN: tl.constexpr, SEALED: tl.constexpr):  # fmt: skip
+    """Grid ``(pages, kv_heads, 2)``: keys, then values.
 
-    ``rows``: the step's keys or values, ``bfloat16`` (pointer, stride of a row, stride of a head). ``cache``: (bytes,
-    bytes of a frame, of the open page's head and the sealed page's head: byte in the frame and bytes of a head).
+    ``key``, ``value``: the step's rows, ``bfloat16`` (pointer, stride of a row, stride of a head). ``cache``: (bytes,
+    bytes of a frame, bytes of the open and of the sealed page in their frames).
     ``pages`` ``int32 [pages, 2]``: sequence and page, -1 for none; ``starts``, ``first_rows``, ``open_frames`` ``int32
-    [sequences]``; ``sealed_frames``: (``int32`` pointer, stride of a sequence). ``rounding``: (clip, feedback, order,
+    [sequences]``; ``sealed_frames``: (``int32`` pointer, stride of a sequence). The roundings: (clip, feedback, order,
     rank), each ``None`` or a pointer.
     """
+    KEYS: tl.constexpr = SEALED.keys
+    VALUES: tl.constexpr = SEALED.values
     item, head = tl.program_id(0), tl.program_id(1)
     sequence = tl.load(pages + 2 * item)
     page = tl.load(pages + 2 * item + 1)
@@ -31,8 +33,19 @@ def seal_pages(rows, cache, pages, starts, first_rows, open_frames, sealed_frame
     start, first_row = tl.load(starts + sequence), tl.load(first_rows + sequence)
     open_frame = tl.load(open_frames + sequence).to(tl.int64)
     frame = tl.load(sealed_frames[0] + sequence * sealed_frames[1] + page).to(tl.int64)
-    open_page = cache[0] + open_frame * cache[1] + cache[2] + head * cache[3]
-    target = cache[0] + frame * cache[1] + cache[4] + head * cache[5]
+    open_page = cache[0] + open_frame * cache[1] + cache[2] + head * OPEN.bytes
+    target = cache[0] + frame * cache[1] + cache[3] + head * SEALED.bytes
+    if tl.program_id(2) == 0:
+        _seal(key, open_page, target, head, page, start, first_row, key_rounding, KEYS)
+    else:
+        _seal(
+            value, open_page + OPEN.values_at, target + SEALED.values_at, head, page, start, first_row, value_rounding,
+            VALUES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _seal(rows, open_page, target, head, page, start, first_row, rounding, FORMAT: tl.constexpr):
     clip, feedback, order, rank = rounding
     if clip is not None:
         clip = clip + head

@@ -9,15 +9,15 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def product(a, b):
-    """``a @ b`` in float32: exact products for ``float32`` rows, else ``b`` rounded to the type of ``a``."""
+def product(a, b, c=None):
+    """``a @ b + c`` in float32: exact products for ``float32`` rows, else ``b`` rounded to the type of ``a``."""
     b = convert(b, a.dtype)
     if a.dtype == tl.float32:
-        return tl.dot(a, b, input_precision="ieee")
+        return tl.dot(a, b, c, input_precision="ieee")
     elif INTERPRETED:
-        return tl.dot(widen(a), widen(b), input_precision="ieee")
+        return tl.dot(widen(a), widen(b), c, input_precision="ieee")
     else:
-        return tl.dot(a, b)
+        return tl.dot(a, b, c)
 
 
 @triton.jit
@@ -31,17 +31,21 @@ def logits(scores, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def accumulate(scores, visible, values, m, total, acc, DOT: tl.constexpr):
-    """Take in a block: ``scores`` ``[m, 64]``, ``values`` ``[64, dim]``; returns the new state."""
-    scores = tl.where(visible, scores, float("-inf"))
+def rescaled(scores, m):
+    """The new maxima, by what earlier sums shrink, and the weights of ``scores`` ``[m, 64]``."""
     m_new = tl.maximum(m, tl.max(scores, 1))
     # rows that have seen nothing yet have no maximum to subtract
     base = tl.where(m_new == float("-inf"), 0.0, m_new)
-    weights = tl.exp2(scores - base[:, None])
-    alpha = tl.exp2(m - base)
+    return m_new, tl.exp2(m - base), tl.exp2(scores - base[:, None])
+
+
+@triton.jit
+def accumulate(scores, values, m, total, acc, DOT: tl.constexpr):
+    """Take in a block: ``scores`` ``[m, 64]``, -inf where nothing is seen, ``values`` ``[64, dim]``; the new state."""
+    m, alpha, weights = rescaled(scores, m)
     total = total * alpha + tl.sum(weights, 1)
     acc = acc * alpha[:, None] + product(convert(weights, DOT), values)
-    return m_new, total, acc
+    return m, total, acc
 
 
 @triton.jit

@@ -46,16 +46,17 @@ def oldest_page(first, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def _visible(positions, page, valid, SHAPE: tl.constexpr):
+def _seen(scores, positions, page, valid, SHAPE: tl.constexpr):
+    """``scores``, -inf where a query does not see a token."""
     distance = positions[:, None] - (tl.arange(0, _TOKENS) + page * _TOKENS)[None, :]
     visible = valid[:, None] & (distance >= 0)
     if SHAPE.window > 0:
         visible = visible & (distance < SHAPE.window)
-    return visible
+    return tl.where(visible, scores, float("-inf"))
 
 
 @triton.jit
-def _scores(q, rotated, page, query, rows, heads, valid, SHAPE: tl.constexpr, FORMAT: tl.constexpr):
+def page_scores(q, rotated, page, query, rows, heads, valid, SHAPE: tl.constexpr, FORMAT: tl.constexpr):
     """Products ``[m, 64]`` with the keys of the page at ``page``."""
     keys = dequantize(page, FORMAT)
     if FORMAT.kind == "mixed":
@@ -79,10 +80,9 @@ def visit_sealed(q, rotated, query, rows, heads, valid, positions, page, block, 
     """Take in one sealed page, whose head's block begins at the byte pointer ``block``."""
     KEYS: tl.constexpr = BLOCK.keys
     VALUES: tl.constexpr = BLOCK.values
-    scores = _scores(q, rotated, block, query, rows, heads, valid, SHAPE, KEYS)
-    visible = _visible(positions, page, valid, SHAPE)
-    values = dequantize(block + BLOCK.values_at, VALUES)
-    return accumulate(logits(scores, SHAPE), visible, values, m, total, acc, q.dtype)
+    scores = page_scores(q, rotated, block, query, rows, heads, valid, SHAPE, KEYS)
+    scores = _seen(logits(scores, SHAPE), positions, page, valid, SHAPE)
+    return accumulate(scores, dequantize(block + BLOCK.values_at, VALUES), m, total, acc, q.dtype)
 
 
 @triton.jit
@@ -131,4 +131,13 @@ def attend_own(q, key, value, valid, positions, open_block, head, page, start, f
     values = load_own(
         value, open_block + OPEN.values_at, head, page, start, first_row, end, channel, False, SHAPE.value_dim
     )
-    return accumulate(scores, _visible(positions, page, valid, SHAPE), values, m, total, acc, q.dtype)
+    return accumulate(_seen(scores, positions, page, valid, SHAPE), values, m, total, acc, q.dtype)
+
+
+@triton.jit
+def store_result(result, out, rows, heads, valid, SHAPE: tl.constexpr):
+    """``[m, value_dim]`` in the type of ``out``: (pointer, stride of a row, stride of a head)."""
+    channel = tl.arange(0, SHAPE.value_block)
+    target = out[0] + (rows.to(tl.int64) * out[1] + heads * out[2])[:, None] + channel[None, :]
+    mask = valid[:, None] & (channel < SHAPE.value_dim)[None, :]
+    tl.store(target, convert(result, out[0].dtype.element_ty), mask=mask)

@@ -1,4 +1,4 @@
-"""Sealed pages as 16-bit rows again, for what reads a page many times: :mod:`kvbits.kernels.triton.flash`."""
+"""Sealed pages as 16-bit rows again, for what reads a page many times: :mod:`kvbits.kernels.triton.prompt`."""
 
 import triton
 import triton.language as tl
@@ -40,26 +40,26 @@ def _unpack(block, keys, values, at, BLOCK: tl.constexpr):
     _unpack_side(block + BLOCK.values_at, values, at, VALUES)
 
 
-@triton.jit(do_not_specialize=["sequence", "low", "tokens"])
-def unpack_pages(cache, sealed, sink_frames, keys, values, sequence, low, tokens, SHAPE: tl.constexpr,
+@triton.jit(do_not_specialize=["tokens"])
+def unpack_pages(cache, sealed, sink_frames, pages, keys, values, tokens, SHAPE: tl.constexpr,
                  SEALED: tl.constexpr, SINK: tl.constexpr):  # fmt: skip
-    """Grid ``(pages, kv_heads)``: the pages of ``sequence`` from ``low`` on.
+    """Grid ``(slots, kv_heads)``: ``pages`` ``int32 [slots, 2]``, sequence and page of each slot.
 
     ``cache``: (bytes, bytes of a frame, bytes of the sealed and of the first page in their frames); ``sealed``:
     (``int32`` pointer, stride of a sequence); ``sink_frames`` ``int32 [sequences]``; ``keys`` and ``values``
-    ``[kv_heads, tokens, dim]``.
+    ``[kv_heads, tokens, dim]``, ``tokens`` those of all slots.
     """
-    index, head = tl.program_id(0), tl.program_id(1)
-    page = low + index
+    slot, head = tl.program_id(0), tl.program_id(1)
+    sequence, page = tl.load(pages + 2 * slot), tl.load(pages + 2 * slot + 1)
     keys += head.to(tl.int64) * tokens * SHAPE.key_dim
     values += head.to(tl.int64) * tokens * SHAPE.value_dim
     if SINK is not None:
         if page == 0:
             frame = tl.load(sink_frames + sequence).to(tl.int64)
-            _unpack(cache[0] + frame * cache[1] + cache[3] + head * SINK.bytes, keys, values, index * _TOKENS, SINK)
+            _unpack(cache[0] + frame * cache[1] + cache[3] + head * SINK.bytes, keys, values, slot * _TOKENS, SINK)
         else:
             frame = tl.load(sealed[0] + sequence * sealed[1] + page).to(tl.int64)
-            _unpack(cache[0] + frame * cache[1] + cache[2] + head * SEALED.bytes, keys, values, index * _TOKENS, SEALED)
+            _unpack(cache[0] + frame * cache[1] + cache[2] + head * SEALED.bytes, keys, values, slot * _TOKENS, SEALED)
     else:
         frame = tl.load(sealed[0] + sequence * sealed[1] + page).to(tl.int64)
-        _unpack(cache[0] + frame * cache[1] + cache[2] + head * SEALED.bytes, keys, values, index * _TOKENS, SEALED)
+        _unpack(cache[0] + frame * cache[1] + cache[2] + head * SEALED.bytes, keys, values, slot * _TOKENS, SEALED)
