@@ -225,9 +225,7 @@ def attend_pages(
         keys, values = unpack(launch, layer, tables, piece.pages)
         decoded = keys, values, keys.shape[1]
         args = *rows, cache, piece.tiles, *step, *decoded, sinks, _rows(out), carried
-        launch(
-            attend_decoded, (len(piece.tiles), shape.kv_heads), args, constants, enable_fp_fusion=True, **tiling.options
-        )
+        launch(attend_decoded, (len(piece.tiles), shape.kv_heads), args, constants, enable_fp_fusion=True, **tiling.options)
 
 
 def _sink_frames(layer: LayerKernels, tables: StepTables) -> Tensor:
