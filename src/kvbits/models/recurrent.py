@@ -232,9 +232,11 @@ def _noted(module: Any, config: Any, states: dict[int, list[StateShape]]) -> Run
     def forward(hidden_states: Tensor, *_: Any, kvbits: Any = None, **__: Any) -> Tensor:
         cache, place = DynamicCache(config=config), module.layer_idx
         if kvbits is None:
-            raise UnsupportedError(f"the recurrent layer {place} is not told of the step that it runs in")
+            raise UnsupportedError(
+                f"the recurrent layer {place} of this {config.model_type} model is not told of the step that it runs in"
+            )
         if place in states or not isinstance(cache.layers[place], LinearAttentionCacheLayerMixin):
-            raise UnsupportedError(f"layer {place} keeps its state in its own way")
+            raise UnsupportedError(f"layer {place} of this {config.model_type} model keeps its state in its own way")
         module.to(torch.bfloat16)
         out: Tensor = own(hidden_states.to(torch.bfloat16), **{name: cache})
         states[place] = _shapes(cache.layers[place], place, torch.bfloat16)
