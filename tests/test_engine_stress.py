@@ -12,10 +12,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers.asks import FAMILIES, METHODS
+from helpers.asks import kinds
 from helpers.stress import Stress
+from helpers.tiny import HYBRIDS
 
-SEEDS = 7
+SEEDS, HYBRID_SEEDS = 7, 3
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -27,15 +28,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "family"), [kind for kind in kinds() if kind[0] != "draft_model" or kind[1] not in HYBRIDS]
+)
 def test_a_mixed_load_with_faults(method: str, family: str) -> None:
     total: Counter[str] = Counter()
-    for seed in range(SEEDS):
+    hybrid = family in HYBRIDS
+    for seed in range(HYBRID_SEEDS if hybrid else SEEDS):
         total += Stress(seed, method, family).run()
     # The load was one.
-    kinds = ("equal answers", "cached tokens", "preemptions", "cancels", "errors", "imported pages", "faults: model")
-    for kind in kinds:
+    wanted = ["equal answers", "cached tokens", "cancels"]
+    for kind in wanted if hybrid else [*wanted, "preemptions", "errors", "imported pages", "faults: model"]:
         assert total[kind] > 0, (kind, total)
     assert total["equal answers"] > 0.4 * total["requests"], total
     assert method == "none" or total["tokens kept of guesses"] > 10, total

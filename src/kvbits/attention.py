@@ -35,7 +35,6 @@ class Forward:
     pool: PagedPool
     backend: Backend
     batch: BatchLayout
-
     number: int = field(init=False, compare=False)
     """Its name for the operator."""
 
@@ -59,7 +58,8 @@ def attend(
     step: Forward | None = kwargs.get("kvbits")
     if step is None:
         raise UnsupportedError("the model was called without kvbits=Forward(...); use kvbits.LLM to run it")
-    index: Any = module.layer_idx
+    place: Any = module.layer_idx
+    index = step.pool.geometry.index_of(place)
     view = step.pool.layers[index]
     _check(view.geometry, attention_mask, kwargs)
     sinks = kwargs.get("s_aux")

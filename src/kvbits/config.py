@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from decimal import Decimal
+from math import prod
 
-from kvbits.errors import ConfigError
+from kvbits.errors import ConfigError, UnsupportedError
 
 PAGE_TOKENS = 64
 """Tokens in one page. Every codec, kernel and table counts in pages of this size."""
@@ -60,17 +61,55 @@ class LayerGeometry:
 
 
 @dataclass(frozen=True)
+class StateShape:
+    """A state of a recurrent layer: of one size for each sequence, changed by every token.
+
+    ``layer`` is the model's number of the layer; ``kind`` is ``conv`` (the last inputs of a short convolution) or
+    ``recurrent``; ``number`` counts the layer's states of a kind. ``wide``: float32, whatever the model computes in.
+    """
+
+    layer: int
+    kind: str
+    number: int
+    shape: tuple[int, ...]
+    wide: bool
+
+    def nbytes(self, itemsize: int) -> int:
+        """Bytes, where an element of the model's dtype has ``itemsize``."""
+        return prod(self.shape) * (4 if self.wide else itemsize)
+
+
+@dataclass(frozen=True)
 class ModelGeometry:
-    """What the cache must know of a model."""
+    """What the cache must know of a model.
+
+    ``layers`` are those with attention; ``places`` the model's numbers of them, where there are others between (empty:
+    all have attention). ``states``: what recurrent layers keep of a sequence.
+    """
 
     name: str
     layers: tuple[LayerGeometry, ...]
     max_position: int
     vocab_size: int
+    places: tuple[int, ...] = ()
+    states: tuple[StateShape, ...] = ()
 
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    def refuse_states(self, what: str) -> None:
+        """Raise ``UnsupportedError`` for a model with recurrent layers; ``what`` has no place for their states."""
+        places = sorted({state.layer for state in self.states})
+        if places:
+            raise UnsupportedError(
+                f"{what} has no place for the states of recurrent layers; {self.name} has {len(places)} of them, the "
+                f"first is layer {places[0]}"
+            )
+
+    def index_of(self, place: int) -> int:
+        """Which of ``layers`` the model's layer ``place`` is."""
+        return self.places.index(place) if self.places else place
 
     def bytes_per_token_16bit(self) -> int:
         """Bytes of one token's keys and values at 16 bits."""

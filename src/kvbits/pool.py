@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import mmap
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvbits.codecs import LayerRounding, Place, Policy, PoolLayout
-from kvbits.config import PAGE_TOKENS, LayerGeometry, ModelGeometry
+from kvbits.codecs.states import StateLayout
+from kvbits.config import PAGE_TOKENS, LayerGeometry, ModelGeometry, StateShape
 from kvbits.errors import ConfigError
 from kvbits.memory import check_host, show
 
@@ -47,15 +49,18 @@ class PagedPool:
         buffer: Tensor | None = None,
         device: torch.device | str = "cpu",
         free_windows: bool = True,
+        states: StatePool | None = None,
     ) -> None:
         """Reserve ``memory_bytes`` of ``device`` (or use ``buffer``, ``uint8``, of at least that size).
 
-        ``free_windows`` false: every page of every layer is kept, and a sealed page is one frame.
+        ``free_windows`` false: every page of every layer is kept, and a sealed page is one frame. ``states``: the
+        memory of recurrent layers, beside it.
         Raises ``ConfigError`` when not even one short sequence fits, ``UnsupportedError`` when a layer does not fit
         its codec.
         """
         self.geometry = geometry
         self.policy = policy
+        self.states = states
         self.layout = PoolLayout.of(geometry, policy, free_windows)
         self.num_frames = self.layout.frames_in(memory_bytes)
         least = self.layout.frames_of(PAGE_TOKENS)
@@ -93,8 +98,13 @@ class PagedPool:
             self.buffer[b] = self.buffer[a]
 
     def sessions_capacity(self, tokens: int) -> int:
-        """Running sequences of ``tokens`` tokens that the pool holds at once, open pages included."""
-        return self.layout.sessions(self.buffer.nbytes, tokens)
+        """Running sequences of ``tokens`` tokens that the pool holds at once, open pages and states included."""
+        found = self.layout.sessions(self.buffer.nbytes, tokens)
+        return found if self.states is None else min(found, self.states.num_slots)
+
+    def session_bytes(self, tokens: int) -> int:
+        """Bytes that a running sequence of ``tokens`` tokens holds, its open page and its states included."""
+        return self.layout.session_bytes(tokens) + (0 if self.states is None else self.states.slot_bytes)
 
     def bits_per_element(self) -> float:
         """Bits per element of a sealed page, every parameter counted."""
@@ -107,6 +117,52 @@ class PagedPool:
     def bytes_per_token(self) -> float:
         """Bytes of one token in a sealed page."""
         return self.layout.bytes_per_token
+
+
+class StatePool:
+    """``slots`` slots in one block of memory; which is whose is :class:`kvbits.pages.StateSlots`' business.
+
+    ``dtype`` is what the model computes in. ``single``: layers run token by token, so that a token's result does not
+    depend on how a prompt was cut. ``made``: what a model has made of a slot, by its number.
+    """
+
+    def __init__(
+        self, geometry: ModelGeometry, slots: int, dtype: torch.dtype, device: torch.device | str, single: bool = False
+    ) -> None:
+        layout = StateLayout.of(geometry, dtype.itemsize)
+        assert layout is not None, geometry.name
+        self.geometry = geometry
+        self.num_slots = slots
+        self.dtype = dtype
+        self.single = single
+        self.slot_bytes = layout.slot_bytes
+        self.made: dict[int, Any] = {}
+        self._buffer = _reserve(slots * layout.slot_bytes, torch.device(device)).view(slots, layout.slot_bytes)
+        self._starts = dict(zip(geometry.states, layout.offsets, strict=True))
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_slots * self.slot_bytes
+
+    def state(self, slot: int, shape: StateShape) -> Tensor:
+        """A state where it lies, ``[1, *shape]``."""
+        start = self._starts[shape]
+        dtype = torch.float32 if shape.wide else self.dtype
+        part = self._buffer[slot, start : start + shape.nbytes(self.dtype.itemsize)]
+        return part.view(dtype).view(1, *shape.shape)
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy all states of a slot."""
+        self._buffer[target].copy_(self._buffer[source])
+
+    def copy_layer(self, layer: int, source: int, target: int) -> None:
+        """Copy the states of the model's layer ``layer``."""
+        for shape in self.of_layer(layer):
+            self.state(target, shape).copy_(self.state(source, shape))
+
+    def of_layer(self, layer: int) -> list[StateShape]:
+        """The states of the model's layer ``layer``."""
+        return [shape for shape in self.geometry.states if shape.layer == layer]
 
 
 def _reserve(size: int, device: torch.device) -> Tensor:

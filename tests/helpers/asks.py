@@ -9,6 +9,8 @@ from functools import cache
 
 from helpers.mischief import BadGrammar
 from helpers.serving import engine_of, packed_byte_model
+from helpers.tiny import HYBRIDS
+from kvbits.codecs.states import StateLayout
 from kvbits.engine.engine import Engine
 from kvbits.engine.grammar import Grammar, GrammarCompiler
 from kvbits.engine.outputs import Delta
@@ -28,14 +30,19 @@ class Keeping(CpuBackend):
 METHODS = ("none", "ngram", "draft_model", "self")
 
 
-FAMILIES = {"llama": 1, "qwen3-window": 3}
+FAMILIES = {"llama": 1, "qwen3-window": 3, "lfm2": 1, "qwen3_next-dense": 1}
 """Shapes of models: one with plain attention, one with windows whose layers are cut into groups of frames so many times
-as many."""
+as many, two with recurrent layers."""
 
 
 @cache
 def model(family: str = "llama", seed: int = 0) -> LoadedModel:
-    return packed_byte_model(family=family, seed=seed)
+    return packed_byte_model(family=family, seed=seed, fused=family not in HYBRIDS)
+
+
+def kinds() -> list[tuple[str, str]]:
+    """Methods of speculation and the families that they work for."""
+    return [(m, family) for family in FAMILIES for m in METHODS if m != "self" or family not in HYBRIDS]
 
 
 @cache
@@ -90,7 +97,7 @@ class Setup:
         engine = engine_of(
             served,
             kv_cache_dtype=self.dtype,
-            kv_cache_memory=self.frames * size,
+            kv_cache_memory=self.frames * size + state_bytes(served, self.seats),
             max_num_batched_tokens=self.budget,
             max_num_seqs=self.seats,
             enable_prefix_caching=self.caching,
@@ -102,13 +109,20 @@ class Setup:
         options = {"num_speculative_tokens": self.guesses, "adaptive": self.adaptive, "prompt_lookup_min": 1}
         if self.method != "draft_model":
             return Engine(served, engine.config, speculative=SpeculativeConfig(method=self.method, **options))
-        draft = engine_of(served, kv_cache_dtype="int8").pool.layout.frame_bytes
+        own = "llama" if self.family in HYBRIDS else self.family
+        draft = engine_of(model(own, self.draft_seed), kv_cache_dtype="int8").pool.layout.frame_bytes
         config = SpeculativeConfig(
             method="draft_model", model="x", kv_cache_memory=self.draft_frames * draft, **options
         )
-        proposer = draft_model(model(self.family, self.draft_seed), config, served, engine.config)
+        proposer = draft_model(model(own, self.draft_seed), config, served, engine.config)
         engine.speculator = Speculator(proposer, config, engine.stats.speculation)
         return engine
+
+
+def state_bytes(served: LoadedModel, sequences: int) -> int:
+    """What an engine for so many sequences takes for the states of recurrent layers."""
+    layout = StateLayout.of(served.geometry)
+    return 0 if layout is None else layout.slot_bytes * (2 * sequences + 1)
 
 
 @dataclass
@@ -148,8 +162,9 @@ def whole(deltas: list[Delta]) -> dict[str, object]:
 def alone(ask: Ask, dtype: str, family: str) -> dict[int, dict[str, object]]:
     """The answers to ``ask`` without anything beside it, from a cache that keeps every page."""
     engine = engine_of(
-        model(family), Keeping(), kv_cache_dtype=dtype, kv_cache_memory=8 << 20, enable_prefix_caching=False
-    )
+        model(family), Keeping(), kv_cache_dtype=dtype, kv_cache_memory=8 << 20, enable_prefix_caching=False,
+        batch_invariant=family in HYBRIDS,
+    )  # fmt: skip
     engine.add_request(ask.prompt, ask.params, request_id=ask.id)
     deltas: dict[int, list[Delta]] = {}
     while engine.has_unfinished():

@@ -16,9 +16,10 @@ from unittest.mock import patch
 
 import torch
 
-from helpers.asks import FAMILIES, METHODS, Ask, Setup, alone, grammars, whole
+from helpers.asks import Ask, Setup, alone, grammars, kinds, whole
 from helpers.mischief import BadGrammar, Mischief, Trouble
 from helpers.serving import CONTEXT
+from helpers.tiny import HYBRIDS
 from kvbits.config import PAGE_TOKENS
 from kvbits.engine.params import SamplingParams
 from kvbits.engine.request import Request
@@ -52,8 +53,8 @@ class Stress:
 
     def __init__(self, seed: int, method: str | None = None, family: str | None = None) -> None:
         self.seed = seed
-        self.method = method or METHODS[seed % len(METHODS)]
-        self.family = family or [*FAMILIES][seed // len(METHODS) % len(FAMILIES)]
+        chosen = [k for k in kinds() if method in (None, k[0]) and family in (None, k[1])]
+        self.method, self.family = chosen[seed % len(chosen)]
         self.rng = random.Random(f"{seed} {self.method}")
         self.setup = Setup.draw(self.rng, self.method, self.family)
         self.engine = self.setup.engine()
@@ -182,7 +183,7 @@ class Stress:
             for state in self.engine._groups.get(ask.id, ()):
                 state.request.deadline = 0.0
             self.count["deadlines"] += 1
-        if self.asks and rng.random() < 0.02:
+        if self.asks and rng.random() < 0.02 and self.family not in HYBRIDS:
             self._transfer(rng.choice(self.asks))
         if rng.random() < 0.004:
             self.engine.pages.clear_cache()

@@ -62,12 +62,48 @@ _FAMILIES: dict[str, dict] = {
     },
 }  # fmt: skip
 
+_MAMBA = {
+    "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 2, "mamba_d_conv": 4,
+    "mamba_expand": 2, "mamba_chunk_size": 16, "num_hidden_layers": 4,
+}  # fmt: skip
+_DELTA = {
+    "head_dim": 16, "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+}  # fmt: skip
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_SHORT = {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "num_hidden_layers": 4}
+
+_HYBRIDS: dict[str, dict] = {
+    "qwen3_next": {**_DELTA, **_EXPERTS, "shared_expert_intermediate_size": 32},
+    "qwen3_next-dense": {**_DELTA, **_EXPERTS, "model_type": "qwen3_next", "mlp_only_layers": [0, 1, 2, 3]},
+    "qwen3_5_text": _DELTA,
+    "qwen3_5_moe_text": {**_DELTA, **_EXPERTS, "shared_expert_intermediate_size": 32},
+    "granitemoehybrid": {
+        **_MAMBA, "layer_types": ["mamba", "attention", "mamba", "mamba"], "num_local_experts": 4,
+        "num_experts_per_tok": 2, "shared_intermediate_size": 64, "attention_multiplier": 0.25,
+    },
+    "lfm2": {**_SHORT, "block_auto_adjust_ff_dim": False},
+    "lfm2_moe": {**_SHORT, **_EXPERTS, "num_dense_layers": 1},
+    "falcon_h1": {**_MAMBA, "num_hidden_layers": 3, "mamba_d_ssm": 128},
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "attention", "mamba", "mlp"], "mamba_num_heads": 8, "mamba_head_dim": 16,
+        "n_groups": 2, "ssm_state_size": 16, "conv_kernel": 4, "chunk_size": 16, "head_dim": 16, "num_hidden_layers": 4,
+    },
+    "bamba": {**_MAMBA, "attn_layer_indices": [1, 3]},
+    "olmo_hybrid": {
+        **_DELTA, "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+    },
+}  # fmt: skip
+
 FAMILIES = tuple(_FAMILIES)
 """Names that :func:`tiny_config` and :func:`tiny_model` take."""
 
+HYBRIDS = tuple(_HYBRIDS)
+"""More of them: models whose attention stands beside recurrent layers."""
+
 
 def tiny_config(family: str, **changes: object) -> PreTrainedConfig:
-    options = {**_COMMON, **_FAMILIES[family], **changes}
+    options = {**_COMMON, **(_FAMILIES | _HYBRIDS)[family], **changes}
     return AutoConfig.for_model(options.pop("model_type", family), **options)
 
 

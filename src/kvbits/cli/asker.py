@@ -63,7 +63,7 @@ class Local:
                         raise KeyboardInterrupt
         finally:
             engine.abort(request_id)
-            turn.cache_bytes = engine.pool.layout.session_bytes(turn.prompt_tokens + turn.new_tokens)
+            turn.cache_bytes = engine.pool.session_bytes(turn.prompt_tokens + turn.new_tokens)
 
 
 @contextmanager

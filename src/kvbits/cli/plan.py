@@ -236,6 +236,11 @@ def _print(planned: Planned, facts: ModelFacts, options: Options) -> None:
             "Pages that have left a sliding window are given back (on GPUs kvbits keeps them). Ideal: sessions without "
             "the padding of layer groups to frames of one size."
         )
+    if made.state_bytes:
+        print(
+            f"Recurrent layers keep {made.state_bytes / (1 << 20):,.2f} MiB of each session, whatever its length, "
+            "and at least as much for prompts that begin alike: counted."
+        )
     if facts.latent:
         print("The cache is the latent of multi-head latent attention; kvbits' own engine stores --mla expanded.")
 

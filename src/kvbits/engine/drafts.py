@@ -9,7 +9,7 @@ from kvbits.pages import PageManager
 
 
 class DraftRoom:
-    """Rows and frames of one step that guesses may take: nobody is preempted for a guess.
+    """Rows, frames and slots of one step that guesses may take: nobody is preempted for a guess.
 
     ``decodes`` will each store one token in the step; ``rows`` are left for guesses. A guess that reaches the end of a
     page needs frames of its own (the page is sealed tentatively, the next one begun); it is cut there when the frames
@@ -26,6 +26,8 @@ class DraftRoom:
     def take(self, request: Request) -> tuple[int, ...]:
         """As much of ``request.draft`` as there is room for; the room is taken."""
         draft = request.draft[: max(self._rows, 0)]
+        if self._pages.states is not None:
+            draft = draft[: self._pages.states.available()]
         if not draft or self._spare < 0:
             return ()
         extra = self._extra(request, len(draft))

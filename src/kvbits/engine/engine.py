@@ -23,7 +23,7 @@ from kvbits.engine.params import SamplingParams
 from kvbits.engine.request import FinishReason, Request
 from kvbits.engine.request_state import RequestState
 from kvbits.engine.scheduler import ScheduledRequest, Scheduler, SchedulerOutput
-from kvbits.engine.setup import check_invariance, context_of, limits_of, pages_of, policy_of
+from kvbits.engine.setup import check_invariance, context_of, limits_of, pages_of, policy_of, recurrent_line, states_of
 from kvbits.engine.speculation import SpeculativeConfig, Speculator
 from kvbits.engine.speculation.methods import proposer_of
 from kvbits.engine.stats import EngineLoad, EngineStats
@@ -64,19 +64,25 @@ class Engine:
         policy = policy_of(loaded, config, self.backend)
         self.kernels = kernels_line(self.backend, policy.layers, loaded.geometry.layers)
         log.info("Kernels that decode: %s", self.kernels)
+        states = states_of(loaded, config)
         self.pool = PagedPool(
             loaded.geometry,
             policy,
-            config.kv_cache_memory,
+            config.kv_cache_memory - (0 if states is None else states.num_bytes),
             device=loaded.device,
             free_windows=self.backend.layer_groups,
+            states=states,
         )
         if not self.backend.layer_groups and set(kinds_of(loaded.geometry)) != {None}:
             log.warning("The backend '%s' keeps pages that have left a sliding window.", self.backend.name)
+        self.recurrent = recurrent_line(states)
+        if self.recurrent:
+            log.info("Beside attention: %s", self.recurrent)
         self.backend.prepare(self.pool.layers)
         self.pages = pages_of(self.pool, loaded, config)
         self.limits = limits_of(self.pool, self.max_model_len, config)
-        self.scheduler = Scheduler(self.pages, self.limits.pool, config.max_num_seqs, config.max_num_batched_tokens)
+        seats = config.max_num_seqs if states is None else min(config.max_num_seqs, states.num_slots)
+        self.scheduler = Scheduler(self.pages, self.limits.pool, seats, config.max_num_batched_tokens)
         self.stats = EngineStats()
         self._runner = runner(loaded, self.pool, self.pages, self.backend)
         self.speculator: Speculator | None = None

@@ -246,6 +246,7 @@ class Scheduler:
         self, request: Request, count: int, plan: SchedulerOutput, scheduled: set[int], draft: tuple[int, ...] = ()
     ) -> int:
         """Plan ``count`` tokens of a running request, and ``draft`` after them; returns how many were planned."""
+        count = self.pages.chunk(request.seq_id, count)
         if not self._make_room(request, count, plan, scheduled):
             count = self._shortened(request, count)
         if not count:
@@ -330,7 +331,7 @@ class Scheduler:
         """Give ``request`` the pages that the prefix cache has of it, and a seat, if the rest would fit too."""
         promised = self._promised(plan)
         state = (request.seq_id, self.pages.available() - promised)
-        if self.running and self._blocked == state:
+        if (self.running and self._blocked == state) or not self.pages.can_open():
             return False
         # Prompt log-probabilities need the logits of every prompt token, so none is taken from the cache.
         known = [] if request.params.prompt_logprobs is not None else request.tokens

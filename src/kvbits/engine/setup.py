@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+
 from kvbits.codecs import Policy
+from kvbits.codecs.states import StateLayout
+from kvbits.config import PAGE_TOKENS
 from kvbits.engine.config import EngineConfig
 from kvbits.engine.limits import RequestLimits
 from kvbits.engine.offload import tier_of
 from kvbits.engine.precheck import check_least, check_length
 from kvbits.errors import UnsupportedError
 from kvbits.kernels import Backend
+from kvbits.memory import show
 from kvbits.models import LoadedModel
-from kvbits.pages import PageGroup, PageManager
-from kvbits.pool import PagedPool
+from kvbits.pages import PageGroup, PageManager, StateSlots
+from kvbits.pool import PagedPool, StatePool
+
+log = logging.getLogger(__name__)
 
 
 def context_of(loaded: LoadedModel, config: EngineConfig) -> int:
@@ -27,6 +34,9 @@ def check_fit(loaded: LoadedModel, config: EngineConfig, backend: Backend) -> No
     check_invariance(loaded, config, backend)
     context_of(loaded, config)
     check_least(config.kv_cache_memory, loaded.geometry)
+    states = StateLayout.of(loaded.geometry, loaded.compute_dtype.itemsize)
+    if states is not None:
+        states.slots(config.kv_cache_memory, config.max_num_seqs)
 
 
 def policy_of(loaded: LoadedModel, config: EngineConfig, backend: Backend) -> Policy:
@@ -51,9 +61,36 @@ def check_invariance(loaded: LoadedModel, config: EngineConfig, backend: Backend
         raise UnsupportedError(f"batch_invariant cannot be kept with {loaded.name} here: {reason}")
 
 
+def states_of(loaded: LoadedModel, config: EngineConfig) -> StatePool | None:
+    """The memory of recurrent layers, of which the model may have none; raises ``ConfigError`` when it is too small."""
+    layout = StateLayout.of(loaded.geometry, loaded.compute_dtype.itemsize)
+    if layout is None:
+        return None
+    slots = layout.slots(config.kv_cache_memory, config.max_num_seqs)
+    if slots < config.max_num_seqs:
+        log.warning(
+            "At most %d sequences run at once, not %d: the recurrent layers of %s keep %s of each.",
+            slots, config.max_num_seqs, loaded.name, show(layout.slot_bytes),
+        )  # fmt: skip
+    return StatePool(loaded.geometry, slots, loaded.compute_dtype, loaded.device, config.batch_invariant)
+
+
+def recurrent_line(states: StatePool | None) -> str:
+    """Which layers are recurrent and how they run, for users to read; empty where none is."""
+    if states is None:
+        return ""
+    places = sorted({state.layer for state in states.geometry.states})
+    how = "one after another, token by token" if states.single else "prompts one after another, next tokens together"
+    return (
+        f"{len(places)} recurrent layers ({', '.join(map(str, places))}) run as transformers' code, "
+        f"{how}; {show(states.slot_bytes)} of states a sequence, in {states.num_slots} slots"
+    )
+
+
 def pages_of(pool: PagedPool, loaded: LoadedModel, config: EngineConfig) -> PageManager:
     """The manager of ``pool``'s frames."""
-    layout = pool.layout
+    layout, states = pool.layout, pool.states
+    longest = -(-context_of(loaded, config) // PAGE_TOKENS)
     return PageManager(
         pool.num_frames,
         layout.open.frames,
@@ -64,6 +101,7 @@ def pages_of(pool: PagedPool, loaded: LoadedModel, config: EngineConfig) -> Page
         tier=tier_of(pool, config),
         groups=[PageGroup(1, group.first_frames, group.kept) for group in layout.groups],
         move=pool.copy if layout.adjacent else None,
+        states=None if states is None else StateSlots(states.num_slots, longest, states.copy),
     )
 
 

@@ -27,6 +27,8 @@ from kvbits.pages.groups import part_key
 FORMAT, VERSION = "kvbits-pages", "2"
 """The version rises when bytes of a dtype change their meaning; 2: keys of ``int8`` have parameters per channel."""
 
+_WHAT = "a bundle of pages"
+
 _SEQUENCE = -1
 """The id of the sequence that holds the pages while they are copied; the engine's own count from 0."""
 
@@ -95,8 +97,12 @@ class PageBundle:
 
 
 def export_pages(engine: Engine, tokens: Sequence[int], salt: str = "") -> PageBundle:
-    """The full pages of ``tokens`` that ``engine`` has in its prefix cache, or in its offload tier."""
+    """The full pages of ``tokens`` that ``engine`` has in its prefix cache, or in its offload tier.
+
+    Raises ``UnsupportedError`` for a model with recurrent layers, as :func:`import_pages` does.
+    """
     pages, pool = engine.pages, engine.pool
+    pool.geometry.refuse_states(_WHAT)
     # One token more than there are: a lookup always leaves one to compute.
     known = [*tokens, 0]
     pages.open(_SEQUENCE, known, salt.encode())
@@ -117,6 +123,7 @@ def import_pages(engine: Engine, bundle: PageBundle, salt: str = "", what: str =
     That is fewer than the bundle's where the pool has no room beside running requests. Raises ``ConfigError`` when the
     pages belong to another model or policy, ``CacheError`` when the prefix cache is off.
     """
+    engine.pool.geometry.refuse_states(_WHAT)
     if not engine.pages.enable_prefix_caching:
         raise CacheError("pages can only be loaded into a prefix cache, and enable_prefix_caching is off")
     _check(engine, bundle, what)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kvbits.codecs import Policy, PoolLayout
+from kvbits.codecs.states import StateLayout
 from kvbits.engine.config import EngineConfig
 from kvbits.engine.engine import Engine, MakeRunner
 from kvbits.engine.model_runner import ModelRunner
@@ -153,9 +154,12 @@ def policies_of(loaded: LoadedModel, dtypes: Sequence[str], context: int) -> lis
 def pool_bytes(
     loaded: LoadedModel, policy: Policy, sequences: int, tokens: int, max_num_batched_tokens: int = 512
 ) -> int:
-    """Bytes of a pool for ``sequences`` of ``tokens`` tokens; see :meth:`kvbits.codecs.PoolLayout.pool_bytes`."""
+    """Bytes of a cache for ``sequences`` of ``tokens`` tokens (:meth:`kvbits.codecs.PoolLayout.pool_bytes`), states of
+    recurrent layers included."""
     layout = PoolLayout.of(loaded.geometry, policy, free_windows=loaded.device.type == "cpu")
-    return layout.pool_bytes(sequences, tokens, max_num_batched_tokens)
+    states = StateLayout.of(loaded.geometry, loaded.compute_dtype.itemsize)
+    beside = 0 if states is None else states.memory_for(sequences)
+    return layout.pool_bytes(sequences, tokens, max_num_batched_tokens) + beside
 
 
 def engine_for(

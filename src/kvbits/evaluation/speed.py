@@ -124,7 +124,7 @@ def measure_speed(
         decode_tokens_per_s=batch / median if speculative is None else sum(tokens[WARM_UP:]) / sum(timed),
         decode_step_ms=1000 * median,
         kv_bytes_per_token=engine.pool.bytes_per_token(),
-        kv_bytes_per_session=engine.pool.layout.session_bytes(context),
+        kv_bytes_per_session=engine.pool.session_bytes(context),
         pool_bytes=engine.config.kv_cache_memory,
         peak_rss_bytes=peak_rss_bytes(),
         speculation=None if speculative is None else engine.stats.speculation.as_json(),

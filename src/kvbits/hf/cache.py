@@ -17,6 +17,7 @@ from kvbits.hf.batch import Batch
 from kvbits.hf.layer import QuantizedLayer
 from kvbits.hf.store import Step, Store
 from kvbits.kernels import Backend, choose_backend
+from kvbits.models.geometry import geometry_of
 from kvbits.models.load import wrap
 
 
@@ -52,7 +53,9 @@ class QuantizedCache(Cache):
             # transformers' own caches take a configuration.
             raise UnsupportedError(f"QuantizedCache takes the model itself, not {type(model).__name__}")
         kernels = choose_backend(backend, model.device.type)
-        loaded = wrap(model, None, model.config.model_type)
+        geometry = geometry_of(model)
+        geometry.refuse_states("QuantizedCache")
+        loaded = wrap(model, None, model.config.model_type, geometry)
         store = Store(loaded, _dtype(kv_cache_dtype), kv_cache_memory, kernels)
         register()
         model.set_attn_implementation(IMPLEMENTATION)

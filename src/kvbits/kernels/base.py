@@ -35,6 +35,9 @@ class BatchLayout:
     ``draft``: sealed pages are read as drafts (:meth:`kvbits.codecs.Codec.decode_draft`), which takes about half of the
     bytes of ``int8h`` pages and changes nothing for other codecs. What the step stores does not depend on it.
 
+    ``slots``: where each sequence's states of recurrent layers lie (empty: the model has none); ``trails``: where those
+    before each of its guessed tokens, its last rows, go.
+
     ``completes``: whether a sequence completes a page or keeps the page apart that it began in; where none does, the
     step only adds rows to open pages.
 
@@ -52,6 +55,8 @@ class BatchLayout:
     draft: bool = False
     completes: bool = True
     static: bool = False
+    slots: tuple[int, ...] = ()
+    trails: tuple[tuple[int, ...], ...] = ()
     shared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     refreshers: list[Callable[[], None]] = field(default_factory=list, repr=False, compare=False)
 
@@ -81,6 +86,8 @@ class BatchLayout:
             tail=np.array([s.tail for s in slices], dtype=np.int32),
             sink=sink,
             draft=draft,
+            slots=tuple(s.slot for s in slices if s.slot >= 0),
+            trails=tuple(tuple(s.trail) for s in slices),
             completes=completes,
         )
 

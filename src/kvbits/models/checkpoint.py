@@ -54,11 +54,12 @@ def attention_modules(loaded: LoadedModel) -> list[str]:
         if isinstance(index, int) and hasattr(module, "k_proj") and hasattr(module, "v_proj"):
             found[index] = name
     count = loaded.geometry.num_layers
-    if sorted(found) != list(range(count)):
+    places = list(loaded.geometry.places or range(count))
+    if sorted(found) != places:
         raise UnsupportedError(
             f"{len(found)} of the {count} layers of {loaded.name} have projections k_proj and v_proj"
         )
-    return [found[i] for i in range(count)]
+    return [found[i] for i in places]
 
 
 def _open_to_others(directory: Path) -> None:

@@ -24,16 +24,23 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from kvbits.attention import refuse_keywords
-from kvbits.config import LayerGeometry, ModelGeometry
+from kvbits.config import LayerGeometry, ModelGeometry, StateShape
 from kvbits.errors import UnsupportedError
 from kvbits.models.quiet import quiet
+from kvbits.models.recurrent import note_states
 from kvbits.models.trust import trusted
 
 _TRIAL = "kvbits-trial"
 _FAR = 1 << 20
 """A query position beyond every window, and a multiple of every chunk size in use."""
 
-_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "dense", "sparse", "moe"})
+_LAYER_TYPES = frozenset({
+    "full_attention", "sliding_attention", "dense", "sparse", "moe", "mlp", "linear_attention", "conv", "hybrid",
+    "hybrid_sliding",
+})  # fmt: skip
+_PLAIN = frozenset({"moe", "mlp"})
+"""Those that look at one token only."""
+
 _HEAD_MULTIPLE = 16
 
 
@@ -42,6 +49,7 @@ class _Recorder:
     """Travels through the trial pass in the place of the step's context."""
 
     layers: dict[int, LayerGeometry] = field(default_factory=dict)
+    states: dict[int, list[StateShape]] = field(default_factory=dict)
 
 
 def geometry_of(model: PreTrainedConfig | PreTrainedModel, name: str = "") -> ModelGeometry:
@@ -54,14 +62,23 @@ def geometry_of(model: PreTrainedConfig | PreTrainedModel, name: str = "") -> Mo
     _refuse_config(config, text)
     recorder = _Recorder()
     _trial(config, recorder)
-    count = text.num_hidden_layers
-    missing = sorted(set(range(count)) - set(recorder.layers))
-    if missing or len(recorder.layers) != count:
+    kinds = enumerate(getattr(text, "layer_types", None) or ())
+    known = {*recorder.layers, *recorder.states, *(place for place, kind in kinds if kind in _PLAIN)}
+    missing = sorted(set(range(text.num_hidden_layers)) - known)
+    if missing or len(known) != text.num_hidden_layers or not recorder.layers:
         raise UnsupportedError(
-            f"layers {missing} of this {config.model_type} model do not use attention; kvbits caches keys and values"
+            f"layers {missing or sorted(known)} of this {config.model_type} model do not use attention, or in a way of "
+            "their own; kvbits caches keys and values, and the states of recurrent layers that stand beside attention"
         )
-    layers = tuple(recorder.layers[i] for i in range(count))
-    return ModelGeometry(name or config.model_type, layers, int(text.max_position_embeddings), int(text.vocab_size))
+    places = tuple(sorted(recorder.layers))
+    return ModelGeometry(
+        name or config.model_type,
+        tuple(recorder.layers[place] for place in places),
+        int(text.max_position_embeddings),
+        int(text.vocab_size),
+        () if places == tuple(range(len(places))) else places,
+        tuple(state for place in sorted(recorder.states) for state in recorder.states[place]),
+    )
 
 
 def _refuse_config(config: Any, text: Any) -> None:
@@ -117,7 +134,8 @@ def _trial(config: Any, recorder: _Recorder) -> None:
             model = AutoModelForCausalLM.from_config(
                 config, attn_implementation=_TRIAL, dtype=torch.float32, trust_remote_code=trusted(config)
             ).eval()
-            if not model._supports_attention_backend:
+            note_states(model, recorder.states)
+            if not (model._supports_attention_backend or model._can_set_attn_implementation()):
                 raise UnsupportedError(
                     f"the {kind} model's code does not let its attention be replaced (no attention backend)"
                 )

@@ -28,6 +28,7 @@ from kvbits.models.geometry import geometry_of
 from kvbits.models.locate import locate
 from kvbits.models.packed import depends_on_rows, pack_linears, packed_weights, round_linears, settle
 from kvbits.models.reader import Reader
+from kvbits.models.recurrent import dtype_of, mixers_of, split, try_cuts
 from kvbits.models.sampling import sampling_defaults
 
 if TYPE_CHECKING:  # it imports Triton
@@ -61,6 +62,13 @@ class LoadedModel:
         """Where the model's weights are, and its cache has to be."""
         device: torch.device = self.model.device
         return device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What recurrent layers compute in."""
+        mixers = mixers_of(self.model)
+        found: torch.dtype = dtype_of(next(iter(mixers.values()))) if mixers else self.model.dtype
+        return found
 
     def policy(self, dtype: str | Policy) -> Policy:
         """A KV cache dtype as a policy of this model. Raises as :func:`kvbits.codecs.policy_of`."""
@@ -98,8 +106,12 @@ class LoadedModel:
         return logits
 
     def depends_on_rows(self) -> str | None:
-        """``None``, or why a token's result may depend on the other rows of its step (``--batch-invariant``)."""
-        return depends_on_rows(self.model, isinstance(self.fused, FusedModel))
+        """``None``, or why a token's result may depend on the other rows of its step (``--batch-invariant``).
+
+        Recurrent layers run token by token then.
+        """
+        apart = {part for mixer in mixers_of(self.model).values() for part in mixer.modules()}
+        return depends_on_rows(self.model, isinstance(self.fused, FusedModel), apart)
 
 
 def load_model(
@@ -128,20 +140,25 @@ def load_model(
     report(f"Loading {name} ({dtype}) ..." if source.offline else f"Downloading and loading {name} ({dtype}) ...")
     reader = Reader(name, source, trust_remote_code)
     geometry = geometry_of(reader.configuration(), name)  # refused before a weight is read
+    if place.type != "cpu":
+        geometry.refuse_states(f"the cache on '{device}'")
     register()
     packs = dtype == "bfloat16" and place.type == "cpu"
     weights_of = reader.weights(_DTYPES[dtype], IMPLEMENTATION, packs and weights == "auto", packs)
     tokenizer = reader.tokenizer()
     model = weights_of()
-    loaded = replace(wrap(model, tokenizer, name, geometry), trust_remote_code=trust_remote_code, weights=weights)
+    loaded = wrap(model, tokenizer, name, geometry, tried=False)
+    loaded = replace(loaded, trust_remote_code=trust_remote_code, weights=weights)
     if place.type != "cpu":
         model.to(place)
         return fused_on_gpu(loaded, report)
     if rounded and dtype == "float32":
         round_linears(model, weights)  # after the fingerprint, which reads the plain weights
+        try_cuts(model, geometry)
         return loaded
     packed = pack_linears(model, weights if rounded else "bf16")
     settle(model, _DTYPES[dtype])
+    try_cuts(model, geometry)
     if rounded and not packed:
         raise UnsupportedError(f"the model '{name}' has no linear layer that can be stored as {weights}")
     if packed or any(packed_weights(model)):
@@ -154,19 +171,27 @@ def load_model(
     return loaded
 
 
-def wrap(model: Any, tokenizer: Any, name: str, geometry: ModelGeometry | None = None) -> LoadedModel:
+def wrap(
+    model: Any, tokenizer: Any, name: str, geometry: ModelGeometry | None = None, tried: bool = True
+) -> LoadedModel:
     """Turn a Hugging Face causal language model that is already in memory into a :class:`LoadedModel`.
 
-    The model's attention implementation becomes kvbits'; on a GPU its layers run fused where they can. Raises
-    ``UnsupportedError`` when kvbits cannot run it.
+    The model's attention implementation becomes kvbits'; on a GPU its layers run fused where they can. ``tried``: its
+    recurrent layers are run once, which takes weights as they will be used. Raises ``UnsupportedError`` when kvbits
+    cannot run it.
     """
     geometry = geometry or geometry_of(model, name)
+    if model.device.type != "cpu":
+        geometry.refuse_states(f"the cache on '{model.device}'")
     names = inspect.signature(model.forward).parameters
     for needed in ("position_ids", "logits_to_keep"):
         if needed not in names:
             raise UnsupportedError(f"the model '{name}' takes no {needed}")
     register()
     model.eval().set_attn_implementation(IMPLEMENTATION)
+    split(model)
+    if tried:
+        try_cuts(model, geometry)
     return fused_on_gpu(LoadedModel(model, tokenizer, geometry, name, fingerprint(model)), log.info)
 
 

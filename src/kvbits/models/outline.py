@@ -17,7 +17,7 @@ from kvbits.errors import ConfigError
 from kvbits.models.locate import Source, locate
 from kvbits.models.safetensors.carried import carried_by
 from kvbits.models.safetensors.file import read_headers
-from kvbits.planning.hf_config import layers_of, text_config
+from kvbits.planning.hf_config import has_states, layers_of, text_config
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ def _of_gguf(name: str, path: Path) -> Outline:
 def _of_fields(name: str, fields: Mapping[str, Any], sure: bool, has_template: bool | None) -> Outline:
     layers, context = _count(fields.get("num_hidden_layers")), _count(fields.get("max_position_embeddings"))
     geometry = None
+    if has_states(fields):
+        return Outline(name, None, context, None, has_template)
     if sure and context is not None:
         vocabulary = _count(fields.get("vocab_size")) or 0
         try:

@@ -6,7 +6,7 @@ and a row's result must not depend on the rows beside it, which libraries do not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, TypeGuard
 
 import torch
@@ -194,14 +194,17 @@ def _packed_experts(model: nn.Module) -> Iterator[tuple[str, PackedExperts]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, PackedExperts))
 
 
-def depends_on_rows(model: nn.Module, fused: bool = False) -> str | None:
+def depends_on_rows(model: nn.Module, fused: bool = False, apart: Collection[nn.Module] = ()) -> str | None:
     """``None`` when every layer that multiplies gives a row the same bits for any number of rows; else the one that
     does not.
 
-    Each shape and format of layer is tried once, on random rows. ``fused``: only packed weights multiply.
+    Each shape and format of layer is tried once, on random rows. ``fused``: only packed weights multiply. ``apart``:
+    modules that always run on one row.
     """
     tried = set()
     for name, layer in model.named_modules():
+        if layer in apart:
+            continue
         if isinstance(layer, nn.Linear):
             return f"the linear layer '{name}' is not packed"
         kind = _kind(layer)

@@ -45,6 +45,8 @@ class Structure(Generic[W]):
 
 def recognise(model: Any, geometry: ModelGeometry, weigh: Weigh[W]) -> Structure[W]:
     """The parts of ``model``. Raises :class:`kvbits.models.parts.Different` for any other part."""
+    if geometry.states:
+        raise Different("it has recurrent layers")
     body, head = model.get_decoder(), model.get_output_embeddings()
     config = model.config.get_text_config(decoder=True)
     expect(body, _BODY)

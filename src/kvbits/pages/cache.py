@@ -15,7 +15,8 @@ class PrefixCache:
     """What the pool keeps beyond the sequences that made it.
 
     ``tier`` gets every page that is given up. ``enabled`` is false: nothing is found and nothing is kept. A page has a
-    part for each of ``groups``.
+    part for each of ``groups``. ``goes_on``: whether a sequence can go on after the page with this hash at all
+    (``None``: after every one).
     """
 
     def __init__(
@@ -26,6 +27,7 @@ class PrefixCache:
         on_evict: Callable[[CachedPage], None],
         tier: SecondTier | None,
         groups: Sequence[PageGroup],
+        goes_on: Callable[[bytes], bool] | None = None,
     ) -> None:
         self.enabled = enabled
         self.groups = groups
@@ -35,6 +37,7 @@ class PrefixCache:
         self.evictions = 0
         self._allocator = allocator
         self._on_evict = on_evict
+        self._goes_on = goes_on
         self._generation = 0
 
     def root(self, salt: bytes) -> bytes:
@@ -50,13 +53,24 @@ class PrefixCache:
         tier = self.tier
         return len(self.longest(self.root(salt), tokens, 0, lambda k: k in self.index or bool(tier and tier.holds(k))))
 
-    def longest(self, parent: bytes, tokens: Sequence[int], start: int, there: Callable[[bytes], bool]) -> list[bytes]:
+    def branch(self, tokens: Sequence[int], salt: bytes) -> int:
+        """Pages in the pool that ``tokens`` begins with, whether or not a sequence can go on after them."""
+        return len(self.longest(self.root(salt), tokens, 0, self.index.__contains__, lambda key: True))
+
+    def longest(
+        self,
+        parent: bytes,
+        tokens: Sequence[int],
+        start: int,
+        there: Callable[[bytes], bool],
+        goes_on: Callable[[bytes], bool] | None = None,
+    ) -> list[bytes]:
         """Hashes of the pages of ``tokens`` from page ``start`` on, after ``parent``, that a sequence can go on after.
 
         Of every group the parts that the next token sees must be ``there``; of pages before ``start`` they are.
         """
         found: list[bytes] = []
-        usable = 0
+        goes_on, usable = goes_on or self._goes_on, 0
         # Pages in a row, up to the current one, of which each group's part is there.
         rows = [start] * len(self.groups)
         for page, key in enumerate(self.chain(parent, tokens, start)):
@@ -69,6 +83,8 @@ class PrefixCache:
                     rows[number] = 0
             found.append(key)
             pages = start + page + 1
+            if goes_on is not None and not goes_on(key):
+                continue
             if all(row >= pages - group.oldest(pages) for row, group in zip(rows, self.groups, strict=True)):
                 usable = len(found)
         return found[:usable]

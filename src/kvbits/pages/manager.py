@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from kvbits.config import PAGE_TOKENS
 from kvbits.errors import CacheError, OutOfPages
@@ -12,6 +13,7 @@ from kvbits.pages.check import check_invariants
 from kvbits.pages.groups import GONE, PageGroup, PageShape
 from kvbits.pages.map import frame_map
 from kvbits.pages.prefix import CachedPage, PageHasher
+from kvbits.pages.states import StateSlots
 from kvbits.pages.stats import PoolStats
 from kvbits.pages.table import Reservation, SequencePages, SequenceTable
 from kvbits.pages.tier import PageSource, SecondTier
@@ -42,6 +44,7 @@ class PageManager:
         tier: SecondTier | None = None,
         groups: Sequence[PageGroup] = (),
         move: Move | None = None,
+        states: StateSlots | None = None,
     ) -> None:
         """Manage ``num_frames`` frames, of which an open and a sealed page take ``open_frames`` and ``sealed_frames``.
 
@@ -51,6 +54,7 @@ class PageManager:
         keeps the page's bytes elsewhere. ``groups``, where layers differ in how long they keep a page: its parts, in
         the place of ``sealed_frames``; ``sink_frames`` is then the sum of their first pages'. With ``move`` an open
         page's frames lie side by side, and ``move`` copies bytes from frames to others at once to make room for them.
+        ``states``: the slots of recurrent layers, where the model has such.
         """
         self.shape = PageShape(groups or (PageGroup(sealed_frames, sink_frames),))
         sealed_frames = self.shape.frames
@@ -63,13 +67,20 @@ class PageManager:
         self.page_tokens = page_tokens
         self.enable_prefix_caching = enable_prefix_caching
         self.on_evict = on_evict
+        self.states = states
         self._move = move
         self._allocator = FrameAllocator(
             num_frames, 1 if move is None else open_frames, kinds=len(self.shape.groups) + 1
         )
         hasher = PageHasher(page_tokens, cache_key)
         self._cache = PrefixCache(
-            self._allocator, hasher, enable_prefix_caching, self._evicted, tier, self.shape.groups
+            self._allocator,
+            hasher,
+            enable_prefix_caching,
+            self._evicted,
+            tier,
+            self.shape.groups,
+            None if states is None else states.holds,
         )
         self._index = self._cache.index
         self._tables: dict[int, SequenceTable] = {}
@@ -82,13 +93,19 @@ class PageManager:
         """Create a sequence and attach the cached pages that ``tokens`` begins with.
 
         Returns the number of cached tokens: whole pages, and fewer than ``len(tokens)``, so that at least one token
-        is left to compute. Nothing is allocated. Raises ``CacheError`` if the id is in use.
+        is left to compute. No frames are taken, but a slot for states where there are such: ``OutOfPages`` is raised
+        when all are in use (:meth:`can_open`), ``CacheError`` if the id is.
         """
         self._new_id(seq_id)
+        if self.states is not None:
+            self.states.open(seq_id)
         table = SequenceTable(self._cache.root(salt), [0] * len(self.shape.groups))
+        if self.states is not None and tokens:
+            table.goals = {(len(tokens) - 1) // self.page_tokens, self._cache.branch(tokens, salt)}
+        self._tables[seq_id] = table
         cached = self._attach(table, self._cache.match(tokens, salt), None) * self.page_tokens
         table.tokens.extend(tokens[:cached])
-        self._tables[seq_id] = table
+        self._load_state(seq_id, table, 0)
         if self.enable_prefix_caching:
             self._queries += len(tokens)
             self._hits += cached
@@ -114,8 +131,13 @@ class PageManager:
             known = tokens[: before + attached * self.page_tokens + 1]
             found = self._cache.longest(table.hash, known, start, lambda key: key in self._index or holds(key))
         table.tokens.extend(tokens[before : before + len(found) * self.page_tokens])
+        self._load_state(seq_id, table, before)
         self._hits += len(table.tokens) - before
         return len(table.tokens)
+
+    def can_open(self) -> bool:
+        """Whether one more sequence finds a slot for its states."""
+        return self.states is None or self.states.available() > 0
 
     def lookup(self, tokens: Sequence[int], salt: bytes = b"") -> int:
         """Tokens that :meth:`open` and :meth:`restore` would find now, if no page is damaged."""
@@ -132,6 +154,8 @@ class PageManager:
         """
         self._new_id(child)
         source = self._idle_table(parent, "fork")
+        if self.states is not None:
+            self.states.fork(parent, child)
         table = SequenceTable(source.hash, source.gone[:], source.tokens[:], source.sealed[:])
         self._allocator.retain(table.held())
         if source.open is not None and self._in_open(source):
@@ -142,6 +166,8 @@ class PageManager:
     def truncate(self, seq_id: int, length: int) -> None:
         """Forget the tokens from ``length`` on, which must lie in the open page: a sealed page is never un-encoded."""
         table = self._idle_table(seq_id, "truncate")
+        if self.states is not None and length != len(table.tokens):
+            raise CacheError(f"cannot truncate sequence {seq_id}: the states of recurrent layers do not go back")
         least = len(table.tokens) - self._in_open(table)
         if not least <= length <= len(table.tokens):
             raise CacheError(
@@ -156,6 +182,8 @@ class PageManager:
         if table.reservation is not None:
             self.rollback(seq_id)
         del self._tables[seq_id]
+        if self.states is not None:
+            self.states.close(seq_id)
         self._index.tick()
         if table.open is not None:
             self._release_open(table.open)
@@ -192,6 +220,21 @@ class PageManager:
         crossed = self._crossed(table, count)
         pages = self._writable(table) is None
         return self._sealed_frames(table, crossed) + (pages + (tentative and crossed > 0)) * self.open_frames
+
+    def chunk(self, seq_id: int, count: int) -> int:
+        """How many of ``count`` tokens to store at once: states can be found again only where a step ends."""
+        if self.states is None or not self.enable_prefix_caching:
+            return count
+        table = self._table(seq_id)
+        if not table.goals:
+            return count
+        start = len(table.tokens)
+        end = (start + count) // self.page_tokens
+        end = min([end, *(goal for goal in table.goals if goal * self.page_tokens > start)])
+        if end not in table.goals:
+            end -= end % self.states.spacing
+        inside = end * self.page_tokens - start
+        return inside if inside > 0 else count
 
     def frames_ahead(self, seq_id: int, count: int, at_once: int) -> int:
         """Most frames, beyond those that it has, that the sequence takes while it stores ``count`` more tokens in steps
@@ -232,6 +275,8 @@ class PageManager:
                 f"{self.num_frames} are available"
             )
         self._cache.make_free(needed)
+        if tentative and self.states is not None:
+            self.states.guess(seq_id, count - 1)
         had_open = table.open is not None
         table.open = self._own_open(table)
         table.reservation = Reservation(
@@ -247,7 +292,10 @@ class PageManager:
         table, step = self._reserved(seq_id)
         assert table.open is not None
         sealed = [*table.sealed, *step.sealed]
-        return self._pages(len(table.tokens), step.count, sealed, table.open, step.tail or table.open)
+        found = self._pages(len(table.tokens), step.count, sealed, table.open, step.tail or table.open)
+        if self.states is None:
+            return found
+        return replace(found, slot=self.states.slot(seq_id), trail=self.states.trail(seq_id))
 
     def take_copies(self) -> list[Copy]:
         """Pages to copy, (source frames, target frames), in this order, before the next kernel runs."""
@@ -277,6 +325,12 @@ class PageManager:
             self._seal(table, number)
         if pages:
             self._give_back(table, first + pages)
+        if self.states is not None:
+            if pages and self.enable_prefix_caching and table.goals:
+                end, after = first + pages, len(tokens) - self._in_open(table)
+                stays = end in table.goals or end % self.states.spacing == 0
+                self.states.save(seq_id, table.hash, after, step.count, stays)
+            self.states.settle(seq_id, step.count - len(tokens))
 
     def rollback(self, seq_id: int) -> None:
         """Drop the reservation of a step that did not run, or that was tentative.
@@ -286,6 +340,8 @@ class PageManager:
         """
         table, step = self._reserved(seq_id)
         table.reservation = None
+        if self.states is not None:
+            self.states.settle(seq_id, 0)
         self._put_unused(step.sealed)
         if step.tail is not None:
             self._release_open(step.tail)
@@ -298,6 +354,8 @@ class PageManager:
     def clear_cache(self) -> None:
         """Forget every cached page. Pages that sequences name stay theirs, but nobody finds them any more."""
         self._cache.clear()
+        if self.states is not None:
+            self.states.clear()
 
     def stats(self) -> PoolStats:
         """The pool in numbers."""
@@ -316,6 +374,7 @@ class PageManager:
             evictions=self._cache.evictions,
             groups=tuple(parts[:-1]),
             tier=None if self._cache.tier is None else self._cache.tier.stats(),
+            states=None if self.states is None else self.states.stats(),
         )
 
     def map(self) -> bytes:
@@ -327,6 +386,8 @@ class PageManager:
         check_invariants(self._tables.values(), self.shape, self._allocator, self._index, self.stats())
         if self._cache.tier is not None:
             self._cache.tier.check()
+        if self.states is not None:
+            self.states.check(self._tables)
 
     # Internals
 
@@ -365,6 +426,11 @@ class PageManager:
 
     def _part(self, table: SequenceTable, page: int, group: int) -> Frames:
         return tuple(table.sealed[self.shape.part(page, group)])
+
+    def _load_state(self, seq_id: int, table: SequenceTable, before: int) -> None:
+        """The state after the pages that ``table`` was given beyond ``before`` tokens."""
+        if self.states is not None and len(table.tokens) > before:
+            self.states.load(seq_id, table.hash)
 
     def _attach(self, table: SequenceTable, keys: Sequence[bytes], source: PageSource | None) -> int:
         """Let ``table`` go on with the pages ``keys``, from the pool or from ``source``: all of them, or none.

@@ -18,7 +18,8 @@ class SequencePages:
     -1 where it was given back. Where the first page has a format of its own its frames are ``sink`` (empty until it is
     full), and ``sealed`` begins with page 1. ``head`` are the frames of the open page that holds token ``start``;
     ``tail`` those of the page that holds token ``start + count``. They are the same, except in a tentative
-    (speculative) step that crosses a page boundary, where the head must outlive the step.
+    (speculative) step that crosses a page boundary, where the head must outlive the step. ``slot`` holds the states of
+    recurrent layers; ``trail``: where those before each guessed token go.
     """
 
     start: int
@@ -28,6 +29,8 @@ class SequencePages:
     tail: Sequence[int]
     sink: Sequence[int] = ()
     groups: int = 1
+    slot: int = -1
+    trail: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,9 @@ class SequenceTable:
     """What a sequence holds: ``sealed`` frames page after page (the first may take more), then at most one open page.
 
     ``hash`` is the chain hash of the sealed pages. Of group ``g`` the first ``gone[g]`` pages were given back: their
-    places in ``sealed`` are :data:`kvbits.pages.groups.GONE`.
+    places in ``sealed`` are :data:`kvbits.pages.groups.GONE`. ``goals``: after how many pages the
+    states of recurrent layers are kept: all full ones of the text that was asked for, and those that another text
+    shares. Empty where none was asked for: then no state is kept to be found.
     """
 
     hash: bytes
@@ -58,6 +63,7 @@ class SequenceTable:
     sealed: list[int] = field(default_factory=list)
     open: Frames | None = None
     reservation: Reservation | None = None
+    goals: set[int] = field(default_factory=set)
 
     def held(self) -> list[int]:
         """The frames of the sealed pages that are kept."""

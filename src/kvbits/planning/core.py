@@ -7,10 +7,14 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from kvbits.codecs import OPEN, Policy, PoolLayout
+from kvbits.codecs.states import StateLayout
 from kvbits.config import ModelGeometry
 from kvbits.errors import ConfigError
 from kvbits.memory import show
 from kvbits.planning.window import has_windows, windowed_session_bytes
+
+_SEQUENCES = 64
+"""Sequences that have slots for states where nobody says how many."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,43 @@ class ContextPlan:
     effective_bits_per_element: float
     gain_over_16bit: float
     windowed_sessions: int | None
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """``cache`` bytes, of which the states of ``sequences`` sequences leave ``pages``."""
+
+    cache: int
+    pages: int
+    states: StateLayout | None
+    limited: bool
+
+    @classmethod
+    def of(cls, geometry: ModelGeometry, cache: int, max_num_seqs: int | None) -> _Memory:
+        states = StateLayout.of(geometry)
+        taken = 0 if states is None else states.slots(cache, max_num_seqs or _SEQUENCES) * states.slot_bytes
+        return cls(cache, cache - taken, states, max_num_seqs is not None)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one sequence's states."""
+        return 0 if self.states is None else self.states.slot_bytes
+
+    def sessions(self, layout: PoolLayout, context: int, spare: int = 0) -> int:
+        """Sessions at once, ``spare`` bytes of the pages left free; where nobody limits them each has its slots."""
+        states, pages = self.states, self.pages - spare
+        if states is None:
+            return layout.sessions(pages, context)
+        if self.limited:
+            return min(layout.sessions(pages, context), (self.cache - self.pages) // states.slot_bytes)
+        low, high = 0, layout.sessions(self.cache - spare, context)
+        while low < high:
+            middle = (low + high + 1) // 2
+            slots = states.slots(self.cache, middle)
+            left = self.cache - spare - slots * states.slot_bytes
+            fits = middle <= min(slots, layout.sessions(left, context))
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low
 
 
 @dataclass(frozen=True)
@@ -64,7 +105,10 @@ class SchemePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What every policy makes of the same memory; ``cache_bytes`` is what weights and workspace leave."""
+    """What every policy makes of the same memory; ``cache_bytes`` is what weights and workspace leave.
+
+    ``state_bytes`` are those of recurrent layers, of each session, whatever its length.
+    """
 
     model: str
     memory_bytes: int
@@ -73,6 +117,7 @@ class Plan:
     cache_bytes: int
     max_num_seqs: int | None
     schemes: tuple[SchemePlan, ...]
+    state_bytes: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """The plan in plain types."""
@@ -83,6 +128,7 @@ class Plan:
             "workspace_bytes": self.workspace_bytes,
             "cache_bytes": self.cache_bytes,
             "max_num_seqs": self.max_num_seqs,
+            "state_bytes": self.state_bytes,
             "schemes": [scheme.as_json() for scheme in self.schemes],
         }
 
@@ -119,33 +165,33 @@ def plan(
                 f"a context of {context} tokens cannot be planned: {geometry.name} has 1 to {geometry.max_position}"
             )
     plain = PoolLayout.of(geometry, Policy("bf16", (OPEN,) * geometry.num_layers))
-    schemes = tuple(
-        _scheme(geometry, policy, plain, cache_bytes, asked, max_num_seqs, watermark) for policy in policies
-    )
-    return Plan(geometry.name, memory_bytes, weights_bytes, workspace_bytes, cache_bytes, max_num_seqs, schemes)
+    memory = _Memory.of(geometry, cache_bytes, max_num_seqs)
+    schemes = tuple(_scheme(geometry, policy, plain, memory, asked, max_num_seqs, watermark) for policy in policies)
+    return Plan(
+        geometry.name, memory_bytes, weights_bytes, workspace_bytes, cache_bytes, max_num_seqs, schemes,
+        memory.slot_bytes,
+    )  # fmt: skip
 
 
 def _scheme(
     geometry: ModelGeometry,
     policy: Policy,
     plain: PoolLayout,
-    cache_bytes: int,
+    memory: _Memory,
     contexts: Sequence[int],
     max_num_seqs: int | None,
     watermark: int | None,
 ) -> SchemePlan:
     layout = PoolLayout.of(geometry, policy)
-    longest = layout.longest_context(cache_bytes)
+    longest = layout.longest_context(memory.pages)
     return SchemePlan(
         dtype=policy.name,
         bits_per_element=policy.bits_per_element(geometry),
         kv_bytes_per_token=layout.bytes_per_token,
         frame_bytes=layout.frame_bytes,
         open_page_bytes=layout.session_bytes(0),
-        num_frames=layout.frames_in(cache_bytes),
-        contexts=tuple(
-            _context(geometry, policy, layout, plain, cache_bytes, c, max_num_seqs, watermark) for c in contexts
-        ),
+        num_frames=layout.frames_in(memory.pages),
+        contexts=tuple(_context(geometry, policy, layout, plain, memory, c, max_num_seqs, watermark) for c in contexts),
         longest_context=min(longest, geometry.max_position),
         limited_by="memory" if longest < geometry.max_position else "model",
     )
@@ -156,25 +202,25 @@ def _context(
     policy: Policy,
     layout: PoolLayout,
     plain: PoolLayout,
-    cache_bytes: int,
+    memory: _Memory,
     context: int,
     max_num_seqs: int | None,
     watermark: int | None,
 ) -> ContextPlan:
-    sessions = layout.sessions(cache_bytes, context)
-    held = layout.session_bytes(context)
-    spare = 0 if watermark is None else layout.bytes_of(layout.frames_in(cache_bytes) // watermark)
+    sessions = memory.sessions(layout, context)
+    held = layout.session_bytes(context) + memory.slot_bytes
+    spare = 0 if watermark is None else layout.bytes_of(layout.frames_in(memory.pages) // watermark)
     running = sessions if max_num_seqs is None else min(sessions, max_num_seqs)
     windowed = windowed_session_bytes(geometry, policy, context) if has_windows(geometry) else None
     return ContextPlan(
         context=context,
         sessions=sessions,
         running=running,
-        admitted=min(running, max(min(sessions, 1), layout.sessions(cache_bytes - spare, context))),
+        admitted=min(running, max(min(sessions, 1), memory.sessions(layout, context, spare))),
         fills_first="memory" if running == sessions else "max_num_seqs",
         session_bytes=held,
         open_bytes=layout.session_bytes(0),
         effective_bits_per_element=layout.effective_bits(context),
-        gain_over_16bit=plain.session_bytes(context) / held,
-        windowed_sessions=None if windowed is None else cache_bytes // windowed,
+        gain_over_16bit=(plain.session_bytes(context) + memory.slot_bytes) / held,
+        windowed_sessions=None if windowed is None else memory.pages // windowed,
     )

@@ -12,6 +12,9 @@ from typing import Any, Literal
 from kvbits.config import LayerGeometry
 from kvbits.errors import ConfigError
 
+_RECURRENT = ("mamba_", "linear_key_", "ssm_", "conv_L")
+"""How names of fields of recurrent layers begin."""
+
 MLA = Literal["latent", "expanded"]
 """What a cache stores of multi-head latent attention: the compressed latent, or every head's keys and values."""
 
@@ -20,6 +23,11 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The language model's part of a configuration."""
     inner = config.get("text_config")
     return inner if isinstance(inner, Mapping) else config
+
+
+def has_states(config: Mapping[str, Any]) -> bool:
+    """Whether there may be recurrent layers, whose place among the others these fields do not say in one way."""
+    return any(name.startswith(_RECURRENT) for name in config)
 
 
 def layers_of(config: Mapping[str, Any], mla: MLA = "latent") -> tuple[LayerGeometry, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -66,6 +67,13 @@ class EngineCollector(Collector):
         for state in ("free", "open", "sealed", "shared", "cached"):
             frames.add_metric([self._model, state], getattr(pool, state))
         yield frames
+        if pool.states is not None:
+            slots = GaugeMetricFamily(
+                "kvbits:state_slots", "Slots of recurrent layers' states by use.", labels=["model_name", "use"]
+            )
+            for use, count in asdict(pool.states).items():
+                slots.add_metric([self._model, use], count)
+            yield slots
         layers = GaugeMetricFamily(
             "kvbits:kv_bytes",
             "Bytes of sealed pages in use or cached, by layer and dtype.",

@@ -79,6 +79,8 @@ def start_line(engine: Engine, options: ServerOptions, host: str, port: int) -> 
     """Model, policy, bits, pool, how many sessions it holds, whose kernels decode and whose layers run around them."""
     pool = engine.pool
     layers = "transformers'" if engine.loaded.fused is None else "fused"
+    if engine.recurrent:
+        layers += f"; {engine.recurrent}"
     contexts = sorted({min(n, engine.max_model_len) for n in (4096, 8192, engine.max_model_len)})
     sessions = ", ".join(f"{pool.sessions_capacity(n):,} of {n:,} tokens" for n in contexts)
     size = pool.layout.bytes_of(pool.num_frames)

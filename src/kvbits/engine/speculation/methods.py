@@ -29,6 +29,7 @@ def proposer_of(
     if speculative.method == "ngram":
         return NgramProposer(speculative.prompt_lookup_min, speculative.prompt_lookup_max)
     if speculative.method == "self":
+        loaded.geometry.refuse_states("the speculative method 'self'")
         if not _has_drafts(runner.policy):
             raise ConfigError(
                 f"the speculative method 'self' needs pages that can be read in part; '{runner.policy.name}' has none, "
@@ -52,6 +53,7 @@ def draft_model(
     where the kernels cannot store it as asked.
     """
     _check_tokens(draft, loaded)
+    draft.geometry.refuse_states("a draft model's cache")
     longest = config.max_model_len or loaded.geometry.max_position
     if draft.geometry.max_position < longest:
         raise ConfigError(
