@@ -147,6 +147,15 @@ def test_triton_compile(run: Run, tmp_path: Path) -> None:
     assert all(row["registers"] > 0 for row in rows)
 
 
+def test_gpu_engine(run: Run, tmp_path: Path) -> None:
+    small = ("--shape", "tiny", "--batch", 2, "--context", 200, "--tokens", 8, "--kv-cache-memory", "8MiB")
+    run("gpu_engine", *small, "--device", "cpu", "--dtype", "bf16", "int4", "--json", tmp_path / "r.json")
+    own, sixteen, four = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert own["dtype"] == "transformers"
+    assert sixteen["logits_off"] < 0.02 < four["logits_off"] < 0.2
+    assert sixteen["bytes"] > four["bytes"]
+
+
 def test_step_host(run: Run, tmp_path: Path) -> None:
     run("step_host", "--layers", 2, "--batch", 3, "--context", 128, "--json", tmp_path / "r.json")
     found = json.loads((tmp_path / "r.json").read_text())["results"]

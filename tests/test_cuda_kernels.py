@@ -125,7 +125,7 @@ MUTATIONS: dict[str, tuple[str, Change]] = {
     "a codebook's half": ("nf4", ("codes.cuh", "w[0] ^ 0x88888888", "w[0]")),
     "a value's sign": ("int8", ("codes.cuh", "0xe480e480", "0xe400e400")),
     "zeros of a token": ("int4", ("page.cuh", "value_params + 128", "value_params + 0")),
-    "half of the own page": ("bf16", ("decode.cu", "64 * page + 32 * warp, true", "64 * page, true")),
+    "half of the own page": ("bf16", ("decode.cu", "64 * page + 32 * half, true", "64 * page, true")),
     "a new token's row": ("int4", ("decode.cu", "+ 64 * page - start", "+ 64 * page - start - 1")),
     "what is merged": ("int4", ("decode.cu", "page += WARPS", "page += WARPS + 1")),
 }  # fmt: skip

@@ -41,7 +41,8 @@ def test_a_mixed_load_with_faults(method: str, family: str) -> None:
     for kind in wanted if hybrid else [*wanted, "preemptions", "errors", "imported pages", "faults: model"]:
         assert total[kind] > 0, (kind, total)
     assert total["equal answers"] > 0.4 * total["requests"], total
-    assert method == "none" or total["tokens kept of guesses"] > 10, total
+    # a hybrid's random weights repeat nothing, so all guesses may be taken back; test_hybrids has half of them right
+    assert method == "none" or total["guessed tokens" if hybrid else "tokens kept of guesses"] > 10, total
 
 
 @pytest.mark.soak

@@ -92,6 +92,7 @@ class Stress:
         engine = self.engine
         self.count["steps"] = self.steps
         self.count["preemptions"] = engine.stats.preemptions
+        self.count["guessed tokens"] = engine.stats.speculation.draft_tokens
         self.count["tokens kept of guesses"] = engine.stats.speculation.accepted_tokens
         self.count["failed guesses"] = engine.stats.speculation.failures
         tier = engine.pages.stats().tier
