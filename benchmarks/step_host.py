@@ -2,7 +2,7 @@
 
     python benchmarks/step_host.py [--layers 32] [--batch 16] [--context 8192] [--dtype int4] [--json FILE]
 
-CPU time of one thread, the least of many steps. ``tables``: preparing a step; ``attention``: all layers' attention and
+CPU time of one thread, the least of many steps, where no sequence fills its page and where one does. ``tables``: preparing a step; ``attention``: all layers' attention and
 storing, with the outputs' and partial results' allocations; ``replayed``: what is left where the step is a graph that
 was recorded, new tables and new tokens. Triton's and the driver's own time of a launch is not in it.
 """
@@ -48,9 +48,11 @@ class CudaWithout(CudaBackend):
         self._launch = Nothing()
 
 
-def batch_of(batch: int, context: int, frames: int) -> BatchLayout:
-    """Sequences of ``context`` tokens and up to a page more; one of them fills its page."""
-    starts = [context + 4 * i % (PAGE_TOKENS - 1) for i in range(batch - 1)] + [context + PAGE_TOKENS - 1]
+def batch_of(batch: int, context: int, frames: int, fills: bool) -> BatchLayout:
+    """Sequences of ``context`` tokens and up to a page more; ``fills``: one of them fills its page."""
+    starts = [context + 4 * i % (PAGE_TOKENS - 1) for i in range(batch)]
+    if fills:
+        starts[-1] = context + PAGE_TOKENS - 1
     own = list(range(frames))
     return BatchLayout.of([SequencePages(s, 1, range((s + 1) // PAGE_TOKENS), own, own) for s in starts])
 
@@ -65,7 +67,7 @@ def least(call: Callable[[], object], times: int = 30) -> float:
     return min(found)
 
 
-def measure(backend: Backend, dtype: str, layers: int, batch: int, context: int) -> dict[str, float]:
+def measure(backend: Backend, dtype: str, layers: int, batch: int, context: int, fills: bool) -> dict[str, float]:
     """Seconds of the parts of a step."""
     geometry = ModelGeometry("bench", (LAYER,) * layers, context + 2 * PAGE_TOKENS, 16)
     policy = parse_policy(dtype, layers)
@@ -74,7 +76,7 @@ def measure(backend: Backend, dtype: str, layers: int, batch: int, context: int)
     query, key, value = (
         torch.zeros(batch, heads, 128, dtype=torch.bfloat16) for heads in (LAYER.num_heads, *[LAYER.num_kv_heads] * 2)
     )
-    ready = batch_of(batch, context, layout.open.frames)
+    ready = batch_of(batch, context, layout.open.frames, fills)
 
     def attend(views: int, step: BatchLayout) -> None:
         for view in pool.layers[:views]:
@@ -86,7 +88,7 @@ def measure(backend: Backend, dtype: str, layers: int, batch: int, context: int)
 
     attend(layers, ready)
     pages = 1 << (ready.sealed.shape[1] - 1).bit_length()
-    static = static_layout(batch, pages, layout.open.frames, 0)
+    static = static_layout(batch, pages, layout.open.frames, 0, completes=fills)
     attend(layers, static)
     ids, positions = torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, dtype=torch.int64)
 
@@ -113,12 +115,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     results = []
-    print("kernels  tables us  attention us  replayed us")
+    print("kernels a page is full  tables us  attention us  replayed us")
     for backend in (CudaWithout(), TritonBackend("cuda", Nothing())):
-        found = measure(backend, args.dtype, args.layers, args.batch, args.context)
-        results.append({"kernels": backend.name, **found})
-        tables, attention, replayed = (1e6 * seconds for seconds in found.values())
-        print(f"{backend.name:8}{tables:10.0f}{attention:14.0f}{replayed:13.0f}")
+        for fills in (False, True):
+            found = measure(backend, args.dtype, args.layers, args.batch, args.context, fills)
+            results.append({"kernels": backend.name, "fills": fills, **found})
+            tables, attention, replayed = (1e6 * seconds for seconds in found.values())
+            print(f"{backend.name:8}{fills!s:14}{tables:10.0f}{attention:14.0f}{replayed:13.0f}")
     if args.json:
         write(args.json, {"results": results})
 

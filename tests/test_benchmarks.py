@@ -159,7 +159,7 @@ def test_gpu_engine(run: Run, tmp_path: Path) -> None:
 def test_step_host(run: Run, tmp_path: Path) -> None:
     run("step_host", "--layers", 2, "--batch", 3, "--context", 128, "--json", tmp_path / "r.json")
     found = json.loads((tmp_path / "r.json").read_text())["results"]
-    assert [row["kernels"] for row in found] == ["cuda", "triton"]
+    assert [row["kernels"] for row in found] == ["cuda", "cuda", "triton", "triton"]
     assert all(row["attention"] > 0 and row["replayed"] > 0 for row in found)
 
 
