@@ -210,7 +210,7 @@ def test_large_texts_let_other_threads_run() -> None:
 
     thread = threading.Thread(target=look)
     thread.start()
-    text = "<" * (8 << 20)
+    text = "<" * (64 << 20)
     assert control.restore(control.hide(text)) == text
     done.set()
     thread.join()
