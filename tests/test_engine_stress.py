@@ -8,24 +8,16 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
-import torch
 from helpers.asks import kinds
 from helpers.stress import Stress
 from helpers.tiny import HYBRIDS
+from helpers.tiny_engine import one_thread
+
+__all__ = ["one_thread"]
 
 SEEDS, HYBRID_SEEDS = 7, 3
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The tiny model has nothing to share between more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
 from helpers.hybrids import PROMPTS, TOKENS, answers, expected, hybrid_engine, loaded_of, own_logits, prompt
 from helpers.serving import engine_of, packed_byte_model
 from helpers.tiny import HYBRIDS, tiny_model
+from helpers.tiny_engine import one_thread
 
 from kvbits import SamplingParams
 from kvbits.codecs.states import StateLayout
@@ -19,16 +20,10 @@ from kvbits.engine.speculation.proposer import Candidate
 from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.models.load import wrap
 
+__all__ = ["one_thread"]
+
 SOME = ("qwen3_next", "lfm2", "bamba")
 """One of each kind of recurrent layer."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("family", HYBRIDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -78,3 +79,13 @@ def recording(monkeypatch: pytest.MonkeyPatch, graph: type[Rerun]) -> list[Decod
     Rerun.replays = 0
     monkeypatch.setattr(model_runner, "graphs_for", graphs_for)
     return made
+
+
+def check_reads(graphs: DecodeGraphs, sizes: list[int]) -> None:
+    """Recordings of ``sizes`` sequences by :class:`Watched`: all that they read from outside is still there."""
+    gc.collect()
+    known = graphs._known.values()
+    assert [len(r.layout.counts) for r in known] == sizes
+    for r in known:
+        assert len(r.graph.read) > 40
+        assert not any(ref.expired() for ref in r.graph.read)
