@@ -2,9 +2,10 @@
 
     python benchmarks/step_host.py [--layers 32] [--batch 16] [--context 8192] [--dtype int4] [--json FILE]
 
-CPU time of one thread, the least of many steps, where no sequence fills its page and where one does. ``tables``: preparing a step; ``attention``: all layers' attention and
-storing, with the outputs' and partial results' allocations; ``replayed``: what is left where the step is a graph that
-was recorded, new tables and new tokens. Triton's and the driver's own time of a launch is not in it.
+CPU time of one thread, the least of many steps, where no sequence fills its page and where one does. ``tables``:
+preparing a step; ``attention``: all layers' attention and storing, with the outputs' and partial results' allocations;
+``replayed``: what is left where the step is a graph that was recorded, new tables and new tokens. Triton's and the
+driver's own time of a launch is not in it.
 """
 
 from __future__ import annotations
