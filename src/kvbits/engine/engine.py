@@ -58,7 +58,7 @@ class Engine:
     ) -> None:
         self.loaded = loaded
         self.config = config = config or EngineConfig()
-        self.backend = choose_backend(backend, loaded.device.type)
+        self.backend = choose_backend(backend, str(loaded.device))
         check_invariance(loaded, config, self.backend)
         self.max_model_len = context_of(loaded, config)
         policy = policy_of(loaded, config, self.backend)

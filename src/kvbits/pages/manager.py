@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -202,7 +203,7 @@ class PageManager:
         """The pages of the tokens stored now, without a reservation's; ``head`` is empty without an open page."""
         table = self._table(seq_id)
         own = table.open or ()
-        return self._pages(len(table.tokens), 0, list(table.sealed), own, own)
+        return self._pages(len(table.tokens), 0, table.sealed[:], own, own)
 
     def reserved(self, seq_id: int) -> bool:
         """Whether the sequence has a reservation."""
@@ -291,7 +292,7 @@ class PageManager:
         """The pages of the current reservation, as the kernels want them."""
         table, step = self._reserved(seq_id)
         assert table.open is not None
-        sealed = [*table.sealed, *step.sealed]
+        sealed = table.sealed + array("i", step.sealed)
         found = self._pages(len(table.tokens), step.count, sealed, table.open, step.tail or table.open)
         if self.states is None:
             return found
@@ -384,6 +385,9 @@ class PageManager:
     def check(self) -> None:
         """Recount everything from the tables; raise ``AssertionError`` with every term if something does not add up."""
         check_invariants(self._tables.values(), self.shape, self._allocator, self._index, self.stats())
+        for seq_id, table in self._tables.items():
+            full, sealed = self._full_pages(table), self.shape.pages(len(table.sealed))
+            assert full == sealed, f"sequence {seq_id} has {len(table.tokens)} tokens and {sealed} sealed pages"
         if self._cache.tier is not None:
             self._cache.tier.check()
         if self.states is not None:
@@ -414,13 +418,15 @@ class PageManager:
         return table, table.reservation
 
     def _in_open(self, table: SequenceTable) -> int:
-        return len(table.tokens) - self._full_pages(table) * self.page_tokens
+        return len(table.tokens) % self.page_tokens
 
     def _full_pages(self, table: SequenceTable) -> int:
-        return self.shape.pages(len(table.sealed))
+        return len(table.tokens) // self.page_tokens
 
     def _sealed_frames(self, table: SequenceTable, pages: int) -> int:
         """Frames of the next ``pages`` pages that ``table`` seals."""
+        if not pages:
+            return 0
         before = self._full_pages(table)
         return self.shape.total(before + pages) - self.shape.total(before)
 
@@ -477,10 +483,10 @@ class PageManager:
             for page in range(table.gone[number], min(oldest, stored)):
                 part = self.shape.part(page, number)
                 self._cache.release(tuple(table.sealed[part]))
-                table.sealed[part] = [GONE] * (part.stop - part.start)
+                table.sealed[part] = array("i", [GONE]) * (part.stop - part.start)
             table.gone[number] = oldest
 
-    def _pages(self, start: int, count: int, sealed: list[int], head: Frames, tail: Frames) -> SequencePages:
+    def _pages(self, start: int, count: int, sealed: array[int], head: Frames, tail: Frames) -> SequencePages:
         """``sealed``: the frames of all full pages, the first one's included."""
         sink = () if self.sink_frames is None else tuple(sealed[: self.sink_frames])
         return SequencePages(start, count, sealed[len(sink) :], head, tail, sink, len(self.shape.groups))
@@ -518,6 +524,8 @@ class PageManager:
 
     def _take_sealed(self, table: SequenceTable, pages: int) -> Frames:
         """Frames of the next ``pages`` pages that ``table`` seals."""
+        if not pages:
+            return ()
         first = self._full_pages(table)
         parts = [(page, group) for page in range(first, first + pages) for group in range(len(self.shape.groups))]
         taken = (self._allocator.take(self.shape.size(page, group), group) for page, group in parts)
