@@ -87,6 +87,8 @@ class PageManager:
         self._tables: dict[int, SequenceTable] = {}
         self._copies: list[Copy] = []
         self._queries = self._hits = 0
+        self.moves = 0
+        """How often sealed pages were moved to other frames: what was sliced before names the old ones."""
 
     # Sequences
 
@@ -516,6 +518,7 @@ class PageManager:
             return self._allocator.take(self.open_frames, kind)
         moves = self._allocator.free_run()
         if moves:
+            self.moves += 1
             self._move(tuple(moves), tuple(moves.values()))
             self._index.move(moves)
             for table in self._tables.values():
