@@ -22,6 +22,7 @@ from kvbits.kernels.cuda.attend import Step
 from kvbits.kernels.cuda.variant import DIMS, INT2, INT4, INT8, NF4, RAW, Variant, variant_of
 from kvbits.kernels.cuda.work import BEGINNING, OWN, WAVES, Work, WorkList, size_of_an_item, work_list
 from kvbits.kernels.reference import ReferenceBackend
+from kvbits.kernels.static import refill, static_layout
 from kvbits.pool import PagedPool
 
 LAYER = LayerGeometry(32, 8, 128, 128, 128**-0.5)
@@ -144,14 +145,39 @@ def test_work_that_is_kept_is_what_would_be_made_anew(window: int | None, apart:
             starts[1:3] = [7]
         counts = [1 + (step % 30 == 29 and i == 0) for i in range(len(starts))]
         batch = batch_of(*zip(starts, counts, strict=True))
-        before, got = listed._work, listed.of(batch)
-        cuts += got is not before
+        before, got = listed._known, listed.of(batch)
+        cuts += listed._known is not before
         expected = work_list(batch, 4, 2, window, apart, True, 24)
         for name in ("tiles", "items", "first_pages"):
             assert np.array_equal(getattr(got, name), getattr(expected, name)), (step, name)
         assert (got.rows, got.slots) == (expected.rows, expected.slots)
         starts = [start + count for start, count in zip(starts, counts, strict=True)]
     assert 5 < cuts < 45
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
+def test_partial_results_have_room_for_every_step(apart: bool, joined: bool) -> None:
+    """What a graph was recorded for holds the work of all steps that it replays; behind lies other memory."""
+    pytest.importorskip("triton")
+    from kvbits.kernels.cuda.tables import _work
+
+    count = 16
+    generator = np.random.default_rng(0)
+    for blocks in (396, 84, 24):
+        static = static_layout(count, 1024, 1, int(apart))
+        room, tiles, items, first_pages = _work(static, LAYER, apart, joined, blocks, torch.device("cpu"))
+        for _ in range(30):
+            starts = generator.integers(64, generator.choice([200, 4000, 60_000]), generator.integers(1, count + 1))
+            pages = [range((s + 1) // 64 - apart) for s in starts.tolist()]
+            sequences = zip(starts.tolist(), pages, strict=True)
+            batch = BatchLayout.of([SequencePages(s, 1, p, [1], [1], [2] * apart) for s, p in sequences])
+            refill(static, batch)
+            work = work_list(batch, 4, 8, None, apart, joined, blocks)
+            assert work.slots <= room.slots
+            for table, made in ((tiles, work.tiles), (items, work.items), (first_pages, work.first_pages)):
+                assert np.array_equal(table[: len(made)].numpy(), made)
+            assert (items[len(work.items) :, 0] == -1).all()
 
 
 def test_which_layers_have_kernels() -> None:

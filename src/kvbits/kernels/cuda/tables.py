@@ -9,7 +9,7 @@ from kvbits.config import LayerGeometry
 from kvbits.kernels.base import BatchLayout
 from kvbits.kernels.cuda.attend import Tables
 from kvbits.kernels.cuda.variant import together
-from kvbits.kernels.cuda.work import Work, WorkList, decoding, most_items
+from kvbits.kernels.cuda.work import Work, WorkList, decoding, most_items, most_slots
 from kvbits.kernels.static import Arrays, padded, upload
 from kvbits.kernels.triton.tables import StepTables
 from kvbits.pool import LayerView
@@ -42,7 +42,8 @@ def _work(
             return work
         most = most_items(sequences, layer.num_kv_heads, blocks)
         items, alone = padded(work.items, most, -1), padded(work.first_pages, sequences, -1)
-        return Work(padded(work.tiles, sequences, 0), items, alone, layer.group_size, most + sequences)
+        slots = most_slots(sequences, most, apart, joined)
+        return Work(padded(work.tiles, sequences, 0), items, alone, layer.group_size, slots)
 
     work = work_of()
     made = [work]

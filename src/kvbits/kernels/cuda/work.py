@@ -58,17 +58,17 @@ class WorkList:
     def __init__(self, group: int, kv_heads: int, window: int | None, apart: bool, together: bool, blocks: int) -> None:
         self._group, self._window = group, window
         self._how = group, kv_heads, apart, together, blocks
-        self._key, self._work = b"", Work(*[np.zeros((0, 4), dtype=np.int32)] * 3, 0, 0)
+        self._known: tuple[bytes, Work] | None = None
 
     def of(self, batch: BatchLayout) -> Work:
         """Valid until the next call."""
         tiles, low, high = _tiles(batch, self._group, self._window)
         key = b"".join(x.tobytes() for x in (tiles[:, :3], low, high))
-        if key == self._key:
-            self._work.tiles[:, 3] = tiles[:, 3]
-        else:
-            self._key, self._work = key, _cut(tiles, low, high, *self._how)
-        return self._work
+        if self._known is None or self._known[0] != key:
+            self._known = key, _cut(tiles, low, high, *self._how)
+        work = self._known[1]
+        work.tiles[:, 3] = tiles[:, 3]
+        return work
 
 
 def _cut(
@@ -136,6 +136,11 @@ def _long_tiles(batch: BatchLayout, sequences: Ints) -> Ints:
 def most_items(tiles: int, kv_heads: int, blocks: int) -> int:
     """The most items that :func:`work_list` makes of ``tiles`` tiles."""
     return max(WAVES * blocks // kv_heads, tiles)
+
+
+def most_slots(tiles: int, items: int, apart: bool, together: bool) -> int:
+    """The most partial results of ``tiles`` tiles in ``items`` items."""
+    return items + tiles * (apart + (not together))
 
 
 def size_of_an_item(costs: Ints, kv_heads: int, blocks: int) -> int:
