@@ -97,7 +97,7 @@ def main() -> None:
     config = AutoConfig.for_model(kind, max_position_embeddings=131072, **options | small)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     clock = Clock()
-    answer.sample = clock.sample
+    vars(answer)["sample"] = clock.sample
     engine = engine_of(wrap(model, load_model("smollm2-135m").tokenizer, "gap"), clock, args.batch, args.context)
     prompts = torch.randint(4, VOCAB, (args.batch, args.context)).tolist()
     for i, prompt in enumerate(prompts):  # their pages fill in different steps

@@ -145,7 +145,7 @@ def most_slots(tiles: int, items: int, apart: bool, together: bool) -> int:
 
 def size_of_an_item(costs: Ints, kv_heads: int, blocks: int) -> int:
     """What an item costs at most, so that the machine is done soonest: in one wave of items, or in several shorter."""
-    each = costs.tolist()
+    each: list[int] = costs.tolist()
     best, soonest = max([*each, 1]), float("inf")
     for wave in range(1, WAVES + 1):
         size = _least(each, wave * blocks // kv_heads)
