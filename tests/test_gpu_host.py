@@ -45,12 +45,12 @@ def cuda_without() -> CudaBackend:
     return backend
 
 
-@pytest.mark.parametrize("count", [1, 100])
+@pytest.mark.parametrize("counts", [(1, 1), (1, 100), (100,)])
 @pytest.mark.parametrize("kernels", ["cuda", "triton"])
 def test_tables_are_made_once_and_only_those_that_kernels_read(
-    monkeypatch: pytest.MonkeyPatch, kernels: str, count: int
+    monkeypatch: pytest.MonkeyPatch, kernels: str, counts: tuple[int, ...]
 ) -> None:
-    """Decoding sequences alone, or beside a prompt, in three layers of bfloat16."""
+    """Decoding sequences, a prompt, or both, in three layers of bfloat16."""
     made: list[str] = []
     for module, name in ((tables, "_tiles"), (tables, "_arrays"), (pieces, "_pieces")):
         own = getattr(module, name)
@@ -59,7 +59,7 @@ def test_tables_are_made_once_and_only_those_that_kernels_read(
     backend: Backend = cuda_without() if kernels == "cuda" else TritonBackend("cuda", Nothing())
     pool = PagedPool.smallest(ModelGeometry("test", (LAYER,) * 3, 1024, 16), parse_policy("int4", 3))
     own = range(pool.layout.open.frames)
-    batch = BatchLayout.of([SequencePages(70, n, range((70 + n) // 64), own, own) for n in (1, count)])
+    batch = BatchLayout.of([SequencePages(70, n, range((70 + n) // 64), own, own) for n in counts])
     query, key, value = (torch.zeros(batch.num_rows, heads, 64, dtype=torch.bfloat16) for heads in (4, 2, 2))
     for view in pool.layers:
         backend.forward(view, batch, query, key, value, None)

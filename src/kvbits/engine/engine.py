@@ -1,8 +1,8 @@
 """The engine: requests in, tokens and text out, one step at a time.
 
-A step is: draft (where tokens are guessed), schedule, model, sample, commit. One thread drives it. A request that fails
-ends with an error of its own, whichever part of a step it fails in; when a whole step fails, its requests are tried
-again one by one, so that only the guilty one ends.
+A step is: draft (where tokens are guessed), schedule, model, sample, commit; on a GPU the next step is planned before
+the tokens are there. One thread drives it. A request that fails ends with an error of its own, whichever part of a step
+it fails in; when a whole step fails, its requests are tried again one by one, so that only the guilty one ends.
 """
 
 from __future__ import annotations
