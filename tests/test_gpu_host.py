@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 from kvbits.codecs import parse_policy
 from kvbits.config import LayerGeometry, ModelGeometry
 from kvbits.engine.graphs import graphs_for
+from kvbits.engine.model_runner import ModelRunner
 from kvbits.errors import UnsupportedError
 from kvbits.kernels import Backend, BatchLayout, SequencePages, choose_backend
 from kvbits.kernels.cuda import backend as cuda_backend
@@ -89,6 +90,23 @@ def test_kernels_run_where_their_arguments_are(monkeypatch: pytest.MonkeyPatch) 
     for device in ("cuda:1", "cuda:0", "cpu"):
         launch.run(kernel, (1,), ((SimpleNamespace(device=torch.device(device)), 1), 2), {})
     assert seen == [torch.device("cuda:1"), torch.device("cuda:0"), None]
+
+
+def test_steps_run_where_the_pool_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recordings, and the streams that they are made on, belong to the current GPU."""
+    monkeypatch.setattr(torch.cuda, "device", Current)
+    seen: list[torch.device | None] = []
+    graphs = SimpleNamespace(
+        run=lambda batch: (seen.append(Current.now), torch.zeros(1))[1],
+        warm_up=lambda sequences, report: seen.append(Current.now),
+    )
+    pool = SimpleNamespace(buffer=SimpleNamespace(device=torch.device("cuda:1")))
+    runner = ModelRunner(SimpleNamespace(), pool, SimpleNamespace(take_copies=list), SimpleNamespace(graphs=False))
+    runner.graphs = graphs
+    runner.run(SimpleNamespace())
+    monkeypatch.setattr(runner, "teacher_forced", lambda *_: ())
+    runner.warm_up(0, 1, 1, 1, lambda line: None)
+    assert seen == [torch.device("cuda:1")] * 2
 
 
 def test_a_backend_is_made_for_the_gpu_that_has_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
