@@ -467,3 +467,10 @@ def test_round_trip(run: Run, model: str, tmp_path: Path) -> None:
     int8, int4 = results(tmp_path / "r.json")["rows"]
     assert 0 < int8["trip"] < int4["trip"]
     assert int4["trip"] < 3 * int4["own"]
+
+
+def test_chunk_speed(run: Run, tmp_path: Path) -> None:
+    run("chunk_speed", "--policy", "int4", "--tokens", 256, "--repeats", 1, "--json", tmp_path / "c.json")
+    (row,) = results(tmp_path / "c.json")["rows"]
+    assert row["times_fewer_bytes"] > 3.5
+    assert min(row["encode_gb_s"], row["decode_gb_s"]) > 0

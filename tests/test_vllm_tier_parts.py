@@ -205,7 +205,7 @@ def test_a_damaged_file_is_no_chunk(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for damaged in (whole[:-1], b"", whole[:3], bytes([whole[0] ^ 1]) + whole[1:], whole[:-9] + b"\x55" + whole[-8:]):
         path.write_bytes(damaged)
-        with pytest.raises(CacheError, match="damaged|empty|mark|too few"):
+        with pytest.raises(CacheError, match=r"damaged|empty|mark|too few"):
             plan.decode(kept.read(b"a"), row, 0)
         assert torch.equal(row, before)
 

@@ -167,7 +167,11 @@ def test_a_second_store_moves_nothing(offloads: Any) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "says"),
-    [({"capacity_bytes": 64}, "one chunk takes"), ({"capacity_bytes": True}, "positive"), ({"threads": 0}, "'threads'")],
+    [
+        ({"capacity_bytes": 64}, "one chunk takes"),
+        ({"capacity_bytes": True}, "'capacity_bytes'"),
+        ({"threads": 0}, "'threads'"),
+    ],
 )
 def test_options_that_cannot_be_are_named(offloads: Any, changes: dict, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
