@@ -5,7 +5,8 @@ tests/with_vllm runs the same inside vLLM ("make test-vllm").
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.kernels import BatchLayout, SequencePages
 from kvbits.kernels.cpu import CpuBackend
 from kvbits.pool import PagedPool
+from kvbits.vllm import register
 from kvbits.vllm.checks import check_engine
 from kvbits.vllm.options import Names, policy_asked
 from kvbits.vllm.step import Step
@@ -56,6 +58,19 @@ class TestOptions:
     def test_what_contradicts_itself_is_named(self, dtype: str, extra: dict, says: str) -> None:
         with pytest.raises(ConfigError, match=says):
             policy_asked(dtype, extra, NAMES)
+
+
+def test_an_older_vllm_runs_as_without_kvbits(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """vLLM calls the plug-in at every start, whether its cache is asked for or not."""
+    platforms = ModuleType("vllm.platforms")
+    platforms.current_platform = own = SimpleNamespace(device_type="cpu", is_cpu=lambda: True)  # type: ignore[attr-defined]
+    for name, module in {"vllm": ModuleType("vllm"), "vllm.platforms": platforms, "vllm.v1": None}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    register()
+    assert type(own) is SimpleNamespace
+    assert "needs vLLM 0.32 or later" in caplog.text
 
 
 def engine(**changes: object) -> SimpleNamespace:
