@@ -1,5 +1,5 @@
-"""kvbits as a serializer of LMCache, through LMCache's own factory and thread pool; left out where it is not installed
-(``pip install --no-deps lmcache`` is enough)."""
+"""kvbits as a serializer of LMCache, through LMCache's own factory and thread pool; left out where it or what it needs
+(numba, cryptography, cachetools, ...) is not installed."""
 
 from __future__ import annotations
 
