@@ -173,7 +173,7 @@ class ChunkCoder:
 
 
 def _sum(data: Tensor) -> bytes:
-    return zlib.crc32(data.numpy()).to_bytes(_SUM_BYTES, "little")
+    return zlib.crc32(data.numpy().data).to_bytes(_SUM_BYTES, "little")
 
 
 class _Part(NamedTuple):
