@@ -28,6 +28,7 @@ def remember(laboratory: Laboratory, text: str, tokens: Sequence[int], note: Cal
         "context": losses[0].context,
         "text": hashlib.sha256(json.dumps(list(tokens)).encode()).hexdigest(),
         "arithmetic": laboratory.compute_dtype,
+        "weights": laboratory.loaded.weights,
     }
     try:
         store.save(laboratory.loaded.fingerprint, laboratory.loaded.name, conditions, losses)
