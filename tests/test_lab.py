@@ -222,6 +222,14 @@ def test_free_text_is_scored_by_the_16_bit_cache(loaded: LoadedModel, tokens: li
     assert reference[0].facts(reference[0])["same_tokens"] == 40
 
 
+def test_a_dtype_that_is_named_twice_runs_once(model: str, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    twice = ("--kv-cache-dtype", "int4", "--kv-cache-dtype", "int4")
+    ask = ("evaluate", model, "--text", data / "text.txt", "--window", 192, "--windows", 1, "--json", out)
+    assert status(*ask, *twice) == 0
+    assert [row["dtype"] for row in json.loads(out.read_text())["results"]] == ["int4"]
+
+
 # The planted fault
 
 
