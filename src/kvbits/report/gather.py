@@ -133,7 +133,12 @@ def _need(
     path: Path, record: Any, numbers: Iterable[str] = (), texts: Iterable[str] = (), lists: Iterable[str] = ()
 ) -> None:
     """Raise ``ConfigError`` unless ``record`` is an object with these fields, of these types."""
-    for names, kind, what in ((numbers, (int, float), "number"), (texts, str, "text"), (lists, list, "list")):
+    kinds: tuple[tuple[Iterable[str], tuple[type, ...], str], ...] = (
+        (numbers, (int, float), "number"),
+        (texts, (str,), "text"),
+        (lists, (list,), "list"),
+    )
+    for names, kind, what in kinds:
         for name in names:
             if not isinstance(record, dict) or not isinstance(record.get(name), kind):
                 raise ConfigError(f"the results in '{path}' are damaged: '{name}' is no {what}")
