@@ -26,6 +26,12 @@ WEIGHT_FORMATS = ("auto", "bf16", "int8", "int4")
 AUTO = "auto"
 """The KV cache dtype that stands for one that is chosen by measuring (:mod:`kvbits.auto`)."""
 
+
+def is_auto(dtype: object) -> bool:
+    """Whether a KV cache dtype is :data:`AUTO`, in whatever case it was written."""
+    return isinstance(dtype, str) and dtype.strip().lower() == AUTO
+
+
 WATERMARK = 100
 """One frame in so many stays free at admission, so that a newcomer does not push out running sequences at once."""
 

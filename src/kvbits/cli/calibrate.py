@@ -89,6 +89,10 @@ def calibrate(
     except KeyboardInterrupt:
         note(f"what is finished is kept in '{output / UNFINISHED}'; the same command goes on from there")
         raise
+    from kvbits.auto.loss import OWN_TEXT
+    from kvbits.auto.record import remember_policy
+
+    remember_policy(loaded, policy, found, ", ".join(name for name, _ in contents) or OWN_TEXT, note)
     _print(policy, found)
     print(f"policy: {output}\n{time.perf_counter() - begin:.0f} s in all")
 

@@ -135,8 +135,8 @@ def cache_dtype(dtype: str, policy: Path | None) -> str:
 
 
 def named(dtypes: list[str] | None, policies: list[Path] | None) -> list[str]:
-    """All dtypes and policies, perhaps none."""
-    return [*(dtypes or ()), *(cache_dtype("", path) for path in policies or ())]
+    """All dtypes and policies, each once, perhaps none."""
+    return list(dict.fromkeys([*(dtypes or ()), *(cache_dtype("", path) for path in policies or ())]))
 
 
 def cache_dtypes(dtypes: list[str] | None, policies: list[Path] | None) -> list[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from kvbits.codecs.names import PolicyNames, parse_names
 from kvbits.codecs.policy_document import read_names
-from kvbits.config import AUTO, PAGE_TOKENS, POLICY_PREFIX, ModelGeometry
+from kvbits.config import PAGE_TOKENS, POLICY_PREFIX, ModelGeometry, is_auto
 from kvbits.engine.config import EngineConfig
 from kvbits.errors import ConfigError, RequestError
 from kvbits.memory import check_disk, check_host, show
@@ -57,7 +57,7 @@ def check_engine(
 ) -> Outline:
     """:func:`check_model` for what a whole engine is asked for, its memory included."""
     check_room(config, device)
-    named = [] if config.kv_cache_dtype == AUTO else [config.kv_cache_dtype]
+    named = [] if is_auto(config.kv_cache_dtype) else [config.kv_cache_dtype]
     outline = check_model(model, named, dtype=dtype, weights=weights, device=device)
     if config.max_model_len is not None and outline.max_position is not None:
         check_length(config.max_model_len, model, outline.max_position)
