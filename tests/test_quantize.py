@@ -1,4 +1,4 @@
-"""``kvbits quantize``: compressed-tensors' checkpoints, rounded layer by layer on what the rounded layers before give."""
+"""``kvbits quantize``: compressed-tensors' checkpoints, rounded layer by layer on what rounded layers give."""
 
 from __future__ import annotations
 
@@ -152,12 +152,16 @@ def test_layers_are_rounded_on_what_rounded_layers_give(model: str, made: Path, 
     assert min(equal) > 0.98, equal
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma2", "gemma3_text", "phi3", "olmo2", "qwen3"])
+BIASES = {"attention_bias": True, "mlp_bias": True}
+TIED = {"tie_word_embeddings": True}
+FAMILIES = {"llama": BIASES, "gemma2": TIED, "gemma3_text": TIED, "phi3": {}, "olmo2": {}}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_families(family: str, text: Path, tmp_path: Path) -> None:
     """Biases, norms between, scaled and tied embeddings, windows, projections in one: nearer to the model than what is
     rounded to nearest."""
-    tied = {"tie_word_embeddings": True} if family.startswith("gemma") else {}
-    model = model_of(family, tmp_path / "model", **tied)
+    model = model_of(family, tmp_path / "model", **FAMILIES[family])
     assert status("quantize", model, "-o", tmp_path / "out", "--text", text, *SMALL) == 0
     plain, values = with_values(model, {}), decompressed(tmp_path / "out")
     simple = {name: nearest(plain.get_parameter(name).detach(), 4).values() for name in values}
@@ -172,6 +176,20 @@ def test_families(family: str, text: Path, tmp_path: Path) -> None:
     ours_kl, rough_kl = ((exact.exp() * (exact - one)).sum(-1).mean() for one in (ours, rough))
     assert ours_kl < 0.9 * rough_kl
     assert status("generate", tmp_path / "out", "-p", "w5 w6", "--max-tokens", 2, "--kv-cache-dtype", "bf16") == 0
+
+
+def test_layers_that_groups_do_not_divide_stay_in_16_bits(text: Path, tmp_path: Path) -> None:
+    """And outputs need not fill the words of their zero points."""
+    model = model_of("llama", tmp_path / "model", intermediate_size=100)
+    assert status("quantize", model, "-o", tmp_path / "out", "--text", text, *SMALL) == 0
+    values = decompressed(tmp_path / "out")
+    assert len(values) == 18
+    assert values["model.layers.0.mlp.up_proj.weight"].shape == (100, 64)
+    fields = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert fields["ignore"] == ["lm_head", *(f"model.layers.{i}.mlp.down_proj" for i in range(3))]
+    packed = dict(packed_weights(load_model(str(tmp_path / "out")).model))
+    for name, value in values.items():
+        assert torch.equal(packed[name].unpack(torch.arange(len(value))), value), name
 
 
 class Interrupted(Exception):
@@ -204,9 +222,10 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     command = ("quantize", model, "-o", tmp_path / "out", "--text", text, *SMALL)
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+    with monkeypatch.context() as patch:
         broken_at(owner, name, count, patch)
-        status(*command)
+        with pytest.raises(Interrupted):
+            status(*command)
     assert not (tmp_path / "out" / "config.json").exists()
     layers, own = list[str](), whole.round_layer
     monkeypatch.setattr(whole, "round_layer", lambda *args: layers.append(args[1]) or own(*args))
@@ -274,9 +293,10 @@ def test_parts_of_another_run_are_refused(
     model: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ("quantize", model, "-o", tmp_path, "--text", text, *SMALL)
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+    with monkeypatch.context() as patch:
         broken_at(whole, "round_layer", 2, patch)
-        status(*command)
+        with pytest.raises(Interrupted):
+            status(*command)
     capsys.readouterr()
     said = status(*command, "--weights", "int8"), capsys.readouterr().err
     assert said[0] == 2

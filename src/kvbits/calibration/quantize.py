@@ -73,8 +73,10 @@ def quantize(
     """Round the linear layers of ``opened`` to ``weights`` (:data:`BITS`) and write a compressed-tensors checkpoint.
 
     ``sizes`` are the tokens of a window and how many windows of ``texts`` (names and token ids) are read; without
-    texts ``author`` gives the model that writes one. Embedding, head, norms and biases stay in 16 bits. Finished layers are kept in the directory :data:`UNFINISHED` of ``output``;
-    the same call goes on from there. Raises ``ConfigError`` for texts that are too short, what cannot be written, and
+    texts ``author`` gives the model that writes one. Embedding, head, norms and biases stay in 16 bits. Finished layers
+    are kept in the directory :data:`UNFINISHED` of ``output``; the same call goes on from there.
+
+    Raises ``ConfigError`` for texts that are too short, what cannot be written, and
     parts of another run; ``UnsupportedError`` for a model that cannot go layer by layer or has nothing to round.
     """
     check_output(output)
@@ -139,13 +141,13 @@ class _Run:
         return [hidden for hidden, _ in both], [calls for _, calls in both]
 
     def _rest(self) -> dict[str, Tensor]:
-        """All that is in no layer, shared parameters once."""
+        """All parameters that are in no layer, shared ones once, and all buffers that belong to a checkpoint."""
+        model = self.opened.loaded.model
         inside = {id(parameter) for layer in self.opened.layers for parameter in layer.parameters()}
-        return {
-            name: self._plain(parameter)
-            for name, parameter in self.opened.loaded.model.named_parameters()
-            if id(parameter) not in inside
-        }
+        outside = {name: part for name, part in model.named_parameters() if id(part) not in inside}
+        state = model.state_dict().keys()
+        buffers = {name: part.clone() for name, part in model.named_buffers() if name in state}
+        return {name: self._plain(part) for name, part in outside.items()} | buffers
 
     def _plain(self, parameter: nn.Parameter) -> Tensor:
         dtype = self.opened.dtype

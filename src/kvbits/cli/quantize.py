@@ -61,7 +61,7 @@ def quantize(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    note(f"Opening {model} ...")
+    note(f"Loading {model} (float32, layer by layer) ...")
     opened = open_model(model, allow_requantize, trust_remote_code)
     folder(output)
     texts = [(name, tokens_of(opened.loaded, content)) for name, content in contents]

@@ -14,10 +14,10 @@ from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.models.checkpoint import describe
 from kvbits.models.geometry import geometry_of
 from kvbits.models.held import blank
+from kvbits.models.layers import layers_of
 from kvbits.models.load import LoadedModel, register, wrap
 from kvbits.models.locate import locate
 from kvbits.models.reader import Reader
-from kvbits.models.layers import layers_of
 
 
 @dataclass(frozen=True)
@@ -74,5 +74,5 @@ def _check_layers(model: Any, count: int, name: str) -> None:
                 "feedback takes linear layers only: use --weights int8 or int4 when it is loaded"
             )
         if seen & {id(value) for value in parameters.values()}:
-            raise UnsupportedError(f"layer {index} of the model '{name}' shares weights with another; it cannot be rounded")
+            raise UnsupportedError(f"layer {index} of the model '{name}' shares weights with another")
         seen |= {id(value) for value in parameters.values()}
