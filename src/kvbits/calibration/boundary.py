@@ -54,7 +54,7 @@ def front(
 @contextmanager
 def embedding_in(loaded: LoadedModel, dtype: torch.dtype) -> Iterator[None]:
     """The embedding's values are those of ``dtype``, and given as float32; afterwards it is in its file again."""
-    embedding: nn.Module = loaded.model.get_input_embeddings()
+    embedding: nn.Embedding = loaded.model.get_input_embeddings()
     stored = embedding.weight
     hook = embedding.register_forward_hook(lambda module, args, output: output.float())
     try:
@@ -81,7 +81,7 @@ def _caught(
 
     try:
         for layer in layers:
-            layer.forward = catch  # type: ignore[assignment]
+            layer.forward = catch
         loaded.model(**model_inputs(loaded, window), logits_to_keep=torch.tensor([len(window) - 1]), kvbits=step)
     except _Reached:
         pass

@@ -111,7 +111,7 @@ class _Run:
         inside = sum(model.get_parameter(f"{name}.weight").numel() for name in self.rounded)
         rest = 2 * (whole - inside) + inside * (self.bits + 1) // 8
         hidden = self._sizes[0] * self._sizes[1] * model.get_input_embeddings().weight.shape[1]
-        return 2 * rest + 2 * 4 * hidden
+        return int(2 * rest + 2 * 4 * hidden)
 
     def layers(self, windows: Sequence[Sequence[int]], parts: Parts, bar: Bar) -> list[float]:
         """Round all layers that are not in ``parts`` yet; returns what :func:`round_layer` says of their errors."""
@@ -157,9 +157,9 @@ class _Run:
 def _own_text(author: Callable[[], LoadedModel], sizes: tuple[int, int], bar: Bar, parts: Parts) -> list[list[int]]:
     """Windows that the model writes, perhaps some time ago."""
     part = parts.get("text")
-    begun = [] if part is None else part.facts
+    begun: list[list[int]] = [] if part is None else part.facts
     if begun and all(len(text) == sizes[0] for text in begun):
-        return begun  # type: ignore[no-any-return]
+        return begun
     with bar(sizes[0] * sizes[1], "writing a text") as advance:
         return write_windows(
             author(), *sizes, progress=advance, begun=begun, keep=lambda text: parts.put("text", {}, text)
