@@ -54,7 +54,7 @@ def front(
 @contextmanager
 def embedding_in(loaded: LoadedModel, dtype: torch.dtype) -> Iterator[None]:
     """The embedding's values are those of ``dtype``, and given as float32; afterwards it is in its file again."""
-    embedding: nn.Embedding = loaded.model.get_input_embeddings()
+    embedding: Any = loaded.model.get_input_embeddings()
     stored = embedding.weight
     hook = embedding.register_forward_hook(lambda module, args, output: output.float())
     try:
