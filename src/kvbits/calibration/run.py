@@ -12,6 +12,7 @@ from kvbits.calibration.collect import collect
 from kvbits.calibration.fit import fit
 from kvbits.calibration.goal import Goal, Sizes
 from kvbits.calibration.layerwise import Layers
+from kvbits.calibration.output import UNFINISHED
 from kvbits.calibration.parts import Parts
 from kvbits.calibration.policy import Planner, candidates, check_goal
 from kvbits.calibration.sensitivity import sensitivity
@@ -29,9 +30,6 @@ from kvbits.models import LoadedModel
 
 ROUNDS = 4
 """Budgets that are tried for ``max_kl``: the prediction ranks policies well and is off by a factor."""
-
-UNFINISHED = "unfinished"
-"""Directory in the output in which finished parts are kept until the policy is written."""
 
 
 def calibrate(

@@ -79,7 +79,7 @@ def calibrate(
 
         check_goal(outline.geometry, goal, None if sink == "none" else sink)
     folder(output)
-    from kvbits.calibration.run import UNFINISHED
+    from kvbits.calibration.output import UNFINISHED
     from kvbits.calibration.run import calibrate as run
 
     loaded = load(model, "float32", threads, weights, device, trust_remote_code)
