@@ -29,6 +29,7 @@ def serve(
     text: options.MeasuredText = None,
     kv_policy: options.KVPolicy = None,
     kv_cache_memory: options.KVCacheMemory = "1GiB",
+    state_dtype: options.StateDtype = AUTO,
     max_model_len: options.MaxModelLen = None,
     max_num_seqs: options.MaxNumSeqs = 64,
     max_num_batched_tokens: options.MaxNumBatchedTokens = None,
@@ -150,6 +151,7 @@ def serve(
         batch_invariant=batch_invariant,
         kv_offload_size=kv_offload_size,
         kv_offload_path=kv_offload_path,
+        state_dtype=state_dtype,
     )
     from kvbits.engine.precheck import check_engine
     from kvbits.engine.speculation.config import SpeculativeConfig
