@@ -242,7 +242,7 @@ def _print(planned: Planned, facts: ModelFacts, options: Options) -> None:
         )
     if made.state_bytes:
         print(
-            f"Recurrent layers keep {made.state_bytes / (1 << 20):,.2f} MiB of each session, whatever its length, "
+            f"Recurrent layers keep {show(made.state_bytes)} of each session, whatever its length, "
             "and at least as much for prompts that begin alike: counted."
         )
     if facts.latent:
