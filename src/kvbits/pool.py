@@ -169,6 +169,10 @@ class StatePool:
             return self.computed(shape)
         return torch.float32 if shape.stored == 4 else torch.bfloat16
 
+    def raw(self, slot: int) -> Tensor:
+        """All states of a slot as bytes, where they lie: ``uint8 [slot_bytes]``."""
+        return self._buffer[slot]
+
     def copy(self, source: int, target: int) -> None:
         """Copy all states of a slot."""
         self._buffer[target].copy_(self._buffer[source])

@@ -91,7 +91,7 @@ def recurrent_line(states: StatePool | None) -> str:
 def pages_of(pool: PagedPool, loaded: LoadedModel, config: EngineConfig) -> PageManager:
     """The manager of ``pool``'s frames."""
     layout, states = pool.layout, pool.states
-    longest = -(-context_of(loaded, config) // PAGE_TOKENS)
+    longest, tier = -(-context_of(loaded, config) // PAGE_TOKENS), tier_of(pool, config)
     return PageManager(
         pool.num_frames,
         layout.open.frames,
@@ -99,10 +99,10 @@ def pages_of(pool: PagedPool, loaded: LoadedModel, config: EngineConfig) -> Page
         enable_prefix_caching=config.enable_prefix_caching,
         cache_key=f"{loaded.fingerprint}|{pool.policy.name}".encode(),
         sink_frames=layout.sink.frames if layout.sink else None,
-        tier=tier_of(pool, config),
+        tier=tier,
         groups=[PageGroup(1, group.first_frames, group.kept) for group in layout.groups],
         move=pool.copy if layout.adjacent else None,
-        states=None if states is None else StateSlots(states.num_slots, longest, states.copy),
+        states=None if states is None else StateSlots(states.num_slots, longest, states.copy, tier),
     )
 
 
