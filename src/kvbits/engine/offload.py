@@ -107,7 +107,6 @@ class FrameMover:
         self._buffer[frame].copy_(torch.from_numpy(self._staging))
         return True
 
-
     def save_state(self, state: int, slots: Sequence[int]) -> bytes:
         assert self._states is not None
         data = self._states.raw(state).cpu().numpy().data

@@ -91,7 +91,9 @@ def measure_speed(
         growth = (longest - context) * (1 + speculative.num_speculative_tokens)
         longest = min(context + growth, loaded.geometry.max_position)
     reset_peak_rss()
-    engine = engine_for(loaded, policy, batch, longest, max_num_batched_tokens, speculative=speculative, state_dtype=state_dtype)
+    engine = engine_for(
+        loaded, policy, batch, longest, max_num_batched_tokens, speculative=speculative, state_dtype=state_dtype
+    )
     begun = prefilled = 0
     prefill_seconds = 0.0
     decode: list[float] = []

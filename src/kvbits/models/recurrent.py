@@ -105,7 +105,9 @@ class Split:
     ) -> Iterator[tuple[int, int, DynamicCache, int | None]]:
         """Rows of a sequence to run at once, the states they go on from, and the slot where these are kept then."""
         slot, converts = batch.slots[number], states.converts(self._layer)
-        cache = _gathered(states, self._layer, [slot], self._config) if converts else _cache_of(states, slot, self._config)
+        cache = (
+            _gathered(states, self._layer, [slot], self._config) if converts else _cache_of(states, slot, self._config)
+        )
         layer: Any = cache.layers[self._layer]
         first, end = int(batch.rows[number]), int(batch.rows[number + 1])
         trail, known = batch.trails[number], bool(batch.starts[number])

@@ -136,10 +136,12 @@ class SecondTier:
         """Write a page that is there into ``frames``; a damaged one is dropped, counted, and false is returned."""
         return self._read(
             key,
-            lambda kept: len(frames) == len(kept.slots)
-            and all(
-                self._mover.load(slot, frame, checksum)
-                for slot, frame, checksum in zip(kept.slots, frames, kept.checksums, strict=True)
+            lambda kept: (
+                len(frames) == len(kept.slots)
+                and all(
+                    self._mover.load(slot, frame, checksum)
+                    for slot, frame, checksum in zip(kept.slots, frames, kept.checksums, strict=True)
+                )
             ),
         )
 
