@@ -31,7 +31,7 @@ def small(family: str, **options: object) -> Engine:
 
 def other_texts(engine: Engine) -> None:
     """What pushes every page and every snapshot out."""
-    for number in range(engine.pool.states.num_slots + 1):
+    for number in range(engine.pool.states.num_slots + engine.pool.num_frames):
         answers(engine, [prompt(66, 50 + number)], max_tokens=1)
 
 

@@ -241,6 +241,8 @@ def _print(planned: Planned, facts: ModelFacts, options: Options) -> None:
             "the padding of layer groups to frames of one size."
         )
     if made.state_bytes:
+        from kvbits.memory import show
+
         print(
             f"Recurrent layers keep {show(made.state_bytes)} of each session, whatever its length, "
             "and at least as much for prompts that begin alike: counted."

@@ -1,7 +1,7 @@
 """The states of recurrent layers in a transformers cache: transformers' own layers, handled as a whole.
 
-States know no way back: what a pass has changed is changed, for every row. So a pass that did not come to its end leaves
-a cache that can only be reset.
+States know no way back: what a pass has changed is changed, for every row. So a pass that did not come to its end
+leaves a cache that can only be reset.
 """
 
 from __future__ import annotations
