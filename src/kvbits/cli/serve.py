@@ -153,7 +153,7 @@ def serve(
         kv_offload_path=kv_offload_path,
         state_dtype=state_dtype,
     )
-    from kvbits.engine.precheck import check_engine
+    from kvbits.engine.precheck import check_engine, check_no_states
     from kvbits.engine.speculation.config import SpeculativeConfig
 
     speculative = SpeculativeConfig.of(speculative_config)
@@ -169,7 +169,9 @@ def serve(
         cluster = check_ray(ray_replicas, ray_routing, drain_timeout)
     for path in cache_file or ():
         readable(path)
-    check_engine(model, config, speculative, dtype=dtype, weights=weights, device=device)
+    outline = check_engine(model, config, speculative, dtype=dtype, weights=weights, device=device)
+    if cache_file:
+        check_no_states(outline, "a bundle of pages")
     set_up(log_level)
     log = logging.getLogger(__name__)
     if cluster is not None:

@@ -38,7 +38,9 @@ def surely_recurrent(config: Mapping[str, Any]) -> bool:
     kinds = [*(config.get("layer_types") or ()), *(config.get("layers_block_type") or ())]
     pattern = str(config.get("hybrid_override_pattern") or "")
     families = ("bamba", "falcon_h1", "qwen3_next")
-    return any(kind in _KINDS for kind in kinds) or "M" in pattern or config.get("model_type") in families
+    if kinds or pattern:
+        return any(kind in _KINDS for kind in kinds) or "M" in pattern
+    return config.get("model_type") in families
 
 
 def layers_of(config: Mapping[str, Any], mla: MLA = "latent") -> tuple[LayerGeometry, ...]:
