@@ -95,11 +95,11 @@ class QuantizedLayer(CacheLayerMixin):
         raise UnsupportedError(f"the layers of a kvbits cache share their pages: {what} works on the whole cache only")
 
 
-class HybridLayer(LinearAttentionLayer, QuantizedLayer):
+class HybridLayer(LinearAttentionLayer, QuantizedLayer):  # type: ignore[override,misc]
     """Attention and a recurrent part in one layer: its state is kept as transformers keeps it."""
 
     is_compileable = False
 
     def __init__(self, cache: QuantizedCache, geometry: LayerGeometry, number_of_states: int) -> None:
         QuantizedLayer.__init__(self, cache, geometry)
-        LinearAttentionLayer.__init__(self, number_of_states)  # type: ignore[no-untyped-call]
+        LinearAttentionLayer.__init__(self, number_of_states)

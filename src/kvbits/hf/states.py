@@ -58,7 +58,7 @@ class RecurrentStates:
         """Forget everything; the next pass may have another number of rows."""
         self.end()
         for layer in self._layers:
-            LinearAttentionCacheLayerMixin.__init__(layer, layer.number_of_states)  # type: ignore[no-untyped-call]
+            LinearAttentionCacheLayerMixin.__init__(layer, layer.number_of_states)
 
     def copy_to(self, twin: RecurrentStates) -> None:
         """Copies of all states for ``twin``, whose layers are of the same kinds."""
