@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from math import prod
 
@@ -20,6 +20,9 @@ POLICY_PREFIX = "policy:"
 
 MODEL_DTYPES = ("bfloat16", "float32")
 """What a model's layers compute in."""
+
+STATE_DTYPES = ("auto", "float32", "bfloat16")
+"""What recurrent states are stored in; ``auto``: as the model computes them."""
 
 WEIGHT_FORMATS = ("auto", "bf16", "int8", "int4")
 """What the weights of linear layers and embeddings are stored as; ``auto``: as the model's files have them."""
@@ -72,6 +75,7 @@ class StateShape:
 
     ``layer`` is the model's number of the layer; ``kind`` is ``conv`` (the last inputs of a short convolution) or
     ``recurrent``; ``number`` counts the layer's states of a kind. ``wide``: float32, whatever the model computes in.
+    ``stored``: bytes of an element where it lies (``None``: as it is computed).
     """
 
     layer: int
@@ -79,10 +83,15 @@ class StateShape:
     number: int
     shape: tuple[int, ...]
     wide: bool
+    stored: int | None = None
+
+    def computed(self, itemsize: int) -> int:
+        """Bytes of an element as its layer computes it, where the model's dtype has ``itemsize``."""
+        return 4 if self.wide else itemsize
 
     def nbytes(self, itemsize: int) -> int:
         """Bytes, where an element of the model's dtype has ``itemsize``."""
-        return prod(self.shape) * (4 if self.wide else itemsize)
+        return prod(self.shape) * (self.stored or self.computed(itemsize))
 
 
 @dataclass(frozen=True)
@@ -113,6 +122,20 @@ class ModelGeometry:
                 f"first is layer {places[0]}"
             )
 
+    def stored_in(self, state_dtype: str) -> ModelGeometry:
+        """The same with ``recurrent`` states in one of :data:`STATE_DTYPES`; the inputs of short convolutions stay.
+
+        Raises ``ConfigError`` for a dtype where the model has no such states.
+        """
+        check_state_dtype(state_dtype)
+        if state_dtype == AUTO:
+            return self
+        if not any(state.kind == "recurrent" for state in self.states):
+            raise ConfigError(f"state_dtype is '{state_dtype}'; {self.name} has no recurrent states")
+        size = 4 if state_dtype == "float32" else 2
+        states = (replace(s, stored=size) if s.kind == "recurrent" else s for s in self.states)
+        return replace(self, states=tuple(states))
+
     def index_of(self, place: int) -> int:
         """Which of ``layers`` the model's layer ``place`` is."""
         return self.places.index(place) if self.places else place
@@ -139,6 +162,12 @@ def parse_bytes(text: str | int) -> int:
     if size <= 0:
         raise ConfigError(f"the size '{text}' is {size} bytes; it must be positive")
     return size
+
+
+def check_state_dtype(name: str) -> None:
+    """Raise ``ConfigError`` unless ``name`` is one of :data:`STATE_DTYPES`."""
+    if name not in STATE_DTYPES:
+        raise ConfigError(f"state_dtype is '{name}'; choose from {', '.join(STATE_DTYPES)}")
 
 
 def pages_of(tokens: int) -> int:

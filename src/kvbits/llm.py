@@ -78,6 +78,7 @@ class LLM:
         batch_invariant: bool = False,
         kv_offload_size: str | int | None = None,
         kv_offload_path: str | None = None,
+        state_dtype: str = AUTO,
         speculative_config: SpeculativeConfig | Mapping[str, Any] | None = None,
         backend: Backend | str | None = None,
         progress: bool = True,
@@ -98,6 +99,7 @@ class LLM:
             batch_invariant=batch_invariant,
             kv_offload_size=kv_offload_size,
             kv_offload_path=kv_offload_path,
+            state_dtype=state_dtype,
         )
         speculative = SpeculativeConfig.of(speculative_config)
         if not isinstance(model, LoadedModel):

@@ -62,7 +62,7 @@ def calibrate(
     begin = time.perf_counter()
     from kvbits.calibration.goal import Goal, Sizes
     from kvbits.config import parse_bytes
-    from kvbits.engine.precheck import check_model
+    from kvbits.engine.precheck import check_model, check_no_states
     from kvbits.evaluation.windows import check_text, read_text
 
     goal = Goal(bits, max_kl, None if memory is None else parse_bytes(memory), sessions, session_tokens)
@@ -72,6 +72,7 @@ def calibrate(
     outline = check_model(
         model, [] if sink == "none" else [sink], dtype="float32", weights=weights, device=device, context=window
     )
+    check_no_states(outline, "calibration")
     if contents:
         check_text([content for _, content in contents], window, windows + check_windows)
     if outline.geometry is not None:

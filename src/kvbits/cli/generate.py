@@ -43,6 +43,7 @@ def generate(
     text: options.MeasuredText = None,
     kv_policy: options.KVPolicy = None,
     kv_cache_memory: options.KVCacheMemory = "1GiB",
+    state_dtype: options.StateDtype = AUTO,
     max_model_len: options.MaxModelLen = None,
     max_num_seqs: options.MaxNumSeqs = 64,
     max_num_batched_tokens: options.MaxNumBatchedTokens = None,
@@ -77,6 +78,7 @@ def generate(
     engine: dict[str, Any] = {
         "kv_cache_dtype": kv_cache_dtype, "kv_cache_memory": kv_cache_memory, "max_model_len": max_model_len,
         "max_num_seqs": max_num_seqs, "max_num_batched_tokens": step_tokens(max_num_batched_tokens, device),
+        "state_dtype": state_dtype,
     }  # fmt: skip
     outline = check_engine(model, EngineConfig.of(**engine), speculative, dtype=dtype, weights=weights, device=device)
     if chat:

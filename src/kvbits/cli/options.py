@@ -78,6 +78,15 @@ KVOffloadSize = Annotated[
 KVOffloadPath = Annotated[
     str | None, typer.Option(metavar="PATH", help="A file or a directory for --kv-offload-size, instead of memory.")
 ]
+StateDtype = Annotated[
+    str,
+    typer.Option(
+        "--state-dtype",
+        "--mamba-ssm-cache-dtype",
+        metavar="DTYPE",
+        help="Recurrent states between steps: auto (as the model computes them), float32 or bfloat16.",
+    ),
+]
 MaxModelLen = Annotated[
     int | None, typer.Option(metavar="TOKENS", help="Longest prompt plus answer. Default: the model's context.")
 ]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from kvbits.errors import ConfigError, UnsupportedError
@@ -18,7 +19,7 @@ from kvbits.models.reader import Reader
 from kvbits.planning.facts import ModelFacts, Parameters, facts_of_config, known_facts
 from kvbits.planning.hf_config import MLA, text_config
 
-_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
+_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, StrictDataclassError)
 
 
 def facts_of_model(name: str, mla: MLA = "latent", trust_remote_code: bool = False) -> ModelFacts:
@@ -112,7 +113,8 @@ def _of_file(file: Path, trust_remote_code: bool) -> PreTrainedConfig:
         return Reader(str(file.parent), Source(str(file.parent)), trust_remote_code).configuration()
     try:
         with quiet():
-            config: PreTrainedConfig = AutoConfig.for_model(kind, **fields)
+            # transformers writes an infinite time step as an object
+            config: PreTrainedConfig = AutoConfig.for_model(kind, **PreTrainedConfig._decode_special_floats(fields))
             return config
     except _ERRORS as error:
         reason = " ".join(str(error).split())[:300]

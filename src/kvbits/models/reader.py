@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -32,7 +33,7 @@ from kvbits.models.trust import trusted
 
 _READ_ERRORS = (
     OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, ImportError, struct.error,
-    SafetensorError,
+    SafetensorError, StrictDataclassError,
 )  # fmt: skip
 """What transformers and its readers raise for files that are missing, cut off or not what they claim to be."""
 
