@@ -139,7 +139,8 @@ NB_MODULE(_native, m) {
            })
       .def("forward", [](Cpu& self, const Layer& layer, const BatchTables& tables, bool is_float32, uintptr_t query,
                          int64_t query_row, int64_t query_head, uintptr_t key, int64_t key_row, int64_t key_head,
-                         uintptr_t value, int64_t value_row, int64_t value_head, uintptr_t sinks, uintptr_t out) {
+                         uintptr_t value, int64_t value_row, int64_t value_head, uintptr_t sinks, uintptr_t out,
+                         bool again) {
         const Rows rows{is_float32 ? Float::kF32 : Float::kBf16,
                         pointer<void>(query),
                         pointer<void>(key),
@@ -153,7 +154,7 @@ NB_MODULE(_native, m) {
                         pointer<float>(sinks),
                         pointer<void>(out)};
         nb::gil_scoped_release release;
-        self.forward(layer, tables.batch, rows);
+        self.forward(layer, tables.batch, rows, again);
       });
 
   nb::class_<Coded>(m, "Coded")

@@ -89,7 +89,8 @@ class QuantizedCache(Cache):
 
     def check_shapes(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Raise ``CacheError`` for ``[batch, kv_heads, tokens, dim]`` of another model than the cache was made for."""
-        g = self._store.pool.geometry.layers[layer]
+        geometry = self._store.pool.geometry
+        g = geometry.layers[geometry.index_of(layer)]
         found = (key.shape[1], key.shape[3], value.shape[3])
         if found != (g.num_kv_heads, g.key_dim, g.value_dim):
             raise CacheError(
@@ -105,9 +106,9 @@ class QuantizedCache(Cache):
         return self._step
 
     def layer_done(self, layer: int) -> None:
-        """``layer`` has stored its part of the step; the last one ends it."""
+        """The model's ``layer`` has stored and read its part of the step; the last one ends it."""
         self._done.add(layer)
-        if len(self._done) == len(self.layers):
+        if len(self._done) == len(self.layers) + len(self._store.pool.geometry.shared):
             self._step = None
             self._done.clear()
             self._batch.finish(self.recording)

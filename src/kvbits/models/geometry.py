@@ -26,6 +26,7 @@ from transformers.initialization import no_init_weights
 from kvbits.attention import refuse_keywords
 from kvbits.config import LayerGeometry, ModelGeometry, StateShape
 from kvbits.errors import UnsupportedError
+from kvbits.models.positions import switch_of
 from kvbits.models.quiet import quiet
 from kvbits.models.recurrent import note_states
 from kvbits.models.trust import trusted
@@ -36,7 +37,7 @@ _FAR = 1 << 20
 
 _LAYER_TYPES = frozenset({
     "full_attention", "sliding_attention", "dense", "sparse", "moe", "mlp", "linear_attention", "conv", "hybrid",
-    "hybrid_sliding",
+    "hybrid_sliding", "chunked_attention",
 })  # fmt: skip
 _PLAIN = frozenset({"moe", "mlp"})
 """Those that look at one token only."""
@@ -49,13 +50,19 @@ class _Recorder:
     """Travels through the trial pass in the place of the step's context."""
 
     layers: dict[int, LayerGeometry] = field(default_factory=dict)
+    shared: dict[int, int] = field(default_factory=dict)
+    stored: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Keys and values of each layer that has its own."""
     states: dict[int, list[StateShape]] = field(default_factory=dict)
 
 
-def geometry_of(model: PreTrainedConfig | PreTrainedModel, name: str = "") -> ModelGeometry:
+def geometry_of(
+    model: PreTrainedConfig | PreTrainedModel, name: str = "", max_model_len: int | None = None
+) -> ModelGeometry:
     """Measure ``model`` or a model of this configuration; no weights are needed.
 
-    Raises ``UnsupportedError`` naming whatever kvbits cannot do.
+    ``max_model_len``: the longest sequence that is wanted. A LongRoPE model has the context of its short factors unless
+    more is. Raises ``UnsupportedError`` naming whatever kvbits cannot do.
     """
     config = model.config if isinstance(model, PreTrainedModel) else model
     text = config.get_text_config(decoder=True)
@@ -63,7 +70,7 @@ def geometry_of(model: PreTrainedConfig | PreTrainedModel, name: str = "") -> Mo
     recorder = _Recorder()
     _trial(config, recorder)
     kinds = enumerate(getattr(text, "layer_types", None) or ())
-    known = {*recorder.layers, *recorder.states, *(place for place, kind in kinds if kind in _PLAIN)}
+    known = {*recorder.layers, *recorder.shared, *recorder.states, *(place for place, kind in kinds if kind in _PLAIN)}
     missing = sorted(set(range(text.num_hidden_layers)) - known)
     if missing or len(known) != text.num_hidden_layers or not recorder.layers:
         raise UnsupportedError(
@@ -74,11 +81,17 @@ def geometry_of(model: PreTrainedConfig | PreTrainedModel, name: str = "") -> Mo
     return ModelGeometry(
         name or config.model_type,
         tuple(recorder.layers[place] for place in places),
-        int(text.max_position_embeddings),
+        _context(text, max_model_len),
         int(text.vocab_size),
         () if places == tuple(range(len(places))) else places,
         tuple(state for place in sorted(recorder.states) for state in recorder.states[place]),
+        tuple(sorted(recorder.shared.items())),
     )
+
+
+def _context(text: Any, wanted: int | None) -> int:
+    longest, switch = int(text.max_position_embeddings), switch_of(text)
+    return longest if switch is None or (wanted or 0) > switch else switch
 
 
 def _refuse_config(config: Any, text: Any) -> None:
@@ -91,14 +104,10 @@ def _refuse_config(config: Any, text: Any) -> None:
     odd = sorted(set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES)
     if odd:
         raise UnsupportedError(
-            f"this {kind} model has layers of type {', '.join(odd)}; kvbits does full and sliding attention"
-        )
-    if getattr(text, "num_kv_shared_layers", 0):
-        raise UnsupportedError(
-            f"{text.num_kv_shared_layers} layers of this {kind} model share another layer's keys and values"
+            f"this {kind} model has layers of type {', '.join(odd)}; kvbits does full, sliding and chunked attention"
         )
     for rope in sorted(_rope_types(getattr(text, "rope_parameters", None))):
-        if rope in ("dynamic", "longrope"):
+        if rope == "dynamic":
             raise UnsupportedError(
                 f"the rotary embedding '{rope}' of this {kind} model changes with the "
                 "longest sequence of a step, which cached keys cannot follow"
@@ -108,13 +117,8 @@ def _refuse_config(config: Any, text: Any) -> None:
 
 
 def _rope_types(parameters: Any) -> set[str]:
-    """Every ``rope_type``, also of configurations with one set of parameters per layer type.
-
-    LongRoPE whose long and short factors are the same does not change with the length and is left out.
-    """
+    """Every ``rope_type``, also of configurations with one set of parameters per layer type."""
     if not isinstance(parameters, dict):
-        return set()
-    if "long_factor" in parameters and parameters["long_factor"] == parameters.get("short_factor"):
         return set()
     found = {parameters["rope_type"]} if isinstance(parameters.get("rope_type"), str) else set()
     return found.union(*(_rope_types(p) for p in parameters.values()))
@@ -157,17 +161,39 @@ def _trial(config: Any, recorder: _Recorder) -> None:
 
 
 def _observe_mask(*, mask_function: Any, attention_mask: Tensor | None = None, **_: Any) -> Tensor:
-    """In the place of a mask: the window that ``mask_function`` implies, ``int64 [1, 1, 1, 1]``, 0 for none."""
+    """In the place of a mask: what ``mask_function`` implies, ``int64 [1, 1, 1, 1]``, 0 for all tokens up to the query,
+    the size of a window, or the negative size of chunks."""
+    _bring_to_cpu(mask_function)
     spans = [_visible(mask_function, query) for query in (_FAR - 1, _FAR)]
     if spans == [_FAR, _FAR + 1]:
         window = 0
     elif spans[0] == spans[1]:
         window = spans[0]
     else:
-        raise UnsupportedError(
-            f"queries at {_FAR - 1} and {_FAR} see {spans[0]} and {spans[1]} keys: chunked attention"
-        )
+        window = -_chunk(mask_function, spans)
     return torch.full((1, 1, 1, 1), window, device="cpu")
+
+
+def _bring_to_cpu(function: Any) -> None:
+    """Tensors that a mask function has caught on ``meta`` count the padding of the trial's one token: none."""
+    for cell in getattr(function, "__closure__", None) or ():
+        caught = cell.cell_contents
+        if isinstance(caught, Tensor) and caught.device.type == "meta":
+            cell.cell_contents = torch.zeros_like(caught, device="cpu")
+        for part in caught if isinstance(caught, tuple) else (caught,):
+            if callable(part):
+                _bring_to_cpu(part)
+
+
+def _chunk(mask_function: Any, spans: list[int]) -> int:
+    """The size of the chunks that texts are cut into; ``spans`` keys are seen by the queries before and at a far one."""
+    size = _visible(mask_function, _FAR - spans[1])  # the last query of the chunk before the far one's
+    for query in (size - 1, size, size + 1, _FAR - 1, _FAR):
+        if _visible(mask_function, query) != query % size + 1:
+            raise UnsupportedError(
+                f"queries at {_FAR - 1} and {_FAR} see {spans[0]} and {spans[1]} keys: neither a window nor chunks"
+            )
+    return size
 
 
 def _visible(mask_function: Any, query: int) -> int:
@@ -188,12 +214,12 @@ def _record(
     recorder: _Recorder = kwargs["kvbits"]
     index: Any = module.layer_idx
     refuse_keywords(kwargs)
-    if index in recorder.layers:
+    if index in recorder.layers or index in recorder.shared:
         raise UnsupportedError(f"layer {index} calls its attention more than once in a step")
     if attention_mask is None or attention_mask.shape != (1, 1, 1, 1) or attention_mask.device.type != "cpu":
         raise UnsupportedError(f"layer {index} builds its attention mask in its own way")
-    window = int(attention_mask) or None
-    if "sliding_window" in kwargs and kwargs["sliding_window"] != window:
+    chunked, window = int(attention_mask) < 0, abs(int(attention_mask)) or None
+    if "sliding_window" in kwargs and kwargs["sliding_window"] != (None if chunked else window):
         raise UnsupportedError(
             f"layer {index} masks a window of {window} but asks for sliding_window={kwargs['sliding_window']}"
         )
@@ -208,7 +234,7 @@ def _record(
                 f"layer {index} has {what} heads of size {dim}; kvbits needs a multiple of {_HEAD_MULTIPLE}"
             )
     scale = kwargs.get("scaling")
-    recorder.layers[index] = LayerGeometry(
+    layer = LayerGeometry(
         num_heads=heads,
         num_kv_heads=kv_heads,
         key_dim=key_dim,
@@ -217,5 +243,16 @@ def _record(
         window=window,
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux") is not None,
+        chunked=chunked,
     )
+    source = next((i for i, (k, v) in recorder.stored.items() if k is key and v is value), None)
+    if source is None:
+        recorder.layers[index], recorder.stored[index] = layer, (key, value)
+    elif layer == recorder.layers[source]:
+        recorder.shared[index] = source
+    else:
+        raise UnsupportedError(
+            f"layer {index} shares the keys and values of layer {source} and attends in another way: {layer} is not "
+            f"{recorder.layers[source]}"
+        )
     return query.new_empty(1, query.shape[2], heads, value_dim), None

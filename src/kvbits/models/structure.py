@@ -47,6 +47,10 @@ def recognise(model: Any, geometry: ModelGeometry, weigh: Weigh[W]) -> Structure
     """The parts of ``model``. Raises :class:`kvbits.models.parts.Different` for any other part."""
     if geometry.states:
         raise Different("it has recurrent layers")
+    if geometry.shared:
+        raise Different("its layers share keys and values")
+    if any(layer.chunked for layer in geometry.layers):
+        raise Different("it attends in chunks")
     body, head = model.get_decoder(), model.get_output_embeddings()
     config = model.config.get_text_config(decoder=True)
     expect(body, _BODY)
