@@ -44,7 +44,9 @@ def facts_of_model(name: str, mla: MLA = "latent", trust_remote_code: bool = Fal
         parameters.experts,
         weights="auto" if sizes else _published(_quantization(config)),
         mla=mla,
-        geometry=None if latent else geometry_of(config, name, config.get_text_config(decoder=True).max_position_embeddings),
+        geometry=None
+        if latent
+        else geometry_of(config, name, config.get_text_config(decoder=True).max_position_embeddings),
         held=sizes,
     )
 

@@ -35,6 +35,9 @@ _TRIAL = "kvbits-trial"
 _FAR = 1 << 20
 """A query position beyond every window, and a multiple of every chunk size in use."""
 
+_ODD = 1 << 40
+"""In the place of a mask that is none of kvbits'."""
+
 _LAYER_TYPES = frozenset({
     "full_attention", "sliding_attention", "dense", "sparse", "moe", "mlp", "linear_attention", "conv", "hybrid",
     "hybrid_sliding", "chunked_attention",
@@ -154,6 +157,10 @@ def _trial(config: Any, recorder: _Recorder) -> None:
                 logits_to_keep=torch.zeros(1, dtype=torch.long),
             )
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, KeyError) and error.args == (_TRIAL,):
+            raise UnsupportedError(
+                f"the {kind} model's code does not let its attention be replaced (it has some of its own to choose from)"
+            ) from error
         reason = " ".join(str(error).split())[:300]
         raise UnsupportedError(
             f"a trial pass through the {kind} model failed: {type(error).__name__}: {reason}"
@@ -162,15 +169,17 @@ def _trial(config: Any, recorder: _Recorder) -> None:
 
 def _observe_mask(*, mask_function: Any, attention_mask: Tensor | None = None, **_: Any) -> Tensor:
     """In the place of a mask: what ``mask_function`` implies, ``int64 [1, 1, 1, 1]``, 0 for all tokens up to the query,
-    the size of a window, or the negative size of chunks."""
+    the size of a window, the negative size of chunks, or :data:`_ODD`: a model may build masks that no layer uses."""
     _bring_to_cpu(mask_function)
     spans = [_visible(mask_function, query) for query in (_FAR - 1, _FAR)]
-    if spans == [_FAR, _FAR + 1]:
+    if None in spans:
+        window = _ODD
+    elif spans == [_FAR, _FAR + 1]:
         window = 0
     elif spans[0] == spans[1]:
         window = spans[0]
     else:
-        window = -_chunk(mask_function, spans)
+        window = -_chunk(mask_function, spans[1])
     return torch.full((1, 1, 1, 1), window, device="cpu")
 
 
@@ -185,25 +194,23 @@ def _bring_to_cpu(function: Any) -> None:
                 _bring_to_cpu(part)
 
 
-def _chunk(mask_function: Any, spans: list[int]) -> int:
-    """The size of the chunks that texts are cut into; ``spans`` keys are seen by the queries before and at a far one."""
-    size = _visible(mask_function, _FAR - spans[1])  # the last query of the chunk before the far one's
-    for query in (size - 1, size, size + 1, _FAR - 1, _FAR):
-        if _visible(mask_function, query) != query % size + 1:
-            raise UnsupportedError(
-                f"queries at {_FAR - 1} and {_FAR} see {spans[0]} and {spans[1]} keys: neither a window nor chunks"
-            )
+def _chunk(mask_function: Any, span: int) -> int:
+    """The size of the chunks that texts are cut into, where a far query sees ``span`` keys; ``-_ODD`` for none."""
+    size = _visible(mask_function, _FAR - span)  # the last query of the chunk before the far one's
+    tried = () if size is None else (size - 1, size, size + 1, _FAR - 1, _FAR)
+    if size is None or any(_visible(mask_function, query) != query % size + 1 for query in tried):
+        return -_ODD
     return size
 
 
-def _visible(mask_function: Any, query: int) -> int:
-    """Keys that ``query`` sees; they must be the last ones up to itself."""
+def _visible(mask_function: Any, query: int) -> int | None:
+    """Keys that ``query`` sees; ``None`` where they are not the last ones up to itself."""
     zero = torch.zeros((), dtype=torch.long, device="cpu")
     keys = torch.arange(query + 2, device="cpu")
     seen = mask_function(zero, zero, torch.tensor(query, device="cpu"), keys)
     seen = torch.as_tensor(seen, device="cpu").expand(query + 2).nonzero().flatten()
     if len(seen) == 0 or int(seen[-1]) != query or len(seen) != query + 1 - int(seen[0]):
-        raise UnsupportedError("the model's attention mask is neither causal nor a causal window")
+        return None
     return len(seen)
 
 
@@ -211,13 +218,19 @@ def _record(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """The attention function of the trial pass: note what layer ``module`` asks for."""
-    recorder: _Recorder = kwargs["kvbits"]
+    recorder: _Recorder | None = kwargs.get("kvbits")
     index: Any = module.layer_idx
+    if recorder is None:
+        raise UnsupportedError(
+            f"layer {index} does not hand its keywords on to its attention, which is so not told of the step"
+        )
     refuse_keywords(kwargs)
     if index in recorder.layers or index in recorder.shared:
         raise UnsupportedError(f"layer {index} calls its attention more than once in a step")
     if attention_mask is None or attention_mask.shape != (1, 1, 1, 1) or attention_mask.device.type != "cpu":
         raise UnsupportedError(f"layer {index} builds its attention mask in its own way")
+    if int(attention_mask) == _ODD:
+        raise UnsupportedError(f"the attention mask of layer {index} is neither causal nor a causal window nor chunks")
     chunked, window = int(attention_mask) < 0, abs(int(attention_mask)) or None
     if "sliding_window" in kwargs and kwargs["sliding_window"] != (None if chunked else window):
         raise UnsupportedError(
