@@ -1,4 +1,7 @@
-"""The table in docs/models.md, made by running a tiny model of every family: ``python tests/models_table.py --write``."""
+"""The table in docs/models.md, made by running a tiny model of every family.
+
+``python tests/models_table.py --write`` writes it.
+"""
 
 from __future__ import annotations
 

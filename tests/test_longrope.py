@@ -85,9 +85,9 @@ def test_the_library_takes_what_its_context_asks_for(path: str) -> None:
         assert llm.engine.max_model_len == SWITCH
     with LLM(path, kv_cache_dtype="int8", kv_cache_memory="8MiB", max_model_len=400, progress=False) as llm:
         assert llm.engine.max_model_len == 400
-    with pytest.raises(ConfigError, match="the context of .* is 256 tokens"):
+    with pytest.raises(ConfigError, match=r"the context of .* is 256 tokens"):
         LLM(load_model(path), kv_cache_dtype="int8", kv_cache_memory="8MiB", max_model_len=400, progress=False)
-    with pytest.raises(ConfigError, match="is 512 tokens|the 512 tokens"):
+    with pytest.raises(ConfigError, match=r"is 512 tokens|the 512 tokens"):
         LLM(path, kv_cache_dtype="int8", kv_cache_memory="8MiB", max_model_len=513, progress=False)
 
 

@@ -137,5 +137,5 @@ def test_errors_by_layer_are_of_layers_that_store() -> None:
 
 def test_what_cannot_do_shared_keys_says_so() -> None:
     geometry = loaded_of("gemma3n_text").geometry
-    with pytest.raises(UnsupportedError, match="calibration cannot do layers that share keys and values; layer 3"):
+    with pytest.raises(UnsupportedError, match="calibration cannot do layers that share keys and values; layer 3 of"):
         geometry.refuse_shared("calibration")

@@ -42,8 +42,8 @@ class LayerGeometry:
 
     ``scale`` multiplies ``q . k`` before the softmax; ``window`` is the number of tokens a query sees, itself
     included (``None``: all), or where ``chunked`` the size of the chunks that texts are cut into, from position 0 on: a
-    query sees its own chunk up to itself; ``softcap`` bounds the scores by ``cap * tanh(s / cap)``; ``sinks`` says that each query
-    head has a learned logit in the denominator of its softmax.
+    query sees its own chunk up to itself; ``softcap`` bounds the scores by ``cap * tanh(s / cap)``; ``sinks`` says that
+    each query head has a learned logit in the denominator of its softmax.
     """
 
     num_heads: int
@@ -122,7 +122,8 @@ class ModelGeometry:
         if self.shared:
             place, source = self.shared[0]
             raise UnsupportedError(
-                f"{what} cannot do layers that share keys and values; layer {place} of {self.name} reads layer {source}'s"
+                f"{what} cannot do layers that share keys and values; layer {place} of {self.name} reads those of "
+                f"layer {source}"
             )
 
     def source_of(self, place: int) -> int:

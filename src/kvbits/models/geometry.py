@@ -159,7 +159,7 @@ def _trial(config: Any, recorder: _Recorder) -> None:
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, KeyError) and error.args == (_TRIAL,):
             raise UnsupportedError(
-                f"the {kind} model's code does not let its attention be replaced (it has some of its own to choose from)"
+                f"the {kind} model's code does not let its attention be replaced (it chooses from its own)"
             ) from error
         reason = " ".join(str(error).split())[:300]
         raise UnsupportedError(

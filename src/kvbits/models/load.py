@@ -132,8 +132,9 @@ def load_model(
     ``device`` is a torch device; ``progress``
     gets a line of text before each long stage; ``trust_remote_code`` runs Python code that comes with the model, which
     is refused otherwise. ``max_model_len``: the longest sequence to come; over the first context of a LongRoPE model
-    (Phi-3 and 4 of 128K) it takes the long factors, for all its tokens, else the short ones. Raises ``ConfigError`` when the model cannot be found or read or the
-    device cannot be used, ``UnsupportedError`` when kvbits cannot run the model.
+    (Phi-3 and 4 of 128K) it takes the long factors, for all its tokens, else the short ones. Raises ``ConfigError``
+    when the model cannot be found or read or the device cannot be used, ``UnsupportedError`` when kvbits cannot run the
+    model.
     """
     check_formats(dtype, weights, device)
     report = progress or (lambda line: None)

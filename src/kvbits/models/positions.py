@@ -80,7 +80,7 @@ class _Long:
 
 
 def settle_rotary(model: Any, geometry: ModelGeometry) -> None:
-    """Let rotary modules of a LongRoPE ``model`` have their long factors where ``geometry`` goes beyond their switch."""
+    """Let a LongRoPE ``model`` have its long factors where ``geometry`` goes beyond its switch."""
     switch = switch_of(model.config.get_text_config(decoder=True))
     if switch is None or geometry.max_position <= switch:
         return

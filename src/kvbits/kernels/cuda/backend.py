@@ -83,11 +83,8 @@ class CudaBackend(TritonBackend):
         needed = len(found.work.tiles) * view.geometry.num_kv_heads
         arrived = self._counters(batch, needed, out.device)
         rows = _even(sides.query), _even(sides.key), _even(sides.value)
-        stores = (
-            not batch.completes
-            and not batch.again
-            and bool((batch.counts <= MAX_ROWS // view.geometry.group_size).all())
-        )
+        plain = not batch.completes and not batch.again
+        stores = plain and bool((batch.counts <= MAX_ROWS // view.geometry.group_size).all())
         attend(self._run, view, found, rows, sinks, arrived, out, stores)
         return stores
 
