@@ -112,7 +112,7 @@ def test_pages_in_use_are_never_evicted() -> None:
 def evictions(manager: PageManager) -> list[int]:
     """Evict everything, one frame at a time; the frames in order."""
     order: list[int] = []
-    manager.on_evict = lambda digest, frame: order.append(frame)
+    manager._store.on_evict = lambda digest, frame: order.append(frame)
     manager.open(99, [])
     while manager.available():
         manager.reserve(99, 64 if manager.stored(99).head else 1)
@@ -217,7 +217,7 @@ def test_of_equally_old_pages_without_idle_successor_the_deepest_goes_first() ->
     manager.free(6)
     manager.check()
     order: list[int] = []
-    manager.on_evict = lambda digest, frame: order.append(frame)
+    manager._store.on_evict = lambda digest, frame: order.append(frame)
     manager.open(7, [])
     while manager.available():
         manager.reserve(7, 64 if manager.stored(7).head else 1)

@@ -96,7 +96,7 @@ def test_manager_keeps_the_first_page_together() -> None:
     manager.free(1)
     assert (manager.stats().cached, manager.available()) == (3, 20)
     gone: list[int] = []
-    manager.on_evict = lambda digest, frame: gone.append(frame)
+    manager._store.on_evict = lambda digest, frame: gone.append(frame)
     manager.open(2, text(2, 10))
     manager.reserve(2, 64 * 15)
     assert sorted(gone) == sorted([*other.sink, *other.sealed])

@@ -55,7 +55,7 @@ class Poisoned(ModelRunner):
             step = pages.slice(sequence) if pages.reserved(sequence) else pages.stored(sequence)
             named |= {*step.sealed, *step.sink, *step.head, *step.tail}
         kept = {f for page in pages._index.pages() for f in page.frames}
-        named |= {source for copy in pages._copies for source in copy[0]}
+        named |= {source for copy in pages._store.copies for source in copy[0]}
         left = [frame for frame in range(pages.num_frames) if frame not in named | kept]
         self._pool.buffer[left] = 0xFF
         return super().run(batch)

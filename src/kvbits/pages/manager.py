@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from kvbits.config import PAGE_TOKENS
 from kvbits.errors import CacheError, OutOfPages
-from kvbits.pages.allocator import FrameAllocator, Frames
-from kvbits.pages.cache import PrefixCache
+from kvbits.pages.allocator import Frames
 from kvbits.pages.check import check_invariants
-from kvbits.pages.groups import GONE, PageGroup, PageShape
+from kvbits.pages.groups import PageGroup, PageShape
 from kvbits.pages.map import frame_map
-from kvbits.pages.prefix import CachedPage, PageHasher
+from kvbits.pages.prefix import PageHasher
 from kvbits.pages.states import StateSlots
 from kvbits.pages.stats import PoolStats
+from kvbits.pages.store import Copy, Move, OnEvict, PageStore
 from kvbits.pages.table import Reservation, SequencePages, SequenceTable
 from kvbits.pages.tier import PageSource, SecondTier
-
-Copy = tuple[Frames, Frames]
-Move = Callable[[Frames, Frames], None]
 
 
 class PageManager:
@@ -39,7 +36,7 @@ class PageManager:
         page_tokens: int = PAGE_TOKENS,
         enable_prefix_caching: bool = True,
         cache_key: bytes = b"",
-        on_evict: Callable[[bytes, int], None] | None = None,
+        on_evict: OnEvict | None = None,
         sink_frames: int | None = None,
         tier: SecondTier | None = None,
         groups: Sequence[PageGroup] = (),
@@ -66,25 +63,20 @@ class PageManager:
         assert sink_frames is None or sink_frames == self.shape.first_frames > 0, sink_frames
         self.page_tokens = page_tokens
         self.enable_prefix_caching = enable_prefix_caching
-        self.on_evict = on_evict
         self.states = states
-        self._move = move
-        self._allocator = FrameAllocator(
-            num_frames, 1 if move is None else open_frames, kinds=len(self.shape.groups) + 1
-        )
-        hasher = PageHasher(page_tokens, cache_key)
-        self._cache = PrefixCache(
-            self._allocator,
-            hasher,
+        self._store = PageStore(
+            num_frames,
+            open_frames,
+            self.shape,
+            PageHasher(page_tokens, cache_key),
             enable_prefix_caching,
-            self._evicted,
+            on_evict,
             tier,
-            self.shape.groups,
+            move,
             None if states is None else states.holds,
         )
-        self._index = self._cache.index
-        self._tables: dict[int, SequenceTable] = {}
-        self._copies: list[Copy] = []
+        self._allocator, self._cache, self._index = self._store.allocator, self._store.cache, self._store.index
+        self._tables = self._store.tables
         self._queries = self._hits = 0
 
     # Sequences
@@ -103,7 +95,7 @@ class PageManager:
         if self.states is not None and tokens:
             table.goals = {(len(tokens) - 1) // self.page_tokens, self._cache.branch(tokens, salt)}
         self._tables[seq_id] = table
-        cached = self._attach(table, self._cache.match(tokens, salt), None) * self.page_tokens
+        cached = self._store.attach(table, self._cache.match(tokens, salt), None) * self.page_tokens
         table.tokens.extend(tokens[:cached])
         self._load_state(seq_id, table, 0)
         if self.enable_prefix_caching:
@@ -120,13 +112,13 @@ class PageManager:
         """
         table = self._idle_table(seq_id, "restore")
         before = len(table.tokens)
-        start = self._full_pages(table)
+        start = self._store.full_pages(table)
         source = source or self._cache.tier
-        if source is None or self._in_open(table):
+        if source is None or self._store.in_open(table):
             return before
         holds = source.holds
         found = self._cache.longest(table.hash, tokens, start, lambda key: key in self._index or holds(key))
-        while (attached := self._attach(table, found, source)) < len(found):
+        while (attached := self._store.attach(table, found, source)) < len(found):
             # Something was damaged or found no frames; the pages before it may do.
             known = tokens[: before + attached * self.page_tokens + 1]
             found = self._cache.longest(table.hash, known, start, lambda key: key in self._index or holds(key))
@@ -158,7 +150,7 @@ class PageManager:
             self.states.fork(parent, child)
         table = SequenceTable(source.hash, source.gone[:], source.tokens[:], source.sealed[:])
         self._allocator.retain(table.held())
-        if source.open is not None and self._in_open(source):
+        if source.open is not None and self._store.in_open(source):
             table.open = source.open
             self._allocator.retain(source.open)
         self._tables[child] = table
@@ -168,7 +160,7 @@ class PageManager:
         table = self._idle_table(seq_id, "truncate")
         if self.states is not None and length != len(table.tokens):
             raise CacheError(f"cannot truncate sequence {seq_id}: the states of recurrent layers do not go back")
-        least = len(table.tokens) - self._in_open(table)
+        least = len(table.tokens) - self._store.in_open(table)
         if not least <= length <= len(table.tokens):
             raise CacheError(
                 f"cannot truncate sequence {seq_id} to {length} tokens: it has {len(table.tokens)}, "
@@ -186,9 +178,9 @@ class PageManager:
             self.states.close(seq_id)
         self._index.tick()
         if table.open is not None:
-            self._release_open(table.open)
-        for page, group in reversed([*self.shape.kept_parts(self._full_pages(table))]):
-            self._cache.release(self._part(table, page, group))
+            self._store.release_open(table.open)
+        for page, group in reversed([*self.shape.kept_parts(self._store.full_pages(table))]):
+            self._cache.release(self._store.part(table, page, group))
 
     def length(self, seq_id: int) -> int:
         """Tokens stored, without those of a reservation."""
@@ -217,9 +209,9 @@ class PageManager:
     def frames_needed(self, seq_id: int, count: int, tentative: bool = False) -> int:
         """Frames that :meth:`reserve` with the same arguments would take."""
         table = self._table(seq_id)
-        crossed = self._crossed(table, count)
-        pages = self._writable(table) is None
-        return self._sealed_frames(table, crossed) + (pages + (tentative and crossed > 0)) * self.open_frames
+        crossed = self._store.crossed(table, count)
+        pages = self._store.writable(table) is None
+        return self._store.sealed_frames(table, crossed) + (pages + (tentative and crossed > 0)) * self.open_frames
 
     def chunk(self, seq_id: int, count: int) -> int:
         """How many of ``count`` tokens to store at once: states can be found again only where a step ends."""
@@ -240,9 +232,9 @@ class PageManager:
         """Most frames, beyond those that it has, that the sequence takes while it stores ``count`` more tokens in steps
         of up to ``at_once``."""
         table = self._table(seq_id)
-        pages = self._writable(table) is None
+        pages = self._store.writable(table) is None
         steps = (self.page_tokens - 1 + at_once) // self.page_tokens
-        sealed = self.shape.ahead(self._full_pages(table), self._crossed(table, count), steps)
+        sealed = self.shape.ahead(self._store.full_pages(table), self._store.crossed(table, count), steps)
         return sealed + pages * self.open_frames
 
     def tokens_in(self, frames: int) -> int:
@@ -262,7 +254,7 @@ class PageManager:
         """
         assert count > 0, count
         table = self._idle_table(seq_id, "reserve for")
-        crossed = self._crossed(table, count)
+        crossed = self._store.crossed(table, count)
         if tentative and crossed > 1:
             raise CacheError(
                 f"sequence {seq_id} has {len(table.tokens)} tokens: {count} tentative ones would cross {crossed} page "
@@ -278,12 +270,12 @@ class PageManager:
         if tentative and self.states is not None:
             self.states.guess(seq_id, count - 1)
         had_open = table.open is not None
-        table.open = self._own_open(table)
+        table.open = self._store.own_open(table)
         table.reservation = Reservation(
             count=count,
             tentative=tentative,
-            sealed=self._take_sealed(table, crossed),
-            tail=self._take_open() if tentative and crossed else None,
+            sealed=self._store.take_sealed(table, crossed),
+            tail=self._store.take_open() if tentative and crossed else None,
             new_open=not had_open,
         )
 
@@ -299,7 +291,7 @@ class PageManager:
 
     def take_copies(self) -> list[Copy]:
         """Pages to copy, (source frames, target frames), in this order, before the next kernel runs."""
-        copies, self._copies = self._copies, []
+        copies, self._store.copies = self._store.copies, []
         return copies
 
     def commit(self, seq_id: int, tokens: Sequence[int]) -> None:
@@ -309,25 +301,25 @@ class PageManager:
         """
         table, step = self._reserved(seq_id)
         assert len(tokens) == step.count or (step.tentative and len(tokens) < step.count), (len(tokens), step.count)
-        pages = self._crossed(table, len(tokens))
-        completed = self._sealed_frames(table, pages)
+        pages = self._store.crossed(table, len(tokens))
+        completed = self._store.sealed_frames(table, pages)
         table.reservation = None
         if step.tail is not None:
             assert table.open is not None
             keep, drop = (step.tail, table.open) if pages else (table.open, step.tail)
-            self._release_open(drop)
+            self._store.release_open(drop)
             table.open = keep
-        self._put_unused(step.sealed[completed:])
-        first = self._full_pages(table)
+        self._store.put_unused(step.sealed[completed:])
+        first = self._store.full_pages(table)
         table.tokens.extend(tokens)
         table.sealed.extend(step.sealed[:completed])
         for number in range(first, first + pages):
-            self._seal(table, number)
+            self._store.seal(table, number)
         if pages:
-            self._give_back(table, first + pages)
+            self._store.give_back(table, first + pages)
         if self.states is not None:
             if pages and self.enable_prefix_caching and table.goals:
-                end, after = first + pages, len(tokens) - self._in_open(table)
+                end, after = first + pages, len(tokens) - self._store.in_open(table)
                 stays = end in table.goals or end % self.states.spacing == 0
                 self.states.save(seq_id, table.hash, after, step.count, stays)
             self.states.settle(seq_id, step.count - len(tokens))
@@ -342,11 +334,11 @@ class PageManager:
         table.reservation = None
         if self.states is not None:
             self.states.settle(seq_id, 0)
-        self._put_unused(step.sealed)
+        self._store.put_unused(step.sealed)
         if step.tail is not None:
-            self._release_open(step.tail)
+            self._store.release_open(step.tail)
         if step.new_open and table.open is not None:
-            self._release_open(table.open)
+            self._store.release_open(table.open)
             table.open = None
 
     # The whole pool
@@ -413,133 +405,12 @@ class PageManager:
             raise CacheError(f"sequence {seq_id} has no reservation")
         return table, table.reservation
 
-    def _in_open(self, table: SequenceTable) -> int:
-        return len(table.tokens) - self._full_pages(table) * self.page_tokens
-
-    def _full_pages(self, table: SequenceTable) -> int:
-        return self.shape.pages(len(table.sealed))
-
-    def _sealed_frames(self, table: SequenceTable, pages: int) -> int:
-        """Frames of the next ``pages`` pages that ``table`` seals."""
-        before = self._full_pages(table)
-        return self.shape.total(before + pages) - self.shape.total(before)
-
-    def _part(self, table: SequenceTable, page: int, group: int) -> Frames:
-        return tuple(table.sealed[self.shape.part(page, group)])
-
     def _load_state(self, seq_id: int, table: SequenceTable, before: int) -> None:
         """The state after the pages that ``table`` was given beyond ``before`` tokens."""
         if self.states is not None and len(table.tokens) > before:
             self.states.load(seq_id, table.hash)
 
-    def _attach(self, table: SequenceTable, keys: Sequence[bytes], source: PageSource | None) -> int:
-        """Let ``table`` go on with the pages ``keys``, from the pool or from ``source``: all of them, or none.
-
-        Returns how many of them are there.
-        """
-        start, end = self._full_pages(table), self._full_pages(table) + len(keys)
-        oldest = [group.oldest(end) for group in self.shape.groups]
-        frames: list[int] = []
-        taken: list[Frames] = []
-        parent = table.hash
-        try:
-            for number, key in enumerate(keys, start):
-                for group, first in enumerate(oldest):
-                    part = self.shape.part(number, group)
-                    if number < first:
-                        frames.extend([GONE] * (part.stop - part.start))
-                        continue
-                    page = self._cache.attach(key, group)
-                    if page is None and source is not None:
-                        page = self._cache.bring(source, key, parent, number, group)
-                    if page is None:
-                        return number - start
-                    taken.append(page.frames)
-                    frames.extend(page.frames)
-                parent = key
-            self._give_back(table, end)
-            table.sealed.extend(frames)
-            table.hash = parent
-            taken = []
-        finally:
-            for held in reversed(taken):
-                self._cache.release(held)
-        return len(keys)
-
-    def _give_back(self, table: SequenceTable, pages: int) -> None:
-        """Give back the parts that no token sees after ``pages`` sealed pages."""
-        if not self.shape.frees:
-            return
-        stored = self._full_pages(table)
-        self._index.tick()
-        for number, group in enumerate(self.shape.groups):
-            oldest = group.oldest(pages)
-            for page in range(table.gone[number], min(oldest, stored)):
-                part = self.shape.part(page, number)
-                self._cache.release(tuple(table.sealed[part]))
-                table.sealed[part] = [GONE] * (part.stop - part.start)
-            table.gone[number] = oldest
-
     def _pages(self, start: int, count: int, sealed: list[int], head: Frames, tail: Frames) -> SequencePages:
         """``sealed``: the frames of all full pages, the first one's included."""
         sink = () if self.sink_frames is None else tuple(sealed[: self.sink_frames])
         return SequencePages(start, count, sealed[len(sink) :], head, tail, sink, len(self.shape.groups))
-
-    def _crossed(self, table: SequenceTable, count: int) -> int:
-        return (self._in_open(table) + count) // self.page_tokens
-
-    def _writable(self, table: SequenceTable) -> Frames | None:
-        """The open page, if this sequence alone names it."""
-        return table.open if table.open is not None and self._allocator.refs[table.open[0]] == 1 else None
-
-    def _own_open(self, table: SequenceTable) -> Frames:
-        """The table's open page, or a new one: empty, or to be filled from the shared one."""
-        own = self._writable(table)
-        if own is not None:
-            return own
-        page = self._take_open()
-        if table.open is not None:
-            if self._in_open(table):
-                self._copies.append((table.open, page))
-            self._release_open(table.open)
-        return page
-
-    def _take_open(self) -> Frames:
-        kind = len(self.shape.groups)
-        if self._move is None:
-            return self._allocator.take(self.open_frames, kind)
-        moves = self._allocator.free_run()
-        if moves:
-            self._move(tuple(moves), tuple(moves.values()))
-            self._index.move(moves)
-            for table in self._tables.values():
-                table.move(moves)
-        return self._allocator.take_run(kind)
-
-    def _take_sealed(self, table: SequenceTable, pages: int) -> Frames:
-        """Frames of the next ``pages`` pages that ``table`` seals."""
-        first = self._full_pages(table)
-        parts = [(page, group) for page in range(first, first + pages) for group in range(len(self.shape.groups))]
-        taken = (self._allocator.take(self.shape.size(page, group), group) for page, group in parts)
-        return tuple(frame for frames in taken for frame in frames)
-
-    def _release_open(self, frames: Frames) -> None:
-        if self._allocator.release(frames):
-            self._allocator.put(frames)
-
-    def _put_unused(self, frames: Frames) -> None:
-        if frames:
-            self._allocator.release(frames)
-            self._allocator.put(frames)
-
-    def _seal(self, table: SequenceTable, number: int) -> None:
-        if self.enable_prefix_caching:
-            start = number * self.page_tokens
-            tokens = table.tokens[start : start + self.page_tokens]
-            parts = (self._part(table, number, group) for group in range(len(self.shape.groups)))
-            table.hash = self._cache.seal(table.hash, tokens, number, parts)
-
-    def _evicted(self, page: CachedPage) -> None:
-        if self.on_evict is not None:
-            for frame in page.frames:
-                self.on_evict(page.hash, frame)
