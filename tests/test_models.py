@@ -103,7 +103,7 @@ def test_geometry_says_what_the_configuration_means() -> None:
         ("mamba", {"num_hidden_layers": 2, "hidden_size": 64}, "mamba"),
         ("jamba", {"num_hidden_layers": 8}, "jamba"),
         ("kimi_linear", {"num_hidden_layers": 4}, "kimi_linear"),
-        ("nemotron", {"num_hidden_layers": 2}, "does not hand its keywords on"),
+        ("stablelm", {"num_hidden_layers": 2}, "does not hand its keywords on"),
         ("axk2", {}, "layers of type indexed_attention"),
         ("bert", {"is_decoder": False}, "neither causal nor"),
     ],

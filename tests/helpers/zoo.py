@@ -122,5 +122,8 @@ _OTHERS: dict[str, dict[str, Any]] = {
     "vaultgemma": {"head_dim": 16, "sliding_window": 40, "layer_types": _TURNS},
 }  # fmt: skip
 
+UNSTEADY = ("phimoe",)
+"""Their routers weigh two experts by rank: a last bit turns a token to another sum, whatever the cache."""
+
 ZOO: dict[str, dict[str, Any]] = {name: {} for name in (*FAMILIES, *HYBRIDS)} | SHARING | _OTHERS
 """What :func:`helpers.tiny.tiny_config` and :func:`helpers.tiny.tiny_model` need of each family, by name."""
