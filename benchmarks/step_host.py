@@ -4,8 +4,8 @@
 
 CPU time of one thread, the least of many steps, where no sequence fills its page and where one does. ``tables``:
 preparing a step; ``attention``: all layers' attention and storing, with the outputs' and partial results' allocations;
-``replayed``: what is left where the step is a graph that was recorded, new tables and new tokens. Triton's and the
-driver's own time of a launch is not in it.
+``replayed``: what is left where the step is a graph that was recorded, new tables and new tokens; where a page fills, a
+sequence has other pages than in the step before. Triton's and the driver's own time of a launch is not in it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,12 @@ class CudaWithout(CudaBackend):
         self._launch = Nothing()
 
 
-def batch_of(batch: int, context: int, frames: int, fills: bool) -> BatchLayout:
-    """Sequences of ``context`` tokens and up to a page more; ``fills``: one of them fills its page."""
+def batch_of(batch: int, context: int, frames: int, fills: bool, before: bool = False) -> BatchLayout:
+    """Sequences of ``context`` tokens and up to a page more; ``fills``: one of them fills its page, which may be the
+    one ``before``."""
     starts = [context + 4 * i % (PAGE_TOKENS - 1) for i in range(batch)]
     if fills:
-        starts[-1] = context + PAGE_TOKENS - 1
+        starts[-1] = context + PAGE_TOKENS * (not before) - 1
     own = list(range(frames))
     return BatchLayout.of([SequencePages(s, 1, range((s + 1) // PAGE_TOKENS), own, own) for s in starts])
 
@@ -93,8 +95,10 @@ def measure(backend: Backend, dtype: str, layers: int, batch: int, context: int,
     attend(layers, static)
     ids, positions = torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, dtype=torch.int64)
 
+    steps = cycle((ready, batch_of(batch, context, layout.open.frames, fills, before=fills)))
+
     def replay() -> None:
-        refill(static, ready)
+        refill(static, next(steps))
         ids.copy_(positions)
         positions.copy_(ids)
 

@@ -35,7 +35,7 @@ class Engine:
     """A process with one vLLM engine; what it has to say beside its results goes to ``log``, in two files."""
 
     def __init__(self, kv: str, args: argparse.Namespace, log: Path) -> None:
-        longest = max(context for _, context in args.case) + args.steps + 64
+        longest = max(args.prefill, *(context for _, context in args.case)) + args.steps + 64
         sizes = longest, max(batch for batch, _ in args.case), args.cache_bytes
         cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[: args.threads]))
         self.kv, self._log = kv, log

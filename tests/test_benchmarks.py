@@ -36,7 +36,6 @@ ELSEWHERE = {
     "ray_routing": "needs a Ray cluster",
     "ray_transfer": "needs a Ray cluster",
     "triton_attention": "needs a GPU",
-    "vllm_plugin": "needs an environment with vLLM",
 }
 """Scripts that need what a test cannot have. Their types are checked."""
 
@@ -467,3 +466,29 @@ def test_round_trip(run: Run, model: str, tmp_path: Path) -> None:
     int8, int4 = results(tmp_path / "r.json")["rows"]
     assert 0 < int8["trip"] < int4["trip"]
     assert int4["trip"] < 3 * int4["own"]
+
+
+def test_chunk_speed(run: Run, tmp_path: Path) -> None:
+    run("chunk_speed", "--policy", "int4", "--tokens", 256, "--repeats", 1, "--json", tmp_path / "c.json")
+    (row,) = results(tmp_path / "c.json")["rows"]
+    assert row["times_fewer_bytes"] > 3.5
+    assert min(row["encode_gb_s"], row["decode_gb_s"]) > 0
+
+
+def test_vllm_plugin(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With workers that answer for vLLM's, and say how long a prompt may be."""
+    worker = tmp_path / "python"
+    worker.write_text(
+        f"#!{sys.executable}\nimport sys, json\nprint('RESULT', 0, flush=True)\nfor line in sys.stdin:\n"
+        "    asked = json.loads(line)\n    longest, batch = map(int, sys.argv[4:6])\n"
+        "    assert asked.get('prefill', 0) < longest and asked.get('context', 0) + asked.get('steps', 0) < longest\n"
+        "    print('RESULT', 20 if sys.argv[3] == 'int4' else 10, flush=True)\n"
+    )
+    worker.chmod(0o755)
+    monkeypatch.setattr(importlib.import_module("vllm_plugin"), "PAUSE", 0)
+    small = ("--caches", "auto", "int4", "--case", "2x100", "--prefill", 300, "--steps", 4, "--repeats", 2)
+    run("vllm_plugin", tmp_path, "--python", worker, *small, "--json", tmp_path / "v.json")
+    rows = results(tmp_path / "v.json")["rows"]
+    assert [(row["case"], row["cache"], row["ratio"]) for row in rows] == [
+        ("prefill", "auto", 1), ("prefill", "int4", 2), ("2 x 100", "auto", 1), ("2 x 100", "int4", 2),
+    ]  # fmt: skip

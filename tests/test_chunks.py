@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor
@@ -98,11 +100,11 @@ def test_calibrated_rounding_is_kept() -> None:
 class TestMismatch:
     """What another model, policy, shape or dtype wrote is refused, and the difference named."""
 
-    def data(self) -> tuple[ChunkCoder, Tensor]:
+    def data(self, tokens: int = 128) -> tuple[ChunkCoder, Tensor]:
         policy = parse_policy("int4", 2)
         coder = ChunkCoder(policy, HEADS, DIM)
-        data = torch.zeros(coder.size(128), dtype=torch.uint8)
-        coder.encode([coder.heads(chunk(policy, 128))], "m", data)
+        data = torch.zeros(coder.size(tokens), dtype=torch.uint8)
+        coder.encode([coder.heads(chunk(policy, tokens))], "m", data)
         return coder, data
 
     def refuse(self, coder: ChunkCoder, data: Tensor, says: str, model: str = "m", **changes: object) -> None:
@@ -121,11 +123,28 @@ class TestMismatch:
         other = ChunkCoder(parse_policy("0:int4,1:int3", 2), HEADS, DIM)
         self.refuse(other, data, "policy 'int4' instead of '0:int4,1:int3'")
 
-    @pytest.mark.parametrize("at", [0, 13, 14, 40])
-    def test_damage_in_the_header(self, at: int) -> None:
+    def test_a_bit_anywhere(self) -> None:
+        """In the mark, the header's text, what pads it, the checksum, pages, and tokens beyond the last page."""
+        coder, data = self.data(200)
+        places = [*range(0, HEADER_BYTES, 7), *range(HEADER_BYTES - 5, HEADER_BYTES + 2)]
+        for at in (*places, *range(HEADER_BYTES, len(data), 1201), len(data) - 1):
+            for bit in (0, 5, 7):
+                data[at] ^= 1 << bit
+                self.refuse(coder, data, "mark|damaged|another kind", tokens=200)
+                data[at] ^= 1 << bit
+        coder.decode(data, "m", [coder.heads(torch.zeros(2, 2, 200, HEADS * DIM, dtype=torch.bfloat16))])
+
+    def test_any_length(self) -> None:
         coder, data = self.data()
-        data[at] ^= 0x5A
-        self.refuse(coder, data, "mark|damaged|another kind")
+        for length in (0, 1, 13, 14, 100, HEADER_BYTES - 1, HEADER_BYTES, HEADER_BYTES + 1, len(data) - 1):
+            self.refuse(coder, data[:length], "mark|damaged|another kind|too few")
+
+    @pytest.mark.parametrize("text", [b"", b"[" * 1000, b"null", b'"\xff"', b"{}", b"NaN", b"9" * 900])
+    def test_headers_of_others(self, text: bytes) -> None:
+        coder, data = self.data()
+        header = (b"kvbits-chunk\x00" + text).ljust(HEADER_BYTES - 4, b"\x00")[: HEADER_BYTES - 4]
+        data[: HEADER_BYTES - 4] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        self.refuse(coder, data, "damaged|another kind")
 
     def test_shapes_that_are_none(self) -> None:
         coder, data = self.data()
@@ -138,6 +157,23 @@ class TestMismatch:
             ChunkCoder(parse_policy("int4+sink:int8", 2), HEADS, DIM)
         with pytest.raises(UnsupportedError, match="head size 40"):
             ChunkCoder(parse_policy("int4", 2), HEADS, 40)
+
+
+def test_threads_share_a_coder() -> None:
+    """Chunks that are coded at once are those that are coded one after another."""
+    policy = parse_policy("0:int4,1:nf4", 2)
+    coder, sizes = ChunkCoder(policy, HEADS, DIM), [64 + 40 * i for i in range(12)]
+
+    def trip(tokens: int) -> tuple[Tensor, Tensor]:
+        data, back = torch.zeros(coder.size(tokens), dtype=torch.uint8), torch.empty_like(chunk(policy, tokens))
+        coder.encode([coder.heads(chunk(policy, tokens))], "m", data)
+        coder.decode(data, "m", [coder.heads(back)])
+        return data, back
+
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(trip, sizes))
+    for pair, tokens in zip(found, sizes, strict=True):
+        assert all(map(torch.equal, pair, trip(tokens)))
 
 
 def test_int4_is_a_third_of_the_bytes() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,10 @@ from kvbits.kernels import BatchLayout, SequencePages, choose_backend, kernels_l
 from kvbits.kernels.base import Ints
 from kvbits.kernels.cuda import nvrtc
 from kvbits.kernels.cuda.attend import Step
-from kvbits.kernels.cuda.variant import Variant, variant_of
-from kvbits.kernels.cuda.work import OWN, WAVES, Work, work_list
+from kvbits.kernels.cuda.variant import DIMS, INT2, INT4, INT8, NF4, RAW, Variant, variant_of
+from kvbits.kernels.cuda.work import BEGINNING, OWN, WAVES, Work, WorkList, size_of_an_item, work_list
 from kvbits.kernels.reference import ReferenceBackend
+from kvbits.kernels.static import refill, static_layout
 from kvbits.pool import PagedPool
 
 LAYER = LayerGeometry(32, 8, 128, 128, 128**-0.5)
@@ -119,6 +121,65 @@ def test_blocks_end_together(sequences: int, context: int) -> None:
     assert max(free) <= 8 / 7 * sequences * 8 * (context // 64) / 396
 
 
+def test_the_size_of_an_item_is_the_best_of_all() -> None:
+    """Against every size there is."""
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        costs = generator.integers(OWN, 60, generator.integers(1, 40)).astype(np.int32)
+        blocks = int(generator.integers(1, 50))
+        sizes = range(1, int(costs.max()) + 1)
+        fits = [[x for x in sizes if -(-costs // x).sum() <= wave * blocks // 2] for wave in range(1, WAVES + 1)]
+        times = [(wave * (min(found) + BEGINNING), min(found)) for wave, found in enumerate(fits, 1) if found]
+        expected = min(times, key=lambda x: x[0])[1] if times else int(costs.max())
+        assert size_of_an_item(costs, 2, blocks) == expected
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("apart", [False, True])
+def test_work_that_is_kept_is_what_would_be_made_anew(window: int | None, apart: bool) -> None:
+    """Steps of sequences that grow over pages' ends, come and go, and bring several tokens."""
+    listed = WorkList(4, 2, window, apart, True, 24)
+    starts, cuts = [60, 130, 0, 500, 62], 0
+    for step in range(90):
+        if step == 40:
+            starts[1:3] = [7]
+        counts = [1 + (step % 30 == 29 and i == 0) for i in range(len(starts))]
+        batch = batch_of(*zip(starts, counts, strict=True))
+        before, got = listed._known, listed.of(batch)
+        cuts += listed._known is not before
+        expected = work_list(batch, 4, 2, window, apart, True, 24)
+        for name in ("tiles", "items", "first_pages"):
+            assert np.array_equal(getattr(got, name), getattr(expected, name)), (step, name)
+        assert (got.rows, got.slots) == (expected.rows, expected.slots)
+        starts = [start + count for start, count in zip(starts, counts, strict=True)]
+    assert 5 < cuts < 45
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
+def test_partial_results_have_room_for_every_step(apart: bool, joined: bool) -> None:
+    """What a graph was recorded for holds the work of all steps that it replays; behind lies other memory."""
+    pytest.importorskip("triton")
+    from kvbits.kernels.cuda.tables import _work
+
+    count = 16
+    generator = np.random.default_rng(0)
+    for blocks in (396, 84, 24):
+        static = static_layout(count, 1024, 1, int(apart))
+        room, tiles, items, first_pages = _work(static, LAYER, apart, joined, blocks, torch.device("cpu"))
+        for _ in range(30):
+            starts = generator.integers(64, generator.choice([200, 4000, 60_000]), generator.integers(1, count + 1))
+            pages = [range((s + 1) // 64 - apart) for s in starts.tolist()]
+            sequences = zip(starts.tolist(), pages, strict=True)
+            batch = BatchLayout.of([SequencePages(s, 1, p, [1], [1], [2] * apart) for s, p in sequences])
+            refill(static, batch)
+            work = work_list(batch, 4, 8, None, apart, joined, blocks)
+            assert work.slots <= room.slots
+            for table, made in ((tiles, work.tiles), (items, work.items), (first_pages, work.first_pages)):
+                assert np.array_equal(table[: len(made)].numpy(), made)
+            assert (items[len(work.items) :, 0] == -1).all()
+
+
 def test_which_layers_have_kernels() -> None:
     for dtype in ("bf16", "int8", "int4", "int2", "nf4"):
         assert variant_of(SCHEMES[dtype], LAYER, 4) == replace(variant_of(SCHEMES[dtype], LAYER, 8), tiles=1)
@@ -190,14 +251,12 @@ def test_compiled_code_is_kept_by_what_it_depends_on(tmp_path: Path, monkeypatch
 
 
 def test_shared_memory_fits_every_device() -> None:
-    """48 KiB are there without asking; a multiprocessor of the smallest devices has 100."""
-    for dtype in ("bf16", "int8", "int4", "int2", "nf4"):
-        for dim in (64, 128, 256):
-            for rows in (8, 16):
-                variant = variant_of(SCHEMES[dtype], replace(LAYER, key_dim=dim, value_dim=dim), rows)
-                assert isinstance(variant, Variant)
-                assert variant.shared_bytes <= 48 * 1024
-                assert variant.shared_bytes * variant.blocks_at_once <= 99 * 1024
+    """48 KiB are there without asking; a multiprocessor of the smallest devices has 100, and keeps one for a block."""
+    kinds = (RAW, INT8, INT4, INT2, NF4)
+    for keys, values, dim, tiles in product(kinds, kinds, DIMS, (1, 2)):
+        variant = Variant(keys, values, dim, tiles, False)
+        assert variant.shared_bytes <= 48 * 1024
+        assert (variant.shared_bytes + 1024) * variant.blocks_at_once <= 100 * 1024
 
 
 def test_the_count_is_that_of_the_page_loop(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,5 @@
-"""kvbits as a serializer of LMCache, through LMCache's own factory and thread pool; left out where it is not installed
-(``pip install --no-deps lmcache`` is enough)."""
+"""kvbits as a serializer of LMCache, through LMCache's own factory and thread pool; left out where it or what it needs
+(numba, cryptography, cachetools, ...) is not installed."""
 
 from __future__ import annotations
 
@@ -54,11 +54,12 @@ def test_a_chunk_goes_through_lmcache_and_back() -> None:
     error = (back.tensor.float() - source.tensor.float()).pow(2).mean().sqrt()
     assert 0.01 < error < 0.12  # 4 bits of a normal distribution
     assert torch.equal(back.tensor[:, :, 192:], source.tensor[:, :, 192:])
-    other = ObjectKey(b"x" * 32, "another/model", 0)
     before = back.tensor.clone()
-    task = serde.submit_deserialize([kept], [back], [other])
-    assert not wait(serde.get_deserialize_event_fd(), serde.query_deserialize_result, task)
-    assert torch.equal(back.tensor, before)
+    for name, flipped in (("another/model", 0), ("some/model", 1)):
+        kept.tensor[5000] ^= flipped
+        task = serde.submit_deserialize([kept], [back], [ObjectKey(b"x" * 32, name, 0)])
+        assert not wait(serde.get_deserialize_event_fd(), serde.query_deserialize_result, task)
+        assert torch.equal(back.tensor, before)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def test_slice_names_the_frames_of_every_page_that_fills() -> None:
     assert not set(pages.head) & set(pages.sealed)
     manager.rollback(0)
     manager.check()
-    assert (manager.length(0), manager.stored(0).sealed) == (70, [first])
+    assert (manager.length(0), list(manager.stored(0).sealed)) == (70, [first])
 
 
 def test_out_of_pages_changes_nothing_and_names_the_numbers() -> None:

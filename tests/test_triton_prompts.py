@@ -36,7 +36,9 @@ def kernels_of(view: LayerView) -> LayerKernels:
     sealed = block_of(view.sealed.scheme, layer)
     sink = None if view.first_page is None else block_of(view.first_page.scheme, layer)
     shape = shape_of(layer, sealed, *([] if sink is None else [sink]))
-    return LayerKernels(view, shape, sealed, block_of(view.open.scheme, layer), sink, PLAIN_POINTERS, PLAIN_POINTERS)
+    tiling = Tiling(128, 1, 4, 2)
+    opened = block_of(view.open.scheme, layer)
+    return LayerKernels(view, shape, sealed, opened, sink, PLAIN_POINTERS, PLAIN_POINTERS, False, tiling)
 
 
 def worst(layer: LayerGeometry, dtype: str, chunks: list[tuple[int, int]]) -> float:

@@ -5,7 +5,8 @@ tests/with_vllm runs the same inside vLLM ("make test-vllm").
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.kernels import BatchLayout, SequencePages
 from kvbits.kernels.cpu import CpuBackend
 from kvbits.pool import PagedPool
+from kvbits.vllm import register
 from kvbits.vllm.checks import check_engine
 from kvbits.vllm.options import Names, policy_asked
 from kvbits.vllm.step import Step
@@ -45,7 +47,7 @@ class TestOptions:
         ("dtype", "extra", "says"),
         [
             ("kvbits_int4", {"kvbits": {"policy": "int8"}}, "contradict"),
-            ("fp8", {"kvbits": {"policy": "int8"}}, "contradict"),
+            ("fp8", {"kvbits": {"policy": "int8"}}, "contradict.*asks for fp8, write --kv-cache-dtype kvbits"),
             ("kvbits", {}, "takes its policy from"),
             ("auto", {"kvbits": "int8"}, "'int8'"),
             ("auto", {"kvbits": {"polcy": "int8"}}, "'polcy'"),
@@ -58,12 +60,26 @@ class TestOptions:
             policy_asked(dtype, extra, NAMES)
 
 
+def test_an_older_vllm_runs_as_without_kvbits(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """vLLM calls the plug-in at every start, whether its cache is asked for or not."""
+    platforms = ModuleType("vllm.platforms")
+    platforms.current_platform = own = SimpleNamespace(device_type="cpu", is_cpu=lambda: True)  # type: ignore[attr-defined]
+    for name, module in {"vllm": ModuleType("vllm"), "vllm.platforms": platforms, "vllm.v1": None}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    register()
+    assert type(own) is SimpleNamespace
+    assert "needs vLLM 0.32 or later" in caplog.text
+
+
 def engine(**changes: object) -> SimpleNamespace:
     """As much of a ``VllmConfig`` as is looked at."""
     model = SimpleNamespace(
         model="m", dtype=torch.bfloat16, use_mla=False, is_hybrid=False, is_encoder_decoder=False, max_model_len=512,
-        runner_type="generate", get_head_size=lambda: 64, get_num_attention_heads=lambda _: 8,
-        get_num_kv_heads=lambda _: 2, get_total_num_hidden_layers=lambda: 3, get_vocab_size=lambda: 99,
+        is_attention_free=False, uses_alibi=False, runner_type="generate", get_head_size=lambda: 64,
+        get_num_attention_heads=lambda _: 8, get_num_kv_heads=lambda _: 2, get_total_num_hidden_layers=lambda: 3,
+        get_vocab_size=lambda: 99,
     )  # fmt: skip
     config = SimpleNamespace(
         model_config=model,
@@ -101,6 +117,8 @@ class TestRefusals:
             ({"model_config__dtype": torch.float16}, "int4", "float16"),
             ({"model_config__use_mla": True}, "int4", "MLA"),
             ({"model_config__is_hybrid": True}, "int4", "recurrent"),
+            ({"model_config__is_attention_free": True, "model_config__get_head_size": lambda: 0}, "int4", "recurrent"),
+            ({"model_config__uses_alibi": True}, "int4", "ALiBi"),
             ({"model_config__is_encoder_decoder": True}, "int4", "encoder"),
             ({"model_config__runner_type": "pooling"}, "int4", "pooling"),
             ({"cache_config__user_specified_block_size": True}, "int4", "--block-size 16"),

@@ -80,6 +80,7 @@ def config(**changes: Any) -> SimpleNamespace:
         ({}, "int4+sink:int8", UnsupportedError, "first page"),
         ({}, "0-3:int4", ConfigError, "layers are 0 to 2"),
         ({}, "policy:/nowhere", ConfigError, "some/model"),
+        ({}, {"int4": 1}, ConfigError, "'policy'"),
     ],
 )
 def test_what_cannot_work_is_named(changes: dict, policy: str, error: type[Exception], says: str) -> None:
@@ -197,11 +198,25 @@ def test_a_directory_that_cannot_be_is_named(tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_is_no_chunk(tmp_path: Path) -> None:
+    plan, kept = ChunkPlan.of(config(), "int4", HEADS, DIM), KeptInFiles(1 << 20, tmp_path)
+    row = torch.randn(2 * plan.rows.part_bytes // 4).bfloat16().view(torch.uint8)
+    kept.write(b"a", plan.encode(row, 0))
+    before, (path,) = row.clone(), tmp_path.iterdir()
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], b"", whole[:3], bytes([whole[0] ^ 1]) + whole[1:], whole[:-9] + b"\x55" + whole[-8:]):
+        path.write_bytes(damaged)
+        with pytest.raises(CacheError, match=r"damaged|empty|mark|too few"):
+            plan.decode(kept.read(b"a"), row, 0)
+        assert torch.equal(row, before)
+
+
+def test_what_cannot_be_erased_is_given_up(tmp_path: Path) -> None:
     kept = KeptInFiles(1000, tmp_path)
     put(kept, b"a", 400)
     (path,) = tmp_path.iterdir()
-    whole = path.read_bytes()
-    for damaged in (whole[:-1], b"", whole[:3], bytes([whole[0] ^ 1]) + whole[1:]):
-        path.write_bytes(damaged)
-        with pytest.raises(CacheError, match="damaged"):
-            kept.read(b"a")
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(OSError, match="directory"):
+        kept.read(b"a")
+    kept.drop(b"a")
+    assert (b"a" in kept, kept.nbytes) == (False, 0)

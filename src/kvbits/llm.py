@@ -104,7 +104,7 @@ class LLM:
             check_engine(model, config, speculative, dtype=dtype, weights=weights, device=device)
             model = load_model(model, dtype, None, weights, device, trust_remote_code, max_model_len)
         self.loaded = model
-        check_fit(model, config, choose_backend(backend, model.device.type))
+        check_fit(model, config, choose_backend(backend, str(model.device)))
         self.choice = choose(model, wanted, Bar if progress else no_bar, log.warning, backend)
         log.info(self.choice.line)
         config = replace(config, kv_cache_dtype=self.choice.policy)

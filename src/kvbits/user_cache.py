@@ -20,13 +20,13 @@ def folder(name: str) -> Path:
     return root / "kvbits" / name
 
 
-def write(file: Path, text: str) -> None:
-    """Write ``text`` beside ``file`` and rename it; raises ``OSError`` and leaves nothing half-written."""
+def write(file: Path, content: str | bytes) -> None:
+    """Write ``content`` beside ``file`` and rename it; raises ``OSError`` and leaves nothing half-written."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=file.parent, suffix=".part")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as part:
-            part.write(text)
+        with os.fdopen(handle, "wb") as part:
+            part.write(content.encode() if isinstance(content, str) else content)
         Path(name).replace(file)
     except BaseException:
         Path(name).unlink(missing_ok=True)

@@ -58,6 +58,7 @@ class Mischief:
         self._rng = rng
         self._phase = ""
         engine.scheduler.schedule = self._during("schedule", engine.scheduler.schedule)
+        engine.scheduler.ahead = self._during("schedule", engine.scheduler.ahead)
         engine._commit = self._during("commit", engine._commit)
         for name in ("open", "restore", "reserve", "frames_needed"):
             setattr(engine.pages, name, self._planning(getattr(engine.pages, name)))

@@ -17,6 +17,7 @@ from vllm.v1.kv_offload.tiering.base import SecondaryTierManager
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 from kvbits.codecs import parse_policy
+from kvbits.errors import ConfigError
 from kvbits.vllm.tier import KvbitsFileTier, KvbitsTier
 
 pytestmark = pytest.mark.vllm
@@ -162,6 +163,19 @@ def test_a_second_store_moves_nothing(offloads: Any) -> None:
     (result,) = run.tier.get_finished_jobs()
     assert result.success
     assert result.transfer_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"capacity_bytes": 64}, "one chunk takes"),
+        ({"capacity_bytes": True}, "'capacity_bytes'"),
+        ({"threads": 0}, "'threads'"),
+    ],
+)
+def test_options_that_cannot_be_are_named(offloads: Any, changes: dict, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        offloads(Model("LBNHC", 64, 1), **changes)
 
 
 class TestFiles:

@@ -76,7 +76,7 @@ def fewest_bits(ladder: Sequence[Policy], losses: Sequence[Loss], bound: float) 
 
 
 def _automatic(loaded: LoadedModel, wanted: Wanted, bar: Bar, note: Note, backend: Backend | str | None) -> Choice:
-    kernels = choose_backend(backend, loaded.device.type)
+    kernels = choose_backend(backend, str(loaded.device))
     ladder = rungs(loaded, kernels)
     tokens = None if wanted.content is None else _tokens(loaded, wanted.content)
     conditions = _conditions(loaded, ladder, kernels, tokens)
@@ -152,7 +152,7 @@ def _measure(
     total = passes(loaded, WINDOWS, len(ladder)) * context
     with bar(total, "measuring " + ", ".join(rung.label for rung in ladder)) as advance:
         return measure(
-            loaded, ladder, windows, name, wanted.bound, lambda: choose_backend(backend, loaded.device.type), advance
+            loaded, ladder, windows, name, wanted.bound, lambda: choose_backend(backend, str(loaded.device)), advance
         )
 
 

@@ -106,7 +106,7 @@ def planner_of(
 
 
 def _dtypes(loaded: LoadedModel) -> tuple[str, ...]:
-    return candidates(loaded.geometry, default_backend(loaded.device.type))
+    return candidates(loaded.geometry, default_backend(str(loaded.device)))
 
 
 def _run_of(loaded: LoadedModel, texts: Sequence[tuple[str, Sequence[int]]], sizes: Sizes) -> dict[str, Any]:

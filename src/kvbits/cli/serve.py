@@ -187,7 +187,7 @@ def serve(
     from kvbits.engine.setup import check_fit
     from kvbits.kernels import choose_backend
 
-    check_fit(loaded, config, choose_backend(None, loaded.device.type))
+    check_fit(loaded, config, choose_backend(None, str(loaded.device)))
     choice = chosen(loaded, wanted, log.info)
     from kvbits.engine.engine import Engine
     from kvbits.engine.transfer import load_pages

@@ -1,8 +1,8 @@
 """The engine: requests in, tokens and text out, one step at a time.
 
-A step is: draft (where tokens are guessed), schedule, model, sample, commit. One thread drives it. A request that fails
-ends with an error of its own, whichever part of a step it fails in; when a whole step fails, its requests are tried
-again one by one, so that only the guilty one ends.
+A step is: draft (where tokens are guessed), schedule, model, sample, commit; on a GPU the next step is planned before
+the tokens are there. One thread drives it. A request that fails ends with an error of its own, whichever part of a step
+it fails in; when a whole step fails, its requests are tried again one by one, so that only the guilty one ends.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import Tensor
 
 from kvbits.codecs.groups import kinds_of
+from kvbits.engine.ahead import Ahead
 from kvbits.engine.answer import Answer, answer
-from kvbits.engine.batch import Piece, build
+from kvbits.engine.batch import Piece, StepBatch, build
 from kvbits.engine.config import EngineConfig
 from kvbits.engine.model_runner import ModelRunner
 from kvbits.engine.outputs import Delta
@@ -58,7 +59,7 @@ class Engine:
     ) -> None:
         self.loaded = loaded
         self.config = config = config or EngineConfig()
-        self.backend = choose_backend(backend, loaded.device.type)
+        self.backend = choose_backend(backend, str(loaded.device))
         check_invariance(loaded, config, self.backend)
         self.max_model_len = context_of(loaded, config)
         policy = policy_of(loaded, config, self.backend)
@@ -90,6 +91,7 @@ class Engine:
             proposer = proposer_of(speculative, loaded, config, self._runner, self.pages)
             self.speculator = Speculator(proposer, speculative, self.stats.speculation)
             self.stats.seconds["draft"] = 0.0
+        self._ahead = Ahead(self.scheduler) if loaded.device.type != "cpu" and speculative is None else None
         self._decoders = Decoders(loaded)
         self._ends = end_tokens(loaded)
         self._groups: dict[str, list[RequestState]] = {}
@@ -190,15 +192,16 @@ class Engine:
                 self.speculator.propose(self.scheduler.decoding(), self._states)
         begin = time.perf_counter()
         with self.stats.timed("schedule"):
-            plan = self._schedule(deltas)
+            plan, batch = self._schedule(deltas)
         deltas += self._settle(plan)
         if not plan.works:
             return deltas
         self.stats.steps += 1
         with self.stats.timed("model"):
-            logits, error = self._forward(plan.works)
+            logits, error = self._forward(plan.works, batch)
         if logits is None:
             return deltas + self._recover(plan.works, error)
+        early = self._look_ahead(plan.works)
         with self.stats.timed("sample"):
             try:
                 answers = answer(plan.works, logits, self._states)
@@ -207,6 +210,7 @@ class Engine:
                 return deltas + self._recover(plan.works, f"{type(caught).__name__}: {caught}")
         with self.stats.timed("commit"):
             for work, found in zip(plan.works, answers, strict=True):
+                found.error = found.error or early.get(work.request.seq_id)
                 deltas += self._commit(work, found)
         if self.speculator is not None:
             self.speculator.observe(plan.works, time.perf_counter() - begin)
@@ -263,11 +267,13 @@ class Engine:
             if v.request.deadline is not None and v.request.deadline <= now
         ]
 
-    def _schedule(self, deltas: list[Delta]) -> SchedulerOutput:
-        """The next step's plan, an empty one where planning fails. A request that cannot be planned alone ends."""
+    def _schedule(self, deltas: list[Delta]) -> tuple[SchedulerOutput, StepBatch | None]:
+        """The next step's plan, an empty one where planning fails, and its arrays where they were made ahead. A request
+        that cannot be planned alone ends."""
         suspect = self.scheduler.suspect()
         try:
-            return self.scheduler.schedule()
+            ready = None if self._ahead is None else self._ahead.take()
+            return (self.scheduler.schedule(), None) if ready is None else (SchedulerOutput(ready[0]), ready[1])
         except Exception as error:
             log.exception("a step could not be planned")
             # Wherever the plan broke off, some may stand in no queue, and some may hold pages for rows that never come.
@@ -277,7 +283,19 @@ class Engine:
             if suspect is not None:
                 message = f"no step could be planned for this request: {type(error).__name__}: {error}"
                 deltas.append(self._end(self._states[suspect.seq_id], FinishReason.ERROR, message))
-            return SchedulerOutput()
+            return SchedulerOutput(), None
+
+    def _look_ahead(self, works: Sequence[ScheduledRequest]) -> dict[int, str]:
+        """While the device works: record what the step stores, and plan the next one. What failed, by sequence."""
+        if self._ahead is None:
+            return {}
+        with self.stats.timed("commit"):
+            errors = {work.request.seq_id: self._store(work, work.start + work.count) for work in works}
+        failed = {seq_id: error for seq_id, error in errors.items() if error is not None}
+        if not failed:
+            with self.stats.timed("schedule"):
+                self._ahead.make()
+        return failed
 
     def _settle(self, plan: SchedulerOutput) -> list[Delta]:
         """Account for what the scheduler decided besides the work itself."""
@@ -288,11 +306,13 @@ class Engine:
             deltas.append(self._end(self._states[request.seq_id], FinishReason.LENGTH))
         return deltas
 
-    def _forward(self, works: Sequence[ScheduledRequest]) -> tuple[Tensor | None, str]:
-        """Logits of the step, or ``None`` and what went wrong."""
-        pieces = [Piece(w.request.seq_id, w.start, w.tokens, w.outputs) for w in works]
+    def _forward(self, works: Sequence[ScheduledRequest], batch: StepBatch | None) -> tuple[Tensor | None, str]:
+        """Logits of the step, whose arrays ``batch`` may be there, or ``None`` and what went wrong."""
         try:
-            return self._runner.run(build(pieces, self.pages)), ""
+            if batch is None:
+                pieces = [Piece(w.request.seq_id, w.start, w.tokens, w.outputs) for w in works]
+                batch = build(pieces, self.pages)
+            return self._runner.run(batch), ""
         # Whatever the model raises must not take down the requests beside the one that caused it.
         except Exception as error:
             log.exception("a step of %d requests failed", len(works))
@@ -313,12 +333,9 @@ class Engine:
         request = work.request
         state = self._states[request.seq_id]
         end = work.start + work.count + found.accepted
-        try:
-            self.pages.commit(request.seq_id, request.tokens[work.start : end])
-        except Exception as error:
-            log.exception("what a step stored could not be recorded")
-            found.error = found.error or f"{type(error).__name__}: {error}"
-        request.computed = end
+        if request.computed < end:
+            error = self._store(work, end)
+            found.error = found.error or error
         self.stats.computed_tokens += end - work.start
         if work.draft and self.speculator is not None:
             self.speculator.verified(work, found.accepted)
@@ -331,3 +348,14 @@ class Engine:
         elif found.error is not None:
             return [*found.deltas, self._end(state, FinishReason.ERROR, found.error)]
         return found.deltas
+
+    def _store(self, work: ScheduledRequest, end: int) -> str | None:
+        """Record that the cache holds a request's tokens up to ``end``; what went wrong."""
+        request = work.request
+        request.computed = end
+        try:
+            self.pages.commit(request.seq_id, request.tokens[work.start : end])
+        except Exception as error:
+            log.exception("what a step stored could not be recorded")
+            return f"{type(error).__name__}: {error}"
+        return None

@@ -48,7 +48,8 @@ class CudaGraph:
         with torch.cuda.stream(beside):
             step()  # compiles, and puts tables where the graph will read them
         torch.cuda.current_stream().wait_stream(beside)
-        with torch.cuda.graph(self._graph, pool=self._pool):
+        # what other threads do meanwhile is theirs: by default it would end the recording
+        with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
             return step()
 
     def replay(self) -> None:
@@ -139,5 +140,6 @@ class DecodeGraphs:
 
 
 def graphs_for(loaded: LoadedModel, pool: PagedPool, backend: Backend) -> DecodeGraphs | None:
-    """``None`` where the device or the kernels record nothing."""
-    return DecodeGraphs(loaded, pool, backend) if backend.graphs else None
+    """``None`` where the device or the kernels record nothing, or recurrent layers keep states: in other slots each
+    step."""
+    return DecodeGraphs(loaded, pool, backend) if backend.graphs and pool.states is None else None

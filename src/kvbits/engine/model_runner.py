@@ -15,6 +15,7 @@ from kvbits.engine.graphs import graphs_for
 from kvbits.engine.sampler import NOT_FINITE, finite_rows
 from kvbits.errors import RequestError
 from kvbits.kernels import Backend
+from kvbits.kernels.device import on_device
 from kvbits.models import LoadedModel
 from kvbits.pages import PageManager
 from kvbits.pool import PagedPool
@@ -37,7 +38,7 @@ class ModelRunner:
 
     def run(self, batch: StepBatch) -> Tensor:
         """Store the batch's keys and values; returns logits, float32 ``[outputs, vocab]``, on the model's device."""
-        with torch.inference_mode():
+        with torch.inference_mode(), on_device(self._pool.buffer.device):
             for source, target in self._pages.take_copies():
                 self._pool.copy(source, target)
             logits = None if self.graphs is None else self.graphs.run(batch)
@@ -57,7 +58,8 @@ class ModelRunner:
             for _ in self.teacher_forced(seq_id, [0] * (tokens if size == chunk else size), 0, size):
                 pass
         if self.graphs is not None:
-            self.graphs.warm_up(sequences, report)
+            with on_device(self._pool.buffer.device):
+                self.graphs.warm_up(sequences, report)
 
     def teacher_forced(
         self, seq_id: int, tokens: Sequence[int], first: int, chunk: int

@@ -127,6 +127,26 @@ class Scheduler:
         plan.preempted += given_up
         return plan
 
+    def ahead(self) -> list[ScheduledRequest]:
+        """What the next step computes if it is one more token of each running sequence, before the current step's
+        tokens are there; frames are reserved. Nothing where it may be anything else."""
+        running, pages = self.running, self.pages
+        if self.waiting or pages.states is not None or len(running) > self.max_num_batched_tokens:
+            return []
+        if any(r.remaining or r.suspect for r in running):
+            return []
+        if sum(pages.frames_needed(r.seq_id, 1) for r in running) > pages.available():
+            return []
+        works = [ScheduledRequest(r, r.computed, 1, 1, True) for r in self._by_seats(running)]
+        for work in works:
+            pages.reserve(work.request.seq_id, 1)
+        return works
+
+    def charge(self, work: ScheduledRequest) -> None:
+        """Count what a step computes for a client."""
+        # A new token counts twice, as in the paper: its step costs more than a prompt token's part of one.
+        self.shares.charge(work.request.client, work.count + len(work.draft) + work.samples)
+
     def _seats(self) -> Counter[str]:
         return Counter(request.client for request in self.running)
 
@@ -261,8 +281,7 @@ class Scheduler:
         scheduled.add(request.seq_id)
         work = self._work(request, count, draft)
         plan.works.append(work)
-        # A new token counts twice, as in the paper: its step costs more than a prompt token's part of one.
-        self.shares.charge(request.client, count + len(draft) + work.samples)
+        self.charge(work)
         return count
 
     @staticmethod

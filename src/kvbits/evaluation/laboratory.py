@@ -213,7 +213,7 @@ class Laboratory:
         return f"{dtype}, weights {loaded.weights}, on {loaded.device.type}"
 
     def _backend(self) -> Backend:
-        own = default_backend(self.loaded.device.type)
+        own = default_backend(str(self.loaded.device))
         return Faulty(own) if self.faulty else own
 
     def _key(self, kind: str, policy: Policy, *content: Any) -> str:

@@ -121,7 +121,7 @@ def measure_layers(
     engines = {p.label: engine_for(loaded, p, 1, len(window), budget) for p in (loaded.policy(REFERENCE), *policies)}
     dtypes = [policy.label for policy in policies]
     sums = {dtype: Sums(loaded.geometry.num_layers) for dtype in dtypes}
-    listening = _Listening(backend() or default_backend(loaded.device.type), sums)
+    listening = _Listening(backend() or default_backend(str(loaded.device)), sums)
     for engine in engines.values():
         engine.pages.open(0, [])
     for start in range(0, len(window), max_num_batched_tokens):

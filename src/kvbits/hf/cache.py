@@ -52,7 +52,7 @@ class QuantizedCache(Cache):
         if not isinstance(model, PreTrainedModel):
             # transformers' own caches take a configuration.
             raise UnsupportedError(f"QuantizedCache takes the model itself, not {type(model).__name__}")
-        kernels = choose_backend(backend, model.device.type)
+        kernels = choose_backend(backend, str(model.device))
         geometry = geometry_of(model)
         geometry.refuse_states("QuantizedCache")
         loaded = wrap(model, None, model.config.model_type, geometry)

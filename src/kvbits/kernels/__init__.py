@@ -31,7 +31,7 @@ GPUS = ("cuda", "xpu")
 
 
 def default_backend(device: str = "cpu") -> Backend:
-    """The fastest backend for models on ``device`` (torch's type of it), a new instance for each engine."""
+    """The fastest backend for models on ``device`` (torch's name of it), a new instance for each engine."""
     return choose_backend("auto", device)
 
 
@@ -43,16 +43,16 @@ def choose_backend(choice: Backend | str | None, device: str = "cpu") -> Backend
     """
     if isinstance(choice, Backend):
         return choice
-    name = choice or "auto"
+    name, kind = choice or "auto", device.partition(":")[0]
     if name not in BACKENDS:
         raise ConfigError(f"unknown backend '{name}'; choose from {', '.join(BACKENDS)}")
     if name == "auto":
-        if device != "cpu" and device not in GPUS:
+        if kind != "cpu" and kind not in GPUS:
             raise UnsupportedError(f"the model is on '{device}'; kvbits has kernels for cpu, {', '.join(GPUS)}")
-        name = "cpu" if device == "cpu" else _of_gpu(device)
+        name = "cpu" if kind == "cpu" else _of_gpu(device)
     # Not at the top: importing kvbits must load neither the native library nor Triton.
     if name == "cpu":
-        if device != "cpu":
+        if kind != "cpu":
             raise ConfigError(f"the backend 'cpu' reads host memory; the model is on '{device}'")
         from kvbits.kernels.cpu import CpuBackend
 

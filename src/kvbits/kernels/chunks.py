@@ -2,12 +2,13 @@
 
 Bytes: a header of :data:`HEADER_BYTES` (``docs/vllm.md``), then layer after layer the pages of its keys and of its
 values, ``[pages, kv_heads, page_bytes]`` each, then the tokens beyond the last whole page as they are. The header names
-what the bytes mean; whatever reads them as something else is refused.
+what the bytes mean, and ends with a checksum of what follows; whatever reads them as something else is refused.
 """
 
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,7 +23,8 @@ from kvbits.kernels.coder import PageCoder
 
 HEADER_BYTES = 1024
 _MAGIC = b"kvbits-chunk\x00"
-_FORMAT = 1
+_FORMAT = 2
+_SUM_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -38,25 +40,26 @@ class ChunkFormat:
     dtype: str
 
     def header(self) -> bytes:
-        """The first :data:`HEADER_BYTES` bytes."""
-        text = json.dumps({"format": _FORMAT, **self.__dict__}).encode()
-        if len(_MAGIC) + len(text) > HEADER_BYTES:
+        """The first bytes of a chunk, up to the checksum."""
+        text, size = json.dumps({"format": _FORMAT, **self.__dict__}).encode(), HEADER_BYTES - _SUM_BYTES
+        if len(_MAGIC) + len(text) > size:
             raise UnsupportedError(f"the model's name has {len(self.model)} characters, too many for a chunk's header")
-        return (_MAGIC + text).ljust(HEADER_BYTES, b"\x00")
+        return (_MAGIC + text).ljust(size, b"\x00")
 
     def check(self, header: bytes) -> None:
         """Raise ``CacheError``, naming what differs, unless ``header`` is this one's."""
+        if header == self.header():
+            return
         if not header.startswith(_MAGIC):
             raise CacheError("these bytes are no chunk of kvbits': they do not begin with its mark")
         try:
             found: Any = json.loads(header[len(_MAGIC) :].rstrip(b"\x00"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CacheError(f"the header of a chunk is damaged: {error}") from error
         expected = {"format": _FORMAT, **self.__dict__}
-        if found != expected:
-            known = found if isinstance(found, dict) else {}
-            parts = [f"{k} {known.get(k)!r} instead of {v!r}" for k, v in expected.items() if known.get(k) != v]
-            raise CacheError(f"a chunk is of another kind: {', '.join(parts) or 'it says more than is known'}")
+        known = found if isinstance(found, dict) else {}
+        parts = [f"{k} {known.get(k)!r} instead of {v!r}" for k, v in expected.items() if known.get(k) != v]
+        raise CacheError(f"a chunk is of another kind: {', '.join(parts) or 'its header is damaged'}")
 
 
 class ChunkCoder:
@@ -104,24 +107,29 @@ class ChunkCoder:
         ``shares`` ``[2, layers, tokens, heads, head_size]`` (keys, values), the last dimension contiguous, each with
         some of the KV heads, in their order; tokens may take two dimensions.
         """
-        header = self._format(model, shares).header()
-        tokens = shares[0].shape[2:-2].numel()
-        out[:HEADER_BYTES] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        start = self._format(model, shares).header()
+        size = self.size(shares[0].shape[2:-2].numel())
         for part in self._parts(shares, out):
             rows = part.of.flatten(0, -3)
             whole = part.pages.shape[0] * PAGE_TOKENS
             if whole:
                 self._coder.encode(part.codec, part.side, rows[:whole].to(torch.bfloat16), part.pages, part.rounding)
             part.rest.copy_(rows[whole:])
-        return self.size(tokens)
+        header = bytearray(start + _sum(out[HEADER_BYTES:size]))
+        out[:HEADER_BYTES] = torch.frombuffer(header, dtype=torch.uint8)
+        return size
 
     def decode(self, data: Tensor, model: str, shares: Sequence[Tensor]) -> None:
-        """Undo :meth:`encode`: ``data`` ``uint8 [bytes]`` into ``shares``. Raises ``CacheError`` for
-        another's bytes."""
+        """Undo :meth:`encode`: ``data`` ``uint8 [bytes]`` into ``shares``. Raises ``CacheError`` for another's bytes
+        and for damaged ones, before anything is written."""
         expected = self._format(model, shares)
-        if len(data) < self.size(expected.tokens):
-            raise CacheError(f"a chunk of {expected.tokens} tokens has {len(data)} bytes, too few")
-        expected.check(data[:HEADER_BYTES].numpy().tobytes())
+        size = self.size(expected.tokens)
+        header = data[:HEADER_BYTES].numpy().tobytes()
+        expected.check(header[:-_SUM_BYTES])
+        if len(data) < size:
+            raise CacheError(f"a chunk of {expected.tokens} tokens has {len(data)} bytes instead of {size}, too few")
+        if header[-_SUM_BYTES:] != _sum(data[HEADER_BYTES:size]):
+            raise CacheError("a chunk is damaged: its checksum is another")
         for part in self._parts(shares, data):
             rows = part.of.flatten(0, -3)  # a copy where blocks are apart, whose rows are written back
             whole = part.pages.shape[0] * PAGE_TOKENS
@@ -162,6 +170,10 @@ class ChunkCoder:
                     yield _Part(codec, side, _of_heads(chosen, own), share[number, index], coded[:, own],
                                 beyond[number, index][:, own])  # fmt: skip
                     head = own.stop
+
+
+def _sum(data: Tensor) -> bytes:
+    return zlib.crc32(data.numpy().data).to_bytes(_SUM_BYTES, "little")
 
 
 class _Part(NamedTuple):

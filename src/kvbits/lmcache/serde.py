@@ -25,7 +25,7 @@ class KvbitsSerializer(Serializer):
         self._coder = coder
 
     def serialize(self, src: Any, dst: Any, key: Any) -> int:
-        return self._coder.encode([self._coder.heads(_tensor(src))], key.model_name, _tensor(dst).flatten())
+        return self._coder.encode([self._coder.heads(_tensor(src))], key.model_name, _bytes(dst))
 
     def estimate_serialized_size(self, layout_desc: Any) -> int:
         """The bytes exactly: a tier keeps whatever is allocated."""
@@ -35,13 +35,13 @@ class KvbitsSerializer(Serializer):
 
 
 class KvbitsDeserializer(Deserializer):
-    """Back; bytes of another model, policy or shape are refused by name."""
+    """Back; bytes of another model, policy or shape are refused by name, and damaged ones."""
 
     def __init__(self, coder: ChunkCoder) -> None:
         self._coder = coder
 
     def deserialize(self, src: Any, dst: Any, key: Any) -> None:
-        self._coder.decode(_tensor(src).flatten(), key.model_name, [self._coder.heads(_tensor(dst))])
+        self._coder.decode(_bytes(src), key.model_name, [self._coder.heads(_tensor(dst))])
 
 
 def create_serde(options: Mapping[str, Any]) -> AsyncSerdeProcessor:
@@ -87,3 +87,8 @@ def _tensor(memory: Any) -> Tensor:
     if tensor is None:
         raise UnsupportedError("LMCache hands over memory without a tensor")
     return tensor
+
+
+def _bytes(memory: Any) -> Tensor:
+    """``uint8 [bytes]``, never a copy."""
+    return _tensor(memory).view(-1).view(torch.uint8)

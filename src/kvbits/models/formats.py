@@ -24,7 +24,7 @@ def check_formats(dtype: str, weights: str = "auto", device: str = "cpu") -> Non
         from kvbits.kernels import default_backend
         from kvbits.models.device import find_device
 
-        default_backend(find_device(device).type)  # one without kernels is refused
+        default_backend(str(find_device(device)))  # one without kernels is refused
         if weights not in ("auto", "bf16"):
             raise UnsupportedError(f"weights '{weights}' are multiplied on the CPU; the device is '{device}'")
 

@@ -129,7 +129,7 @@ def fuse_on_gpu(
     tolerance = _TOLERANCES[structure.head.layer.weight.dtype] * len(fused.layers) ** 0.5
     try:
         fast, plain = both_logits(
-            model, geometry, fused.forward, backend or default_backend(model.device.type), _TRIED_TOKENS
+            model, geometry, fused.forward, backend or default_backend(str(model.device)), _TRIED_TOKENS
         )
     # a kernel that does not compile here: transformers' own code runs without
     except Exception as error:

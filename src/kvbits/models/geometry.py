@@ -171,15 +171,15 @@ def _observe_mask(*, mask_function: Any, attention_mask: Tensor | None = None, *
     """In the place of a mask: what ``mask_function`` implies, ``int64 [1, 1, 1, 1]``, 0 for all tokens up to the query,
     the size of a window, the negative size of chunks, or :data:`_ODD`: a model may build masks that no layer uses."""
     _bring_to_cpu(mask_function)
-    spans = [_visible(mask_function, query) for query in (_FAR - 1, _FAR)]
-    if None in spans:
+    before, far = (_visible(mask_function, query) for query in (_FAR - 1, _FAR))
+    if before is None or far is None:
         window = _ODD
-    elif spans == [_FAR, _FAR + 1]:
+    elif (before, far) == (_FAR, _FAR + 1):
         window = 0
-    elif spans[0] == spans[1]:
-        window = spans[0]
+    elif before == far:
+        window = far
     else:
-        window = -_chunk(mask_function, spans[1])
+        window = -_chunk(mask_function, far)
     return torch.full((1, 1, 1, 1), window, device="cpu")
 
 

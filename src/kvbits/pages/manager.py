@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -194,7 +195,7 @@ class PageManager:
         """The pages of the tokens stored now, without a reservation's; ``head`` is empty without an open page."""
         table = self._table(seq_id)
         own = table.open or ()
-        return self._pages(len(table.tokens), 0, list(table.sealed), own, own)
+        return self._pages(len(table.tokens), 0, table.sealed[:], own, own)
 
     def reserved(self, seq_id: int) -> bool:
         """Whether the sequence has a reservation."""
@@ -283,11 +284,16 @@ class PageManager:
         """The pages of the current reservation, as the kernels want them."""
         table, step = self._reserved(seq_id)
         assert table.open is not None
-        sealed = [*table.sealed, *step.sealed]
+        sealed = table.sealed + array("i", step.sealed)
         found = self._pages(len(table.tokens), step.count, sealed, table.open, step.tail or table.open)
         if self.states is None:
             return found
         return replace(found, slot=self.states.slot(seq_id), trail=self.states.trail(seq_id))
+
+    @property
+    def moves(self) -> int:
+        """How often sealed pages went to other frames: what was sliced before names the old ones."""
+        return self._store.moves
 
     def take_copies(self) -> list[Copy]:
         """Pages to copy, (source frames, target frames), in this order, before the next kernel runs."""
@@ -376,6 +382,9 @@ class PageManager:
     def check(self) -> None:
         """Recount everything from the tables; raise ``AssertionError`` with every term if something does not add up."""
         check_invariants(self._tables.values(), self.shape, self._allocator, self._index, self.stats())
+        for seq_id, table in self._tables.items():
+            full, sealed = self._store.full_pages(table), self.shape.pages(len(table.sealed))
+            assert full == sealed, f"sequence {seq_id} has {len(table.tokens)} tokens and {sealed} sealed pages"
         if self._cache.tier is not None:
             self._cache.tier.check()
         if self.states is not None:
@@ -410,7 +419,7 @@ class PageManager:
         if self.states is not None and len(table.tokens) > before:
             self.states.load(seq_id, table.hash)
 
-    def _pages(self, start: int, count: int, sealed: list[int], head: Frames, tail: Frames) -> SequencePages:
+    def _pages(self, start: int, count: int, sealed: array[int], head: Frames, tail: Frames) -> SequencePages:
         """``sealed``: the frames of all full pages, the first one's included."""
         sink = () if self.sink_frames is None else tuple(sealed[: self.sink_frames])
         return SequencePages(start, count, sealed[len(sink) :], head, tail, sink, len(self.shape.groups))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 
 from kvbits.pages.allocator import FrameAllocator, Frames
@@ -20,7 +21,7 @@ class PageStore:
     """Every change of a table's frames, and with it of the allocator and the prefix cache.
 
     The arguments are those of :class:`kvbits.pages.manager.PageManager`; ``goes_on`` is the prefix cache's. ``copies``:
-    pages to copy before the next kernel runs.
+    pages to copy before the next kernel runs; ``moves``: how often sealed pages went to other frames.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class PageStore:
         self.page_tokens = hasher.page_tokens
         self.tables: dict[int, SequenceTable] = {}
         self.copies: list[Copy] = []
+        self.moves = 0
         self.on_evict = on_evict
         self._move = move
         self.allocator = FrameAllocator(num_frames, 1 if move is None else open_frames, kinds=len(shape.groups) + 1)
@@ -50,14 +52,16 @@ class PageStore:
 
     def in_open(self, table: SequenceTable) -> int:
         """Tokens in the open page."""
-        return len(table.tokens) - self.full_pages(table) * self.page_tokens
+        return len(table.tokens) % self.page_tokens
 
     def full_pages(self, table: SequenceTable) -> int:
         """Sealed pages, given back or not."""
-        return self.shape.pages(len(table.sealed))
+        return len(table.tokens) // self.page_tokens
 
     def sealed_frames(self, table: SequenceTable, pages: int) -> int:
         """Frames of the next ``pages`` pages that ``table`` seals."""
+        if not pages:
+            return 0
         before = self.full_pages(table)
         return self.shape.total(before + pages) - self.shape.total(before)
 
@@ -110,7 +114,7 @@ class PageStore:
             for page in range(table.gone[number], min(oldest, stored)):
                 part = self.shape.part(page, number)
                 self.cache.release(tuple(table.sealed[part]))
-                table.sealed[part] = [GONE] * (part.stop - part.start)
+                table.sealed[part] = array("i", [GONE]) * (part.stop - part.start)
             table.gone[number] = oldest
 
     def crossed(self, table: SequenceTable, count: int) -> int:
@@ -140,6 +144,7 @@ class PageStore:
             return self.allocator.take(self.open_frames, kind)
         moves = self.allocator.free_run()
         if moves:
+            self.moves += 1
             self._move(tuple(moves), tuple(moves.values()))
             self.index.move(moves)
             for table in self.tables.values():
@@ -148,6 +153,8 @@ class PageStore:
 
     def take_sealed(self, table: SequenceTable, pages: int) -> Frames:
         """Frames of the next ``pages`` pages that ``table`` seals."""
+        if not pages:
+            return ()
         first = self.full_pages(table)
         parts = [(page, group) for page in range(first, first + pages) for group in range(len(self.shape.groups))]
         taken = (self.allocator.take(self.shape.size(page, group), group) for page, group in parts)

@@ -60,7 +60,7 @@ class SequenceTable:
     hash: bytes
     gone: list[int]
     tokens: array[int] = field(default_factory=lambda: array("q"))
-    sealed: list[int] = field(default_factory=list)
+    sealed: array[int] = field(default_factory=lambda: array("i"))
     open: Frames | None = None
     reservation: Reservation | None = None
     goals: set[int] = field(default_factory=set)
@@ -72,7 +72,7 @@ class SequenceTable:
     def move(self, moves: Mapping[int, int]) -> None:
         """Frames of sealed pages have become others."""
         if not moves.keys().isdisjoint(self.sealed):
-            self.sealed = [moves.get(frame, frame) for frame in self.sealed]
+            self.sealed = array("i", (moves.get(frame, frame) for frame in self.sealed))
         if self.reservation is not None:
             frames = tuple(moves.get(frame, frame) for frame in self.reservation.sealed)
             self.reservation = replace(self.reservation, sealed=frames)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cache
 from typing import Any, ClassVar
@@ -9,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionImpl, AttentionMetadataBuilder, AttentionType
 from vllm.v1.kv_cache_interface import AttentionSpec, KVQuantMode
 
@@ -82,6 +84,7 @@ class StepBuilder(AttentionMetadataBuilder[Any]):
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Step:
         found = common_attn_metadata
+        assert found.causal is True, "a layer that is not causal was not refused"
         return Step.of(found.num_reqs, found.query_start_loc_cpu, found.seq_lens, found.block_table_tensor)
 
 
@@ -126,9 +129,8 @@ class KvbitsImpl(AttentionImpl[Any]):
             sinks=sinks is not None,
         )
         config = get_current_vllm_config()
-        layers = config.compilation_config.static_forward_context
-        known = (layer.impl.shared for layer in layers.values() if isinstance(getattr(layer, "impl", None), KvbitsImpl))
-        self.shared = next(known, None) or Shared(config)
+        known = list(_attention(config.compilation_config.static_forward_context.values()))
+        self.shared = known[0].impl.shared if known else Shared(config)
         self.index = self.shared.add(self.geometry)
         self._view: tuple[Tensor, LayerView] | None = None
 
@@ -136,11 +138,10 @@ class KvbitsImpl(AttentionImpl[Any]):
         """Weights are there, memory is not yet asked for: the policy is read, and every layer gets its backend."""
         if self.sinks is not None:
             self.sinks = self.sinks.detach().float().contiguous()
-        for layer in self.shared.layers():
-            impl = getattr(layer, "impl", None)
-            if isinstance(impl, KvbitsImpl):
-                _refuse({f"values of another size than keys ({layer.layer_name})": layer.head_size_v != impl.head_size})
-                layer.attn_backend = backend_of(self.shared.policy.layers[impl.index])
+        for layer in list(_attention(self.shared.layers())):
+            impl = layer.impl
+            _refuse({f"values of another size than keys ({layer.layer_name})": layer.head_size_v != impl.head_size})
+            layer.attn_backend = backend_of(self.shared.policy.layers[impl.index])
 
     def forward(
         self,
@@ -169,6 +170,16 @@ class KvbitsImpl(AttentionImpl[Any]):
             given = query[:rows], key[:rows], value[:rows], output[:rows]
         self.shared.backend.forward(self._view[1], batch, *given[:3], self.sinks, given[3])
         return output
+
+
+def _attention(layers: Iterable[Any]) -> Iterator[Attention]:
+    """Those that attend. What vLLM derives from its attention changes the step's metadata, by a backend that it makes
+    from the layer's: attention in chunks, prefixes that see what comes after them."""
+    for layer in layers:
+        if isinstance(layer, Attention):
+            own = isinstance(layer.impl, KvbitsImpl)
+            _refuse({f"{type(layer).__name__} ({layer.layer_name})": type(layer) is not Attention or not own})
+            yield layer
 
 
 def _refuse(asked: dict[str, Any]) -> None:

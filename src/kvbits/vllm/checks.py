@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,7 @@ def check_engine(config: Any, text: str) -> None:
     ``ConfigError`` where the policy itself is wrong. Layers are looked at again, one by one, when they are made.
     """
     if config.model_config is not None:
-        policy = policy_of_sizes(text, geometry_of(config))
-        for reason in [*_of_policy(policy, config), *_of_model(config.model_config), *_of_engine(config)]:
+        for reason in chain(_of_model(config.model_config), _of_engine(config), _of_policy(text, config)):
             raise UnsupportedError(f"kvbits' cache in vLLM ('{text}'): {reason}")
 
 
@@ -47,10 +47,11 @@ def policy_of_sizes(text: str, geometry: ModelGeometry) -> Policy:
     return parse_policy(text, geometry.num_layers)
 
 
-def _of_policy(policy: Policy, config: Any) -> Iterator[str]:
+def _of_policy(text: str, config: Any) -> Iterator[str]:
+    geometry = geometry_of(config)
+    policy = policy_of_sizes(text, geometry)
     if policy.sink is not None:
         yield "the first page has a dtype of its own; vLLM's blocks are all alike, so leave out '+sink:'"
-    geometry = geometry_of(config)
     for index, (scheme, layer) in enumerate(zip(policy.layers, geometry.layers, strict=True)):
         reason = scheme.supports(layer)
         if reason:
@@ -63,8 +64,10 @@ def _of_model(model: Any) -> Iterator[str]:
         yield f"the model runs in {dtype}; its kernels take --dtype bfloat16 or float32"
     if model.use_mla:
         yield "the model has latent attention (MLA)"
-    if model.is_hybrid:
+    if model.is_hybrid or model.is_attention_free:
         yield "the model has recurrent layers"
+    if model.uses_alibi:
+        yield "the model has ALiBi"
     if model.is_encoder_decoder:
         yield "the model has an encoder"
     if model.runner_type != "generate":

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvbits.codecs import Policy, policy_of
+from kvbits.codecs import SCHEMES, Policy, policy_of
 from kvbits.config import PAGE_TOKENS, POLICY_PREFIX, LayerGeometry, ModelGeometry
 from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.kernels.chunks import ChunkCoder
@@ -34,8 +34,9 @@ class ChunkPlan:
     def of(cls, config: Any, policy: str, kv_heads: int, head_size: int) -> ChunkPlan:
         """From vLLM's ``OffloadingConfig``. Raises ``ConfigError`` or ``UnsupportedError`` for what cannot work."""
         for name, value in (("kv_heads", kv_heads), ("head_size", head_size)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"'{name}' of kvbits' tier is {value!r}; it must be a positive whole number")
+            positive(name, value)
+        if not isinstance(policy, str):
+            raise ConfigError(f"'policy' of kvbits' tier is {policy!r}; choose from {', '.join(SCHEMES)}")
         for reason in _refusals(config, kv_heads):
             raise UnsupportedError(f"kvbits' tier: {reason}")
         workers = config.parallel.tp_size
@@ -67,6 +68,11 @@ class ChunkPlan:
         return self.rows.blocks * self.rows.tokens
 
     @property
+    def chunk_bytes(self) -> int:
+        """Of the largest chunk, coded."""
+        return max(coder.size(self.tokens) for coder in self.coders.values())
+
+    @property
     def directory(self) -> str:
         """A name for chunks of this kind alone: of the model, of what their headers say."""
         headers = b"".join(c.format(self.model, self.tokens, self.dtype).header() for c in self.coders.values())
@@ -86,6 +92,12 @@ class ChunkPlan:
 
     def _shares(self, row: Tensor, coder: ChunkCoder) -> list[Tensor]:
         return self.rows.shares(row, len(coder.policy.layers), self.dtype)
+
+
+def positive(name: str, value: object) -> None:
+    """Raise ``ConfigError`` unless the option ``name`` is a positive whole number."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"'{name}' of kvbits' tier is {value!r}; it must be a positive whole number")
 
 
 def _refusals(config: Any, kv_heads: int) -> Iterator[str]:

@@ -6,8 +6,8 @@ The index belongs to the caller's thread; the bytes are read and written by any.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-import zlib
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Collection
@@ -18,7 +18,9 @@ from torch import Tensor
 
 from kvbits.errors import CacheError, ConfigError
 
-_SUFFIX, _SUM_BYTES = ".kvbits", 4
+log = logging.getLogger(__name__)
+
+_SUFFIX = ".kvbits"
 
 
 class Kept(ABC):
@@ -58,7 +60,7 @@ class Kept(ABC):
 
     @abstractmethod
     def read(self, key: bytes) -> Tensor:
-        """``uint8 [bytes]``. Raises ``CacheError`` or ``OSError`` where they are gone or damaged."""
+        """``uint8 [bytes]``. Raises ``CacheError`` or ``OSError`` where they are gone."""
 
     @abstractmethod
     def _erase(self, key: bytes) -> None: ...
@@ -85,7 +87,7 @@ class KeptInMemory(Kept):
 
 
 class KeptInFiles(Kept):
-    """A file for each key in ``directory``, with a checksum at its end; those that are there already count.
+    """A file for each key in ``directory``; those that are there already count. A chunk has its own checksum.
 
     Raises ``ConfigError`` where nothing can be written there.
     """
@@ -106,12 +108,9 @@ class KeptInFiles(Kept):
 
     def write(self, key: bytes, data: Tensor) -> None:
         path = self._path(key)
-        whole = data.numpy().data
         beside = path.with_suffix(f".{os.getpid()}")
         try:
-            with beside.open("wb") as file:
-                file.write(whole)
-                file.write(zlib.crc32(whole).to_bytes(_SUM_BYTES, "little"))
+            beside.write_bytes(data.numpy().data)
             beside.replace(path)
         except OSError:
             beside.unlink(missing_ok=True)
@@ -121,13 +120,15 @@ class KeptInFiles(Kept):
         with self._path(key).open("rb", buffering=0) as file:
             whole = bytearray(os.fstat(file.fileno()).st_size)
             whole = whole[: file.readinto(whole)]
-        data, sum_ = memoryview(whole)[:-_SUM_BYTES], whole[-_SUM_BYTES:]
-        if len(whole) <= _SUM_BYTES or zlib.crc32(data) != int.from_bytes(sum_, "little"):
-            raise CacheError(f"the chunk in '{self._path(key)}' is damaged")
-        return torch.frombuffer(data, dtype=torch.uint8)
+        if not whole:
+            raise CacheError(f"the chunk in '{self._path(key)}' is empty")
+        return torch.frombuffer(whole, dtype=torch.uint8)
 
     def _erase(self, key: bytes) -> None:
-        self._path(key).unlink(missing_ok=True)
+        try:
+            self._path(key).unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("A chunk that is no longer needed stays: %s", error)
 
     def _path(self, key: bytes) -> Path:
         return self._directory / f"{key.hex()}{_SUFFIX}"

@@ -7,12 +7,26 @@ vLLM is replaced for either.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from kvbits.codecs import SCHEMES
 from kvbits.vllm.options import PREFIX, Names
 
+log = logging.getLogger(__name__)
+
 _OF_0_32 = {"int8_per_token_head": "int8", "int4_per_token_head": "int4"}
+
+
+def interfaces_are_there() -> bool:
+    """Whether this vLLM has what the plug-in is made of; an older one runs as if kvbits were not installed."""
+    try:
+        from vllm.v1.attention.backends.registry import register_backend  # noqa: F401
+        from vllm.v1.kv_cache_interface import CircularBufferSpec, KVCacheLayout  # noqa: F401
+    except ImportError as error:
+        log.warning("kvbits' cache needs vLLM 0.32 or later, and is not offered here: %s", error)
+        return False
+    return True
 
 
 def register_names(on_cpu: bool) -> Names:

@@ -43,7 +43,7 @@ def policy_asked(cache_dtype: str, additional_config: Any, names: Names) -> str 
     if cache_dtype not in ("auto", names.carrier):
         raise ConfigError(
             f"--kv-cache-dtype {cache_dtype} and the policy '{text}' of --additional-config contradict each other; "
-            "leave one out"
+            f"leave one out (where the checkpoint asks for {cache_dtype}, write --kv-cache-dtype {names.carrier})"
         )
     return text
 

@@ -30,7 +30,7 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
 from kvbits.errors import ConfigError, KVBitsError, UnsupportedError
-from kvbits.vllm.chunk_plan import ChunkPlan
+from kvbits.vllm.chunk_plan import ChunkPlan, positive
 from kvbits.vllm.kept import Kept, KeptInFiles, KeptInMemory
 
 log = logging.getLogger(__name__)
@@ -74,10 +74,13 @@ class KvbitsTier(SecondaryTierManager):
         if current_platform.is_rocm():
             raise UnsupportedError("kvbits' tier: keys lie otherwise in the blocks of vLLM's backends for ROCm")
         for name, value in (("capacity_bytes", capacity_bytes), ("threads", threads)):
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"'{name}' of kvbits' tier is {value!r}; it must be a positive whole number")
+            positive(name, value)
         self.locality = None if locality is None else Locality(locality)
         self._plan = ChunkPlan.of(offloading_spec.config, policy, kv_heads, head_size)
+        if capacity_bytes < self._plan.chunk_bytes:
+            raise ConfigError(
+                f"'capacity_bytes' of kvbits' tier is {capacity_bytes}; one chunk takes {self._plan.chunk_bytes}"
+            )
         self._kept: Kept = KeptInMemory(capacity_bytes)
         self._rows: Tensor | None = torch.from_numpy(np.asarray(primary_kv_view).view(np.uint8))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="kvbits-tier")

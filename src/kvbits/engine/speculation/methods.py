@@ -64,7 +64,7 @@ def draft_model(
         config, kv_cache_dtype=speculative.kv_cache_dtype, kv_cache_memory=speculative.memory_bytes,
         kv_offload_size=None, kv_offload_path=None,
     )  # fmt: skip
-    backend = default_backend(draft.device.type)
+    backend = default_backend(str(draft.device))
     policy, freed = policy_of(draft, own, backend), backend.layer_groups
     pool = PagedPool(draft.geometry, policy, own.kv_cache_memory, device=draft.device, free_windows=freed)
     pages = pages_of(pool, draft, own)

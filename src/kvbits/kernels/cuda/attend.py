@@ -49,7 +49,7 @@ class Tables:
     """A step's work and page tables on the device, ``int32``; ``sealed`` ``[S, columns]``, the others ``[S]``.
 
     ``tiles``, ``items``, ``first_pages``: those of ``work``; ``sink_frames``: frames of first pages that have a dtype
-    of their own.
+    of their own. ``stores``: every sequence of the step has a tile, and none completes a page.
     """
 
     work: Work
@@ -61,6 +61,7 @@ class Tables:
     sealed: Tensor
     open_frames: Tensor
     sink_frames: Tensor | None
+    stores: bool
 
 
 def attend(
@@ -86,22 +87,17 @@ def attend(
     variant = _variant(view.sealed, view, work.rows)
     size = work.slots, layer.num_kv_heads, variant.rows * (variant.dim + 2)
     partial = torch.empty(size, dtype=torch.float32, device=out.device)
-    step = Step()
-    pointers = {
-        "query": query, "key": key, "value": value, "out": out, "cache": view.buffer, "tiles": tables.tiles,
-        "starts": tables.starts, "first_rows": tables.first_rows, "open_frames": tables.open_frames, "sinks": sinks,
-        "partial": partial, "arrived": arrived,
-    }  # fmt: skip
-    for name, x in pointers.items():
-        setattr(step, name, None if x is None else x.data_ptr())
-    for name, x in (("query", query), ("key", key), ("value", value), ("out", out)):
-        setattr(step, f"{name}_row", x.stride(0))
-        setattr(step, f"{name}_head", x.stride(1))
-    step.frame_bytes, step.open_at = view.buffer.stride(0), view.open.offset
-    step.kv_heads, step.group, step.window = layer.num_kv_heads, layer.group_size, layer.window or 0
-    step.stores = stores
-    step.scale, step.cap = layer.scale, (layer.softcap or 0.0) * _LOG2E
-    step.scale *= _LOG2E
+    # by position, in the order of the fields: a third of the time that names take
+    step = Step(
+        query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), view.buffer.data_ptr(), None,
+        tables.tiles.data_ptr(), None, tables.starts.data_ptr(), tables.first_rows.data_ptr(),
+        tables.open_frames.data_ptr(), None if sinks is None else sinks.data_ptr(), partial.data_ptr(),
+        arrived.data_ptr(),
+        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *out.stride()[:2],
+        view.buffer.stride(0), 0, view.open.offset, 0,
+        layer.num_kv_heads, layer.group_size, layer.window or 0, stores,
+        layer.scale * _LOG2E, (layer.softcap or 0.0) * _LOG2E,
+    )  # fmt: skip
     _run(launch, variant, view.sealed, tables.items, tables.sealed, step)
     if view.first_page is not None and tables.sink_frames is not None and len(work.first_pages):
         first = _variant(view.first_page, view, work.rows)

@@ -19,7 +19,7 @@ from kvbits.kernels.cuda.variant import MAX_ROWS, Variant, blocks_at_once, toget
 from kvbits.kernels.cuda.work import decoding
 from kvbits.kernels.triton.backend import TritonBackend
 from kvbits.kernels.triton.launch import LayerKernels, Sides
-from kvbits.kernels.triton.tables import StepTables, Tiles
+from kvbits.kernels.triton.tables import StepTables
 from kvbits.pool import LayerView
 
 log = logging.getLogger(__name__)
@@ -72,19 +72,18 @@ class CudaBackend(TritonBackend):
                         self._run.prepare(variant)
 
     def _attend_few(
-        self, view: LayerView, batch: BatchLayout, kernels: LayerKernels, tables: StepTables, tiles: Tiles,
-        sides: Sides, sinks: Tensor | None, out: Tensor,
+        self, view: LayerView, batch: BatchLayout, kernels: LayerKernels, tables: StepTables, sides: Sides,
+        sinks: Tensor | None, out: Tensor,
     ) -> bool:  # fmt: skip
         if not self._has_kernels(view, sides.query):
-            return super()._attend_few(view, batch, kernels, tables, tiles, sides, sinks, out)
-        if not len(tiles.table):
-            return False
+            return super()._attend_few(view, batch, kernels, tables, sides, sinks, out)
         found = self._tables_of(view, batch, tables)
+        if not len(found.work.tiles):
+            return False
         needed = len(found.work.tiles) * view.geometry.num_kv_heads
         arrived = self._counters(batch, needed, out.device)
         rows = _even(sides.query), _even(sides.key), _even(sides.value)
-        plain = not batch.completes and not batch.again
-        stores = plain and bool((batch.counts <= MAX_ROWS // view.geometry.group_size).all())
+        stores = found.stores and not batch.again
         attend(self._run, view, found, rows, sinks, arrived, out, stores)
         return stores
 

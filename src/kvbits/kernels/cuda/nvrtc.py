@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+import torch
+
+from kvbits import user_cache
 from kvbits.errors import UnsupportedError
 from kvbits.kernels.cuda import SOURCES
 
@@ -19,8 +21,9 @@ NAMES = ("libnvrtc.so.13", "libnvrtc.so.12")
 
 
 def _candidates() -> list[str]:
-    found = []
-    for name in NAMES:
+    """The release of torch's own CUDA first: a driver may be too old for what a later compiler makes."""
+    found, own = [], (torch.version.cuda or "").partition(".")[0]
+    for name in sorted(NAMES, key=lambda name: not name.endswith(f".so.{own}")):
         for folder in sys.path:
             found += [str(path) for path in sorted(Path(folder or ".").glob(f"nvidia/*/lib/{name}"))]
         found.append(name)  # the system's
@@ -99,29 +102,15 @@ def compile_source(arch: str, defines: Sequence[str]) -> bytes:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def directory() -> Path:
-    """``$XDG_CACHE_HOME/kvbits/cuda``, by default ``~/.cache/kvbits/cuda`` (XDG Base Directory 0.8)."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(base) if base and Path(base).is_absolute() else Path("~/.cache").expanduser()
-    return root / "kvbits" / "cuda"
-
-
 def compiled(arch: str, defines: Sequence[str], folder: Path | None = None) -> bytes:
     """As :func:`compile_source`, kept in ``folder`` (the user's cache) by what it depends on."""
-    folder = folder or directory()
     sources = b"".join((SOURCES / name).read_bytes() for name in (*HEADERS, "decode.cu"))
     key = hashlib.sha256(sources + "\n".join([version(), arch, *defines]).encode()).hexdigest()[:32]
-    path = folder / f"{key}.cubin"
     try:
+        path = (folder or user_cache.folder("cuda")) / f"{key}.cubin"
         return path.read_bytes()
     except OSError:
-        pass
-    code = compile_source(arch, defines)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-            file.write(code)
-        os.replace(file.name, path)  # whole or not at all, whoever else compiles
-    except OSError:
-        pass  # a cache that cannot be written costs seconds at every start
+        code = compile_source(arch, defines)
+    with suppress(OSError):  # a cache that cannot be written costs seconds at every start
+        user_cache.write((folder or user_cache.folder("cuda")) / f"{key}.cubin", code)
     return code

@@ -9,7 +9,7 @@ from kvbits.config import LayerGeometry
 from kvbits.kernels.base import BatchLayout
 from kvbits.kernels.cuda.attend import Tables
 from kvbits.kernels.cuda.variant import together
-from kvbits.kernels.cuda.work import Work, most_items, work_list
+from kvbits.kernels.cuda.work import Work, WorkList, decoding, most_items, most_slots
 from kvbits.kernels.static import Arrays, padded, upload
 from kvbits.kernels.triton.tables import StepTables
 from kvbits.pool import LayerView
@@ -25,7 +25,8 @@ def tables_of(batch: BatchLayout, view: LayerView, blocks: int, steps: StepTable
     sink_frames = None if first is None or not len(steps.sink) else steps.sink[first.frame]
     places = steps.starts, steps.first_rows, steps.sealed, steps.head[view.open.frame]
     work, tiles, items, first_pages = known[key]
-    return Tables(work, tiles, items, first_pages, *places, sink_frames)
+    all_decode = batch.static or len(decoding(batch, layer.group_size)) == len(batch.counts)
+    return Tables(work, tiles, items, first_pages, *places, sink_frames, all_decode and not batch.completes)
 
 
 def _work(
@@ -33,14 +34,16 @@ def _work(
 ) -> tuple[Work, Tensor, Tensor, Tensor]:
     """The work, and its tables. Of a static layout the items are as many as there can be, and may be of the tile -1."""
     sequences = len(batch.counts)
+    listed = WorkList(layer.group_size, layer.num_kv_heads, layer.window, apart, joined, blocks)
 
     def work_of() -> Work:
-        work = work_list(batch, layer.group_size, layer.num_kv_heads, layer.window, apart, joined, blocks)
+        work = listed.of(batch)
         if not batch.static:
             return work
         most = most_items(sequences, layer.num_kv_heads, blocks)
         items, alone = padded(work.items, most, -1), padded(work.first_pages, sequences, -1)
-        return Work(padded(work.tiles, sequences, 0), items, alone, layer.group_size, most + sequences)
+        slots = most_slots(sequences, most, apart, joined)
+        return Work(padded(work.tiles, sequences, 0), items, alone, layer.group_size, slots)
 
     work = work_of()
     made = [work]

@@ -49,7 +49,32 @@ def work_list(
     ``apart``: page 0 has a dtype of its own. A tile's first item has the own page too, and fewer others for it;
     ``together``: in one partial result.
     """
-    tiles, low, high = _tiles(batch, group, window)
+    return _cut(*_tiles(batch, group, window), group, kv_heads, apart, together, blocks)
+
+
+class WorkList:
+    """:func:`work_list` of step after step: cut anew only where a tile has other pages than in the step before."""
+
+    def __init__(self, group: int, kv_heads: int, window: int | None, apart: bool, together: bool, blocks: int) -> None:
+        self._group, self._window = group, window
+        self._how = group, kv_heads, apart, together, blocks
+        self._known: tuple[bytes, Work] | None = None
+
+    def of(self, batch: BatchLayout) -> Work:
+        """Valid until the next call."""
+        tiles, low, high = _tiles(batch, self._group, self._window)
+        key = b"".join(x.tobytes() for x in (tiles[:, :3], low, high))
+        if self._known is None or self._known[0] != key:
+            self._known = key, _cut(tiles, low, high, *self._how)
+        work = self._known[1]
+        work.tiles[:, 3] = tiles[:, 3]
+        return work
+
+
+def _cut(
+    tiles: Ints, low: Ints, high: Ints, group: int, kv_heads: int, apart: bool, together: bool, blocks: int
+) -> Work:
+    """``low``, ``high``: the pages before each tile's own."""
     first = (low == 0) & (high > 0) if apart else np.zeros(len(tiles), dtype=bool)
     low = np.where(first, 1, low)
     costs = np.maximum(high - low, 0) + OWN
@@ -84,19 +109,28 @@ def _columns(rows: int, *columns: NDArray[np.signedinteger[Any]] | int) -> Ints:
 
 def _tiles(batch: BatchLayout, group: int, window: int | None) -> tuple[Ints, Ints, Ints]:
     """Tiles, and the pages ``low`` to ``high - 1`` that come before their own; a tile lies in one page."""
-    rows = []
-    for s in decoding(batch, group).tolist():
-        position, end = int(batch.starts[s]), int(batch.starts[s] + batch.counts[s])
-        while position < end:
-            stop = min(end, (position // PAGE_TOKENS + 1) * PAGE_TOKENS)
-            rows.append(
-                (s, int(batch.rows[s]) + position - int(batch.starts[s]), stop - position, position, 0, 0, 0, 0)
-            )
-            position = stop
-    tiles = np.array(rows, dtype=np.int32).reshape(-1, 8)
+    sequences = decoding(batch, group)
+    if (batch.counts[sequences] == 1).all():
+        tiles = np.zeros((len(sequences), 8), dtype=np.int32)
+        tiles[:, 0], tiles[:, 1], tiles[:, 2] = sequences, batch.rows[sequences], 1
+        tiles[:, 3] = batch.starts[sequences]
+    else:
+        tiles = _long_tiles(batch, sequences)
     high = tiles[:, 3] // PAGE_TOKENS
     low = np.zeros_like(high) if window is None else np.maximum(tiles[:, 3] - window + 1, 0) // PAGE_TOKENS
     return tiles, low, high
+
+
+def _long_tiles(batch: BatchLayout, sequences: Ints) -> Ints:
+    rows = []
+    for s in sequences.tolist():
+        start, first = int(batch.starts[s]), int(batch.rows[s])
+        position, end = start, start + int(batch.counts[s])
+        while position < end:
+            stop = min(end, (position // PAGE_TOKENS + 1) * PAGE_TOKENS)
+            rows.append((s, first + position - start, stop - position, position, 0, 0, 0, 0))
+            position = stop
+    return np.array(rows, dtype=np.int32)
 
 
 def most_items(tiles: int, kv_heads: int, blocks: int) -> int:
@@ -104,24 +138,33 @@ def most_items(tiles: int, kv_heads: int, blocks: int) -> int:
     return max(WAVES * blocks // kv_heads, tiles)
 
 
+def most_slots(tiles: int, items: int, apart: bool, together: bool) -> int:
+    """The most partial results of ``tiles`` tiles in ``items`` items."""
+    return items + tiles * (apart + (not together))
+
+
 def size_of_an_item(costs: Ints, kv_heads: int, blocks: int) -> int:
     """What an item costs at most, so that the machine is done soonest: in one wave of items, or in several shorter."""
-    best, soonest = max(int(costs.max(initial=1)), 1), float("inf")
+    each: list[int] = costs.tolist()
+    best, soonest = max([*each, 1]), float("inf")
     for wave in range(1, WAVES + 1):
-        size = _least(costs, wave * blocks // kv_heads)
+        size = _least(each, wave * blocks // kv_heads)
         if size is not None and wave * (size + BEGINNING) < soonest:
             best, soonest = size, wave * (size + BEGINNING)
     return best
 
 
-def _least(costs: Ints, room: int) -> int | None:
+def _least(costs: list[int], room: int) -> int | None:
     """The least size of items of which there are no more than ``room``; ``None`` where there are more tiles."""
-    if len(costs) > room or not len(costs):
+    spare = room - len(costs)
+    if spare < 0 or not costs:
         return None
-    least, most = 1, int(costs.max())
+    # rounding up adds less than one item a tile
+    total, most = sum(costs), max(costs)
+    least, most = max(-(-total // room), 1), min(most, -(-total // spare)) if spare else most
     while least < most:
         middle = (least + most) // 2
-        if int((-(-costs // middle)).sum()) <= room:
+        if sum([-(-cost // middle) for cost in costs]) <= room:
             most = middle
         else:
             least = middle + 1

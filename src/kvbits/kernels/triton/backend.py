@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from triton import knobs
@@ -10,6 +12,7 @@ from kvbits.codecs import Scheme
 from kvbits.config import LayerGeometry
 from kvbits.errors import ConfigError
 from kvbits.kernels import GPUS, Backend, BatchLayout
+from kvbits.kernels.triton.folded import in_parts
 from kvbits.kernels.triton.format import block_of, refusal, shape_of
 from kvbits.kernels.triton.launch import (
     Launch,
@@ -24,8 +27,10 @@ from kvbits.kernels.triton.launch import (
     seal,
 )
 from kvbits.kernels.triton.pieces import pieces_of, shared_memory, tiling_of
-from kvbits.kernels.triton.tables import StepTables, Tiles, step_tables, step_tiles
+from kvbits.kernels.triton.tables import StepTables, Tiles, decode_tiles, prompt_tiles, step_tables
 from kvbits.pool import LayerView
+
+MakeTiles = Callable[[BatchLayout, int, torch.device], Tiles]
 
 
 class TritonBackend(Backend):
@@ -73,9 +78,11 @@ class TritonBackend(Backend):
         assert query.dtype == key.dtype == value.dtype
         assert query.dtype in (torch.bfloat16, torch.float32), query.dtype
         assert query.device == view.buffer.device, (query.device, view.buffer.device)
-        sides = Sides(_rows(query), _rows(key.to(torch.bfloat16)), _rows(value.to(torch.bfloat16)))
+        if query.dtype != torch.bfloat16:
+            key, value = key.to(torch.bfloat16), value.to(torch.bfloat16)
+        sides = Sides(_rows(query), _rows(key), _rows(value))
         kernels = self._kernels(view, batch.draft)
-        tables, (few, many) = self._step(view, batch)
+        tables = self._tables(view, batch)
         shape = (rows, layer.num_heads, layer.value_dim)
         out = query.new_empty(shape) if out is None else out
         assert out.shape == shape, (out.shape, shape)
@@ -83,31 +90,36 @@ class TritonBackend(Backend):
         assert out.stride(-1) == 1, out.stride()
         if batch.completes:
             seal(self._launch, kernels, tables, sides)
-        stored = self._attend_few(view, batch, kernels, tables, few, sides, sinks, out)
-        self._attend_many(view, batch, kernels, tables, many, sides, sinks, out)
+        stored = self._attend_few(view, batch, kernels, tables, sides, sinks, out)
+        self._attend_many(view, batch, kernels, tables, sides, sinks, out)
         if not stored and not batch.again:
             append(self._launch, kernels, tables, sides)
         return out
 
     def _attend_few(
-        self, view: LayerView, batch: BatchLayout, kernels: LayerKernels, tables: StepTables, tiles: Tiles,
-        sides: Sides, sinks: Tensor | None, out: Tensor,
+        self, view: LayerView, batch: BatchLayout, kernels: LayerKernels, tables: StepTables, sides: Sides,
+        sinks: Tensor | None, out: Tensor,
     ) -> bool:  # fmt: skip
         """Attention of sequences with few new tokens; whether it has stored the step's rows too."""
+        tiles = self._tiles(view, batch, decode_tiles)
         decode(self._launch, kernels, tables, tiles, sides, sinks, out)
         return False
 
     def _attend_many(
-        self, view: LayerView, batch: BatchLayout, kernels: LayerKernels, tables: StepTables, tiles: Tiles,
-        sides: Sides, sinks: Tensor | None, out: Tensor,
+        self, view: LayerView, batch: BatchLayout, kernels: LayerKernels, tables: StepTables, sides: Sides,
+        sinks: Tensor | None, out: Tensor,
     ) -> None:  # fmt: skip
-        """Attention of prompts."""
+        """Attention of prompts, of which there are none in a static layout."""
+        if batch.static:
+            return
         if sides.query.dtype == torch.float32:
+            tiles = self._tiles(view, batch, prompt_tiles)
             prefill(self._launch, kernels, tables, tiles, sides, sinks, out)
             return
-        tiling = tiling_of(view.geometry, self._shared)
+        tiling = kernels.tiling
         pieces, cut = pieces_of(batch, view.geometry, tiling.rows, out.device)
-        attend_pages(self._launch, kernels, tables, pieces, cut, tiling, sides, sinks, out)
+        if pieces:
+            attend_pages(self._launch, kernels, tables, pieces, cut, tiling, sides, sinks, out)
 
     def _kernels(self, view: LayerView, draft: bool) -> LayerKernels:
         known = self._layers.get((view.index, draft))
@@ -117,19 +129,27 @@ class TritonBackend(Backend):
             sink = None if view.first_page is None else block_of(view.first_page.scheme, layer, draft)
             shape = shape_of(layer, sealed, *([] if sink is None else [sink]))
             opened = block_of(view.open.scheme, layer)
-            known = LayerKernels(view, shape, sealed, opened, sink, *rounding_of(view.rounding, view.buffer.device))
+            rounding = rounding_of(view.rounding, view.buffer.device)
+            tiling = tiling_of(layer, self._shared)
+            known = LayerKernels(view, shape, sealed, opened, sink, *rounding, bool(in_parts(sealed)), tiling)
             self._layers[view.index, draft] = known
         return known
 
-    def _step(self, view: LayerView, batch: BatchLayout) -> tuple[StepTables, tuple[Tiles, Tiles]]:
+    def _tables(self, view: LayerView, batch: BatchLayout) -> StepTables:
         """The step's tables, made once for all layers that can share them."""
-        device, apart, group = view.buffer.device, view.first_page is not None, view.geometry.group_size
-        known = batch.shared
-        if (StepTables, apart) not in known:
-            known[StepTables, apart] = step_tables(batch, apart, device)
-        if (Tiles, group) not in known:
-            known[Tiles, group] = step_tiles(batch, group, device)
-        return known[StepTables, apart], known[Tiles, group]
+        key = StepTables, view.first_page is not None
+        if key not in batch.shared:
+            batch.shared[key] = step_tables(batch, key[1], view.buffer.device)
+        found: StepTables = batch.shared[key]
+        return found
+
+    def _tiles(self, view: LayerView, batch: BatchLayout, make: MakeTiles) -> Tiles:
+        """Likewise what ``make`` makes, for kernels that need it."""
+        key = make, view.geometry.group_size
+        if key not in batch.shared:
+            batch.shared[key] = make(batch, key[1], view.buffer.device)
+        found: Tiles = batch.shared[key]
+        return found
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from kvbits.codecs import LayerRounding, Place, Rounding
 from kvbits.config import PAGE_TOKENS
+from kvbits.kernels.device import on_device
 from kvbits.kernels.triton.append import append_rows
 from kvbits.kernels.triton.attention import decode_splits, merge_splits, prefill_tiles
-from kvbits.kernels.triton.folded import in_parts
 from kvbits.kernels.triton.format import Block, Shape
 from kvbits.kernels.triton.pieces import Piece, Tiling
 from kvbits.kernels.triton.prompt import attend_decoded
@@ -32,8 +32,12 @@ class Launch(Protocol):
 
 
 def run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any], **options: Any) -> None:
-    """On the device of ``args``."""
-    kernel[grid](*args, **constants, **options)
+    """On the device of the first of ``args``, whichever is the current one."""
+    first = args[0]
+    while isinstance(first, tuple):
+        first = first[0]
+    with on_device(first.device):
+        kernel[grid](*args, **constants, **options)
 
 
 Pointers = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -44,7 +48,8 @@ _ATTENTION = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
 
 @dataclass(frozen=True)
 class LayerKernels:
-    """What does not change from step to step: formats, and how this layer's codes are chosen (on the device)."""
+    """What does not change from step to step: formats, how this layer's codes are chosen (on the device), whether its
+    pages are read in parts, and how prompts are tiled."""
 
     view: LayerView
     shape: Shape
@@ -53,6 +58,8 @@ class LayerKernels:
     sink: Block | None
     key_rounding: Pointers
     value_rounding: Pointers
+    parts: bool
+    tiling: Tiling
 
 
 @dataclass(frozen=True)
@@ -157,7 +164,7 @@ def decode(
         torch.empty(*size, device=out.device),
     )
     args = *_attention_arguments(layer, tables, tiles, sides), partial
-    parts = sides.query.dtype == torch.bfloat16 and bool(in_parts(layer.sealed))
+    parts = layer.parts and sides.query.dtype == torch.bfloat16
     constants = {**_attention_constants(layer, tiles), "PARTS": parts}
     # parts of pages go through one warp's registers: it waits for no other
     launch(decode_splits, size[:3], args, constants, **{**_ATTENTION, "num_warps": 1 if parts else 4})

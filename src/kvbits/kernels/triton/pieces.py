@@ -89,10 +89,8 @@ def pieces_of(batch: BatchLayout, layer: LayerGeometry, rows: int, device: torch
     key = (Piece, group, rows, window, most)
     if key not in batch.shared:
         arrays = _pieces(batch, group, rows, window, most)
-        if not arrays:
-            return [], False
         cut = any((tiles[:, 6:] == 0).any() for tiles in arrays[1::2])
-        found = upload(lambda: arrays, device, batch)
+        found = upload(lambda: arrays, device, batch) if arrays else []
         pieces = [Piece(*pair) for pair in zip(found[::2], found[1::2], strict=True)]
         batch.shared[key] = pieces, cut
     known: tuple[list[Piece], bool] = batch.shared[key]

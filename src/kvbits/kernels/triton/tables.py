@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,12 +76,24 @@ def _arrays(batch: BatchLayout, first_page_apart: bool) -> list[Ints]:
     ]
 
 
-def step_tiles(batch: BatchLayout, group: int, device: torch.device) -> tuple[Tiles, Tiles]:
-    """The tiles of sequences with few new tokens (decode), and of the others (prefill), for ``group`` heads a row."""
+def decode_tiles(batch: BatchLayout, group: int, device: torch.device) -> Tiles:
+    """The tiles of sequences with few new tokens, for ``group`` heads a row."""
     least = _decode_rows(group)
-    few, many = upload(lambda: _tiles(batch, group), device, batch)
+
+    def table() -> Ints:
+        few = _tiles(batch, np.flatnonzero(batch.counts <= least // group).tolist(), group, least)
+        return padded(few, len(batch.counts), 0) if batch.static else few
+
+    (few,) = upload(lambda: [table()], device, batch)
     deepest = batch.sealed.shape[1] if batch.static else int(few_pages(batch, group))
-    return Tiles(few, least, 1 + -(-deepest // SPLIT_PAGES)), Tiles(many, max(least, PREFILL_ROWS), 0)
+    return Tiles(few, least, 1 + -(-deepest // SPLIT_PAGES))
+
+
+def prompt_tiles(batch: BatchLayout, group: int, device: torch.device) -> Tiles:
+    """The tiles of the other sequences."""
+    rows = max(_decode_rows(group), PREFILL_ROWS)
+    (many,) = upload(lambda: [_tiles(batch, prompts(batch, group), group, rows)], device, batch)
+    return Tiles(many, rows, 0)
 
 
 def few_pages(batch: BatchLayout, group: int) -> int:
@@ -89,21 +102,18 @@ def few_pages(batch: BatchLayout, group: int) -> int:
     return int(last.max(initial=0)) // PAGE_TOKENS
 
 
-def _tiles(batch: BatchLayout, group: int) -> list[Ints]:
-    least = _decode_rows(group)
-    sizes = least, max(least, PREFILL_ROWS)
-    many = set(prompts(batch, group))
-    tiles: tuple[list[tuple[int, int, int, int]], ...] = ([], [])
-    for s, (start, count) in enumerate(zip(batch.starts.tolist(), batch.counts.tolist(), strict=True)):
-        kind = 1 if s in many else 0
-        position, end = start, start + count
+def _tiles(batch: BatchLayout, sequences: Iterable[int], group: int, rows: int) -> Ints:
+    """Of ``sequences``, in tiles of up to ``rows`` rows of one page."""
+    tiles = []
+    for s in sequences:
+        start, first = int(batch.starts[s]), int(batch.rows[s])
+        position, end = start, start + int(batch.counts[s])
         while position < end:
-            stop = min(end, position + sizes[kind] // group, (position // PAGE_TOKENS + 1) * PAGE_TOKENS)
-            tiles[kind].append((s, int(batch.rows[s]) + position - start, stop - position, position))
+            stop = min(end, position + rows // group, (position // PAGE_TOKENS + 1) * PAGE_TOKENS)
+            tiles.append((s, first + position - start, stop - position, position))
             position = stop
     # a tile without anyone beside it first: the longest wait the shortest
-    few, rest = (np.array(sorted(t, key=lambda x: -x[3]), dtype=np.int32).reshape(-1, 4) for t in tiles)
-    return [padded(few, len(batch.counts), 0) if batch.static else few, rest]
+    return np.array(sorted(tiles, key=lambda x: -x[3]), dtype=np.int32).reshape(-1, 4)
 
 
 def prompts(batch: BatchLayout, group: int) -> list[int]:
