@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.attention import PLAIN, SHAPES, Inputs, assert_agrees, check_tentative_step, make_inputs, run
+from helpers.attention import (
+    PLAIN,
+    SHAPES,
+    Inputs,
+    assert_agrees,
+    check_read_again,
+    check_tentative_step,
+    make_inputs,
+    run,
+)
 from helpers.driver import Driver, Frames
 from helpers.serving import packed_byte_model
 from torch import Tensor
@@ -34,6 +43,18 @@ def test_every_dtype(dtype: str, isa: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape(shape: str, dtype: str, isa: str) -> None:
     assert_agrees(SHAPES[shape], dtype, isa, [65, 200])
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("size", [1, 50, 64, 96, 1100])
+def test_chunks(size: int, isa: str) -> None:
+    """A chunk ends within a page, at the end of one, and behind a split."""
+    assert_agrees(replace(PLAIN, window=size, chunked=True), "int8", isa, [2200 if size > 1000 else 200, 65])
+
+
+@pytest.mark.parametrize("backend", [CpuBackend, ReferenceBackend])
+def test_layers_that_read_the_same_keys_again(backend: type[Backend]) -> None:
+    check_read_again(backend())
 
 
 @pytest.mark.parametrize("isa", available_isas())

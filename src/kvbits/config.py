@@ -50,8 +50,9 @@ class LayerGeometry:
     """What the attention of one layer looks like.
 
     ``scale`` multiplies ``q . k`` before the softmax; ``window`` is the number of tokens a query sees, itself
-    included (``None``: all); ``softcap`` bounds the scores by ``cap * tanh(s / cap)``; ``sinks`` says that each query
-    head has a learned logit in the denominator of its softmax.
+    included (``None``: all), or where ``chunked`` the size of the chunks that texts are cut into, from position 0 on: a
+    query sees its own chunk up to itself; ``softcap`` bounds the scores by ``cap * tanh(s / cap)``; ``sinks`` says that
+    each query head has a learned logit in the denominator of its softmax.
     """
 
     num_heads: int
@@ -62,6 +63,13 @@ class LayerGeometry:
     window: int | None = None
     softcap: float | None = None
     sinks: bool = False
+    chunked: bool = False
+
+    def first_seen(self, position: int) -> int:
+        """The first token that the query at ``position`` sees."""
+        if self.window is None:
+            return 0
+        return position // self.window * self.window if self.chunked else max(0, position - self.window + 1)
 
     @property
     def group_size(self) -> int:
@@ -99,7 +107,8 @@ class ModelGeometry:
     """What the cache must know of a model.
 
     ``layers`` are those with attention; ``places`` the model's numbers of them, where there are others between (empty:
-    all have attention). ``states``: what recurrent layers keep of a sequence.
+    all have attention). ``states``: what recurrent layers keep of a sequence. ``shared``: layers that store nothing, by
+    the model's numbers, each with the earlier layer of ``layers`` whose keys and values it reads.
     """
 
     name: str
@@ -108,6 +117,7 @@ class ModelGeometry:
     vocab_size: int
     places: tuple[int, ...] = ()
     states: tuple[StateShape, ...] = ()
+    shared: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_layers(self) -> int:
@@ -136,9 +146,28 @@ class ModelGeometry:
         states = (replace(s, stored=size) if s.kind == "recurrent" else s for s in self.states)
         return replace(self, states=tuple(states))
 
+    def refuse_shared(self, what: str) -> None:
+        """Raise ``UnsupportedError`` for a model whose layers share keys and values, which ``what`` cannot do."""
+        if self.shared:
+            place, source = self.shared[0]
+            raise UnsupportedError(
+                f"{what} cannot do layers that share keys and values; layer {place} of {self.name} reads those of "
+                f"layer {source}"
+            )
+
+    def source_of(self, place: int) -> int:
+        """The model's layer whose keys and values its layer ``place`` reads: itself, or an earlier one."""
+        return next((source for layer, source in self.shared if layer == place), place)
+
     def index_of(self, place: int) -> int:
-        """Which of ``layers`` the model's layer ``place`` is."""
-        return self.places.index(place) if self.places else place
+        """Which of ``layers`` the model's layer ``place`` reads."""
+        source = self.source_of(place)
+        return self.places.index(source) if self.places else source
+
+    def read_again(self, place: int) -> bool:
+        """Whether a layer after ``place`` reads the same keys and values."""
+        source = self.source_of(place) if self.shared else place
+        return any(layer > place and of == source for layer, of in self.shared)
 
     def bytes_per_token_16bit(self) -> int:
         """Bytes of one token's keys and values at 16 bits."""

@@ -104,7 +104,7 @@ class LLM:
         speculative = SpeculativeConfig.of(speculative_config)
         if not isinstance(model, LoadedModel):
             check_engine(model, config, speculative, dtype=dtype, weights=weights, device=device)
-            model = load_model(model, dtype, weights=weights, device=device, trust_remote_code=trust_remote_code)
+            model = load_model(model, dtype, None, weights, device, trust_remote_code, max_model_len)
         self.loaded = model
         check_fit(model, config, choose_backend(backend, str(model.device)))
         self.choice = choose(model, wanted, Bar if progress else no_bar, log.warning, backend)

@@ -103,7 +103,7 @@ HYBRIDS = tuple(_HYBRIDS)
 
 
 def tiny_config(family: str, **changes: object) -> PreTrainedConfig:
-    options = {**_COMMON, **(_FAMILIES | _HYBRIDS)[family], **changes}
+    options = {**_COMMON, **(_FAMILIES | _HYBRIDS).get(family, {}), **changes}
     return AutoConfig.for_model(options.pop("model_type", family), **options)
 
 

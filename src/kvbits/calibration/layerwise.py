@@ -46,6 +46,9 @@ class Layers:
     def __init__(self, loaded: LoadedModel) -> None:
         """Raises ``UnsupportedError`` for a model that has no list of such layers, or recurrent ones among them."""
         loaded.geometry.refuse_states("calibration")
+        loaded.geometry.refuse_shared("calibration")
+        if any(layer.chunked for layer in loaded.geometry.layers):
+            raise UnsupportedError(f"calibration cannot do the chunked attention of {loaded.name}")
         self._loaded = loaded
         self._rows = max(1, min(_LOGIT_ROWS, _LOGITS // loaded.geometry.vocab_size))
         self._layers = layers_of(loaded.model, loaded.geometry.num_layers, loaded.name)

@@ -53,7 +53,8 @@ def bench(
     from kvbits.evaluation.compare import policies_of
     from kvbits.evaluation.speed import distinct_prompts, longest_sequence, measure_speed
 
-    loaded = load(model, dtype, threads, weights, device, trust_remote_code=trust_remote_code)
+    longest = context + new_tokens
+    loaded = load(model, dtype, threads, weights, device, trust_remote_code, max_model_len=longest)
     policies = policies_of(loaded, dtypes, context)
     budget = step_tokens(max_num_batched_tokens, device)
     longest_sequence(loaded, context, batch, new_tokens, budget)

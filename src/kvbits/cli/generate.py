@@ -83,7 +83,7 @@ def generate(
     outline = check_engine(model, EngineConfig.of(**engine), speculative, dtype=dtype, weights=weights, device=device)
     if chat:
         check_chat(outline)
-    loaded = load(model, dtype, threads, weights, device, trust_remote_code)
+    loaded = load(model, dtype, threads, weights, device, trust_remote_code, max_model_len=max_model_len)
     from kvbits.llm import LLM
 
     llm = LLM(loaded, max_kl=max_kl, text=text, speculative_config=speculative, **engine)

@@ -185,7 +185,9 @@ def serve(
     from kvbits.server.address import take_address
 
     sockets = take_address(host, port)
-    loaded = load(model, dtype, threads, weights, device, trust_remote_code, progress=log.info)
+    loaded = load(
+        model, dtype, threads, weights, device, trust_remote_code, progress=log.info, max_model_len=max_model_len
+    )
     from kvbits.engine.setup import check_fit
     from kvbits.kernels import choose_backend
 

@@ -122,9 +122,9 @@ class QuantizedCache(Cache):
         return self._step
 
     def layer_done(self, layer: int) -> None:
-        """``layer`` has stored its part of the step; the last one ends it."""
+        """The model's ``layer`` has stored and read its part of the step; the last one ends it."""
         self._done.add(layer)
-        if len(self._done) == self._store.pool.geometry.num_layers:
+        if len(self._done) == self._store.pool.geometry.num_layers + len(self._store.pool.geometry.shared):
             self._step = None
             self._done.clear()
             self._batch.finish(self.recording)

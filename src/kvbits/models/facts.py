@@ -45,9 +45,14 @@ def facts_of_model(name: str, mla: MLA = "latent", trust_remote_code: bool = Fal
         parameters.experts,
         weights="auto" if sizes else _published(_quantization(config)),
         mla=mla,
-        geometry=None if latent else geometry_of(config, name),
+        geometry=None if latent else geometry_of(config, name, _longest(config)),
         held=sizes,
     )
+
+
+def _longest(config: PreTrainedConfig) -> int | None:
+    """The whole context, which a LongRoPE model has for the asking only."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def _held(config: PreTrainedConfig, reader: Reader | None) -> dict[str, int]:

@@ -27,6 +27,7 @@ from kvbits.models.fused import FusedModel, fuse
 from kvbits.models.geometry import geometry_of
 from kvbits.models.locate import locate
 from kvbits.models.packed import depends_on_rows, pack_linears, packed_weights, round_linears, settle
+from kvbits.models.positions import settle_rotary, tell_positions
 from kvbits.models.reader import Reader
 from kvbits.models.recurrent import dtype_of, mixers_of, split, try_cuts
 from kvbits.models.sampling import sampling_defaults
@@ -121,6 +122,7 @@ def load_model(
     weights: str = "auto",
     device: str = "cpu",
     trust_remote_code: bool = False,
+    max_model_len: int | None = None,
 ) -> LoadedModel:
     """Load ``name``: a packaged model, a ``.gguf`` file, a directory (safetensors or one GGUF) or a Hugging Face id.
 
@@ -129,8 +131,10 @@ def load_model(
     rounded in groups of 32 with a scale each, on the CPU only (in ``float32`` the rounded values are unpacked again).
     ``device`` is a torch device; ``progress``
     gets a line of text before each long stage; ``trust_remote_code`` runs Python code that comes with the model, which
-    is refused otherwise. Raises ``ConfigError`` when the model cannot be found or read or the
-    device cannot be used, ``UnsupportedError`` when kvbits cannot run the model.
+    is refused otherwise. ``max_model_len``: the longest sequence to come; over the first context of a LongRoPE model
+    (Phi-3 and 4 of 128K) it takes the long factors, for all its tokens, else the short ones. Raises ``ConfigError``
+    when the model cannot be found or read or the device cannot be used, ``UnsupportedError`` when kvbits cannot run the
+    model.
     """
     check_formats(dtype, weights, device)
     report = progress or (lambda line: None)
@@ -139,7 +143,7 @@ def load_model(
     source = locate(name)
     report(f"Loading {name} ({dtype}) ..." if source.offline else f"Downloading and loading {name} ({dtype}) ...")
     reader = Reader(name, source, trust_remote_code)
-    geometry = geometry_of(reader.configuration(), name)  # refused before a weight is read
+    geometry = geometry_of(reader.configuration(), name, max_model_len)  # refused before a weight is read
     if place.type != "cpu":
         geometry.refuse_states(f"the cache on '{device}'")
     register()
@@ -190,6 +194,8 @@ def wrap(
     register()
     model.eval().set_attn_implementation(IMPLEMENTATION)
     split(model)
+    tell_positions(model)
+    settle_rotary(model, geometry)
     if tried:
         try_cuts(model, geometry)
     return fused_on_gpu(LoadedModel(model, tokenizer, geometry, name, fingerprint(model)), log.info)
