@@ -22,6 +22,7 @@ from helpers.tiny import save, tiny_model
 
 from kvbits.cli.main import app
 from kvbits.codecs import PoolLayout
+from kvbits.engine import answer
 from kvbits.evaluation.documents import reference_text
 from kvbits.models import load_model
 from kvbits.replay.target import find_target
@@ -160,6 +161,13 @@ def test_step_host(run: Run, tmp_path: Path) -> None:
     found = json.loads((tmp_path / "r.json").read_text())["results"]
     assert [row["kernels"] for row in found] == ["cuda", "cuda", "triton", "triton"]
     assert all(row["attention"] > 0 and row["replayed"] > 0 for row in found)
+
+
+def test_step_gap(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answer, "sample", answer.sample)  # the script's own is gone when the test ends
+    run("step_gap", "--batch", 2, "--context", 128, "--steps", 4, "--json", tmp_path / "r.json")
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert 0 < found["gap"]["least"] < found["step"]["median"]
 
 
 # The engine

@@ -96,7 +96,7 @@ def test_kernels_are_the_device_s(monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = SimpleNamespace(device=torch.device("cuda", 0), fingerprint="0", weights="auto")
     laboratory = Laboratory(elsewhere, policies, ResumeCache(), lambda *_: None)  # type: ignore[arg-type]
     laboratory._backend()
-    assert asked == ["cuda"]
+    assert asked == ["cuda:0"]
 
 
 def test_parts_of_another_device_are_not_taken_for_this_one_s() -> None:

@@ -124,7 +124,7 @@ def test_files_of_the_project_exist(page: Path) -> None:
 
 FOREIGN = {
     "--additional-config", "--block-size", "--kv-cache-memory-bytes", "--kv-transfer-config", "--enable-dbo",
-    "--geometry", "--isa", "--phase", "--repeats", "--rounds", "--case", "--stress-seed",
+    "--geometry", "--isa", "--phase", "--repeats", "--rounds", "--case", "--stress-seed", "--write", "--checkpoint",
     "--install-completion", "--no-deps", "--platform", "--help", "--kl-divergence",
     "--quantization-param-path", "--quant-policy", "--kv-cache-dtype-skip-layers",
 }  # fmt: skip

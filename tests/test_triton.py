@@ -123,6 +123,7 @@ def test_layers_that_read_the_same_keys_again() -> None:
     check_read_again(OnDevice(), (60, 10, 1))
 
 
+@pytest.mark.triton
 def test_chunked_attention_is_refused() -> None:
     layer = replace(SMALL, window=50, chunked=True)
     assert "chunked" in str(OnDevice().supports(SCHEMES["int8"], layer))
