@@ -37,7 +37,7 @@ def quantize(
 ) -> None:
     """Round a model's linear layers so that their outputs change least (GPTQ), and write them as a checkpoint.
 
-    compressed-tensors (pack-quantized, W4A16 or W8A16), which kvbits and vLLM load in its bits. Embedding and head
+    compressed-tensors (pack-quantized, W4A16 or W8A16), which kvbits loads in its bits. Embedding and head
     stay in 16 bits. Interrupted, the same command goes on where it was: finished layers are kept in DIR/unfinished.
     """
     begin = time.perf_counter()
