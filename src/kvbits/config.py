@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from math import prod
 
@@ -42,7 +42,8 @@ class LayerGeometry:
 
     ``scale`` multiplies ``q . k`` before the softmax; ``window`` is the number of tokens a query sees, itself
     included (``None``: all); ``softcap`` bounds the scores by ``cap * tanh(s / cap)``; ``sinks`` says that each query
-    head has a learned logit in the denominator of its softmax.
+    head has a learned logit in the denominator of its softmax. ``latent``: the values are the keys' first ``value_dim``
+    channels and are not stored beside them (multi-head latent attention in its absorbed form).
     """
 
     num_heads: int
@@ -53,6 +54,12 @@ class LayerGeometry:
     window: int | None = None
     softcap: float | None = None
     sinks: bool = False
+    latent: bool = False
+
+    @property
+    def stored_dim(self) -> int:
+        """Elements of a KV head's key and value that are stored."""
+        return self.key_dim if self.latent else self.key_dim + self.value_dim
 
     @property
     def group_size(self) -> int:
@@ -84,7 +91,8 @@ class ModelGeometry:
     """What the cache must know of a model.
 
     ``layers`` are those with attention; ``places`` the model's numbers of them, where there are others between (empty:
-    all have attention). ``states``: what recurrent layers keep of a sequence.
+    all have attention). ``states``: what recurrent layers keep of a sequence. ``expanded``: why every head's keys and
+    values are cached of a model that has latents.
     """
 
     name: str
@@ -93,6 +101,12 @@ class ModelGeometry:
     vocab_size: int
     places: tuple[int, ...] = ()
     states: tuple[StateShape, ...] = ()
+    expanded: str = field(default="", compare=False)
+
+    @property
+    def latent(self) -> bool:
+        """Whether a layer caches latents."""
+        return any(layer.latent for layer in self.layers)
 
     @property
     def num_layers(self) -> int:
@@ -107,13 +121,18 @@ class ModelGeometry:
                 f"first is layer {places[0]}"
             )
 
+    def refuse_latents(self, what: str) -> None:
+        """Raise ``UnsupportedError`` for a model whose layers cache latents, which ``what`` cannot do."""
+        if self.latent:
+            raise UnsupportedError(f"{what} does not work with cached latents, which the attention of {self.name} has")
+
     def index_of(self, place: int) -> int:
         """Which of ``layers`` the model's layer ``place`` is."""
         return self.places.index(place) if self.places else place
 
     def bytes_per_token_16bit(self) -> int:
         """Bytes of one token's keys and values at 16 bits."""
-        return sum(2 * g.num_kv_heads * (g.key_dim + g.value_dim) for g in self.layers)
+        return sum(2 * g.num_kv_heads * g.stored_dim for g in self.layers)
 
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}

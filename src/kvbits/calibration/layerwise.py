@@ -43,8 +43,10 @@ class Layers:
     """The decoder layers of a model whose hidden states go from one to the next and nowhere else."""
 
     def __init__(self, loaded: LoadedModel) -> None:
-        """Raises ``UnsupportedError`` for a model that has no list of such layers, or recurrent ones among them."""
+        """Raises ``UnsupportedError`` for a model that has no list of such layers, or recurrent ones or cached latents
+        among them."""
         loaded.geometry.refuse_states("calibration")
+        loaded.geometry.refuse_latents("calibration")
         self._loaded = loaded
         self._rows = max(1, min(_LOGIT_ROWS, _LOGITS // loaded.geometry.vocab_size))
         self._layers = _layers_of(loaded.model, loaded.geometry.num_layers, loaded.name)
