@@ -28,15 +28,23 @@ from report import note
 def main() -> int:
     args = parse()
     args.out.mkdir(parents=True, exist_ok=True)
+    runs = [
+        Run(name, SUBJECTS[name], args.models, args.data_dir, args.out / name, args.peers) for name in args.subjects
+    ]
+    left = [
+        (stage, run)
+        for stage in (args.stages if not args.tables else ())
+        for run in runs
+        if STAGES[stage].fits(run.subject) and not run.result(stage).exists()
+    ]
+    for stage, run in left:
+        STAGES[stage].check(run)
     done = True
     try:
         with time_limit(args.limit):
-            for stage in args.stages if not args.tables else ():
-                for name in args.subjects:
-                    run = Run(name, SUBJECTS[name], args.models, args.data_dir, args.out / name, args.peers)
-                    if STAGES[stage].fits(run.subject) and not run.result(stage).exists():
-                        note(f"== {stage} of {name}")
-                        run.keep(stage, STAGES[stage].measure(run))
+            for stage, run in left:
+                note(f"== {stage} of {run.name}")
+                run.keep(stage, STAGES[stage].measure(run))
     except OutOfTime:
         print("stopped before it was done; run the same again to go on")
         done = False

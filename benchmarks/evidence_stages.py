@@ -229,9 +229,11 @@ def _sized(laboratory: Laboratory, loaded: LoadedModel) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Stage:
-    """``measure`` returns ``rows`` and what else is worth keeping; the rest says which models it fits."""
+    """``measure`` returns ``rows`` and what else is worth keeping, from the files ``needs`` of the data; the rest says
+    which models it fits."""
 
     measure: Callable[[Run], dict[str, Any]]
+    needs: tuple[str, ...] = ()
     chat: bool = False
     largest: bool | None = None
     length: int = 0
@@ -240,16 +242,23 @@ class Stage:
         size = self.largest is None or self.largest is (subject is SUBJECTS["Qwen2.5-Coder-1.5B"])
         return size and subject.chat >= self.chat and subject.longest >= self.length
 
+    def check(self, run: Run) -> None:
+        """Raise ``SystemExit`` where the model or a file is missing."""
+        if run.gguf.endswith(".gguf") and not Path(run.gguf).exists():
+            raise SystemExit(f"there is no {run.subject.file} in {run.models}")
+        for name in self.needs:
+            find(run.data, name)
+
 
 STAGES = {
-    "calibrate": Stage(calibrate),
-    "fidelity": Stage(fidelity),
-    "gsm8k": Stage(gsm8k, largest=True),
-    "tools": Stage(tools, chat=True),
-    "llama": Stage(partial(llama, CONTEXT)),
+    "calibrate": Stage(calibrate, BOOKS),
+    "fidelity": Stage(fidelity, (TEXT,)),
+    "gsm8k": Stage(gsm8k, (arithmetic.FILE,), largest=True),
+    "tools": Stage(tools, (toolcalls.FILE,), chat=True),
+    "llama": Stage(partial(llama, CONTEXT), (TEXT,)),
     "written": Stage(written),
-    "positions": Stage(positions),
-    **{f"retrieval-{n // 1024}k": Stage(partial(retrieval, n), length=n) for n in (8192, 16384, 24576)},
-    "llama-long": Stage(partial(llama, 16384), largest=False),
+    "positions": Stage(positions, (TEXT,)),
+    **{f"retrieval-{n // 1024}k": Stage(partial(retrieval, n), BOOKS[:1], length=n) for n in (8192, 16384, 24576)},
+    "llama-long": Stage(partial(llama, 16384), (TEXT,), largest=False),
 }
 """In the order in which they run. The only model that can do school arithmetic is the largest."""

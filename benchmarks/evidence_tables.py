@@ -32,6 +32,8 @@ def write_tables(out: Path) -> None:
 def read(out: Path) -> Found:
     found: Found = {}
     for path in sorted(out.glob("*/*.json")):
+        if "." in path.stem:  # half-written
+            continue
         found.setdefault(path.stem, {})[path.parent.name] = json.loads(path.read_text(encoding="utf-8"))
     return found
 

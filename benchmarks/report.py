@@ -14,6 +14,8 @@ import torch
 from machine import describe, machine_facts
 from matplotlib.figure import Figure
 
+from kvbits.files import write_text
+
 Row = dict[str, Any]
 
 COLOURS = ("#3b78b8", "#2a9d6f", "#c8763a", "#8b5fbf", "#b8405e", "#5f6b7a", "#a38a2c", "#2f9aa8")
@@ -30,7 +32,7 @@ def table(rows: Sequence[Row]) -> str:
 def write(path: Path, document: Mapping[str, Any], text: str | None = None) -> None:
     """Write ``document`` as JSON, and ``text`` beside it as ``.md``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(document, indent=1) + "\n")
     if text is not None:
         path.with_suffix(".md").write_text(text, encoding="utf-8")
 

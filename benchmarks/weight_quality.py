@@ -3,8 +3,8 @@
     python benchmarks/weight_quality.py smollm2-135m --weights auto int8 int4 --json out/weight_quality.json
 
 The model in float32 reads each window first; then the forms of ``--weights`` do, one after another, in bfloat16, as
-they are served. Caches are in 16 bit, and the second half of each window is scored. Most memory is needed in float32:
-four bytes a weight.
+they are served, and checkpoints of the same model (``--checkpoint``), such as ``kvbits quantize`` writes. Caches are in
+16 bit, and the second half of each window is scored. Most memory is needed in float32: four bytes a weight.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--weights", nargs="+", choices=WEIGHT_FORMATS, default=["auto"])
+    parser.add_argument("--checkpoint", nargs="*", default=[], metavar="DIR", help="run in its own bits")
     parser.add_argument("--text", type=Path, help="default: Python's language reference")
     parser.add_argument("--window", type=int, default=512, help="tokens")
     parser.add_argument("--windows", type=int, default=4)
@@ -62,11 +63,12 @@ def main() -> None:
     windows = cut_windows(tokens_of(loaded, text[: 16 * args.window * args.windows]), args.window, args.windows)
     reference = read(loaded, windows)
     rows = []
-    for weights in args.weights:
+    forms = [(args.model, weights, weights) for weights in args.weights]
+    for model, weights, label in [*forms, *((path, "auto", path) for path in args.checkpoint)]:
         del loaded
         gc.collect()
-        loaded = load_model(args.model, "bfloat16", note, weights)
-        rows.append(row_of(weights, read(loaded, windows), reference, windows))
+        loaded = load_model(model, "bfloat16", note, weights)
+        rows.append(row_of(label, read(loaded, windows), reference, windows))
     publish("Weights in bits against float32", {"rows": rows}, facts_of(args, "json"), args.json)
 
 

@@ -39,10 +39,14 @@ inline int block_rows(int rows, bool many) {
   return (rows + blocks - 1) / blocks;
 }
 
-// The first page that a query at `position` sees anything of.
-inline int oldest_page(const Layer& layer, int position) {
-  return layer.window > 0 && position >= layer.window ? (position - layer.window + 1) / kPage : 0;
+// The first token that a query at `position` sees.
+inline int first_seen(const Layer& layer, int position) {
+  if (layer.window < 0) return position - position % -layer.window;
+  return layer.window > 0 && position >= layer.window ? position - layer.window + 1 : 0;
 }
+
+// The first page that it sees anything of.
+inline int oldest_page(const Layer& layer, int position) { return first_seen(layer, position) / kPage; }
 
 // The step cut into tasks.
 struct Plan {
@@ -284,7 +288,7 @@ class Attention {
         const int n = rows - r < step ? rows - r : step;
         Block block{keys, values, r == 0 ? next - keys : 0, state + r, n, scores, rescale, r == 0, kept};
         score(block, layer_.key_dim);
-        for (int i = 0; i < n; i += kBlockRows) weigh(block, i, position(item) - page * kPage, r, is_own);
+        for (int i = 0; i < n; i += kBlockRows) weigh(block, i, position(item), page * kPage, r, is_own);
         if (codecs.latent != nullptr) block.ahead = 0;  // nothing follows these values
         accumulate(block, layer_.value_dim);
       }
@@ -297,8 +301,8 @@ class Attention {
   }
 
   // The softmax of up to kBlockRows rows of a block, from row `begin` on. Row `first` of the head is the block's first;
-  // the head's first row is that of a query `offset` tokens from the page's start.
-  void weigh(const Block& block, int begin, int offset, int first, bool is_own) const {
+  // the head's first row is that of the query at `position`, and the page begins with token `page_start`.
+  void weigh(const Block& block, int begin, int position, int page_start, int first, bool is_own) const {
     const int rest = block.count - begin;
     Block part = block;
     part.count = rest < kBlockRows ? rest : kBlockRows;
@@ -308,9 +312,9 @@ class Attention {
     if (begin > 0) part.ahead = 0;
     int oldest[kBlockRows], last[kBlockRows];
     for (int i = 0; i < part.count; ++i) {
-      const int query = offset + (first + begin + i) / group_size_;
-      last[i] = is_own ? query + 1 : kPage;
-      oldest[i] = layer_.window > 0 && query >= layer_.window ? query - layer_.window + 1 : 0;
+      const int query = position + (first + begin + i) / group_size_, oldest_token = first_seen(layer_, query);
+      last[i] = is_own ? query - page_start + 1 : kPage;
+      oldest[i] = oldest_token > page_start ? oldest_token - page_start : 0;
     }
     kernels_.softmax(part, oldest, last, layer_.softcap);
   }

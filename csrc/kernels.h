@@ -27,7 +27,7 @@ struct Place {
 struct Layer {
   int32_t heads, kv_heads, key_dim, value_dim;
   float scale, softcap;      // softcap 0: none
-  int32_t window;            // 0: none
+  int32_t window;            // 0: none; negative: chunks of so many tokens
   Place sealed, open, sink;  // sink: the first page of a sequence; equal to `sealed` where it has no format of its own
   bool has_sink;
   int64_t frame_bytes;

@@ -139,24 +139,25 @@ NB_MODULE(_native, m) {
              return reason ? nb::cast(std::string(reason)) : nb::none();
            })
       .def("opens_latents", [](const Cpu& self, int codec) { return self.kernels().latent(codec) != nullptr; })
-      .def("forward", [](Cpu& self, const Layer& layer, const BatchTables& tables, bool is_float32, uintptr_t query,
-                         int64_t query_row, int64_t query_head, uintptr_t key, int64_t key_row, int64_t key_head,
-                         uintptr_t value, int64_t value_row, int64_t value_head, uintptr_t sinks, uintptr_t out) {
-        const Rows rows{is_float32 ? Float::kF32 : Float::kBf16,
-                        pointer<void>(query),
-                        pointer<void>(key),
-                        pointer<void>(value),
-                        query_row,
-                        query_head,
-                        key_row,
-                        key_head,
-                        value_row,
-                        value_head,
-                        pointer<float>(sinks),
-                        pointer<void>(out)};
-        nb::gil_scoped_release release;
-        self.forward(layer, tables.batch, rows);
-      });
+      .def("forward",
+           [](Cpu& self, const Layer& layer, const BatchTables& tables, bool is_float32, uintptr_t query,
+              int64_t query_row, int64_t query_head, uintptr_t key, int64_t key_row, int64_t key_head, uintptr_t value,
+              int64_t value_row, int64_t value_head, uintptr_t sinks, uintptr_t out, bool again) {
+             const Rows rows{is_float32 ? Float::kF32 : Float::kBf16,
+                             pointer<void>(query),
+                             pointer<void>(key),
+                             pointer<void>(value),
+                             query_row,
+                             query_head,
+                             key_row,
+                             key_head,
+                             value_row,
+                             value_head,
+                             pointer<float>(sinks),
+                             pointer<void>(out)};
+             nb::gil_scoped_release release;
+             self.forward(layer, tables.batch, rows, again);
+           });
 
   nb::class_<Coded>(m, "Coded")
       .def(

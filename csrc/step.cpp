@@ -41,7 +41,7 @@ const char* Cpu::supports(const Layer& layer) const {
   return nullptr;
 }
 
-void Cpu::forward(const Layer& layer, const Batch& batch, const Rows& rows) {
+void Cpu::forward(const Layer& layer, const Batch& batch, const Rows& rows, bool again) {
   const std::lock_guard<std::mutex> lock(mutex_);
   std::vector<int32_t> staging_first(batch.sequences);
   const Pages unstaged(layer, batch, nullptr, staging_first.data());
@@ -54,7 +54,7 @@ void Cpu::forward(const Layer& layer, const Batch& batch, const Rows& rows) {
   const Pages pages(layer, batch, staging, staging_first.data());
   append(layer, batch, rows, pages);
   attend(layer, batch, rows, pages);
-  flush(layer, batch, pages);
+  if (!again) flush(layer, batch, pages);
 }
 
 void Cpu::flush(const Layer& layer, const Batch& batch, const Pages& pages) {

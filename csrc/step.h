@@ -83,8 +83,9 @@ class Cpu {
 
   // Returns null, or what is wrong with the layer's codecs.
   const char* supports(const Layer& layer) const;
-  // One call at a time; another thread's waits.
-  void forward(const Layer& layer, const Batch& batch, const Rows& rows);
+  // One call at a time; another thread's waits. `again`: the same keys and values come once more in this step, and the
+  // open page stays as it was (BatchLayout.again).
+  void forward(const Layer& layer, const Batch& batch, const Rows& rows, bool again = false);
 
  private:
   void append(const Layer& layer, const Batch& batch, const Rows& rows, const Pages& pages);

@@ -161,6 +161,21 @@ def test_the_rule_is_the_fewest_bits_whose_whole_interval_is_under_the_bound() -
     assert found is ladder[1]
 
 
+def test_only_what_has_fewer_bits_is_said_to_be_over_the_bound(
+    byte_loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ladder = rungs(byte_loaded, default_backend())
+    taken = next(rung for rung in ladder if rung.label == "int5")
+    before = ladder[: ladder.index(taken)]
+    # in a short context its first page makes int4+sink:int8 the larger one
+    assert before
+    assert any(rung.label == "int4+sink:int8" for rung in ladder[len(before) :])
+    losses = [lossy(identity(rung), 0.02 if rung in before else 0.0001) for rung in ladder]
+    monkeypatch.setattr(choosing, "measure", lambda *_: losses)
+    listed = ", ".join(f"{rung.label} 0.0100" for rung in before)
+    assert chosen(byte_loaded).line.endswith(f"the bound is 0.001; fewer bits were over it: {listed}")
+
+
 def test_the_next_start_reads_what_was_measured(byte_loaded: LoadedModel, counted: list[int], cache: Path) -> None:
     first = chosen(byte_loaded)
     assert (first.measured, len(counted)) == (True, 1)
@@ -201,7 +216,10 @@ def test_a_text_of_the_user(byte_loaded: LoadedModel, counted: list[int], tmp_pa
         chosen(byte_loaded, text=path)
 
 
-@pytest.mark.parametrize("spoil", ["{", "[]", {"version": 0}, {"kvbits": "0.0.1"}, {"losses": [{}]}, {"losses": 3}])
+@pytest.mark.parametrize(
+    "spoil",
+    ["{", "[]", "[" * 5000, {"version": 0}, {"kvbits": "0.0.1"}, {"losses": [{}]}, {"losses": []}, {"losses": 3}],
+)
 def test_a_file_that_is_damaged_or_old_is_said_and_measured_again(
     byte_loaded: LoadedModel, counted: list[int], cache: Path, spoil: str | dict[str, object]
 ) -> None:

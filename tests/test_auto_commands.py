@@ -79,7 +79,14 @@ def test_generate_chooses_once_and_says_what(
     assert line.endswith(words)
 
 
-def test_evaluate_is_remembered(model: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_auto_may_be_written_like_any_dtype(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status("generate", model, "-p", "w5", "--max-tokens", 1, "--kv-cache-dtype", "Auto") == 0
+    assert "auto takes " in capsys.readouterr().err
+
+
+def test_evaluate_is_remembered(
+    model: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], small: Path
+) -> None:
     out = tmp_path / "out.json"
     ask = ("generate", model, "-p", "w5 w6", "--max-tokens", 4, "--kv-cache-dtype", "int8/int4", "--json", out)
     assert status(*ask) == 0
@@ -94,6 +101,9 @@ def test_evaluate_is_remembered(model: str, text: Path, tmp_path: Path, capsys: 
     assert "tokens of words.txt" in capsys.readouterr().err
     loss = json.loads(out.read_text())["loss"]
     assert loss["kl"] == pytest.approx(kl)
+    # of other weights: a measurement of its own
+    assert status(*common, "--kv-cache-dtype", "int8,int4", "--weights", "int8") == 0
+    assert len(list(small.rglob("*.json"))) == 2
     assert (loss["text"], loss["arithmetic"], loss["tokens"]) == ("words.txt", "float32", 2 * 127)
 
 

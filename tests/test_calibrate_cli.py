@@ -10,6 +10,8 @@ import pytest
 from helpers.command import complaint, status
 from helpers.tiny import save, tiny_model
 
+from kvbits.auto.loss import nats
+
 CONTEXT = 256
 
 
@@ -35,13 +37,17 @@ def test_calibrate_then_use(model: str, text: str, tmp_path: Path, capsys: pytes
     assert "checked on 1 windows: KL" in capsys.readouterr().out
     document = json.loads((policy / "policy.json").read_text())
     assert document["bits_per_element"] <= 6.5
-    assert document["measured"]["check"]["kl_mean"] > 0
+    kl = document["measured"]["check"]["kl_mean"]
+    assert kl > 0
+    generate = ("generate", model, "--kv-policy", policy, "-p", "w5 w6", "--max-tokens", 4)
+    assert status(*generate) == 0
+    line = f"policy:{policy} on this model: KL {nats(kl)}, measured on {CONTEXT // 2 - 1} tokens of words.txt"
+    assert line in capsys.readouterr().err.splitlines()
     common = ("--text", text, "--context", CONTEXT, "--windows", 1, "--json", out)
     assert status("evaluate", model, "--kv-policy", policy, "--kv-cache-dtype", "int2", *common) == 0
     coarse, fitted = json.loads(out.read_text())["results"]
     assert (coarse["dtype"], fitted["dtype"]) == ("int2", f"policy:{policy}")
     assert fitted["kl_mean"] < coarse["kl_mean"]
-    assert status("generate", model, "--kv-policy", policy, "-p", "w5 w6", "--max-tokens", 4) == 0
     other = save(tiny_model("llama", seed=1, head_dim=32), tmp_path / "other")
     capsys.readouterr()
     assert "was calibrated for" in complaint(capsys, "generate", other, "--kv-policy", policy, "-p", "w5")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import signal
 import subprocess
@@ -45,8 +46,9 @@ def text_of(seed: int = 5, words: int = 1500) -> list[int]:
 
 
 def calibrated(loaded: LoadedModel, output: Path, **changes: Any) -> str:
-    given = {"texts": [("words.txt", text_of())], "goal": Goal(bits=6.5), "sink": "int8", "sizes": SIZES} | changes
-    policy, _ = calibrate(loaded, given["texts"], output, given["goal"], given["sink"], given["sizes"], Bar, print)
+    given = {"goal": Goal(bits=6.5), "sink": "int8", "sizes": SIZES, "bar": Bar, "note": print} | changes
+    texts = given.pop("texts", [("words.txt", text_of())])
+    policy, _ = calibrate(loaded, texts, output, **given)
     return policy.name
 
 
@@ -192,6 +194,40 @@ def test_files_of_somebody_else_s_are_left_alone(loaded: LoadedModel, tmp_path: 
     with pytest.raises(ConfigError, match="is not empty and no unfinished calibration"):
         calibrated(loaded, tmp_path)
     assert (tmp_path / "unfinished" / "novel.txt").exists()
+
+
+def test_two_at_once_do_not_share_a_directory(loaded: LoadedModel, tmp_path: Path) -> None:
+    def second(line: str) -> None:
+        with pytest.raises(ConfigError, match="another calibration is at work in"):
+            calibrated(loaded, tmp_path / "out")
+        told.append(line)
+
+    told: list[str] = []
+    (tmp_path / "out" / "unfinished").mkdir(parents=True)
+    # what a kill leaves of the directory's first file
+    (tmp_path / "out" / "unfinished" / ".run.7.part.json").write_text("{")
+    calibrated(loaded, tmp_path / "out", goal=Goal(max_kl=1.0), note=second)
+    assert told
+    assert not (tmp_path / "out" / "unfinished").exists()
+
+
+def test_what_a_run_is_of_is_written_whole_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, *_: object, **__: object) -> None:
+        path.write_bytes(b"{")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(ConfigError, match=r"run\.json.* No space left"):
+            Parts(tmp_path, {"model": "a"})
+    Parts(tmp_path, {"model": "b"})
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("name", ["bits", "max_kl"])
+def test_goals_are_positive_numbers(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} is {value}; it must be positive"):
+        Goal(**{name: value})
 
 
 def test_a_damaged_part_is_done_again(loaded: LoadedModel, tmp_path: Path) -> None:

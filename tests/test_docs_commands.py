@@ -45,6 +45,7 @@ SMALLER: dict[str, tuple[object, ...]] = {
     "evaluate": ("--window", 64, "--windows", 1, "--tasks", "fidelity"),
     "export": ("--window", 64, "--windows", 1),
     "generate": ("--max-tokens", 3, "--kv-cache-memory", "16MiB"),
+    "quantize": ("--window", 64, "--windows", 1),
     "serve": ("--kv-cache-memory", "16MiB"),
 }  # fmt: skip
 """Options put behind those of the page, which they then replace: its model is smaller as well."""

@@ -13,6 +13,7 @@ import pytest
 from helpers.serving import CONTEXT, byte_tokenizer
 from helpers.tiny import save, tiny_model
 
+from kvbits.errors import ConfigError
 from kvbits.evaluation.documents import reference_text
 
 ROOT = Path(__file__).parents[1] / "benchmarks"
@@ -87,6 +88,41 @@ def test_stages_are_kept_and_never_run_again(
     capsys.readouterr()
     assert run(data, out, monkeypatch, *names) == 0
     assert "==" not in capsys.readouterr().err
+
+
+def test_what_is_missing_is_named_before_anything_is_measured(
+    stages: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr(stages, "load_model", never)
+    (tmp_path / stages.TEXT).write_text("text")
+    with pytest.raises(SystemExit, match=r"there is no moby_dick\.txt in"):
+        run(tmp_path, tmp_path / "out", monkeypatch, "fidelity", "calibrate")
+    monkeypatch.setattr(stages, "SUBJECTS", {"none": stages.Subject("none.gguf", 1, 512)})
+    sys.modules.pop("evidence")
+    with pytest.raises(SystemExit, match=r"there is no none\.gguf in"):
+        run(tmp_path, tmp_path / "out", monkeypatch, "fidelity")
+
+
+def test_a_result_that_was_cut_off_is_none(
+    stages: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, *_: object, **__: object) -> None:
+        path.write_bytes(b"{")
+        raise OSError(28, "No space left on device")
+
+    one = stages.Run("tiny", stages.SUBJECTS["tiny"], tmp_path, tmp_path, tmp_path / "out" / "tiny", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(ConfigError, match="No space left"):
+            one.keep("fidelity", {})
+    assert not one.result("fidelity").exists()
+    # what a kill leaves
+    (one.out / ".fidelity.7.part.json").write_text("{")
+    (one.out / "llama.tmp.json").write_text("{")
+    assert run(tmp_path, tmp_path / "out", monkeypatch, "tools") == 0
 
 
 def test_a_policy_that_is_not_calibrated_is_named(

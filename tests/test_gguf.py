@@ -178,7 +178,7 @@ def test_any_divisors_of_frequencies_are_obeyed_whatever_the_length(tmp_path: Pa
     assert loaded.geometry.max_position == 512
 
 
-def test_longrope_within_its_first_context_runs_and_beyond_is_refused(tmp_path: Path) -> None:
+def test_longrope_within_its_first_context_and_beyond(tmp_path: Path) -> None:
     short, long = np.linspace(1, 2, 8, dtype=np.float32), np.linspace(2, 9, 8, dtype=np.float32)
     extra = {"rope_factors_short.weight": short, "rope_factors_long.weight": long}
     changes = {
@@ -193,8 +193,8 @@ def test_longrope_within_its_first_context_runs_and_beyond_is_refused(tmp_path: 
     path = save_gguf(model, tmp_path / "n.gguf", changes | {"phi3.rope.scaling.original_context_length": 64}, extra)
     config = configuration(GgufFile(Path(path)))
     assert config.rope_parameters["long_factor"] == long.tolist()
-    with pytest.raises(UnsupportedError, match="'longrope'"):
-        load_model(path, "float32")
+    assert load_model(path, "float32").geometry.max_position == 64
+    assert load_model(path, "float32", max_model_len=65).geometry.max_position == 512
 
 
 def test_half_rotated_heads_and_the_window_of_phi3(tmp_path: Path) -> None:

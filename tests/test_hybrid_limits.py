@@ -25,7 +25,6 @@ from kvbits.engine.speculation import SpeculativeConfig
 from kvbits.engine.speculation.methods import draft_model
 from kvbits.engine.transfer import PageBundle, export_pages, import_pages
 from kvbits.errors import UnsupportedError
-from kvbits.hf import QuantizedCache
 from kvbits.models import geometry_of, load_model
 from kvbits.models.outline import outline_of
 from kvbits.planning.core import plan
@@ -119,8 +118,6 @@ def test_a_gpu_is_refused_before_a_weight_is_read(tmp_path: Path, monkeypatch: p
 def test_what_has_no_place_for_states_is_refused_by_name(tmp_path: Path) -> None:
     loaded, engine = loaded_of("lfm2"), hybrid_engine("lfm2")
     has = r"has no place for the states of recurrent layers; lfm2 has 2 of them, the first is layer 0"
-    with pytest.raises(UnsupportedError, match=f"QuantizedCache {has}"):
-        QuantizedCache(tiny_model("lfm2"))
     with pytest.raises(UnsupportedError, match=f"a bundle of pages {has}"):
         export_pages(engine, prompt(200))
     with pytest.raises(UnsupportedError, match=f"a bundle of pages {has}"):

@@ -26,7 +26,6 @@ from kvbits.evaluation.layers import layer_errors, measure_layers
 from kvbits.evaluation.parts import NAMES
 from kvbits.evaluation.probes import Probe, ask
 from kvbits.evaluation.resume import ResumeCache
-from kvbits.evaluation.toolcalls import Called, Case, read_call
 from kvbits.models import LoadedModel, load_model
 
 CONTEXT = 512
@@ -223,40 +222,12 @@ def test_free_text_is_scored_by_the_16_bit_cache(loaded: LoadedModel, tokens: li
     assert reference[0].facts(reference[0])["same_tokens"] == 40
 
 
-# Tool calls
-
-
-@pytest.mark.parametrize(
-    ("text", "call"),
-    [
-        ('{"name": "f", "arguments": {"a": 1}}\n', ("f", {"a": 1})),
-        ('{"arguments": {}, "name": "f"} and more', ("f", {})),
-        ('{"name": "f", "arguments": {"a": 1}', None),
-        ('{"name": "f", "arguments": [1]}', None),
-        ('{"name": 3, "arguments": {}}', None),
-        ("[1]", None),
-        ("", None),
-    ],
-)
-def test_calls_are_read_or_refused(text: str, call: object) -> None:
-    assert read_call(text) == call
-
-
-@pytest.mark.parametrize(
-    ("call", "right"),
-    [
-        (("area", {"base": 10, "height": 5}), True),
-        (("area", {"base": 10, "height": 5, "unit": "cm"}), True),
-        (("area", {"base": 10, "height": 5, "unit": "m"}), False),
-        (("area", {"base": 10}), False),
-        (("area", {"base": 10, "height": 5, "colour": "red"}), False),
-        (("volume", {"base": 10, "height": 5}), False),
-        (None, False),
-    ],
-)
-def test_calls_are_right_by_the_published_answers(call: Any, right: bool) -> None:
-    case = Case("q", (1,), {"area": {"base": [10], "height": [5], "unit": ["cm", ""]}})
-    assert Called(case, call).right is right
+def test_a_dtype_that_is_named_twice_runs_once(model: str, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    twice = ("--kv-cache-dtype", "int4", "--kv-cache-dtype", "int4")
+    ask = ("evaluate", model, "--text", data / "text.txt", "--window", 192, "--windows", 1, "--json", out)
+    assert status(*ask, *twice) == 0
+    assert [row["dtype"] for row in json.loads(out.read_text())["results"]] == ["int4"]
 
 
 # The planted fault

@@ -147,5 +147,14 @@ def test_a_file_that_is_no_ledger_is_refused(tmp_path: Path) -> None:
     path.write_text("Call me Ishmael.\nSome years ago\nnever mind how long\n")
     with pytest.raises(ConfigError, match=r"line 1 of .*book.txt"):
         ResumeCache(path)
+    for text in ("Call me Ishmael.", '{"kex": 1}', "{}"):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="holds something else than finished parts"):
+            ResumeCache(path)
+        assert path.read_text() == text
+    for text in ("{", '{"key', '{"key": "abc", "resu'):
+        path.write_text(text)
+        ResumeCache(path).put("a", 1)
+        assert ResumeCache(path)["a"] == 1
     with pytest.raises(ConfigError, match="cannot use the file"):
         ResumeCache(tmp_path / "none" / "x.jsonl")

@@ -67,14 +67,13 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def model() -> torch.nn.Module:
-    return hugging_face_model("llama", vocab_size=259, max_position_embeddings=CONTEXT)
+def model_of(family: str) -> torch.nn.Module:
+    return hugging_face_model(family, vocab_size=259, max_position_embeddings=CONTEXT)
 
 
 @pytest.fixture(scope="module")
-def path(model: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save(model, tmp_path_factory.mktemp("model"), byte_tokenizer)
+def path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save(model_of("llama"), tmp_path_factory.mktemp("model"), byte_tokenizer)
 
 
 def responses(lm: Any, tasks: Path, **options: Any) -> dict[str, list[Any]]:
@@ -86,8 +85,12 @@ def responses(lm: Any, tasks: Path, **options: Any) -> dict[str, list[Any]]:
     return {task: [r for s in results["samples"][task] for r in s["filtered_resps"]] for task in TASKS}
 
 
-def test_every_kind_of_request_is_answered_as_the_hf_model_does(model: torch.nn.Module, path: str, tasks: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "lfm2", "bamba"])
+def test_every_kind_of_request_is_answered_as_the_hf_model_does(family: str, tmp_path: Path, tasks: Path) -> None:
+    """Full attention, mostly windows, recurrent layers of both kinds."""
     register()
+    model = model_of(family)
+    path = save(model, tmp_path, byte_tokenizer)
     model.set_attn_implementation(EAGER)
     # what fits the engine's context is what fits an hf model's that is 2 shorter
     own = HFLM(pretrained=model, tokenizer=byte_tokenizer(), max_length=CONTEXT - 2, batch_size=1)

@@ -109,8 +109,8 @@ def test_geometry_says_what_the_configuration_means() -> None:
         ("mamba", {"num_hidden_layers": 2, "hidden_size": 64}, "mamba"),
         ("jamba", {"num_hidden_layers": 8}, "jamba"),
         ("kimi_linear", {"num_hidden_layers": 4}, "kimi_linear"),
-        ("llama4_text", {"num_hidden_layers": 4}, "chunked_attention"),
-        ("gemma3n_text", {}, "share another layer's keys"),
+        ("stablelm", {"num_hidden_layers": 2}, "does not hand its keywords on"),
+        ("axk2", {}, "layers of type indexed_attention"),
         ("bert", {"is_decoder": False}, "neither causal nor"),
     ],
 )
@@ -122,11 +122,21 @@ def test_what_cannot_run_is_refused_by_name(model_type: str, options: dict, says
 def test_a_chunked_mask_is_told_from_a_window() -> None:
     from transformers.masking_utils import chunked_causal_mask_function, sliding_window_causal_mask_function
 
-    from kvbits.models.geometry import _observe_mask
+    from kvbits.models.geometry import _ODD, _observe_mask
 
     assert int(_observe_mask(mask_function=sliding_window_causal_mask_function(64))) == 64
-    with pytest.raises(UnsupportedError, match="chunked attention"):
-        _observe_mask(mask_function=chunked_causal_mask_function(64, torch.zeros(1, dtype=torch.long)))
+    for size in (1, 50, 64, 8192):
+        found = _observe_mask(mask_function=chunked_causal_mask_function(size, torch.zeros(1, dtype=torch.long)))
+        assert int(found) == (1 if size == 1 else -size), "chunks of one token are windows of one"
+
+    def odd(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        start = torch.where(query > 99, (query - 99) // 50 * 50 + 99, 0)
+        return (key >= start) & (key <= query)
+
+    assert int(_observe_mask(mask_function=odd)) == _ODD
+    assert int(_observe_mask(mask_function=lambda *where: torch.tensor(False))) == _ODD
+    bent = tiny_model("qwen2_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+    assert {layer.window for layer in geometry_of(bent).layers} == {None}, "it builds a mask of no tokens for no layer"
 
 
 def test_a_window_that_only_the_mask_knows_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,6 +156,7 @@ def test_what_an_operator_sees() -> None:
         "kvbits:offload_bytes": stats.used * engine.pool.layout.frame_bytes,
         "kvbits:offload_capacity_bytes": stats.slots * engine.pool.layout.frame_bytes,
         "kvbits:offload_pages": stats.pages,
+        "kvbits:offload_states": 0,
         "kvbits:offload_read_only": 0,
         "kvbits:offload_stored_total": stats.stored,
         "kvbits:offload_restored_total": stats.restored,

@@ -28,6 +28,8 @@ SHAPES = {
     "window over pages": LayerGeometry(4, 2, 64, 64, 0.125, window=130),
     "softcap": LayerGeometry(4, 2, 64, 64, 0.5, softcap=3.0),
     "sinks": LayerGeometry(4, 2, 64, 64, 0.125, sinks=True),
+    "chunks": LayerGeometry(4, 2, 64, 64, 0.125, window=50, chunked=True),
+    "chunks of pages": LayerGeometry(4, 2, 64, 64, 0.125, window=128, chunked=True),
     "all": LayerGeometry(4, 2, 64, 64, 0.5, window=70, softcap=3.0, sinks=True),
 }
 
@@ -77,6 +79,8 @@ def dense(layer: LayerGeometry, dtype: str, step: tuple) -> Tensor:
     for t in range(len(query)):
         own = t // PAGE_TOKENS * PAGE_TOKENS
         first = 0 if layer.window is None else max(0, t - layer.window + 1)
+        if layer.chunked:
+            first = next(start for start in range(t, -1, -1) if start % layer.window == 0)
         seen_keys = torch.cat([coded_key[:own], key[own : t + 1]])[first:]
         seen_values = torch.cat([coded_value[:own], value[own : t + 1]])[first:]
         for h in range(layer.num_heads):

@@ -171,6 +171,15 @@ def test_the_page_needs_nothing_else_and_escapes(files: dict[str, Path], tmp_pat
         ("[]", "no JSON object"),
         ("{}", "holds no results"),
         ('{"results": []}', "holds no results"),
+        ("[" * 9000, "no JSON file"),
+        ('{"results": [{"kl_mean": 0.1}]}', "damaged: 'dtype' is no text"),
+        ('{"results": [{"dtype": "int4", "kl_mean": null}]}', "damaged: 'bits_per_element' is no number"),
+        ('{"results": [{"dtype": "int4", "decode_tokens_per_s": 1}]}', "damaged: 'batch' is no number"),
+        ('{"schemes": 3}', "damaged: 'memory_bytes' is no number"),
+        (json.dumps({**PLAN, "schemes": [{}]}), "damaged: 'bits_per_element' is no number"),
+        (json.dumps({**PLAN, "schemes": [3]}), "damaged: 'bits_per_element' is no number"),
+        ('{"format": "kvbits-policy"}', "damaged: 'name' is no text"),
+        ('{"format": "kvbits-policy", "model": {"name": "a"}, "layers": 3}', "the policy has no 'layers'"),
     ],
 )
 def test_files_that_are_no_results_are_named(tmp_path: Path, content: str, words: str) -> None:

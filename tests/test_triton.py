@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.attention import PLAIN, SHAPES, Inputs, check_tentative_step, make_inputs, run
+from helpers.attention import PLAIN, SHAPES, Inputs, check_read_again, check_tentative_step, make_inputs, run
 from helpers.driver import Frames
 from helpers.hard_pages import assert_same, broken_pages, expected, hard_pages, sealed
 from helpers.huge import assert_huge_pages_are_read
@@ -116,6 +116,16 @@ def test_pages_of_another_backend_in_several_splits(window: int | None) -> None:
     view.buffer.copy_(before)
     got = OnDevice().forward(view, batch, *(x[2100:] for x in rows), inputs.sinks)
     assert (got - expected).abs().max() <= 2e-5
+
+
+@pytest.mark.triton
+def test_layers_that_read_the_same_keys_again() -> None:
+    check_read_again(OnDevice(), (60, 10, 1))
+
+
+def test_chunked_attention_is_refused() -> None:
+    layer = replace(SMALL, window=50, chunked=True)
+    assert "chunked" in str(OnDevice().supports(SCHEMES["int8"], layer))
 
 
 @pytest.mark.triton

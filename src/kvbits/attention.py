@@ -8,7 +8,8 @@ one batch row of the model.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -59,8 +60,14 @@ class Forward:
         object.__setattr__(self, "number", enlist(self))
 
     def run(self, layer: int, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Tensor:
-        """Store and attend in one layer (:meth:`kvbits.kernels.Backend.forward`)."""
-        return self.backend.forward(self.pool.layers[layer], self.batch, query, key, value, sinks)
+        """Store and attend in the model's layer ``layer`` (:meth:`kvbits.kernels.Backend.forward`)."""
+        geometry = self.pool.geometry
+        batch = self._unfinished if geometry.read_again(layer) else self.batch
+        return self.backend.forward(self.pool.layers[geometry.index_of(layer)], batch, query, key, value, sinks)
+
+    @cached_property
+    def _unfinished(self) -> BatchLayout:
+        return replace(self.batch, again=True)
 
 
 def attend(
@@ -77,8 +84,7 @@ def attend(
     if step is None:
         raise UnsupportedError("the model was called without kvbits=Forward(...); use kvbits.LLM to run it")
     place: Any = module.layer_idx
-    index = step.pool.geometry.index_of(place)
-    view = step.pool.layers[index]
+    view = step.pool.layers[step.pool.geometry.index_of(place)]
     _check(view.geometry, query.shape[3], attention_mask, kwargs)
     sinks = kwargs.get("s_aux")
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -86,9 +92,9 @@ def attend(
     latents: Any = module.expand_kv if view.geometry.latent else None
     query = query if latents is None else latents.queries(query)
     if torch.compiler.is_compiling():
-        out = attend_paged(query, key, value, sinks, step.pool.buffer, step.number, index)
+        out = attend_paged(query, key, value, sinks, step.pool.buffer, step.number, place)
     else:
-        out = step.run(index, query, key, value, sinks)
+        out = step.run(place, query, key, value, sinks)
     return (out if latents is None else latents.outputs(out)).unsqueeze(0), None
 
 
@@ -107,10 +113,11 @@ def _check(layer: LayerGeometry, query_dim: int, attention_mask: Tensor | None, 
     """Refuse whatever the layer asks for and the cache's geometry does not say."""
     refuse_keywords(kwargs)
     scale = kwargs.get("scaling")
+    window = None if layer.chunked else layer.window
     asked = {
         "scaling": (query_dim**-0.5 if scale is None else scale, layer.scale),
         # a layer that never names its window leaves it to its mask, which the geometry has measured
-        "sliding_window": (kwargs.get("sliding_window", layer.window), layer.window),
+        "sliding_window": (kwargs.get("sliding_window", window), window),
         "softcap": (kwargs.get("softcap"), layer.softcap),
         "s_aux": (kwargs.get("s_aux") is not None, layer.sinks),
     }

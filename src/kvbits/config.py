@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from math import prod
 
@@ -21,10 +21,19 @@ POLICY_PREFIX = "policy:"
 MODEL_DTYPES = ("bfloat16", "float32")
 """What a model's layers compute in."""
 
+STATE_DTYPES = ("auto", "float32", "bfloat16")
+"""What recurrent states are stored in; ``auto``: as the model computes them."""
+
 WEIGHT_FORMATS = ("auto", "bf16", "int8", "int4")
 """What the weights of linear layers and embeddings are stored as; ``auto``: as the model's files have them."""
 AUTO = "auto"
 """The KV cache dtype that stands for one that is chosen by measuring (:mod:`kvbits.auto`)."""
+
+
+def is_auto(dtype: object) -> bool:
+    """Whether a KV cache dtype is :data:`AUTO`, in whatever case it was written."""
+    return isinstance(dtype, str) and dtype.strip().lower() == AUTO
+
 
 WATERMARK = 100
 """One frame in so many stays free at admission, so that a newcomer does not push out running sequences at once."""
@@ -41,9 +50,10 @@ class LayerGeometry:
     """What the attention of one layer looks like.
 
     ``scale`` multiplies ``q . k`` before the softmax; ``window`` is the number of tokens a query sees, itself
-    included (``None``: all); ``softcap`` bounds the scores by ``cap * tanh(s / cap)``; ``sinks`` says that each query
-    head has a learned logit in the denominator of its softmax. ``latent``: the values are the keys' first ``value_dim``
-    channels and are not stored beside them (multi-head latent attention in its absorbed form).
+    included (``None``: all), or where ``chunked`` the size of the chunks that texts are cut into, from position 0 on: a
+    query sees its own chunk up to itself; ``softcap`` bounds the scores by ``cap * tanh(s / cap)``; ``sinks`` says that
+    each query head has a learned logit in the denominator of its softmax. ``latent``: the values are the keys' first
+    ``value_dim`` channels and are not stored beside them (multi-head latent attention in its absorbed form).
     """
 
     num_heads: int
@@ -54,12 +64,19 @@ class LayerGeometry:
     window: int | None = None
     softcap: float | None = None
     sinks: bool = False
+    chunked: bool = False
     latent: bool = False
 
     @property
     def stored_dim(self) -> int:
         """Elements of a KV head's key and value that are stored."""
         return self.key_dim if self.latent else self.key_dim + self.value_dim
+
+    def first_seen(self, position: int) -> int:
+        """The first token that the query at ``position`` sees."""
+        if self.window is None:
+            return 0
+        return position // self.window * self.window if self.chunked else max(0, position - self.window + 1)
 
     @property
     def group_size(self) -> int:
@@ -73,6 +90,7 @@ class StateShape:
 
     ``layer`` is the model's number of the layer; ``kind`` is ``conv`` (the last inputs of a short convolution) or
     ``recurrent``; ``number`` counts the layer's states of a kind. ``wide``: float32, whatever the model computes in.
+    ``stored``: bytes of an element where it lies (``None``: as it is computed).
     """
 
     layer: int
@@ -80,10 +98,15 @@ class StateShape:
     number: int
     shape: tuple[int, ...]
     wide: bool
+    stored: int | None = None
+
+    def computed(self, itemsize: int) -> int:
+        """Bytes of an element as its layer computes it, where the model's dtype has ``itemsize``."""
+        return 4 if self.wide else itemsize
 
     def nbytes(self, itemsize: int) -> int:
         """Bytes, where an element of the model's dtype has ``itemsize``."""
-        return prod(self.shape) * (4 if self.wide else itemsize)
+        return prod(self.shape) * (self.stored or self.computed(itemsize))
 
 
 @dataclass(frozen=True)
@@ -91,8 +114,9 @@ class ModelGeometry:
     """What the cache must know of a model.
 
     ``layers`` are those with attention; ``places`` the model's numbers of them, where there are others between (empty:
-    all have attention). ``states``: what recurrent layers keep of a sequence. ``expanded``: why every head's keys and
-    values are cached of a model that has latents.
+    all have attention). ``states``: what recurrent layers keep of a sequence. ``shared``: layers that store nothing, by
+    the model's numbers, each with the earlier layer of ``layers`` whose keys and values it reads. ``expanded``: why
+    every head's keys and values are cached of a model that has latents.
     """
 
     name: str
@@ -101,6 +125,7 @@ class ModelGeometry:
     vocab_size: int
     places: tuple[int, ...] = ()
     states: tuple[StateShape, ...] = ()
+    shared: tuple[tuple[int, int], ...] = ()
     expanded: str = field(default="", compare=False)
 
     @property
@@ -126,9 +151,42 @@ class ModelGeometry:
         if self.latent:
             raise UnsupportedError(f"{what} does not work with cached latents, which the attention of {self.name} has")
 
+    def stored_in(self, state_dtype: str) -> ModelGeometry:
+        """The same with ``recurrent`` states in one of :data:`STATE_DTYPES`; the inputs of short convolutions stay.
+
+        Raises ``ConfigError`` for a dtype where the model has no such states.
+        """
+        check_state_dtype(state_dtype)
+        if state_dtype == AUTO:
+            return self
+        if not any(state.kind == "recurrent" for state in self.states):
+            raise ConfigError(f"state_dtype is '{state_dtype}'; {self.name} has no recurrent states")
+        size = 4 if state_dtype == "float32" else 2
+        states = (replace(s, stored=size) if s.kind == "recurrent" else s for s in self.states)
+        return replace(self, states=tuple(states))
+
+    def refuse_shared(self, what: str) -> None:
+        """Raise ``UnsupportedError`` for a model whose layers share keys and values, which ``what`` cannot do."""
+        if self.shared:
+            place, source = self.shared[0]
+            raise UnsupportedError(
+                f"{what} cannot do layers that share keys and values; layer {place} of {self.name} reads those of "
+                f"layer {source}"
+            )
+
+    def source_of(self, place: int) -> int:
+        """The model's layer whose keys and values its layer ``place`` reads: itself, or an earlier one."""
+        return next((source for layer, source in self.shared if layer == place), place)
+
     def index_of(self, place: int) -> int:
-        """Which of ``layers`` the model's layer ``place`` is."""
-        return self.places.index(place) if self.places else place
+        """Which of ``layers`` the model's layer ``place`` reads."""
+        source = self.source_of(place)
+        return self.places.index(source) if self.places else source
+
+    def read_again(self, place: int) -> bool:
+        """Whether a layer after ``place`` reads the same keys and values."""
+        source = self.source_of(place) if self.shared else place
+        return any(layer > place and of == source for layer, of in self.shared)
 
     def bytes_per_token_16bit(self) -> int:
         """Bytes of one token's keys and values at 16 bits."""
@@ -152,6 +210,12 @@ def parse_bytes(text: str | int) -> int:
     if size <= 0:
         raise ConfigError(f"the size '{text}' is {size} bytes; it must be positive")
     return size
+
+
+def check_state_dtype(name: str) -> None:
+    """Raise ``ConfigError`` unless ``name`` is one of :data:`STATE_DTYPES`."""
+    if name not in STATE_DTYPES:
+        raise ConfigError(f"state_dtype is '{name}'; choose from {', '.join(STATE_DTYPES)}")
 
 
 def pages_of(tokens: int) -> int:

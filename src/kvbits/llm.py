@@ -78,6 +78,7 @@ class LLM:
         batch_invariant: bool = False,
         kv_offload_size: str | int | None = None,
         kv_offload_path: str | None = None,
+        state_dtype: str = AUTO,
         speculative_config: SpeculativeConfig | Mapping[str, Any] | None = None,
         backend: Backend | str | None = None,
         progress: bool = True,
@@ -98,11 +99,12 @@ class LLM:
             batch_invariant=batch_invariant,
             kv_offload_size=kv_offload_size,
             kv_offload_path=kv_offload_path,
+            state_dtype=state_dtype,
         )
         speculative = SpeculativeConfig.of(speculative_config)
         if not isinstance(model, LoadedModel):
             check_engine(model, config, speculative, dtype=dtype, weights=weights, device=device)
-            model = load_model(model, dtype, weights=weights, device=device, trust_remote_code=trust_remote_code)
+            model = load_model(model, dtype, None, weights, device, trust_remote_code, max_model_len)
         self.loaded = model
         check_fit(model, config, choose_backend(backend, str(model.device)))
         self.choice = choose(model, wanted, Bar if progress else no_bar, log.warning, backend)

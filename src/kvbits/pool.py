@@ -147,9 +147,31 @@ class StatePool:
     def state(self, slot: int, shape: StateShape) -> Tensor:
         """A state where it lies, ``[1, *shape]``."""
         start = self._starts[shape]
-        dtype = torch.float32 if shape.wide else self.dtype
         part = self._buffer[slot, start : start + shape.nbytes(self.dtype.itemsize)]
-        return part.view(dtype).view(1, *shape.shape)
+        return part.view(self._stored(shape)).view(1, *shape.shape)
+
+    def computed(self, shape: StateShape) -> torch.dtype:
+        """What the layer of a state computes it in."""
+        return torch.float32 if shape.wide else self.dtype
+
+    def converts(self, layer: int) -> bool:
+        """Whether a state of the model's layer ``layer`` is stored in another dtype than it is computed in."""
+        return any(self._stored(shape) != self.computed(shape) for shape in self.of_layer(layer))
+
+    @property
+    def stored(self) -> str:
+        """For users to read: the dtype of recurrent states, where it is not what layers compute them in."""
+        found = {self._stored(s) for s in self.geometry.states if self._stored(s) != self.computed(s)}
+        return "".join(f" (in {str(dtype).removeprefix('torch.')})" for dtype in found)
+
+    def _stored(self, shape: StateShape) -> torch.dtype:
+        if shape.stored in (None, self.computed(shape).itemsize):
+            return self.computed(shape)
+        return torch.float32 if shape.stored == 4 else torch.bfloat16
+
+    def raw(self, slot: int) -> Tensor:
+        """All states of a slot as bytes, where they lie: ``uint8 [slot_bytes]``."""
+        return self._buffer[slot]
 
     def copy(self, source: int, target: int) -> None:
         """Copy all states of a slot."""

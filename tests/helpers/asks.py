@@ -103,7 +103,7 @@ class Setup:
             max_num_batched_tokens=self.budget,
             max_num_seqs=self.seats,
             enable_prefix_caching=self.caching,
-            kv_offload_size=self.offload * size if self.offload and self.caching else None,
+            kv_offload_size=self.offload * size + tier_bytes(served) if self.offload and self.caching else None,
             batch_invariant=True,
         )
         if self.method == "none":
@@ -125,6 +125,12 @@ def state_bytes(served: LoadedModel, sequences: int) -> int:
     """What an engine for so many sequences takes for the states of recurrent layers."""
     layout = StateLayout.of(served.geometry)
     return 0 if layout is None else layout.slot_bytes * (2 * sequences + 1)
+
+
+def tier_bytes(served: LoadedModel) -> int:
+    """Room for the states of two sequences in the second tier."""
+    layout = StateLayout.of(served.geometry)
+    return 0 if layout is None else 2 * layout.slot_bytes
 
 
 @dataclass

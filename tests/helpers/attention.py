@@ -122,6 +122,33 @@ def assert_agrees(layer: LayerGeometry, dtype: str, isa: str, lengths: list[int]
     assert error.abs().max() <= codec.abs().max() + 2e-5 * size
 
 
+def check_read_again(backend: Backend, counts: tuple[int, ...] = (60, 10, 1, 150, 57, 1, 1, 20)) -> None:
+    """Layers that share keys and values bring them one after another: each reads what the first alone would have read,
+    and the pool is that of one call."""
+    inputs = make_inputs(PLAIN, [300])
+    parts = [x[0] for x in (inputs.query, inputs.key, inputs.value)]
+    other = parts[0].flip(0)
+
+    def steps(queries: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Over a page's end, over several, within one; the outputs of the last of ``queries``, and the pool."""
+        frames = Frames(ModelGeometry("test", (PLAIN, PLAIN), 8192, 16), "int4", 40)
+        view, at, outputs = frames.pool.layers[1], 0, []
+        view.buffer.zero_()
+        for count in counts:
+            batch, rows = BatchLayout.of([frames.slice(0, count)]), slice(at, at + count)
+            for number, query in enumerate(queries):
+                own = replace(batch, again=number + 1 < len(queries))
+                out = backend.forward(view, own, query[rows], parts[1][rows], parts[2][rows], None)
+            outputs.append(out.clone())
+            at += count
+        return outputs, view.buffer.clone()
+
+    alone, pool = steps([other])
+    shared, same = steps([parts[0], parts[0], other])
+    assert torch.equal(torch.cat(shared), torch.cat(alone))
+    assert torch.equal(same, pool)
+
+
 def check_tentative_step(backend: type[Backend]) -> None:
     """A step over a page boundary with a second open page: the first keeps its rows, the second gets the rest."""
     inputs = make_inputs(PLAIN, [70])

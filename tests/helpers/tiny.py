@@ -130,7 +130,7 @@ HYBRIDS = tuple(_HYBRIDS)
 
 
 def tiny_config(family: str, **changes: object) -> PreTrainedConfig:
-    options = {**_COMMON, **(_FAMILIES | _HYBRIDS | _LATENTS)[family], **changes}
+    options = {**_COMMON, **(_FAMILIES | _HYBRIDS | _LATENTS).get(family, {}), **changes}
     return AutoConfig.for_model(options.pop("model_type", family), **options)
 
 

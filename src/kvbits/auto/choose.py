@@ -80,7 +80,7 @@ def _automatic(loaded: LoadedModel, wanted: Wanted, bar: Bar, note: Note, backen
     ladder = rungs(loaded, kernels)
     tokens = None if wanted.content is None else _tokens(loaded, wanted.content)
     conditions = _conditions(loaded, ladder, kernels, tokens)
-    losses = _stored(loaded, conditions, note)
+    losses = _stored(loaded, ladder, conditions, note)
     measured = losses is None
     if losses is None:
         losses = _measure(loaded, ladder, wanted, tokens, bar, backend)
@@ -89,8 +89,9 @@ def _automatic(loaded: LoadedModel, wanted: Wanted, bar: Bar, note: Note, backen
     policy = loaded.policy(REFERENCE) if chosen is None else chosen
     by_dtype = {loss.dtype: loss for loss in losses}
     loss = _nothing(loaded) if chosen is None else by_dtype[identity(policy)]
-    rejected = [(rung, by_dtype[identity(rung)]) for rung in ladder if rung is not chosen]
-    return Choice(policy, loss, _line(loaded, policy, loss, rejected, wanted.bound), measured)
+    smaller = ladder if chosen is None else ladder[: ladder.index(chosen)]
+    over = [f"{rung.label} {nats(by_dtype[identity(rung)].kl)}" for rung in smaller]
+    return Choice(policy, loss, _line(loaded, policy, loss, over, wanted.bound), measured)
 
 
 def _conditions(
@@ -123,13 +124,12 @@ def _tokens(loaded: LoadedModel, text: str) -> list[int]:
     return tokens
 
 
-def _stored(loaded: LoadedModel, conditions: dict[str, Any], note: Note) -> list[Loss] | None:
+def _stored(loaded: LoadedModel, ladder: Sequence[Policy], conditions: dict[str, Any], note: Note) -> list[Loss] | None:
     try:
-        losses = store.load(loaded.fingerprint, conditions)
+        return store.load(loaded.fingerprint, conditions, [identity(rung) for rung in ladder])
     except store.Damaged as error:
         note(f"{error}; it is measured again")
         return None
-    return losses
 
 
 def _measure(
@@ -169,12 +169,8 @@ def _nothing(loaded: LoadedModel) -> Loss:
     return Loss(REFERENCE, 0.0, 0.0, 0.0, 0, 0, OWN_TEXT, arithmetic)
 
 
-def _line(
-    loaded: LoadedModel, policy: Policy, loss: Loss, rejected: Sequence[tuple[Policy, Loss]], bound: float
-) -> str:
-    bits = policy.bits_per_element(loaded.geometry)
-    head = f"auto takes {policy.label} ({bits:.2f} bits per element)"
-    over = [f"{rung.label} {nats(own.kl)}" for rung, own in rejected if rung.bits_per_element(loaded.geometry) < bits]
+def _line(loaded: LoadedModel, policy: Policy, loss: Loss, over: Sequence[str], bound: float) -> str:
+    head = f"auto takes {policy.label} ({policy.bits_per_element(loaded.geometry):.2f} bits per element)"
     rest = f"; fewer bits were over it: {', '.join(over)}" if over else ""
     if not loss.tokens:
         return f"{head}: no dtype of fewer bits stays under the bound of KL {bound:g}{rest}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,21 @@ class Damaged(Exception):
     """A file that is there and cannot be used; the message says why."""
 
 
-def load(fingerprint: str, conditions: Mapping[str, Any]) -> list[Loss] | None:
-    """What was measured on the model under ``conditions``; ``None`` where nothing was. Raises :class:`Damaged`."""
+def load(fingerprint: str, conditions: Mapping[str, Any], dtypes: Collection[str]) -> list[Loss] | None:
+    """What was measured on the model under ``conditions``; ``None`` where nothing was.
+
+    Raises :class:`Damaged`, also where one of ``dtypes`` is missing.
+    """
     try:
         file = _file(fingerprint, conditions)
         if not file.exists():
             return None
-        return _read(file)
+        losses = _read(file)
     except OSError as error:
-        raise Damaged(error.strerror or str(error)) from error
+        raise Damaged(str(error)) from error
+    if {loss.dtype for loss in losses} != set(dtypes):
+        raise Damaged(f"'{file}' is damaged")
+    return losses
 
 
 def find(fingerprint: str, dtype: str) -> Loss | None:
@@ -73,7 +79,7 @@ def _read(file: Path) -> list[Loss]:
         document = json.loads(file.read_text(encoding="utf-8"))
         head = {name: document[name] for name in _HEAD}
         losses = [Loss.from_json(fields) for fields in document["losses"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Damaged(f"'{file}' is damaged") from error
     if head != _HEAD:
         raise Damaged(f"'{file}' was written by kvbits {head['kvbits']}, this is {kvbits.__version__}")

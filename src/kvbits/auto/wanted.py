@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvbits.config import AUTO
+from kvbits.config import AUTO, is_auto
 from kvbits.errors import ConfigError
 from kvbits.evaluation.verdict import LIMITS
 from kvbits.evaluation.windows import read_text
@@ -51,7 +51,7 @@ class Wanted:
     @property
     def auto(self) -> bool:
         """Whether the dtype is to be chosen."""
-        return isinstance(self.dtype, str) and self.dtype.strip().lower() == AUTO
+        return is_auto(self.dtype)
 
     @property
     def bound(self) -> float:

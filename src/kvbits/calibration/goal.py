@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from kvbits.config import PAGE_TOKENS
@@ -24,7 +25,7 @@ class Goal:
             raise ConfigError("give exactly one of --bits, --max-kl and --kv-cache-memory")
         for name in ("bits", "max_kl"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be positive")
         if self.bits is not None and self.bits > 16:
             raise ConfigError(f"--bits is {self.bits:g}; the model's own cache has 16")

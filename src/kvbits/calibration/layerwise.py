@@ -19,6 +19,7 @@ from kvbits.attention import Forward
 from kvbits.calibration.dense import DenseBackend, Window, dense_step, model_inputs
 from kvbits.errors import UnsupportedError
 from kvbits.models import LoadedModel
+from kvbits.models.layers import layers_of
 
 _LOGITS = 1 << 24
 """Logits that are turned into gradients at once, 64 MB of float32, ..."""
@@ -47,9 +48,12 @@ class Layers:
         among them."""
         loaded.geometry.refuse_states("calibration")
         loaded.geometry.refuse_latents("calibration")
+        loaded.geometry.refuse_shared("calibration")
+        if any(layer.chunked for layer in loaded.geometry.layers):
+            raise UnsupportedError(f"calibration cannot do the chunked attention of {loaded.name}")
         self._loaded = loaded
         self._rows = max(1, min(_LOGIT_ROWS, _LOGITS // loaded.geometry.vocab_size))
-        self._layers = _layers_of(loaded.model, loaded.geometry.num_layers, loaded.name)
+        self._layers = layers_of(loaded.model, loaded.geometry.num_layers, loaded.name)
 
     def gradients(
         self, window: Sequence[int], generator: torch.Generator, progress: Callable[[float], None]
@@ -70,7 +74,7 @@ class Layers:
                 call = calls.pop()
                 with torch.enable_grad():
                     hidden = call.hidden.detach().requires_grad_()
-                    output = _hidden(self._layers[index](hidden, *call.args, **call.kwargs))
+                    output = hidden_of(self._layers[index](hidden, *call.args, **call.kwargs))
                     seen = backend.windows.pop(index)
                     wanted = hidden, seen.key_error, seen.value_error
                     slope, key, value = torch.autograd.grad(output, wanted, slope)
@@ -86,7 +90,7 @@ class Layers:
 
         def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = args or (kwargs["hidden_states"],)
-            if outputs and given[0] is not _hidden(outputs.pop()):
+            if outputs and given[0] is not hidden_of(outputs.pop()):
                 raise UnsupportedError(
                     f"the layers of {self._loaded.name} do not hand their output straight to the next; calibration "
                     "goes back layer by layer and cannot follow"
@@ -111,7 +115,7 @@ class Layers:
         self, window: Sequence[int], output: Tensor | tuple[Tensor, ...], step: Forward, generator: torch.Generator
     ) -> Tensor:
         """The gradient by the last layer's output: what follows the layers, a few rows of logits at a time."""
-        leaf = _hidden(output).detach().requires_grad_()
+        leaf = hidden_of(output).detach().requires_grad_()
         total = torch.zeros_like(leaf)
         with _answering(self._layers, leaf, isinstance(output, tuple)), torch.enable_grad():
             for rows in torch.arange(len(window) // 2, len(window)).split(self._rows):
@@ -125,19 +129,7 @@ class Layers:
         return logits[0]
 
 
-def _layers_of(model: nn.Module, count: int, name: str) -> list[nn.Module]:
-    """The list of modules whose ``i``-th holds the attention that calls itself layer ``i``."""
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count and all(map(_is_layer, module, range(count))):
-            return list(module)
-    raise UnsupportedError(f"the model '{name}' keeps its {count} layers in no list; calibration goes layer by layer")
-
-
-def _is_layer(layer: nn.Module, index: int) -> bool:
-    return any(getattr(part, "layer_idx", None) == index for part in layer.modules())
-
-
-def _hidden(output: Any) -> Tensor:
+def hidden_of(output: Any) -> Tensor:
     """Some layers give a tuple that begins with the hidden states."""
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden

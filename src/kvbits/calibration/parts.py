@@ -6,10 +6,12 @@ A directory of safetensors files, one a part, each written under another name fi
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvbits.errors import ConfigError
+from kvbits.files import write_text
 
 _RUN, _SUFFIX, _FACTS = "run.json", ".safetensors", "facts"
 
@@ -64,12 +67,28 @@ class Parts:
             directory.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 _refuse_other(directory, path.read_text(encoding="utf-8"), text)
-            elif any(directory.iterdir()):
+            elif any(not path.name.startswith(".") for path in directory.iterdir()):
                 raise ConfigError(f"'{directory}' is not empty and no unfinished calibration; give another output")
             else:
-                path.write_text(text, encoding="utf-8")
+                write_text(path, text)
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot keep finished parts in '{directory}': {error}") from error
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep others out of the directory. Raises ``ConfigError`` where one of them does."""
+        assert self.directory is not None
+        handle = os.open(self.directory, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"another calibration is at work in '{self.directory}'; wait for it, or give another output"
+                ) from None
+            yield
+        finally:
+            os.close(handle)
 
     def __len__(self) -> int:
         return len(self._held if self.directory is None else list(self.directory.glob(f"*{_SUFFIX}")))

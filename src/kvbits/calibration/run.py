@@ -12,6 +12,7 @@ from kvbits.calibration.collect import collect
 from kvbits.calibration.fit import fit
 from kvbits.calibration.goal import Goal, Sizes
 from kvbits.calibration.layerwise import Layers
+from kvbits.calibration.output import UNFINISHED
 from kvbits.calibration.parts import Parts
 from kvbits.calibration.policy import Planner, candidates, check_goal
 from kvbits.calibration.sensitivity import sensitivity
@@ -30,9 +31,6 @@ from kvbits.models import LoadedModel
 ROUNDS = 4
 """Budgets that are tried for ``max_kl``: the prediction ranks policies well and is off by a factor."""
 
-UNFINISHED = "unfinished"
-"""Directory in the output in which finished parts are kept until the policy is written."""
-
 
 def calibrate(
     loaded: LoadedModel,
@@ -49,8 +47,9 @@ def calibrate(
     ``sink`` is the dtype of every sequence's first page (``None``: as the rest). The model should compute in float32.
     ``note`` is told of every budget that is tried. Finished parts are kept in the directory :data:`UNFINISHED` of
     ``output``; the next call with the same model, texts and sizes goes on from there, whatever its goal. Raises
-    ``ConfigError`` for what cannot be met, before the work where that can be known, for texts that are too short, and
-    for parts of another calibration; ``UnsupportedError`` for a model that keeps its layers in no list.
+    ``ConfigError`` for what cannot be met, before the work where that can be known, for texts that are too short, for
+    parts of another calibration and where one is at work; ``UnsupportedError`` for a model that keeps its layers in no
+    list.
     """
     geometry = loaded.geometry
     policies_of(loaded, [sink or "int8"], sizes.context)
@@ -60,8 +59,23 @@ def calibrate(
     if texts:
         split_windows([tokens for _, tokens in texts], sizes.context, sizes.windows, sizes.check_windows)
     parts = Parts(output / UNFINISHED, _run_of(loaded, texts, sizes))
-    if len(parts):
-        note(f"going on with {len(parts)} finished parts in '{parts.directory}'")
+    with parts.alone():
+        if len(parts):
+            note(f"going on with {len(parts)} finished parts in '{parts.directory}'")
+        return _calibrate(loaded, texts, output, goal, sink, sizes, bar, note, parts)
+
+
+def _calibrate(
+    loaded: LoadedModel,
+    texts: Sequence[tuple[str, Sequence[int]]],
+    output: Path,
+    goal: Goal,
+    sink: str | None,
+    sizes: Sizes,
+    bar: Bar,
+    note: Callable[[str], None],
+    parts: Parts,
+) -> tuple[Policy, Comparison]:
     tokens = [text for _, text in texts] or _own_text(loaded, sizes, bar, parts)
     fitted, checked = split_windows(tokens, sizes.context, sizes.windows, sizes.check_windows)
     planner = planner_of(loaded, fitted, sink, bar, parts)
@@ -86,7 +100,7 @@ def calibrate(
         "predicted_kl": planner.predicted(budget),
         "check": {k: v for k, v in found.as_json().items() if k != "dtype"},
     }
-    policy = save_policy(output, planner.policy(budget), geometry, loaded.fingerprint, measured)
+    policy = save_policy(output, planner.policy(budget), loaded.geometry, loaded.fingerprint, measured)
     parts.remove()
     return policy, found
 

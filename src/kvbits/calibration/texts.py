@@ -22,14 +22,20 @@ def split_windows(
     Raises ``ConfigError`` when the texts hold too few windows or a number is not positive.
     """
     check_counts(context, fit, check)
+    needed = f"{fit} to calibrate on and {check} to check on are needed"
+    spread = _spread(texts, context, fit + check, needed)
+    middle = (fit + check) // 2
+    return spread[:middle] + spread[middle + check :], spread[middle : middle + check]
+
+
+def spread_windows(texts: Sequence[Sequence[int]], context: int, count: int) -> list[list[int]]:
+    """``count`` windows as :func:`split_windows` takes them, to calibrate on alone."""
+    return _spread(texts, context, count, f"{count} are needed")
+
+
+def _spread(texts: Sequence[Sequence[int]], context: int, count: int, needed: str) -> list[list[int]]:
     found = [list(t[i : i + context]) for t in texts for i in range(0, len(t) - context + 1, context)]
-    count = fit + check
     if len(found) < count:
         sizes = ", ".join(str(len(t)) for t in texts)
-        raise ConfigError(
-            f"the text has {sizes} tokens: {len(found)} windows of {context}; {fit} to calibrate on and {check} "
-            f"to check on are needed"
-        )
-    spread = [found[i * len(found) // count] for i in range(count)]
-    middle = count // 2
-    return spread[:middle] + spread[middle + check :], spread[middle : middle + check]
+        raise ConfigError(f"the text has {sizes} tokens: {len(found)} windows of {context}; {needed}")
+    return [found[i * len(found) // count] for i in range(count)]

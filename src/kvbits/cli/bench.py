@@ -10,6 +10,7 @@ import typer
 from kvbits.cli import options
 from kvbits.cli.output import JsonFile
 from kvbits.cli.session import Bar, load, machine, tokens_of
+from kvbits.config import AUTO
 
 if TYPE_CHECKING:
     from kvbits.evaluation.speed import Speed
@@ -26,6 +27,7 @@ def bench(
         Path | None, typer.Option(metavar="FILE", help="Text for the prompts. Default: Python's language reference.")
     ] = None,
     max_num_batched_tokens: options.MaxNumBatchedTokens = None,
+    state_dtype: options.StateDtype = AUTO,
     speculative_config: options.Speculative = None,
     dtype: options.Dtype = "bfloat16",
     weights: options.Weights = "auto",
@@ -38,19 +40,21 @@ def bench(
     results = JsonFile(json_file)
     dtypes = options.cache_dtypes(kv_cache_dtype, kv_policy)
     from kvbits.engine.config import step_tokens
-    from kvbits.engine.precheck import check_model
+    from kvbits.engine.precheck import check_model, check_states
     from kvbits.engine.speculation.config import SpeculativeConfig
     from kvbits.evaluation.documents import reference_text
     from kvbits.evaluation.windows import check_text, read_text
 
     speculative = SpeculativeConfig.of(speculative_config)
     content = reference_text() if text is None else read_text(text)
-    check_model(model, dtypes, dtype=dtype, weights=weights, device=device, context=context + new_tokens)
+    outline = check_model(model, dtypes, dtype=dtype, weights=weights, device=device, context=context + new_tokens)
+    check_states(outline, state_dtype, speculative)
     check_text([content], context + batch, 1)
     from kvbits.evaluation.compare import policies_of
     from kvbits.evaluation.speed import distinct_prompts, longest_sequence, measure_speed
 
-    loaded = load(model, dtype, threads, weights, device, trust_remote_code=trust_remote_code)
+    longest = context + new_tokens
+    loaded = load(model, dtype, threads, weights, device, trust_remote_code, max_model_len=longest)
     policies = policies_of(loaded, dtypes, context)
     budget = step_tokens(max_num_batched_tokens, device)
     longest_sequence(loaded, context, batch, new_tokens, budget)
@@ -58,7 +62,7 @@ def bench(
     found = []
     for policy in policies:
         with Bar(batch * (context + new_tokens), policy.label) as advance:
-            found.append(measure_speed(loaded, policy, prompts, new_tokens, budget, advance, speculative))
+            found.append(measure_speed(loaded, policy, prompts, new_tokens, budget, advance, speculative, state_dtype))
     _print(found)
     for speed in found:
         if speed.speculation is not None:

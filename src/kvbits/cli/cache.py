@@ -100,10 +100,10 @@ def _only(prompt: str | None, file: Path | None) -> str:
 
 def _check(model: str, kv_dtype: str, policy: Path | None, memory: str, dtype: str) -> None:
     from kvbits.engine.config import EngineConfig
-    from kvbits.engine.precheck import check_engine
+    from kvbits.engine.precheck import check_engine, check_no_states
 
     config = EngineConfig.of(kv_cache_dtype=options.cache_dtype(kv_dtype, policy), kv_cache_memory=memory)
-    check_engine(model, config, dtype=dtype)
+    check_no_states(check_engine(model, config, dtype=dtype), "a bundle of pages")
 
 
 def _llm(

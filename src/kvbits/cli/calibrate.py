@@ -62,7 +62,7 @@ def calibrate(
     begin = time.perf_counter()
     from kvbits.calibration.goal import Goal, Sizes
     from kvbits.config import parse_bytes
-    from kvbits.engine.precheck import check_model
+    from kvbits.engine.precheck import check_model, check_no_states
     from kvbits.evaluation.windows import check_text, read_text
 
     goal = Goal(bits, max_kl, None if memory is None else parse_bytes(memory), sessions, session_tokens)
@@ -72,6 +72,7 @@ def calibrate(
     outline = check_model(
         model, [] if sink == "none" else [sink], dtype="float32", weights=weights, device=device, context=window
     )
+    check_no_states(outline, "calibration")
     if contents:
         check_text([content for _, content in contents], window, windows + check_windows)
     if outline.geometry is not None:
@@ -79,7 +80,7 @@ def calibrate(
 
         check_goal(outline.geometry, goal, None if sink == "none" else sink)
     folder(output)
-    from kvbits.calibration.run import UNFINISHED
+    from kvbits.calibration.output import UNFINISHED
     from kvbits.calibration.run import calibrate as run
 
     loaded = load(model, "float32", threads, weights, device, trust_remote_code)
@@ -89,6 +90,10 @@ def calibrate(
     except KeyboardInterrupt:
         note(f"what is finished is kept in '{output / UNFINISHED}'; the same command goes on from there")
         raise
+    from kvbits.auto.loss import OWN_TEXT
+    from kvbits.auto.record import remember_policy
+
+    remember_policy(loaded, policy, found, ", ".join(name for name, _ in contents) or OWN_TEXT, note)
     _print(policy, found)
     print(f"policy: {output}\n{time.perf_counter() - begin:.0f} s in all")
 

@@ -45,6 +45,7 @@ def chat(
     text: options.MeasuredText = None,
     kv_policy: options.KVPolicy = None,
     kv_cache_memory: options.KVCacheMemory = "1GiB",
+    state_dtype: options.StateDtype = AUTO,
     dtype: options.Dtype = "bfloat16",
     weights: options.Weights = "auto",
     device: options.Device = "cpu",
@@ -76,12 +77,14 @@ def chat(
 
         dtype_name = options.cache_dtype(kv_cache_dtype, kv_policy)
         Wanted(dtype_name, max_kl, text)
-        config = EngineConfig.of(kv_cache_dtype=dtype_name, kv_cache_memory=kv_cache_memory)
-        check_chat(check_engine(model, config, dtype=dtype, weights=weights, device=device))
+        engine: dict[str, Any] = {
+            "kv_cache_dtype": dtype_name, "kv_cache_memory": kv_cache_memory, "state_dtype": state_dtype,
+        }  # fmt: skip
+        check_chat(check_engine(model, EngineConfig.of(**engine), dtype=dtype, weights=weights, device=device))
         loaded = load(model, dtype, threads, weights, device, trust_remote_code)
         from kvbits.llm import LLM
 
-        llm = LLM(loaded, kv_cache_dtype=dtype_name, max_kl=max_kl, text=text, kv_cache_memory=kv_cache_memory)
+        llm = LLM(loaded, max_kl=max_kl, text=text, **engine)
         note(llm.choice.line)
         asker = Local(llm, split_special_tokens, max_tokens, sampling)
     conversation = Conversation(system, note)

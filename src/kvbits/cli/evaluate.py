@@ -111,12 +111,15 @@ def evaluate(
         window, windows, task_context, depths, samples, texts, new_tokens, tool_questions, problems, all_positions
     )  # fmt: skip
     resume_cache = ResumeCache(resume)
-    loaded = load(model, dtype, threads, weights, device, trust_remote_code)
+    longest = None if content is None else window
+    loaded = load(model, dtype, threads, weights, device, trust_remote_code, max_model_len=longest)
     policies = policies_of(loaded, dtypes, window if content is not None else 0)
     tokens = [] if content is None else tokens_of(loaded, content)
     only_text = set(selection.parts) <= {FIDELITY, LAYERS}
     again = not only_text and task_dtype != dtype
-    served = load(model, task_dtype, threads, weights, device, trust_remote_code) if again else loaded
+    served = loaded
+    if again:
+        served = load(model, task_dtype, threads, weights, device, trust_remote_code, max_model_len=longest)
     budget = step_tokens(max_num_batched_tokens, device)
     laboratory = Laboratory(loaded, policies, resume_cache, Bar, dtype, served, task_dtype, budget)
     run_tasks(laboratory, selection, tokens, book, sizes)

@@ -76,11 +76,12 @@ def export(
         raise ConfigError("the modelopt layout holds one scale per tensor; --per head needs --to compressed-tensors")
     if output is None or not text:
         raise ConfigError(f"--to {to} needs --text FILE to calibrate on and --output DIR")
-    from kvbits.engine.precheck import check_model
+    from kvbits.engine.precheck import check_model, check_no_states
     from kvbits.evaluation.windows import read_text
 
     texts = [(path.name, read_text(path)) for path in text]
-    check_model(model, dtype="float32", context=window)
+    outline = check_model(model, dtype="float32", context=window)
+    check_no_states(outline, f"export to {to}")
     granularity: Granularity = "head" if per == "head" else "tensor"
     report = _checkpoint(model, _LAYOUTS[to], granularity, output, texts, window, windows, threads, trust_remote_code)
     results.write(report)
@@ -173,7 +174,7 @@ def _flags(
 
     geometry = facts_of_model(model, "expanded", trusted).geometry
     chosen = policy_of(f"{POLICY_PREFIX}{policy}" if dtype is None else dtype, geometry, None)
-    found = [translate(chosen, name, calibrated=policy is not None) for name in engines or ENGINES]
+    found = [translate(chosen, name, policy is not None, geometry.places) for name in engines or ENGINES]
     for translation in found:
         _print_translation(translation)
     return {"model": geometry.name, "policy": chosen.name, "engines": [t.as_json() for t in found]}

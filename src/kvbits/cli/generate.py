@@ -43,6 +43,7 @@ def generate(
     text: options.MeasuredText = None,
     kv_policy: options.KVPolicy = None,
     kv_cache_memory: options.KVCacheMemory = "1GiB",
+    state_dtype: options.StateDtype = AUTO,
     max_model_len: options.MaxModelLen = None,
     max_num_seqs: options.MaxNumSeqs = 64,
     max_num_batched_tokens: options.MaxNumBatchedTokens = None,
@@ -77,11 +78,12 @@ def generate(
     engine: dict[str, Any] = {
         "kv_cache_dtype": kv_cache_dtype, "kv_cache_memory": kv_cache_memory, "max_model_len": max_model_len,
         "max_num_seqs": max_num_seqs, "max_num_batched_tokens": step_tokens(max_num_batched_tokens, device),
+        "state_dtype": state_dtype,
     }  # fmt: skip
     outline = check_engine(model, EngineConfig.of(**engine), speculative, dtype=dtype, weights=weights, device=device)
     if chat:
         check_chat(outline)
-    loaded = load(model, dtype, threads, weights, device, trust_remote_code)
+    loaded = load(model, dtype, threads, weights, device, trust_remote_code, max_model_len=max_model_len)
     from kvbits.llm import LLM
 
     llm = LLM(loaded, max_kl=max_kl, text=text, speculative_config=speculative, **engine)

@@ -27,6 +27,7 @@ from kvbits.cli import (
     extras,
     generate,
     plan,
+    quantize,
     report,
     serve,
     top,
@@ -71,6 +72,7 @@ app.command()(top.top)
 app.command()(evaluate.evaluate)
 app.command()(advise.advise)
 app.command()(calibrate.calibrate)
+app.command()(quantize.quantize)
 app.command()(bench.bench)
 app.command()(bench_serve.bench_serve)
 app.command()(demo.demo)

@@ -78,6 +78,15 @@ KVOffloadSize = Annotated[
 KVOffloadPath = Annotated[
     str | None, typer.Option(metavar="PATH", help="A file or a directory for --kv-offload-size, instead of memory.")
 ]
+StateDtype = Annotated[
+    str,
+    typer.Option(
+        "--state-dtype",
+        "--mamba-ssm-cache-dtype",
+        metavar="DTYPE",
+        help="Recurrent states between steps: auto (as the model computes them), float32 or bfloat16.",
+    ),
+]
 MaxModelLen = Annotated[
     int | None, typer.Option(metavar="TOKENS", help="Longest prompt plus answer. Default: the model's context.")
 ]
@@ -135,8 +144,8 @@ def cache_dtype(dtype: str, policy: Path | None) -> str:
 
 
 def named(dtypes: list[str] | None, policies: list[Path] | None) -> list[str]:
-    """All dtypes and policies, perhaps none."""
-    return [*(dtypes or ()), *(cache_dtype("", path) for path in policies or ())]
+    """All dtypes and policies, each once, perhaps none."""
+    return list(dict.fromkeys([*(dtypes or ()), *(cache_dtype("", path) for path in policies or ())]))
 
 
 def cache_dtypes(dtypes: list[str] | None, policies: list[Path] | None) -> list[str]:

@@ -13,6 +13,7 @@ from kvbits.cli import options
 from kvbits.cli.extras import require
 from kvbits.cli.output import JsonFile, writable
 from kvbits.cli.session import Bar
+from kvbits.config import AUTO
 from kvbits.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def plan(
         list[Path] | None,
         typer.Option("--policy", "--kv-policy", metavar="DIR", help="A calibrated policy; repeat for several."),
     ] = None,
+    state_dtype: options.StateDtype = AUTO,
     workspace: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Bytes of a step's activations. Default: an estimate.")
     ] = None,
@@ -112,8 +114,9 @@ def plan(
     if mla not in ("latent", "expanded"):
         raise ConfigError(f"--mla is '{mla}'; choose from latent, expanded")
     from kvbits.codecs.names import parse_names
-    from kvbits.config import WATERMARK, parse_bytes
+    from kvbits.config import WATERMARK, check_state_dtype, parse_bytes
 
+    check_state_dtype(state_dtype)
     for size in (memory, workspace, bandwidth):
         if size is not None:
             parse_bytes(size)
@@ -128,6 +131,7 @@ def plan(
         contexts=tuple(context or ()),
         dtypes=tuple(kv_cache_dtype or ()),
         policies=tuple(policy or ()),
+        state_dtype=state_dtype,
         workspace=workspace,
         ranks=tensor_parallel_size,
         max_model_len=max_model_len,
@@ -241,8 +245,10 @@ def _print(planned: Planned, facts: ModelFacts, options: Options) -> None:
             "the padding of layer groups to frames of one size."
         )
     if made.state_bytes:
+        from kvbits.memory import show
+
         print(
-            f"Recurrent layers keep {made.state_bytes / (1 << 20):,.2f} MiB of each session, whatever its length, "
+            f"Recurrent layers keep {show(made.state_bytes)} of each session, whatever its length, "
             "and at least as much for prompts that begin alike: counted."
         )
     if facts.geometry.latent:

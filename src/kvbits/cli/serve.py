@@ -29,6 +29,7 @@ def serve(
     text: options.MeasuredText = None,
     kv_policy: options.KVPolicy = None,
     kv_cache_memory: options.KVCacheMemory = "1GiB",
+    state_dtype: options.StateDtype = AUTO,
     max_model_len: options.MaxModelLen = None,
     max_num_seqs: options.MaxNumSeqs = 64,
     max_num_batched_tokens: options.MaxNumBatchedTokens = None,
@@ -150,8 +151,9 @@ def serve(
         batch_invariant=batch_invariant,
         kv_offload_size=kv_offload_size,
         kv_offload_path=kv_offload_path,
+        state_dtype=state_dtype,
     )
-    from kvbits.engine.precheck import check_engine
+    from kvbits.engine.precheck import check_engine, check_no_states
     from kvbits.engine.speculation.config import SpeculativeConfig
 
     speculative = SpeculativeConfig.of(speculative_config)
@@ -167,7 +169,9 @@ def serve(
         cluster = check_ray(ray_replicas, ray_routing, drain_timeout)
     for path in cache_file or ():
         readable(path)
-    check_engine(model, config, speculative, dtype=dtype, weights=weights, device=device)
+    outline = check_engine(model, config, speculative, dtype=dtype, weights=weights, device=device)
+    if cache_file:
+        check_no_states(outline, "a bundle of pages")
     set_up(log_level)
     log = logging.getLogger(__name__)
     if cluster is not None:
@@ -181,7 +185,9 @@ def serve(
     from kvbits.server.address import take_address
 
     sockets = take_address(host, port)
-    loaded = load(model, dtype, threads, weights, device, trust_remote_code, progress=log.info)
+    loaded = load(
+        model, dtype, threads, weights, device, trust_remote_code, progress=log.info, max_model_len=max_model_len
+    )
     from kvbits.engine.setup import check_fit
     from kvbits.kernels import choose_backend
 

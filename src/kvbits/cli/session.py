@@ -25,6 +25,7 @@ def load(
     device: str = "cpu",
     trust_remote_code: bool = False,
     *,
+    max_model_len: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> LoadedModel:
     """Set the number of threads and load the model, naming each long stage to ``progress`` (default: on stderr).
@@ -48,6 +49,7 @@ def load(
             weights=weights,
             device=device,
             trust_remote_code=trust_remote_code,
+            max_model_len=max_model_len,
         )
 
 

@@ -102,7 +102,7 @@ def load_policy(directory: Path, geometry: ModelGeometry, fingerprint: str) -> P
         model, checksum = document["model"], document["tensors"]["sha256"]
         owner = model["name"], model["fingerprint"]
     except (KeyError, TypeError) as error:
-        raise ConfigError(f"'{path}' is damaged: it has no {error}") from error
+        raise ConfigError(f"'{path}' is damaged: whose it is, or its tensors' sha256, is missing") from error
     if owner[1] != fingerprint:
         raise ConfigError(
             f"the policy '{directory}' was calibrated for {owner[0]} ({owner[1]}); this model is {geometry.name} "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvbits.config import parse_bytes
+from kvbits.config import AUTO, check_state_dtype, parse_bytes
 from kvbits.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ class EngineConfig:
     ``max_num_batched_tokens`` is the token budget of one step (prefill chunks included). ``batch_invariant`` makes the
     engine refuse a model whose linear layers round by the number of rows, so that answers are the same to the last bit
     in any batch. ``kv_offload_size`` bytes keep the pages that the pool gives up: in host memory, or in
-    ``kv_offload_path``, a file or a directory.
+    ``kv_offload_path``, a file or a directory. ``state_dtype`` is what recurrent states are stored in between steps
+    (:data:`kvbits.config.STATE_DTYPES`).
     """
 
     kv_cache_dtype: str | Policy = "int8"
@@ -42,6 +43,7 @@ class EngineConfig:
     batch_invariant: bool = False
     kv_offload_size: int | None = None
     kv_offload_path: str | None = None
+    state_dtype: str = AUTO
 
     @classmethod
     def of(cls, **options: Any) -> EngineConfig:
@@ -52,6 +54,7 @@ class EngineConfig:
         return cls(**options)
 
     def __post_init__(self) -> None:
+        check_state_dtype(self.state_dtype)
         for name in ("kv_cache_memory", "max_num_seqs", "max_num_batched_tokens"):
             value = getattr(self, name)
             if value <= 0:

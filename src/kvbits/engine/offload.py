@@ -12,6 +12,7 @@ import mmap
 import os
 import tempfile
 import weakref
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -83,13 +84,15 @@ class FileStore:
 
 
 class FrameMover:
-    """Copies frames of ``pool`` to a store and back, on whatever device the pool lies."""
+    """Copies frames and states of ``pool`` to a store and back, on whatever device the pool lies."""
 
     def __init__(self, pool: PagedPool, store: Store) -> None:
         self._buffer = pool.buffer
         self._size = pool.layout.frame_bytes
         self._store = store
         self._staging = np.empty(self._size, dtype=np.uint8)
+        self._states = pool.states
+        self._staged = np.empty(0 if pool.states is None else pool.states.slot_bytes, dtype=np.uint8)
 
     def save(self, frame: int, slot: int) -> bytes:
         data = self._buffer[frame].cpu().numpy().data
@@ -104,17 +107,37 @@ class FrameMover:
         self._buffer[frame].copy_(torch.from_numpy(self._staging))
         return True
 
+    def save_state(self, state: int, slots: Sequence[int]) -> bytes:
+        assert self._states is not None
+        data = self._states.raw(state).cpu().numpy().data
+        for slot, start in self._parts(slots):
+            self._store.write(slot * self._size, data[start : start + self._size])
+        return _checksum(data)
+
+    def stage_state(self, slots: Sequence[int], checksum: bytes) -> bool:
+        for slot, start in self._parts(slots):
+            self._store.read(slot * self._size, self._staged.data[start : start + self._size])
+        return _checksum(self._staged.data) == checksum
+
+    def load_state(self, state: int) -> None:
+        assert self._states is not None
+        self._states.raw(state).copy_(torch.from_numpy(self._staged))
+
+    def _parts(self, slots: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Each slot, and where its bytes begin in a state."""
+        return zip(slots, range(0, len(self._staged), self._size), strict=True)
+
 
 def tier_of(pool: PagedPool, config: EngineConfig) -> SecondTier | None:
     """The second tier that ``config`` asks for. Raises ``ConfigError`` when it cannot be had."""
     size = config.kv_offload_size
     if size is None:
         return None
-    slots = pool.layout.frames_in(size)
-    if slots < pool.layout.first_frames:
-        raise ConfigError(
-            f"kv_offload_size is {size} bytes; one page needs {pool.layout.bytes_of(pool.layout.first_frames)}"
-        )
+    slots, first = pool.layout.frames_in(size), pool.layout.first_frames
+    state_slots = 0 if pool.states is None else -(-pool.states.slot_bytes // pool.layout.frame_bytes)
+    if slots < first + state_slots:
+        what = "one page and a sequence's states need" if state_slots else "one page needs"
+        raise ConfigError(f"kv_offload_size is {size} bytes; {what} {pool.layout.bytes_of(first + state_slots)}")
     path = config.kv_offload_path
     taken = pool.layout.bytes_of(slots)
     store: Store
@@ -124,7 +147,7 @@ def tier_of(pool: PagedPool, config: EngineConfig) -> SecondTier | None:
     else:
         store = FileStore(Path(path))
         check_disk("kv_offload_size", taken, Path(path))
-    return SecondTier(slots, FrameMover(pool, store))
+    return SecondTier(slots, FrameMover(pool, store), state_slots)
 
 
 def _checksum(data: memoryview) -> bytes:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from kvbits.codecs.names import PolicyNames, parse_names
 from kvbits.codecs.policy_document import read_names
-from kvbits.config import AUTO, PAGE_TOKENS, POLICY_PREFIX, ModelGeometry
+from kvbits.config import PAGE_TOKENS, POLICY_PREFIX, ModelGeometry, check_state_dtype, is_auto
 from kvbits.engine.config import EngineConfig
-from kvbits.errors import ConfigError, RequestError
+from kvbits.errors import ConfigError, RequestError, UnsupportedError
 from kvbits.memory import check_disk, check_host, show
 from kvbits.models.formats import check_formats, on_cpu
 from kvbits.models.outline import Outline, outline_of
@@ -57,7 +57,7 @@ def check_engine(
 ) -> Outline:
     """:func:`check_model` for what a whole engine is asked for, its memory included."""
     check_room(config, device)
-    named = [] if config.kv_cache_dtype == AUTO else [config.kv_cache_dtype]
+    named = [] if is_auto(config.kv_cache_dtype) else [config.kv_cache_dtype]
     outline = check_model(model, named, dtype=dtype, weights=weights, device=device)
     if config.max_model_len is not None and outline.max_position is not None:
         check_length(config.max_model_len, model, outline.max_position)
@@ -70,8 +70,26 @@ def check_engine(
                 f"kv_offload_size is {show(config.kv_offload_size)}; one page needs at least {show(page)}"
             )
     if speculative is not None and speculative.model is not None:
-        check_model(speculative.model, [speculative.kv_cache_dtype])
+        draft = check_model(speculative.model, [speculative.kv_cache_dtype])
+        check_no_states(draft, "a draft model's cache")
+    check_states(outline, config.state_dtype, speculative)
     return outline
+
+
+def check_states(outline: Outline, state_dtype: str, speculative: SpeculativeConfig | None = None) -> None:
+    """Raise where recurrent states are asked for that the model surely does not have, or it has some that
+    ``speculative`` has no place for."""
+    check_state_dtype(state_dtype)
+    if outline.geometry is not None:
+        outline.geometry.stored_in(state_dtype)
+    if speculative is not None and speculative.method == "self":
+        check_no_states(outline, "the speculative method 'self'")
+
+
+def check_no_states(outline: Outline, what: str) -> None:
+    """Raise ``UnsupportedError`` for a model that surely has recurrent layers; ``what`` has no place for states."""
+    if outline.recurrent:
+        raise UnsupportedError(f"{what} has no place for the states of recurrent layers; {outline.name} has such")
 
 
 def check_chat(outline: Outline) -> None:

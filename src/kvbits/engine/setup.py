@@ -34,7 +34,7 @@ def check_fit(loaded: LoadedModel, config: EngineConfig, backend: Backend) -> No
     check_invariance(loaded, config, backend)
     context_of(loaded, config)
     check_least(config.kv_cache_memory, loaded.geometry)
-    states = StateLayout.of(loaded.geometry, loaded.compute_dtype.itemsize)
+    states = StateLayout.of(loaded.geometry.stored_in(config.state_dtype), loaded.compute_dtype.itemsize)
     if states is not None:
         states.slots(config.kv_cache_memory, config.max_num_seqs)
 
@@ -63,7 +63,8 @@ def check_invariance(loaded: LoadedModel, config: EngineConfig, backend: Backend
 
 def states_of(loaded: LoadedModel, config: EngineConfig) -> StatePool | None:
     """The memory of recurrent layers, of which the model may have none; raises ``ConfigError`` when it is too small."""
-    layout = StateLayout.of(loaded.geometry, loaded.compute_dtype.itemsize)
+    geometry = loaded.geometry.stored_in(config.state_dtype)
+    layout = StateLayout.of(geometry, loaded.compute_dtype.itemsize)
     if layout is None:
         return None
     slots = layout.slots(config.kv_cache_memory, config.max_num_seqs)
@@ -72,7 +73,7 @@ def states_of(loaded: LoadedModel, config: EngineConfig) -> StatePool | None:
             "At most %d sequences run at once, not %d: the recurrent layers of %s keep %s of each.",
             slots, config.max_num_seqs, loaded.name, show(layout.slot_bytes),
         )  # fmt: skip
-    return StatePool(loaded.geometry, slots, loaded.compute_dtype, loaded.device, config.batch_invariant)
+    return StatePool(geometry, slots, loaded.compute_dtype, loaded.device, config.batch_invariant)
 
 
 def recurrent_line(states: StatePool | None) -> str:
@@ -83,14 +84,14 @@ def recurrent_line(states: StatePool | None) -> str:
     how = "one after another, token by token" if states.single else "prompts one after another, next tokens together"
     return (
         f"{len(places)} recurrent layers ({', '.join(map(str, places))}) run as transformers' code, "
-        f"{how}; {show(states.slot_bytes)} of states a sequence, in {states.num_slots} slots"
+        f"{how}; {show(states.slot_bytes)} of states a sequence{states.stored}, in {states.num_slots} slots"
     )
 
 
 def pages_of(pool: PagedPool, loaded: LoadedModel, config: EngineConfig) -> PageManager:
     """The manager of ``pool``'s frames."""
     layout, states = pool.layout, pool.states
-    longest = -(-context_of(loaded, config) // PAGE_TOKENS)
+    longest, tier = -(-context_of(loaded, config) // PAGE_TOKENS), tier_of(pool, config)
     return PageManager(
         pool.num_frames,
         layout.open.frames,
@@ -98,10 +99,10 @@ def pages_of(pool: PagedPool, loaded: LoadedModel, config: EngineConfig) -> Page
         enable_prefix_caching=config.enable_prefix_caching,
         cache_key=f"{loaded.fingerprint}|{pool.policy.name}".encode(),
         sink_frames=layout.sink.frames if layout.sink else None,
-        tier=tier_of(pool, config),
+        tier=tier,
         groups=[PageGroup(1, group.first_frames, group.kept) for group in layout.groups],
         move=pool.copy if layout.adjacent else None,
-        states=None if states is None else StateSlots(states.num_slots, longest, states.copy),
+        states=None if states is None else StateSlots(states.num_slots, longest, states.copy, tier),
     )
 
 

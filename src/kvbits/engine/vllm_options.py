@@ -13,6 +13,11 @@ _OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "pipeline_parallel_size": ((1,), "a model runs on one device; 'kvbits serve --ray' runs replicas of it"),
     "gpu_memory_utilization": ((), "say how large the cache is: kv_cache_memory='8GiB'"),
     "kv_cache_memory_bytes": ((None,), "the name is kv_cache_memory"),
+    "mamba_ssm_cache_dtype": (("auto", None), "the name is state_dtype"),
+    "mamba_cache_dtype": (
+        ("auto", None),
+        "state_dtype is the dtype of recurrent states; convolutions keep the model's",
+    ),
     "swap_space": ((0, None), "kv_offload_size='8GiB' keeps pages in host memory"),
     "cpu_offload_gb": ((0, None), "weights stay on one device; weights='int8' makes them smaller"),
     "quantization": ((None,), "weights='int8' stores the linear layers in 8 bits"),

@@ -1,7 +1,8 @@
 """School arithmetic in several steps: where one wrong token of the reasoning gives a wrong answer.
 
 Questions and answers are GSM8K's (Cobbe et al., 2021, arXiv:2110.14168): one JSON object a line, the answer's last line
-``#### number``. The model reasons in a chat; its answer is the number after ``####``, else its last number.
+``#### number``. The model reasons in a chat; its answer is the last number that it marks, with ``####`` as it was
+asked or with ``\\boxed{}`` as models are trained to, else its last number.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
 
 from kvbits.codecs import Policy
@@ -28,7 +29,10 @@ MAX_TOKENS = 400
 _ASK = (
     "{question}\n\nReason step by step. Write the final number, and nothing else, in a last line that begins with ####."
 )
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_NUMBER = r"((?:(?<![\w)])-\$?)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/[1-9]\d*)?)(?!\d)"
+_MARK = r"####|\\boxed\{"
+# A number and what looks like the next heading of a list ("#### 2. Add") is no answer.
+_MARKED = re.compile(rf"(?:####[\W_]*?|\\boxed\{{[^\n}}\d]*?){_NUMBER}(?!\.\s+\w|:)")
 
 
 @dataclass(frozen=True)
@@ -59,15 +63,12 @@ class Solved:
 
 
 def read_number(text: str) -> Decimal | None:
-    """The number after the last ``####``, else the last one; ``None`` where there is none."""
-    _, mark, end = text.rpartition("####")
-    found = _NUMBER.findall(end if mark else text)
+    """The last number behind a mark, else the last one (behind the last mark, if any); ``None`` where there is none."""
+    found = _MARKED.findall(text) or re.findall(_NUMBER, re.split(_MARK, text)[-1])
     if not found:
         return None
-    try:
-        return Decimal((found[0] if mark else found[-1]).replace(",", "")).normalize()
-    except InvalidOperation:
-        return None
+    number, _, divisor = re.sub(r"[,$]", "", found[-1]).partition("/")
+    return Decimal(number) / Decimal(divisor) if divisor else Decimal(number)
 
 
 def read_problems(loaded: LoadedModel, path: Path, count: int, context: int) -> list[Problem]:

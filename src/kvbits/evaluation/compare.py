@@ -10,6 +10,7 @@ import torch
 
 from kvbits.codecs import Policy, PoolLayout
 from kvbits.codecs.states import StateLayout
+from kvbits.config import AUTO
 from kvbits.engine.config import EngineConfig
 from kvbits.engine.engine import Engine, MakeRunner
 from kvbits.engine.model_runner import ModelRunner
@@ -152,12 +153,17 @@ def policies_of(loaded: LoadedModel, dtypes: Sequence[str], context: int) -> lis
 
 
 def pool_bytes(
-    loaded: LoadedModel, policy: Policy, sequences: int, tokens: int, max_num_batched_tokens: int = 512
+    loaded: LoadedModel,
+    policy: Policy,
+    sequences: int,
+    tokens: int,
+    max_num_batched_tokens: int = 512,
+    state_dtype: str = AUTO,
 ) -> int:
     """Bytes of a cache for ``sequences`` of ``tokens`` tokens (:meth:`kvbits.codecs.PoolLayout.pool_bytes`), states of
     recurrent layers included."""
     layout = PoolLayout.of(loaded.geometry, policy, free_windows=loaded.device.type == "cpu")
-    states = StateLayout.of(loaded.geometry, loaded.compute_dtype.itemsize)
+    states = StateLayout.of(loaded.geometry.stored_in(state_dtype), loaded.compute_dtype.itemsize)
     beside = 0 if states is None else states.memory_for(sequences)
     return layout.pool_bytes(sequences, tokens, max_num_batched_tokens) + beside
 
@@ -171,13 +177,15 @@ def engine_for(
     backend: Backend | None = None,
     speculative: SpeculativeConfig | None = None,
     runner: MakeRunner = ModelRunner,
+    state_dtype: str = AUTO,
 ) -> Engine:
     """An engine without prefix caching whose pool is made to measure for ``sequences`` of ``tokens`` tokens."""
     config = EngineConfig(
         policy,
-        pool_bytes(loaded, policy, sequences, tokens, max_num_batched_tokens),
+        pool_bytes(loaded, policy, sequences, tokens, max_num_batched_tokens, state_dtype),
         max_num_seqs=sequences,
         max_num_batched_tokens=max_num_batched_tokens,
         enable_prefix_caching=False,
+        state_dtype=state_dtype,
     )
     return Engine(loaded, config, backend, speculative, runner)

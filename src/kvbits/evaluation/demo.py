@@ -15,6 +15,7 @@ from kvbits.evaluation.documents import Document, messages
 from kvbits.evaluation.drive import drive
 from kvbits.evaluation.fidelity import FidelitySummary
 from kvbits.models import LoadedModel
+from kvbits.planning.core import plan
 
 CAPACITY_TOKENS = 4096
 CAPACITY_BYTES = 1 << 30
@@ -88,11 +89,12 @@ def show(
         for delta in step.deltas:
             replies.setdefault(delta.request_id, []).extend(delta.token_ids)
         progress(step.prompt_tokens + step.decoded)
+    held = plan(loaded.geometry, [policy], CAPACITY_BYTES, [CAPACITY_TOKENS]).schemes[0].contexts[0]
     answers = [_answer(loaded, replies.get(str(i), [])) for i in range(len(documents))]
     return Showing(
         dtype=policy.label,
         sessions_admitted=most,
-        sessions_capacity=engine.pool.layout.sessions(CAPACITY_BYTES, CAPACITY_TOKENS),
+        sessions_capacity=held.sessions,
         kv_bytes_per_token=engine.pool.bytes_per_token(),
         prefill_tokens_per_s=prompt_tokens / prefill_seconds,
         decode_tokens_per_s=decoded / decode_seconds if decode_seconds else 0.0,

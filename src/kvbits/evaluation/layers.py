@@ -8,7 +8,7 @@ sealed pages read back is compared with what was stored.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -91,7 +91,8 @@ class _Listening(Watcher):
         output = self._backend.forward(view, batch, query, key, value, sinks)
         # tokens of the first page read nothing but 16 bit
         first = max(0, PAGE_TOKENS - int(batch.starts[0]))
-        for dtype, (pool, own) in self.others.items():
+        for dtype, (pool, layout) in self.others.items():
+            own = replace(layout, again=batch.again)
             other = self._backend.forward(pool.layers[view.index], own, query, key, value, sinks)
             self._sums[dtype].add_output(view.index, output[first:], other[first:])
             self._compare_pages(self._sums[dtype], pool.layers[view.index], own, key, value)

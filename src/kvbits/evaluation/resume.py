@@ -13,6 +13,9 @@ from typing import Any
 
 from kvbits.errors import ConfigError
 
+_BEGIN = b'{"key": "'
+"""What every line begins with."""
+
 
 class ResumeCache:
     """Results by key; without a file they live as long as the object."""
@@ -32,6 +35,9 @@ class ResumeCache:
         for number, line in enumerate(lines, start=1):
             if line:
                 self._read(line, number)
+        cut = data[len(whole) :]
+        if cut[: len(_BEGIN)] != _BEGIN[: len(cut)]:
+            raise ConfigError(f"the file '{path}' holds something else than finished parts; give another to resume")
         try:
             with path.open("ab") as file:
                 file.truncate(len(whole))  # a part whose line was cut off runs again
@@ -42,7 +48,7 @@ class ResumeCache:
         try:
             record = json.loads(line)
             self._found[record["key"]] = record["result"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ConfigError(f"line {number} of '{self._path}' is no finished part: {error}") from error
 
     def __contains__(self, key: str) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kvbits.codecs import Policy
-from kvbits.config import MIN_PREFILL
+from kvbits.config import AUTO, MIN_PREFILL
 from kvbits.engine.params import SamplingParams
 from kvbits.engine.speculation import SpeculativeConfig
 from kvbits.errors import ConfigError
@@ -75,6 +75,7 @@ def measure_speed(
     max_num_batched_tokens: int = 512,
     progress: Callable[[int], None] = lambda tokens: None,
     speculative: SpeculativeConfig | None = None,
+    state_dtype: str = AUTO,
 ) -> Speed:
     """Prefill ``prompts`` (token ids, all of one length), then time ``new_tokens`` decode steps of all of them.
 
@@ -90,7 +91,9 @@ def measure_speed(
         growth = (longest - context) * (1 + speculative.num_speculative_tokens)
         longest = min(context + growth, loaded.geometry.max_position)
     reset_peak_rss()
-    engine = engine_for(loaded, policy, batch, longest, max_num_batched_tokens, speculative=speculative)
+    engine = engine_for(
+        loaded, policy, batch, longest, max_num_batched_tokens, speculative=speculative, state_dtype=state_dtype
+    )
     begun = prefilled = 0
     prefill_seconds = 0.0
     decode: list[float] = []

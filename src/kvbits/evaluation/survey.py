@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvbits.codecs import PoolLayout
 from kvbits.evaluation.advice import Candidate
 from kvbits.evaluation.laboratory import Laboratory
 from kvbits.evaluation.parts import FIDELITY, LAYERS
 from kvbits.evaluation.selection import Sizes, choose, run_tasks
 from kvbits.evaluation.speed import distinct_prompts, longest_sequence, measure_speed
+from kvbits.planning.core import plan
 
 TASKS = ("needle", "kv-retrieval")
 """The questions about long documents that are asked."""
@@ -37,11 +37,7 @@ def survey(
     prompts = distinct_prompts(tokens, at, batch)
     with laboratory.bar(len(laboratory.policies) * batch * room, "speed") as advance:
         for policy, row in zip(laboratory.policies, laboratory.results(), strict=True):
-            layout = PoolLayout.of(served.geometry, policy)
             timed = measure_speed(served, policy, prompts, new_tokens, progress=advance)
-            found.append(
-                Candidate.of(
-                    row, layout.sessions(memory, context), timed.decode_tokens_per_s, layout.session_bytes(context)
-                )
-            )
+            held = plan(served.geometry, [policy], memory, [context]).schemes[0].contexts[0]
+            found.append(Candidate.of(row, held.sessions, timed.decode_tokens_per_s, held.session_bytes))
     return found

@@ -18,6 +18,7 @@ from kvbits.engine.params import SamplingParams
 from kvbits.engine.text import encode_chat
 from kvbits.errors import ConfigError
 from kvbits.evaluation.answers import answer
+from kvbits.evaluation.callmatch import arguments_right
 from kvbits.evaluation.resume import ResumeCache
 from kvbits.evaluation.tasks.files import jsonl
 from kvbits.models import LoadedModel
@@ -53,14 +54,10 @@ class Called:
 
     @property
     def right(self) -> bool:
-        """Whether function and arguments are among the right answers."""
+        """Whether function and arguments are among the right answers (:mod:`kvbits.evaluation.callmatch`)."""
         if self.call is None or self.call[0] not in self.case.truth:
             return False
-        expected, given = self.case.truth[self.call[0]], self.call[1]
-        if any(name not in expected for name in given):
-            return False
-        # an empty string among the right values means that the argument may be left out
-        return all(given[n] in v if n in given else "" in v for n, v in expected.items())
+        return arguments_right(self.call[1], self.case.truth[self.call[0]])
 
 
 def read_cases(loaded: LoadedModel, path: Path, count: int, context: int) -> list[Case]:
@@ -83,8 +80,13 @@ def read_cases(loaded: LoadedModel, path: Path, count: int, context: int) -> lis
 def _case(loaded: LoadedModel, path: Path, record: Mapping[str, Any], tools: str, truths: Mapping[str, Any]) -> Case:
     try:
         asked = record["question"][0][-1]["content"]
-        truth = truths[record["id"]][0]
-    except (KeyError, IndexError, TypeError) as error:
+        needed = {f["name"]: f.get("parameters", {}).get("required", ()) for f in record["function"]}
+        # What a function requires may not be left out, even where an empty string says so.
+        truth = {
+            function: {n: [v for v in values if v != "" or n not in needed[function]] for n, values in expected.items()}
+            for function, expected in truths[record["id"]][0].items()
+        }
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ConfigError(f"the question '{record['id']}' of '{path}' has no text or no answer: {error}") from error
     messages = [{"role": "system", "content": _SYSTEM.format(tools=tools)}, {"role": "user", "content": asked}]
     begin = loaded.tokenizer(_BEGIN + _OPEN, add_special_tokens=False)["input_ids"]

@@ -38,10 +38,11 @@ class Translation:
         return {**asdict(self), "arguments": list(self.arguments), "lost": list(self.lost)}
 
 
-def translate(policy: Policy, engine: str, calibrated: bool = False) -> Translation:
+def translate(policy: Policy, engine: str, calibrated: bool = False, places: Sequence[int] = ()) -> Translation:
     """``policy`` in the options of ``engine``; ``calibrated``: its pages are rounded as a calibration says.
 
-    Raises ``ConfigError`` for an engine that nobody knows.
+    ``places``: the model's numbers of the policy's layers, where recurrent ones stand between. Raises ``ConfigError``
+    for an engine that nobody knows.
     """
     known = ENGINES.get(engine.strip().lower())
     if known is None:
@@ -51,7 +52,7 @@ def translate(policy: Policy, engine: str, calibrated: bool = False) -> Translat
     by_channel = any(_bits(s.key) < 8 and getattr(s.key, "per", "") == "channel" for s in policy.layers)
     never = _never(known, policy, calibrated or policy.rounding is not None, by_channel)
     if not known.sides:
-        return _of_dtypes(known, keys, values, never)
+        return _of_dtypes(known, keys, values, never, places or range(len(keys)))
     found = _of_sides(known, keys, values, never)
     if by_channel and known.keys_by_channel:
         name, value = known.keys_by_channel
@@ -64,7 +65,9 @@ def _bits(codec: Codec) -> int:
     return int(getattr(codec, "bits", 16))
 
 
-def _of_dtypes(engine: Engine, keys: Sequence[int], values: Sequence[int], never: Sequence[str]) -> Translation:
+def _of_dtypes(
+    engine: Engine, keys: Sequence[int], values: Sequence[int], never: Sequence[str], places: Sequence[int]
+) -> Translation:
     pairs = list(zip(keys, values, strict=True))
     plain = {i for i, pair in enumerate(pairs) if engine.skips_layers and min(pair) >= 16}
     if len(plain) == len(pairs):
@@ -87,7 +90,7 @@ def _of_dtypes(engine: Engine, keys: Sequence[int], values: Sequence[int], never
     return Translation(
         engine.name,
         engine.title,
-        _arguments(engine.name, best.name, sorted(plain)),
+        _arguments(engine.name, best.name, [places[i] for i in sorted(plain)]),
         {},
         best.what,
         best.needs,

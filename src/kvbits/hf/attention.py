@@ -64,13 +64,13 @@ def register() -> None:
 
 
 def padding_mask(*, kv_length: int, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
-    """In the place of a mask: which tokens are real, ``bool [batch, kv_length]``, or ``None`` when all are.
+    """In the place of a mask: which tokens are real, ``bool [batch, 1, 1, kv_length]``, or ``None`` when all are.
 
     Causality and windows are the kernels' business: :func:`kvbits.models.geometry_of` has measured them.
     """
     if attention_mask is None or bool(attention_mask.all()):
         return None
-    return attention_mask[:, :kv_length]
+    return attention_mask[:, None, None, :kv_length]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -79,9 +79,10 @@ def attend_cached(
 ) -> tuple[Tensor, None]:
     """Store the step's ``key`` and ``value`` in the cache's pages and attend to them.
 
-    ``query`` ``[batch, heads, tokens, key_dim]``, ``key``, ``value`` ``[batch, kv_heads, tokens, dim]``: new tokens
-    only; ``attention_mask`` ``bool [batch, cached + tokens]`` or ``None``. Returns ``[batch, tokens, heads,
-    value_dim]``, zeros for padding. Raises ``UnsupportedError`` for what the cache cannot express.
+    ``query`` ``[batch, heads, asked, key_dim]``, ``key``, ``value`` ``[batch, kv_heads, tokens, dim]``: new tokens
+    only, of which a layer that stores nothing may ask for the last; ``attention_mask`` ``bool [batch, 1, 1, cached +
+    tokens]`` or ``None``. Returns ``[batch, asked, heads, value_dim]``, zeros for padding. Raises ``UnsupportedError``
+    for what the cache cannot express.
     """
     if not isinstance(key, CachedKeys):
         why = "; transformers drops it in training mode with gradient checkpointing" if module.training else ""
@@ -92,7 +93,10 @@ def attend_cached(
     index: Any = module.layer_idx
     cache = key.cache
     cache.check_shapes(index, key, value)
-    step = cache.step_of(index, query.shape[0], query.shape[2], attention_mask)
+    asked = query.shape[2]
+    if asked < key.shape[2]:
+        query = nn.functional.pad(query, (0, 0, key.shape[2] - asked, 0))
+    step = cache.step_of(index, query.shape[0], query.shape[2], _padding(attention_mask))
     dtype = query.dtype if query.dtype in _KERNEL_DTYPES else torch.float32
     packed = [_rows(x, dtype) for x in (query, key, value)]
     heads, width = query.shape[1], value.shape[3]
@@ -106,7 +110,19 @@ def attend_cached(
         else:
             out[part.rows] = result
     cache.layer_done(index)
-    return out.view(query.shape[0], query.shape[2], heads, width), None
+    return out.view(query.shape[0], query.shape[2], heads, width)[:, -asked:], None
+
+
+def _padding(mask: Tensor | None) -> Tensor | None:
+    """What :func:`padding_mask` gave, ``bool [batch, columns]``; a mask of somebody else's making is none."""
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1:3] != (1, 1):
+        raise UnsupportedError(
+            f"the attention mask is {mask.dtype} of the shape {tuple(mask.shape)}; kvbits takes a padding mask of "
+            "(rows, columns)"
+        )
+    return mask[:, 0, 0]
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import LinearAttentionLayer
 
-from kvbits.config import POLICY_PREFIX
+from kvbits.config import POLICY_PREFIX, ModelGeometry
 from kvbits.errors import CacheError, UnsupportedError
 from kvbits.hf.attention import IMPLEMENTATION, register
 from kvbits.hf.batch import Batch
-from kvbits.hf.layer import QuantizedLayer
+from kvbits.hf.layer import HybridLayer, QuantizedLayer
+from kvbits.hf.states import RecurrentStates, own_layers
 from kvbits.hf.store import Step, Store
 from kvbits.kernels import Backend, choose_backend
 from kvbits.models.geometry import geometry_of
@@ -27,6 +29,8 @@ class QuantizedCache(Cache):
     A token sees its own 64-token page in 16 bit and every earlier page as its sealed code; nothing is ever decoded as a
     whole. Works wherever transformers takes a cache: plain and batched (padded) generation, beams, assisted decoding,
     sliding windows, several turns. ``copy.deepcopy`` gives a cache that shares all pages (one prompt, many answers).
+    Recurrent layers keep their states in transformers' own layers, as large as ever; states do not go back, so that
+    assisted decoding is refused for such a model.
     """
 
     def __init__(
@@ -54,7 +58,6 @@ class QuantizedCache(Cache):
             raise UnsupportedError(f"QuantizedCache takes the model itself, not {type(model).__name__}")
         kernels = choose_backend(backend, str(model.device))
         geometry = geometry_of(model, latents=False)
-        geometry.refuse_states("QuantizedCache")
         loaded = wrap(model, None, model.config.model_type, geometry)
         store = Store(loaded, _dtype(kv_cache_dtype), kv_cache_memory, kernels)
         register()
@@ -62,12 +65,14 @@ class QuantizedCache(Cache):
         decoder = model.get_decoder()
         if refuse_call not in decoder._forward_pre_hooks.values():
             decoder.register_forward_pre_hook(refuse_call, with_kwargs=True)
+            decoder.register_forward_hook(note_end, with_kwargs=True)
         config = model.config.get_text_config(decoder=True)
         self._start(config, store, Batch(store, any(g.window for g in loaded.geometry.layers)))
 
     def _start(self, config: Any, store: Store, batch: Batch) -> None:
-        layers: list[Any] = [QuantizedLayer(self, geometry) for geometry in store.pool.geometry.layers]
+        layers = self._layers(config, store.pool.geometry)
         super().__init__(layers=layers)
+        self.states = RecurrentStates(layers)
         self.recording = False
         self._config = config
         self._store = store
@@ -75,6 +80,17 @@ class QuantizedCache(Cache):
         self._step: Step | None = None
         self._done: set[int] = set()
         weakref.finalize(self, batch.clear).atexit = False
+
+    def _layers(self, config: Any, geometry: ModelGeometry) -> list[Any]:
+        """One for each of the model's: attention has pages, what is recurrent transformers' own layer."""
+        if not geometry.states:
+            return [QuantizedLayer(self, layer) for layer in geometry.layers]
+        layers = own_layers(config)
+        for index, layer in enumerate(geometry.layers):
+            place = geometry.places[index] if geometry.places else index
+            count = getattr(layers[place], "number_of_states", 0)
+            layers[place] = HybridLayer(self, layer, count) if count else QuantizedLayer(self, layer)
+        return layers
 
     # What the attention asks for
 
@@ -89,7 +105,8 @@ class QuantizedCache(Cache):
 
     def check_shapes(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Raise ``CacheError`` for ``[batch, kv_heads, tokens, dim]`` of another model than the cache was made for."""
-        g = self._store.pool.geometry.layers[layer]
+        geometry = self._store.pool.geometry
+        g = geometry.layers[geometry.index_of(layer)]
         found = (key.shape[1], key.shape[3], value.shape[3])
         if found != (g.num_kv_heads, g.key_dim, g.value_dim):
             raise CacheError(
@@ -105,9 +122,9 @@ class QuantizedCache(Cache):
         return self._step
 
     def layer_done(self, layer: int) -> None:
-        """``layer`` has stored its part of the step; the last one ends it."""
+        """The model's ``layer`` has stored and read its part of the step; the last one ends it."""
         self._done.add(layer)
-        if len(self._done) == len(self.layers):
+        if len(self._done) == self._store.pool.geometry.num_layers + len(self._store.pool.geometry.shared):
             self._step = None
             self._done.clear()
             self._batch.finish(self.recording)
@@ -128,8 +145,23 @@ class QuantizedCache(Cache):
         """Whether anything is stored."""
         return len(self._batch) > 0
 
+    @property
+    def is_linear(self) -> list[bool]:
+        """Which layers are recurrent and nothing else."""
+        return [isinstance(layer, LinearAttentionLayer) and not isinstance(layer, HybridLayer) for layer in self.layers]
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether tokens can be taken back."""
+        return not self.states
+
     def activate_past_recording(self) -> None:
-        """Let :meth:`crop` take back any of the last 64 tokens of each forward pass from now on."""
+        """Let :meth:`crop` take back any of the last 64 tokens of each forward pass from now on.
+
+        Raises ``UnsupportedError`` for a model with recurrent layers.
+        """
+        if self.states:
+            self._store.pool.geometry.refuse_states("assisted decoding, which takes tokens back,")
         self.recording = True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -142,13 +174,20 @@ class QuantizedCache(Cache):
             raise CacheError(
                 f"crop takes the negative number of tokens to remove; it was called with {tokens_to_remove}"
             )
+        if self.states and 0 < -tokens_to_remove < self._batch.length:
+            raise CacheError(
+                f"cannot take back {-tokens_to_remove} tokens: the states of recurrent layers do not go back"
+            )
         self._batch.crop(-tokens_to_remove)
+        if not self._batch.length:
+            self.states.clear()
 
     def reset(self) -> None:
         """Forget everything; all pages are free at once."""
         self._step = None
         self._done.clear()
         self._batch.clear()
+        self.states.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row ``i`` becomes what row ``beam_idx[i]`` is. No page is copied; an open page is when it is written next."""
@@ -166,12 +205,14 @@ class QuantizedCache(Cache):
     def _select(self, rows: list[int]) -> None:
         if len(self._batch):
             self._batch.select(rows)
+            self.states.select(rows)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedCache:
         """A cache of the same rows on the same pool; pages are shared until they are written."""
         twin = type(self).__new__(type(self))
         twin._start(self._config, self._store, self._batch.fork())
         twin.recording = self.recording
+        self.states.copy_to(twin.states)
         memo[id(self)] = twin
         return twin
 
@@ -183,9 +224,9 @@ class QuantizedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all pages in use, open ones included; caches that share pages share them here too."""
+        """Bytes of all pages in use, open ones included, and of states; caches that share pages share them here too."""
         stats = self._store.pages.stats()
-        return self._store.pool.layout.bytes_of(stats.open + stats.sealed)
+        return self._store.pool.layout.bytes_of(stats.open + stats.sealed) + self.states.nbytes
 
     @property
     def bits_per_element(self) -> float:
@@ -203,7 +244,8 @@ def refuse_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
     Not every model tells its attention layers; without this they would drop what was asked for.
     """
-    if not isinstance(kwargs.get("past_key_values"), QuantizedCache):
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, QuantizedCache):
         return
     if kwargs.get("use_cache") is False:
         raise UnsupportedError(
@@ -215,3 +257,11 @@ def refuse_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
             "output_attentions=True was asked for; the kernels that read a kvbits cache have no attention weights to "
             "give: model.set_attn_implementation('eager') without the cache has"
         )
+    cache.states.begin()
+
+
+def note_end(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """After a decoder's forward pass: states are those after its last token."""
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, QuantizedCache):
+        cache.states.end()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from kvbits.config import LayerGeometry
 from kvbits.errors import UnsupportedError
@@ -93,3 +93,13 @@ class QuantizedLayer(CacheLayerMixin):
 
     def _refuse(self, what: str) -> NoReturn:
         raise UnsupportedError(f"the layers of a kvbits cache share their pages: {what} works on the whole cache only")
+
+
+class HybridLayer(LinearAttentionLayer, QuantizedLayer):  # type: ignore[override,misc]
+    """Attention and a recurrent part in one layer: its state is kept as transformers keeps it."""
+
+    is_compileable = False
+
+    def __init__(self, cache: QuantizedCache, geometry: LayerGeometry, number_of_states: int) -> None:
+        QuantizedLayer.__init__(self, cache, geometry)
+        LinearAttentionLayer.__init__(self, number_of_states)

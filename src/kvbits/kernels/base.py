@@ -41,6 +41,9 @@ class BatchLayout:
     ``completes``: whether a sequence completes a page or keeps the page apart that it began in; where none does, the
     step only adds rows to open pages.
 
+    ``again``: a later layer of the model reads the same keys and values and brings them once more (layers that share
+    them): the open page stays as it was before the step, so that what is stored does not change then.
+
     ``shared``: what backends have made of the layout for all layers, by names of theirs. ``static``: the arrays change
     from step to step (:mod:`kvbits.kernels.static`); ``refreshers`` then make ``shared`` follow.
     """
@@ -57,6 +60,7 @@ class BatchLayout:
     static: bool = False
     slots: tuple[int, ...] = ()
     trails: tuple[tuple[int, ...], ...] = ()
+    again: bool = False
     shared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     refreshers: list[Callable[[], None]] = field(default_factory=list, repr=False, compare=False)
 

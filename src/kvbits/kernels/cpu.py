@@ -39,7 +39,6 @@ class CpuBackend(Backend):
         self.native = _native.Cpu(isa, count, _gomp_parallel())
         self._layers: dict[int, tuple[LayerView, _native.Layer | None]] = {}
         self._reference = ReferenceBackend()
-        self._batch: tuple[BatchLayout, _native.Batch] | None = None
 
     @property
     def isa(self) -> str:
@@ -106,6 +105,7 @@ class CpuBackend(Backend):
             value.stride(1),
             0 if sinks is None else sinks.data_ptr(),
             out.data_ptr(),
+            batch.again,
         )
         return out
 
@@ -131,7 +131,7 @@ class CpuBackend(Backend):
             layer.value_dim,
             layer.scale,
             layer.softcap or 0.0,
-            layer.window or 0,
+            -(layer.window or 0) if layer.chunked else layer.window or 0,
             _place(view.sealed, layer),
             _place(view.open, layer),
             None if view.first_page is None else _place(view.first_page, layer),
@@ -148,9 +148,9 @@ class CpuBackend(Backend):
 
     def tables(self, batch: BatchLayout) -> _native.Batch:
         """What the kernels know of a step."""
-        known = self._batch
-        if known is None or known[0] is not batch:
-            native = _native.Batch(
+        known: _native.Batch | None = batch.shared.get((_native.Batch, batch.draft))
+        if known is None:
+            known = _native.Batch(
                 batch.starts,
                 batch.counts,
                 batch.rows,
@@ -160,8 +160,8 @@ class CpuBackend(Backend):
                 batch.sink,
                 batch.draft,
             )
-            known = self._batch = (batch, native)
-        return known[1]
+            batch.shared[_native.Batch, batch.draft] = known
+        return known
 
 
 def available_isas() -> list[str]:

@@ -37,7 +37,7 @@ class ReferenceBackend(Backend):
             start = int(batch.starts[s])
             keys, values = _own_rows(view, batch.head[s], start, key[rows], value[rows])
             pages = _Sealed(view, batch.frames_of(view)[s], batch.sink[s], batch.draft)
-            _store(view, pages, batch.head[s], batch.tail[s], start, keys, values)
+            _store(view, pages, batch.head[s], batch.tail[s], start, keys, values, batch.again)
             out[rows] = _attend(view, pages, start, query[rows].float(), keys, values, sinks).to(query.dtype)
         return out
 
@@ -76,8 +76,17 @@ def _own_rows(view: LayerView, head: Ints, start: int, key: Tensor, value: Tenso
     return torch.cat([old_key[:stored], key]), torch.cat([old_value[:stored], value])
 
 
-def _store(view: LayerView, pages: _Sealed, head: Ints, tail: Ints, start: int, keys: Tensor, values: Tensor) -> None:
-    """Seal the pages that ``keys`` and ``values`` fill and leave the rest in the open page."""
+def _store(
+    view: LayerView,
+    pages: _Sealed,
+    head: Ints,
+    tail: Ints,
+    start: int,
+    keys: Tensor,
+    values: Tensor,
+    again: bool,
+) -> None:
+    """Seal the pages that ``keys`` and ``values`` fill and leave the rest in the open page, unless it is read again."""
     first = start // PAGE_TOKENS
     if tail[0] != head[0]:  # tentative: the first page stays in 16 bit as well
         _store_open(view, head, keys[:PAGE_TOKENS], values[:PAGE_TOKENS])
@@ -86,7 +95,7 @@ def _store(view: LayerView, pages: _Sealed, head: Ints, tail: Ints, start: int, 
         page = slice(p * PAGE_TOKENS, (p + 1) * PAGE_TOKENS)
         pages.write(first + p, keys[page], values[page])
     rest = len(keys) - full * PAGE_TOKENS
-    if rest:
+    if rest and not again:
         _store_open(view, tail, keys[-rest:], values[-rest:])
 
 
@@ -105,7 +114,7 @@ def _attend(
     for p in range(first, (end - 1) // PAGE_TOKENS + 1):
         begin, stop = max(start, p * PAGE_TOKENS), min(end, (p + 1) * PAGE_TOKENS)
         # pages that the window has left behind are not read: their frames may hold anything
-        oldest = 0 if view.geometry.window is None else max(0, begin - view.geometry.window + 1) // PAGE_TOKENS
+        oldest = view.geometry.first_seen(begin) // PAGE_TOKENS
         pages = [sealed.read(q) for q in range(oldest, p)]
         own = slice((p - first) * PAGE_TOKENS, stop - first * PAGE_TOKENS)
         seen_keys = torch.cat([*(k for k, _ in pages), keys[own]])
@@ -134,7 +143,9 @@ def _softmax_attention(
         scores = layer.softcap * torch.tanh(scores / layer.softcap)
     distance = query_positions[:, None] - key_positions[None, :]
     hidden = distance < 0
-    if layer.window is not None:
+    if layer.window is not None and layer.chunked:
+        hidden |= query_positions[:, None] // layer.window != key_positions[None, :] // layer.window
+    elif layer.window is not None:
         hidden |= distance >= layer.window
     scores = scores.masked_fill(hidden, float("-inf"))
     if sinks is not None:

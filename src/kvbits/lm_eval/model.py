@@ -8,6 +8,7 @@ from typing import Any
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from kvbits.config import AUTO
 from kvbits.engine.outputs import RequestOutput
 from kvbits.engine.params import SamplingParams
 from kvbits.errors import ConfigError, RequestError
@@ -27,7 +28,8 @@ Scored = tuple[Any, list[int], list[int]]
 class KVBitsLM(TemplateLM):  # type: ignore[misc]
     """``--model kvbits``, on the CPU whatever ``--device`` is (lm-eval's default is ``cuda:0``).
 
-    ``pretrained``, ``dtype``, ``kv_cache_dtype``, ``kv_cache_memory``, ``max_model_len`` are those of ``kvbits.LLM``;
+    ``pretrained``, ``dtype``, ``kv_cache_dtype``, ``kv_cache_memory``, ``state_dtype``, ``max_model_len`` are those of
+    ``kvbits.LLM``;
     ``batch_size`` (or ``auto``) is the most sequences in a step; ``add_bos_token``, ``prefix_token_id``,
     ``max_gen_toks`` mean what they mean for lm-eval's ``hf`` model. Raises ``ConfigError`` for any other argument.
     """
@@ -38,6 +40,7 @@ class KVBitsLM(TemplateLM):  # type: ignore[misc]
         *,
         kv_cache_dtype: str = "int8",
         kv_cache_memory: str | int = "1GiB",
+        state_dtype: str = AUTO,
         dtype: str = "bfloat16",
         max_model_len: int | None = None,
         max_num_batched_tokens: int | None = None,
@@ -57,6 +60,7 @@ class KVBitsLM(TemplateLM):  # type: ignore[misc]
             pretrained,
             kv_cache_dtype=str(kv_cache_dtype),
             kv_cache_memory=kv_cache_memory,
+            state_dtype=state_dtype,
             dtype=dtype,
             max_model_len=max_model_len,
             max_num_seqs=_sequences(batch_size, max_batch_size),

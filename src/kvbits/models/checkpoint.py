@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from transformers.utils import CONFIG_NAME
 
 from kvbits.errors import ConfigError, UnsupportedError
+from kvbits.files import write_text
 from kvbits.models.load import LoadedModel
 from kvbits.models.locate import locate
 from kvbits.models.quiet import quiet
 from kvbits.models.reader import Reader
 
 _SKIPPED = (".gguf", ".bin", ".pth", ".pt")
+_WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 
 def write_checkpoint(name: str, directory: Path, trust_remote_code: bool = False) -> None:
@@ -40,6 +45,35 @@ def write_checkpoint(name: str, directory: Path, trust_remote_code: bool = False
             if file.is_file():
                 file.unlink()  # a file that is cut off is none
         raise ConfigError(f"cannot write the model '{name}' to '{directory}': {error}") from error
+
+
+def describe(
+    reader: Reader, loaded: LoadedModel, directory: Path, dtype: torch.dtype, quantization: Mapping[str, Any]
+) -> None:
+    """Put all of a model that is no weights into ``directory``, the configuration last and saying ``quantization``.
+
+    ``dtype`` is that of weights of 16 bits. Raises ``ConfigError`` where ``directory`` cannot be written.
+    """
+    source, config = reader.directory(), directory / CONFIG_NAME
+    try:
+        if source is None:
+            with quiet():
+                loaded.tokenizer.save_pretrained(directory)
+                if loaded.model.generation_config is not None:
+                    loaded.model.generation_config.save_pretrained(directory)
+            fields = json.loads(loaded.model.config.to_json_string())
+            fields["architectures"] = [type(loaded.model).__name__]
+        else:
+            for file in sorted(source.iterdir()):
+                if file.is_file() and file.name != CONFIG_NAME and not file.name.endswith((*_SKIPPED, *_WEIGHTS)):
+                    shutil.copy2(file, directory / file.name)
+            fields = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8"))
+        fields.pop("compression_config", None)
+        fields.pop("torch_dtype", None)
+        fields |= {"dtype": str(dtype).removeprefix("torch."), "quantization_config": dict(quantization)}
+        write_text(config, json.dumps(fields, indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(f"cannot write the model to '{directory}': {error}") from error
 
 
 def attention_modules(loaded: LoadedModel) -> list[str]:

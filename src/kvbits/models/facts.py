@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from kvbits.errors import ConfigError, UnsupportedError
@@ -18,7 +19,7 @@ from kvbits.models.reader import Reader
 from kvbits.planning.facts import ModelFacts, Parameters, facts_of_config, known_facts
 from kvbits.planning.hf_config import MLA
 
-_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
+_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, StrictDataclassError)
 
 
 def facts_of_model(name: str, mla: MLA = "latent", trust_remote_code: bool = False) -> ModelFacts:
@@ -42,9 +43,14 @@ def facts_of_model(name: str, mla: MLA = "latent", trust_remote_code: bool = Fal
         parameters.experts,
         weights="auto" if sizes else _published(_quantization(config)),
         mla=mla,
-        geometry=geometry_of(config, name, mla == "latent"),
+        geometry=geometry_of(config, name, _longest(config), mla == "latent"),
         held=sizes,
     )
+
+
+def _longest(config: PreTrainedConfig) -> int | None:
+    """The whole context, which a LongRoPE model has for the asking only."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def _held(config: PreTrainedConfig, reader: Reader | None) -> dict[str, int]:
@@ -110,7 +116,8 @@ def _of_file(file: Path, trust_remote_code: bool) -> PreTrainedConfig:
         return Reader(str(file.parent), Source(str(file.parent)), trust_remote_code).configuration()
     try:
         with quiet():
-            config: PreTrainedConfig = AutoConfig.for_model(kind, **fields)
+            # transformers writes an infinite time step as an object
+            config: PreTrainedConfig = AutoConfig.for_model(kind, **PreTrainedConfig._decode_special_floats(fields))
             return config
     except _ERRORS as error:
         reason = " ".join(str(error).split())[:300]

@@ -27,6 +27,7 @@ from kvbits.attention import refuse_keywords
 from kvbits.config import LayerGeometry, ModelGeometry, StateShape
 from kvbits.errors import UnsupportedError
 from kvbits.models.latents import Absorbed, absorb
+from kvbits.models.positions import switch_of
 from kvbits.models.quiet import quiet
 from kvbits.models.recurrent import note_states
 from kvbits.models.trust import trusted
@@ -35,9 +36,12 @@ _TRIAL = "kvbits-trial"
 _FAR = 1 << 20
 """A query position beyond every window, and a multiple of every chunk size in use."""
 
+_ODD = 1 << 40
+"""In the place of a mask that is none of kvbits'."""
+
 _LAYER_TYPES = frozenset({
     "full_attention", "sliding_attention", "dense", "sparse", "moe", "mlp", "linear_attention", "conv", "hybrid",
-    "hybrid_sliding",
+    "hybrid_sliding", "chunked_attention",
 })  # fmt: skip
 _PLAIN = frozenset({"moe", "mlp"})
 """Those that look at one token only."""
@@ -52,6 +56,9 @@ class _Recorder:
     """Travels through the trial pass in the place of the step's context."""
 
     layers: dict[int, LayerGeometry] = field(default_factory=dict)
+    shared: dict[int, int] = field(default_factory=dict)
+    stored: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Keys and values of each layer that has its own."""
     states: dict[int, list[StateShape]] = field(default_factory=dict)
     latents: bool = True
     expanded: str = ""
@@ -59,13 +66,18 @@ class _Recorder:
     """Why latents that the layers hand over cannot be cached."""
 
 
-def geometry_of(model: PreTrainedConfig | PreTrainedModel, name: str = "", latents: bool = True) -> ModelGeometry:
+def geometry_of(
+    model: PreTrainedConfig | PreTrainedModel,
+    name: str = "",
+    max_model_len: int | None = None,
+    latents: bool = True,
+) -> ModelGeometry:
     """Measure ``model`` or a model of this configuration; no weights are needed.
 
-    ``latents``: multi-head latent attention caches its latents where the family's code lets it; else, and where
-    ``latents`` is false, every head's keys and values.
-
-    Raises ``UnsupportedError`` naming whatever kvbits cannot do.
+    ``max_model_len``: the longest sequence that is wanted. A LongRoPE model has the context of its short factors unless
+    more is. ``latents``: multi-head latent attention caches its latents where the family's code lets it; else, and
+    where ``latents`` is false, every head's keys and values. Raises ``UnsupportedError`` naming whatever kvbits cannot
+    do.
     """
     config = model.config if isinstance(model, PreTrainedModel) else model
     text = config.get_text_config(decoder=True)
@@ -79,7 +91,7 @@ def geometry_of(model: PreTrainedConfig | PreTrainedModel, name: str = "", laten
         _trial(config, recorder)
         recorder.expanded = odd
     kinds = enumerate(getattr(text, "layer_types", None) or ())
-    known = {*recorder.layers, *recorder.states, *(place for place, kind in kinds if kind in _PLAIN)}
+    known = {*recorder.layers, *recorder.shared, *recorder.states, *(place for place, kind in kinds if kind in _PLAIN)}
     missing = sorted(set(range(text.num_hidden_layers)) - known)
     if missing or len(known) != text.num_hidden_layers or not recorder.layers:
         raise UnsupportedError(
@@ -90,12 +102,18 @@ def geometry_of(model: PreTrainedConfig | PreTrainedModel, name: str = "", laten
     return ModelGeometry(
         name or config.model_type,
         tuple(recorder.layers[place] for place in places),
-        int(text.max_position_embeddings),
+        _context(text, max_model_len),
         int(text.vocab_size),
         () if places == tuple(range(len(places))) else places,
         tuple(state for place in sorted(recorder.states) for state in recorder.states[place]),
+        tuple(sorted(recorder.shared.items())),
         recorder.expanded,
     )
+
+
+def _context(text: Any, wanted: int | None) -> int:
+    longest, switch = int(text.max_position_embeddings), switch_of(text)
+    return longest if switch is None or (wanted or 0) > switch else switch
 
 
 def _refuse_config(config: Any, text: Any) -> None:
@@ -108,14 +126,10 @@ def _refuse_config(config: Any, text: Any) -> None:
     odd = sorted(set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES)
     if odd:
         raise UnsupportedError(
-            f"this {kind} model has layers of type {', '.join(odd)}; kvbits does full and sliding attention"
-        )
-    if getattr(text, "num_kv_shared_layers", 0):
-        raise UnsupportedError(
-            f"{text.num_kv_shared_layers} layers of this {kind} model share another layer's keys and values"
+            f"this {kind} model has layers of type {', '.join(odd)}; kvbits does full, sliding and chunked attention"
         )
     for rope in sorted(_rope_types(getattr(text, "rope_parameters", None))):
-        if rope in ("dynamic", "longrope"):
+        if rope == "dynamic":
             raise UnsupportedError(
                 f"the rotary embedding '{rope}' of this {kind} model changes with the "
                 "longest sequence of a step, which cached keys cannot follow"
@@ -125,13 +139,8 @@ def _refuse_config(config: Any, text: Any) -> None:
 
 
 def _rope_types(parameters: Any) -> set[str]:
-    """Every ``rope_type``, also of configurations with one set of parameters per layer type.
-
-    LongRoPE whose long and short factors are the same does not change with the length and is left out.
-    """
+    """Every ``rope_type``, also of configurations with one set of parameters per layer type."""
     if not isinstance(parameters, dict):
-        return set()
-    if "long_factor" in parameters and parameters["long_factor"] == parameters.get("short_factor"):
         return set()
     found = {parameters["rope_type"]} if isinstance(parameters.get("rope_type"), str) else set()
     return found.union(*(_rope_types(p) for p in parameters.values()))
@@ -168,6 +177,10 @@ def _trial(config: Any, recorder: _Recorder) -> None:
                 logits_to_keep=torch.zeros(1, dtype=torch.long),
             )
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, KeyError) and error.args == (_TRIAL,):
+            raise UnsupportedError(
+                f"the {kind} model's code does not let its attention be replaced (it chooses from its own)"
+            ) from error
         reason = " ".join(str(error).split())[:300]
         raise UnsupportedError(
             f"a trial pass through the {kind} model failed: {type(error).__name__}: {reason}"
@@ -175,27 +188,49 @@ def _trial(config: Any, recorder: _Recorder) -> None:
 
 
 def _observe_mask(*, mask_function: Any, attention_mask: Tensor | None = None, **_: Any) -> Tensor:
-    """In the place of a mask: the window that ``mask_function`` implies, ``int64 [1, 1, 1, 1]``, 0 for none."""
-    spans = [_visible(mask_function, query) for query in (_FAR - 1, _FAR)]
-    if spans == [_FAR, _FAR + 1]:
+    """In the place of a mask: what ``mask_function`` implies, ``int64 [1, 1, 1, 1]``, 0 for all tokens up to the query,
+    the size of a window, the negative size of chunks, or :data:`_ODD`: a model may build masks that no layer uses."""
+    _bring_to_cpu(mask_function)
+    before, far = (_visible(mask_function, query) for query in (_FAR - 1, _FAR))
+    if before is None or far is None:
+        window = _ODD
+    elif (before, far) == (_FAR, _FAR + 1):
         window = 0
-    elif spans[0] == spans[1]:
-        window = spans[0]
+    elif before == far:
+        window = far
     else:
-        raise UnsupportedError(
-            f"queries at {_FAR - 1} and {_FAR} see {spans[0]} and {spans[1]} keys: chunked attention"
-        )
+        window = -_chunk(mask_function, far)
     return torch.full((1, 1, 1, 1), window, device="cpu")
 
 
-def _visible(mask_function: Any, query: int) -> int:
-    """Keys that ``query`` sees; they must be the last ones up to itself."""
+def _bring_to_cpu(function: Any) -> None:
+    """Tensors that a mask function has caught on ``meta`` count the padding of the trial's one token: none."""
+    for cell in getattr(function, "__closure__", None) or ():
+        caught = cell.cell_contents
+        if isinstance(caught, Tensor) and caught.device.type == "meta":
+            cell.cell_contents = torch.zeros_like(caught, device="cpu")
+        for part in caught if isinstance(caught, tuple) else (caught,):
+            if callable(part):
+                _bring_to_cpu(part)
+
+
+def _chunk(mask_function: Any, span: int) -> int:
+    """The size of the chunks that texts are cut into, where a far query sees ``span`` keys; ``-_ODD`` for none."""
+    size = _visible(mask_function, _FAR - span)  # the last query of the chunk before the far one's
+    tried = () if size is None else (size - 1, size, size + 1, _FAR - 1, _FAR)
+    if size is None or any(_visible(mask_function, query) != query % size + 1 for query in tried):
+        return -_ODD
+    return size
+
+
+def _visible(mask_function: Any, query: int) -> int | None:
+    """Keys that ``query`` sees; ``None`` where they are not the last ones up to itself."""
     zero = torch.zeros((), dtype=torch.long, device="cpu")
     keys = torch.arange(query + 2, device="cpu")
     seen = mask_function(zero, zero, torch.tensor(query, device="cpu"), keys)
     seen = torch.as_tensor(seen, device="cpu").expand(query + 2).nonzero().flatten()
     if len(seen) == 0 or int(seen[-1]) != query or len(seen) != query + 1 - int(seen[0]):
-        raise UnsupportedError("the model's attention mask is neither causal nor a causal window")
+        return None
     return len(seen)
 
 
@@ -203,15 +238,21 @@ def _record(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """The attention function of the trial pass: note what layer ``module`` asks for."""
-    recorder: _Recorder = kwargs["kvbits"]
+    recorder: _Recorder | None = kwargs.get("kvbits")
     index: Any = module.layer_idx
+    if recorder is None:
+        raise UnsupportedError(
+            f"layer {index} does not hand its keywords on to its attention, which is so not told of the step"
+        )
     refuse_keywords(kwargs)
-    if index in recorder.layers:
+    if index in recorder.layers or index in recorder.shared:
         raise UnsupportedError(f"layer {index} calls its attention more than once in a step")
     if attention_mask is None or attention_mask.shape != (1, 1, 1, 1) or attention_mask.device.type != "cpu":
         raise UnsupportedError(f"layer {index} builds its attention mask in its own way")
-    window = int(attention_mask) or None
-    if "sliding_window" in kwargs and kwargs["sliding_window"] != window:
+    if int(attention_mask) == _ODD:
+        raise UnsupportedError(f"the attention mask of layer {index} is neither causal nor a causal window nor chunks")
+    chunked, window = int(attention_mask) < 0, abs(int(attention_mask)) or None
+    if "sliding_window" in kwargs and kwargs["sliding_window"] != (None if chunked else window):
         raise UnsupportedError(
             f"layer {index} masks a window of {window} but asks for sliding_window={kwargs['sliding_window']}"
         )
@@ -235,7 +276,7 @@ def _record(
                 f"layer {index} has {what} heads of size {dim}; kvbits needs a multiple of {_HEAD_MULTIPLE}"
             )
     scale = kwargs.get("scaling")
-    recorder.layers[index] = LayerGeometry(
+    layer = LayerGeometry(
         num_heads=heads,
         num_kv_heads=kv_heads,
         key_dim=key_dim,
@@ -244,6 +285,17 @@ def _record(
         window=window,
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux") is not None,
+        chunked=chunked,
         latent=latents is not None,
     )
+    source = next((i for i, (k, v) in recorder.stored.items() if k is key and v is value), None)
+    if source is None:
+        recorder.layers[index], recorder.stored[index] = layer, (key, value)
+    elif layer == recorder.layers[source]:
+        recorder.shared[index] = source
+    else:
+        raise UnsupportedError(
+            f"layer {index} shares the keys and values of layer {source} and attends in another way: {layer} is not "
+            f"{recorder.layers[source]}"
+        )
     return query.new_empty(1, query.shape[2], heads, value_dim if latents is None else latents.head_dim), None

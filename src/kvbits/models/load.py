@@ -28,6 +28,7 @@ from kvbits.models.geometry import geometry_of
 from kvbits.models.latents import absorb, absorbed, differing, release
 from kvbits.models.locate import locate
 from kvbits.models.packed import depends_on_rows, pack_linears, packed_weights, round_linears, settle
+from kvbits.models.positions import settle_rotary, tell_positions
 from kvbits.models.reader import Reader
 from kvbits.models.recurrent import dtype_of, mixers_of, split, try_cuts
 from kvbits.models.sampling import sampling_defaults
@@ -123,6 +124,7 @@ def load_model(
     weights: str = "auto",
     device: str = "cpu",
     trust_remote_code: bool = False,
+    max_model_len: int | None = None,
 ) -> LoadedModel:
     """Load ``name``: a packaged model, a ``.gguf`` file, a directory (safetensors or one GGUF) or a Hugging Face id.
 
@@ -131,8 +133,10 @@ def load_model(
     rounded in groups of 32 with a scale each, on the CPU only (in ``float32`` the rounded values are unpacked again).
     ``device`` is a torch device; ``progress``
     gets a line of text before each long stage; ``trust_remote_code`` runs Python code that comes with the model, which
-    is refused otherwise. Raises ``ConfigError`` when the model cannot be found or read or the
-    device cannot be used, ``UnsupportedError`` when kvbits cannot run the model.
+    is refused otherwise. ``max_model_len``: the longest sequence to come; over the first context of a LongRoPE model
+    (Phi-3 and 4 of 128K) it takes the long factors, for all its tokens, else the short ones. Raises ``ConfigError``
+    when the model cannot be found or read or the device cannot be used, ``UnsupportedError`` when kvbits cannot run the
+    model.
     """
     check_formats(dtype, weights, device)
     report = progress or (lambda line: None)
@@ -141,7 +145,8 @@ def load_model(
     source = locate(name)
     report(f"Loading {name} ({dtype}) ..." if source.offline else f"Downloading and loading {name} ({dtype}) ...")
     reader = Reader(name, source, trust_remote_code)
-    geometry = geometry_of(reader.configuration(), name, place.type == "cpu")  # refused before a weight is read
+    # refused before a weight is read
+    geometry = geometry_of(reader.configuration(), name, max_model_len, place.type == "cpu")
     if place.type != "cpu":
         geometry.refuse_states(f"the cache on '{device}'")
     register()
@@ -195,6 +200,8 @@ def wrap(
     register()
     model.eval().set_attn_implementation(IMPLEMENTATION)
     split(model)
+    tell_positions(model)
+    settle_rotary(model, geometry)
     if geometry.latent:
         absorb(model)
     else:
@@ -210,7 +217,7 @@ def _with_latents(loaded: LoadedModel) -> LoadedModel:
     """``loaded`` itself, or with expanded heads where its logits with cached latents are others."""
     model, geometry = loaded.model, loaded.geometry
     if geometry.latent:
-        expanded = geometry_of(model, loaded.name, latents=False)
+        expanded = replace(geometry_of(model, loaded.name, latents=False), max_position=geometry.max_position)
         reason = differing(model, geometry, expanded)
         geometry = geometry if reason is None else replace(expanded, expanded=reason)
     if geometry.expanded:

@@ -17,14 +17,14 @@ from kvbits.errors import ConfigError
 from kvbits.models.locate import Source, locate
 from kvbits.models.safetensors.carried import carried_by
 from kvbits.models.safetensors.file import read_headers
-from kvbits.planning.hf_config import has_states, layers_of, text_config
+from kvbits.planning.hf_config import has_states, layers_of, surely_recurrent, text_config
 
 
 @dataclass(frozen=True)
 class Outline:
     """``geometry`` where the heads' sizes are known too; ``max_position`` is the context in tokens.
 
-    ``has_template``: whether the tokenizer has a chat template.
+    ``has_template``: whether the tokenizer has a chat template. ``recurrent``: some layers surely are.
     """
 
     name: str
@@ -32,6 +32,7 @@ class Outline:
     max_position: int | None = None
     geometry: ModelGeometry | None = None
     has_template: bool | None = None
+    recurrent: bool = False
 
 
 def outline_of(name: str) -> Outline:
@@ -72,7 +73,7 @@ def _of_fields(name: str, fields: Mapping[str, Any], sure: bool, has_template: b
     layers, context = _count(fields.get("num_hidden_layers")), _count(fields.get("max_position_embeddings"))
     geometry = None
     if has_states(fields):
-        return Outline(name, None, context, None, has_template)
+        return Outline(name, None, context, None, has_template, surely_recurrent(fields))
     if sure and context is not None and "kv_lora_rank" not in fields:  # latents, or every head's keys
         vocabulary = _count(fields.get("vocab_size")) or 0
         try:

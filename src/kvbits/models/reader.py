@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -32,9 +33,11 @@ from kvbits.models.trust import trusted
 
 _READ_ERRORS = (
     OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, ImportError, struct.error,
-    SafetensorError,
+    SafetensorError, StrictDataclassError,
 )  # fmt: skip
 """What transformers and its readers raise for files that are missing, cut off or not what they claim to be."""
+
+_PLAIN = {"F16", "BF16", "F32", "F64"}
 
 
 class Reader:
@@ -79,7 +82,7 @@ class Reader:
         kernels can multiply as they are (:class:`kvbits.models.packed.PackedLinear`); ``packs`` leaves parameters of
         layers that the caller packs in their files (:class:`kvbits.models.stored.StoredParameter`).
         """
-        directory = self._directory() if self._file is None else None
+        directory = self.directory()
         own = self._planned(dtype, attention, directory)
         if own is not None and directory is not None:
             return lambda: self._with_generation(own.read(native, packs), directory)
@@ -92,6 +95,14 @@ class Reader:
             options["quantization_config"] = GgufConfig(dequantize=True)
             return lambda: self._with_ends(self._read("weights", AutoModelForCausalLM, **options))
         return lambda: self._complete(options)
+
+    def quantized(self) -> str | None:
+        """In what form of fewer than 16 bits the files hold weights, by their headers; ``None`` for plain ones."""
+        if self._file is not None:
+            kinds = sorted({tensor.kind.name for tensor in self._file.tensors.values()} - _PLAIN)
+            return ", ".join(kinds) or None
+        carried = carried_by(self._name, self.configuration().to_dict())
+        return None if carried is None else carried.layout
 
     def held(self) -> dict[str, int]:
         """Bytes of the weights by the form that they are asked for in (:data:`kvbits.config.WEIGHT_FORMATS`), as the
@@ -124,8 +135,10 @@ class Reader:
             raise UnsupportedError(f"the weights of the model '{self._name}' are in bits that its own code has to read")
         return None
 
-    def _directory(self) -> Path | None:
+    def directory(self) -> Path | None:
         """Where the safetensors lie, from the hub if need be; ``None`` where the model has none there."""
+        if self._file is not None:
+            return None
         path = Path(self._source.path)
         if path.is_dir():
             return path

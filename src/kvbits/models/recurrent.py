@@ -94,6 +94,8 @@ class Split:
         for number in set(range(len(batch.slots))).difference(together):
             for first, end, cache, keep in self._pieces(batch, states, number):
                 out[:, first:end] = self.run(hidden_states[:, first:end], **{**kwargs, self._name: cache})
+                if states.converts(self._layer):
+                    _scatter(states, self._layer, [batch.slots[number]], cache)
                 if keep is not None:
                     states.copy_layer(self._layer, batch.slots[number], keep)
         return out
@@ -102,7 +104,10 @@ class Split:
         self, batch: BatchLayout, states: StatePool, number: int
     ) -> Iterator[tuple[int, int, DynamicCache, int | None]]:
         """Rows of a sequence to run at once, the states they go on from, and the slot where these are kept then."""
-        cache = _cache_of(states, batch.slots[number], self._config)
+        slot, converts = batch.slots[number], states.converts(self._layer)
+        cache = (
+            _gathered(states, self._layer, [slot], self._config) if converts else _cache_of(states, slot, self._config)
+        )
         layer: Any = cache.layers[self._layer]
         first, end = int(batch.rows[number]), int(batch.rows[number + 1])
         trail, known = batch.trails[number], bool(batch.starts[number])
@@ -112,6 +117,8 @@ class Split:
             layer.has_previous_state = dict.fromkeys(layer.has_previous_state, known)
             yield begin, stop, cache, trail[stop - guesses] if guesses <= stop < end else None
             known = True
+            if converts and stop < end:
+                cache = _gathered(states, self._layer, [slot], self._config)
 
 
 def _together(batch: BatchLayout, states: StatePool) -> list[int]:
@@ -143,12 +150,12 @@ def _put(layer: Any, shape: StateShape, tensor: Tensor) -> None:
 
 
 def _gathered(states: StatePool, place: int, slots: list[int], config: Any) -> DynamicCache:
-    """transformers' cache with copies of a layer's states in ``slots``, as a batch."""
+    """transformers' cache with copies of a layer's states in ``slots``, as a batch, in what the layer computes."""
     cache: DynamicCache = states.made.get(_BATCH) or DynamicCache(config=config)
     states.made[_BATCH] = cache
     layer: Any = cache.layers[place]
     for shape in states.of_layer(place):
-        _put(layer, shape, torch.cat([states.state(slot, shape) for slot in slots]))
+        _put(layer, shape, torch.cat([states.state(slot, shape) for slot in slots]).to(states.computed(shape)))
     layer.has_previous_state = dict.fromkeys(layer.has_previous_state, True)
     return cache
 

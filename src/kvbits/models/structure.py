@@ -47,8 +47,14 @@ def recognise(model: Any, geometry: ModelGeometry, weigh: Weigh[W]) -> Structure
     """The parts of ``model``. Raises :class:`kvbits.models.parts.Different` for any other part."""
     if geometry.states:
         raise Different("it has recurrent layers")
+    if geometry.shared:
+        raise Different("its layers share keys and values")
+    if any(layer.chunked for layer in geometry.layers):
+        raise Different("it attends in chunks")
     body, head = model.get_decoder(), model.get_output_embeddings()
     config = model.config.get_text_config(decoder=True)
+    if (getattr(config, "rope_parameters", None) or {}).get("llama_4_scaling_beta"):  # none near a text's beginning
+        raise Different("its queries' scale follows their positions")
     expect(body, _BODY)
     shapes = {(layer.num_heads, layer.num_kv_heads, layer.key_dim, layer.value_dim) for layer in geometry.layers}
     if len(shapes) != 1:

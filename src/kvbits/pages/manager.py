@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from kvbits.config import PAGE_TOKENS
 from kvbits.errors import CacheError, OutOfPages
@@ -96,7 +97,8 @@ class PageManager:
         if self.states is not None and tokens:
             table.goals = {(len(tokens) - 1) // self.page_tokens, self._cache.branch(tokens, salt)}
         self._tables[seq_id] = table
-        cached = self._store.attach(table, self._cache.match(tokens, salt), None) * self.page_tokens
+        found = self._reachable(partial(self._cache.match, tokens, salt))
+        cached = self._store.attach(table, found, None) * self.page_tokens
         table.tokens.extend(tokens[:cached])
         self._load_state(seq_id, table, 0)
         if self.enable_prefix_caching:
@@ -118,11 +120,14 @@ class PageManager:
         if source is None or self._store.in_open(table):
             return before
         holds = source.holds
-        found = self._cache.longest(table.hash, tokens, start, lambda key: key in self._index or holds(key))
+
+        def longest(known: Sequence[int]) -> list[bytes]:
+            return self._cache.longest(table.hash, known, start, lambda key: key in self._index or holds(key))
+
+        found = self._reachable(partial(longest, tokens))
         while (attached := self._store.attach(table, found, source)) < len(found):
             # Something was damaged or found no frames; the pages before it may do.
-            known = tokens[: before + attached * self.page_tokens + 1]
-            found = self._cache.longest(table.hash, known, start, lambda key: key in self._index or holds(key))
+            found = self._reachable(partial(longest, tokens[: before + attached * self.page_tokens + 1]))
         table.tokens.extend(tokens[before : before + len(found) * self.page_tokens])
         self._load_state(seq_id, table, before)
         self._hits += len(table.tokens) - before
@@ -418,6 +423,13 @@ class PageManager:
         """The state after the pages that ``table`` was given beyond ``before`` tokens."""
         if self.states is not None and len(table.tokens) > before:
             self.states.load(seq_id, table.hash)
+
+    def _reachable(self, find: Callable[[], list[bytes]]) -> list[bytes]:
+        """Pages that ``find`` finds; where there are states, those at their end are ready to be loaded."""
+        found = find()
+        while found and self.states is not None and not self.states.ready(found[-1]):
+            found = find()  # what was damaged is found no more
+        return found
 
     def _pages(self, start: int, count: int, sealed: array[int], head: Frames, tail: Frames) -> SequencePages:
         """``sealed``: the frames of all full pages, the first one's included."""

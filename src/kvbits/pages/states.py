@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection
 
 from kvbits.errors import OutOfPages
 from kvbits.pages.stats import StateStats
+from kvbits.pages.tier import SecondTier
 
 _CHAIN = 4
 """The snapshots of one sequence of the longest context take at most one slot in so many."""
@@ -21,11 +22,14 @@ _CHAIN = 4
 class StateSlots:
     """Decides which slot holds which state. Knows integers, not bytes; ``copy`` copies a slot to another at once.
 
-    ``longest``: pages of the longest sequence.
+    ``longest``: pages of the longest sequence; ``tier`` gets snapshots that are given up.
     """
 
-    def __init__(self, slots: int, longest: int, copy: Callable[[int, int], None]) -> None:
+    def __init__(
+        self, slots: int, longest: int, copy: Callable[[int, int], None], tier: SecondTier | None = None
+    ) -> None:
         self.num_slots = slots
+        self._tier = tier
         self.spacing = max(8, -(-longest // max(slots // _CHAIN, 1)))
         self._copy = copy
         self._free = list(range(slots - 1, -1, -1))
@@ -64,13 +68,21 @@ class StateSlots:
         return self._own[seq_id]
 
     def holds(self, page: bytes) -> bool:
-        """Whether there is a snapshot of the end of the page with this hash."""
-        return page in self._kept
+        """Whether there is a snapshot of the end of the page with this hash, here or in the second tier."""
+        return page in self._kept or (self._tier is not None and self._tier.holds_state(page))
+
+    def ready(self, page: bytes) -> bool:
+        """Make :meth:`load` possible; false where the snapshot is damaged, and is none any more."""
+        return page in self._kept or (self._tier is not None and self._tier.stage_state(page))
 
     def load(self, seq_id: int, page: bytes) -> None:
-        """Let the sequence go on from a snapshot, which there must be."""
-        self._kept.move_to_end(page)
-        self._copy(self._kept[page], self._own[seq_id])
+        """Let the sequence go on from the snapshot that was :meth:`ready` last."""
+        if page in self._kept:
+            self._kept.move_to_end(page)
+            self._copy(self._kept[page], self._own[seq_id])
+        else:
+            assert self._tier is not None, page
+            self._tier.load_state(self._own[seq_id])
 
     def save(self, seq_id: int, page: bytes, after: int, count: int, stays: bool) -> None:
         """Keep a state of the sequence, if a slot is to be had, as that at the end of ``page``.
@@ -82,15 +94,18 @@ class StateSlots:
         if after != count and not trail:
             return
         before = self._passing.pop(seq_id, None)
+        source = self._own[seq_id] if after == count else trail[after - count]
         if page in self._kept:
             self._kept.move_to_end(page)
         else:
             if before is not None and before in self._kept:
                 self._free.append(self._kept.pop(before))
             if not self.available():
+                if stays and self._tier is not None:
+                    self._tier.keep_state(page, source)
                 return
             self._kept[page] = self._take()
-            self._copy(self._own[seq_id] if after == count else trail[after - count], self._kept[page])
+            self._copy(source, self._kept[page])
         if not stays:
             self._passing[seq_id] = page
 
@@ -123,7 +138,10 @@ class StateSlots:
 
     def _take(self) -> int:
         if not self._free:
-            self._free.append(self._kept.popitem(last=False)[1])
+            page, slot = self._kept.popitem(last=False)
+            if self._tier is not None:
+                self._tier.keep_state(page, slot)
+            self._free.append(slot)
         return self._free.pop()
 
     def check(self, sequences: Collection[int]) -> None:

@@ -15,6 +15,9 @@ from kvbits.errors import ConfigError
 _RECURRENT = ("mamba_", "linear_key_", "ssm_", "conv_L")
 """How names of fields of recurrent layers begin."""
 
+_KINDS = ("mamba", "mamba2", "linear_attention", "conv", "hybrid")
+"""What recurrent layers are called where every layer has a name."""
+
 MLA = Literal["latent", "expanded"]
 """What a cache stores of multi-head latent attention: the compressed latent, or every head's keys and values."""
 
@@ -28,6 +31,16 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def has_states(config: Mapping[str, Any]) -> bool:
     """Whether there may be recurrent layers, whose place among the others these fields do not say in one way."""
     return any(name.startswith(_RECURRENT) for name in config)
+
+
+def surely_recurrent(config: Mapping[str, Any]) -> bool:
+    """Whether some layers are recurrent for certain: they are named so, or the family has no others."""
+    kinds = [*(config.get("layer_types") or ()), *(config.get("layers_block_type") or ())]
+    pattern = str(config.get("hybrid_override_pattern") or "")
+    families = ("bamba", "falcon_h1", "qwen3_next")
+    if kinds or pattern:
+        return any(kind in _KINDS for kind in kinds) or "M" in pattern
+    return config.get("model_type") in families
 
 
 def layers_of(config: Mapping[str, Any], mla: MLA = "latent") -> tuple[LayerGeometry, ...]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvbits.codecs import SCHEMES, Policy, policy_of
-from kvbits.config import POLICY_PREFIX, ModelGeometry, parse_bytes
+from kvbits.config import AUTO, POLICY_PREFIX, ModelGeometry, parse_bytes
 from kvbits.errors import ConfigError
 from kvbits.planning.core import Plan, plan
 from kvbits.planning.facts import ModelFacts
@@ -30,6 +30,7 @@ class Options:
     contexts: tuple[int, ...] = ()
     dtypes: tuple[str, ...] = ()
     policies: tuple[Path, ...] = ()
+    state_dtype: str = AUTO
     workspace: str | None = None
     ranks: int = 1
     max_model_len: int | None = None
@@ -54,7 +55,7 @@ class Planned:
 
 def make_plan(facts: ModelFacts, options: Options) -> Planned:
     """Plan one rank. Raises ``ConfigError`` or ``UnsupportedError`` for what cannot be planned."""
-    geometry = rank_geometry(facts.geometry, options.ranks)
+    geometry = rank_geometry(facts.geometry.stored_in(options.state_dtype), options.ranks)
     if options.max_model_len is not None:
         if options.max_model_len < 1:
             raise ConfigError(f"max_model_len is {options.max_model_len}; it must be positive")

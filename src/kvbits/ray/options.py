@@ -44,7 +44,8 @@ class ReplicaOptions:
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        return load_model(self.model, self.dtype, progress, self.weights, self.device, self.trust_remote_code)
+        longest = self.engine.max_model_len
+        return load_model(self.model, self.dtype, progress, self.weights, self.device, self.trust_remote_code, longest)
 
     def with_choice(self, choice: Choice) -> ReplicaOptions:
         """The same with the dtype that was chosen before any replica starts, and what it loses."""

@@ -13,6 +13,18 @@ from kvbits.errors import ConfigError
 
 Record = Mapping[str, Any]
 
+# The numbers that the page shows.
+_PLAN = ("memory_bytes", "weights_bytes", "workspace_bytes", "cache_bytes")
+_SCHEME = ("bits_per_element", "kv_bytes_per_token", "longest_context")
+_CONTEXT = ("context", "sessions", "running", "gain_over_16bit")
+_TIMED = (
+    "batch", "context", "prefill_tokens_per_s", "decode_tokens_per_s", "decode_step_ms", "kv_bytes_per_token"
+)  # fmt: skip
+_QUALITY = (
+    "bits_per_element", "effective_bits_per_element", "perplexity", "perplexity_16bit", "kl_mean", "kl_p99",
+    "top1_agreement",
+)  # fmt: skip
+
 
 @dataclass
 class Gathered:
@@ -44,8 +56,8 @@ def gather(paths: Iterable[Path]) -> Gathered:
         document = _read(path / "policy.json" if path.is_dir() else path)
         kind = _add(found, path, document)
         found.files.append((path.name, kind))
-        owner = document["model"]["name"] if kind == "policy" else str(document.get("model", ""))
-        owners.setdefault(_short(owner), path)
+        owner = document["model"]["name"] if kind == "policy" else document.get("model", "")
+        owners.setdefault(_short(str(owner)), path)
     if not owners:
         raise ConfigError("there are no results to report; give JSON files that other commands wrote with --json")
     if len(owners) > 1:
@@ -72,7 +84,7 @@ def _read(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the results '{path}': {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"'{path}' is no JSON file: {error}") from error
     if not isinstance(document, dict):
         raise ConfigError(f"'{path}' holds no results: it is no JSON object")
@@ -86,21 +98,50 @@ def _add(found: Gathered, path: Path, document: dict[str, Any]) -> str:
             {**row, "dtype": _policy(row["dtype"])} if isinstance(row, dict) and "dtype" in row else row for row in rows
         ]
     if document.get("format") == "kvbits-policy":
+        _need(path, document.get("model"), texts=("name",))
+        if not isinstance(document.get("layers"), list) or not all(isinstance(x, str) for x in document["layers"]):
+            raise ConfigError(f"the results in '{path}' are damaged: the policy has no 'layers'")
         name = path.name if path.is_dir() else path.resolve().parent.name
         found.policies.append({**document, "name": name})
         return "policy"
     if "schemes" in document:
+        _need(path, document, _PLAN, lists=("schemes",))
+        for scheme in document["schemes"]:
+            _need(path, scheme, _SCHEME, ("dtype",), ("contexts",))
+            for context in scheme["contexts"]:
+                _need(path, context, _CONTEXT)
         found.plans.append(document)
         return "plan"
     if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
         shared = {k: v for k, v in document.items() if k not in ("results", "model")}
+        for row in rows:
+            _need(path, row, texts=("dtype",))
         if "decode_tokens_per_s" in rows[0]:
+            for row in rows:
+                _need(path, row, _TIMED)
             _replace(found.timed, [{**shared, **row} for row in rows], ("dtype", "context", "batch"))
             return "bench"
         if "kl_mean" in rows[0] or "verdict" in rows[0]:
+            for row in rows:
+                _need(path, row, _QUALITY if "kl_mean" in row else ())
             _replace(found.evaluated, rows, ("dtype",))
             return "evaluate"
     raise ConfigError(f"'{path}' holds no results of evaluate, calibrate, plan or bench")
+
+
+def _need(
+    path: Path, record: Any, numbers: Iterable[str] = (), texts: Iterable[str] = (), lists: Iterable[str] = ()
+) -> None:
+    """Raise ``ConfigError`` unless ``record`` is an object with these fields, of these types."""
+    kinds: tuple[tuple[Iterable[str], tuple[type, ...], str], ...] = (
+        (numbers, (int, float), "number"),
+        (texts, (str,), "text"),
+        (lists, (list,), "list"),
+    )
+    for names, kind, what in kinds:
+        for name in names:
+            if not isinstance(record, dict) or not isinstance(record.get(name), kind):
+                raise ConfigError(f"the results in '{path}' are damaged: '{name}' is no {what}")
 
 
 def _replace(into: list[Record], rows: Iterable[Record], names: tuple[str, ...]) -> None:

@@ -103,6 +103,7 @@ class EngineCollector(Collector):
         yield self._gauge("offload_bytes", "Bytes of pages in the offload tier.", used, "kvbits:")
         yield self._gauge("offload_capacity_bytes", "Bytes that the offload tier holds.", whole, "kvbits:")
         yield self._gauge("offload_pages", "Pages in the offload tier.", tier.pages, "kvbits:")
+        yield self._gauge("offload_states", "States of recurrent layers in the offload tier.", tier.states, "kvbits:")
         yield self._gauge("offload_read_only", "1 after a failed write.", tier.read_only, "kvbits:")
         for name, text, value in (
             ("stored", "Pages written to the offload tier.", tier.stored),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvbits.weights.base import GROUP, WeightFormat, as_bytes, halves
 
-_SEARCH = (1.0, 0.98, 0.96, 0.94, 0.92, 0.9, 0.87, 0.84, 0.8)
+SEARCH = (1.0, 0.98, 0.96, 0.94, 0.92, 0.9, 0.87, 0.84, 0.8)
 """Parts of a group's range that 4 bits may span; the one with the least squared error is taken."""
 
 
@@ -83,7 +83,7 @@ class Group(WeightFormat):
         low, high = wide.amin(dim=1, keepdim=True), wide.amax(dim=1, keepdim=True)
         best: tuple[Tensor, Tensor, Tensor] | None = None
         least = torch.full_like(low, float("inf"))
-        for part in _SEARCH if self.width == 4 else (1.0,):
+        for part in SEARCH if self.width == 4 else (1.0,):
             cut = (high - low) * (1 - part) / 2
             tried = self._round(wide, low + cut, high - cut)
             scale, bottom, codes = tried

@@ -40,8 +40,9 @@ def proposer_of(
     assert speculative.model is not None
     dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
     draft = load_model(
-        speculative.model, dtype=dtype, device=str(loaded.device), trust_remote_code=loaded.trust_remote_code
-    )
+        speculative.model, dtype=dtype, device=str(loaded.device), trust_remote_code=loaded.trust_remote_code,
+        max_model_len=config.max_model_len or loaded.geometry.max_position,
+    )  # fmt: skip
     return draft_model(draft, speculative, loaded, config)
 
 

@@ -39,7 +39,7 @@ def jsonl(path: Path, *needed: str) -> list[dict[str, Any]]:
 def _record(path: Path, number: int, line: str, needed: Iterable[str]) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"line {number} of '{path}' is no JSON: {error}") from error
     missing = [name for name in needed if not isinstance(record, dict) or name not in record]
     if missing:

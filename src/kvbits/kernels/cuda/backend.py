@@ -83,8 +83,9 @@ class CudaBackend(TritonBackend):
         needed = len(found.work.tiles) * view.geometry.num_kv_heads
         arrived = self._counters(batch, needed, out.device)
         rows = _even(sides.query), _even(sides.key), _even(sides.value)
-        attend(self._run, view, found, rows, sinks, arrived, out, found.stores)
-        return found.stores
+        stores = found.stores and not batch.again
+        attend(self._run, view, found, rows, sinks, arrived, out, stores)
+        return stores
 
     def _has_kernels(self, view: LayerView, query: Tensor) -> bool:
         known = self._ready.get(view.index)

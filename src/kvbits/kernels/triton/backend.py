@@ -92,7 +92,7 @@ class TritonBackend(Backend):
             seal(self._launch, kernels, tables, sides)
         stored = self._attend_few(view, batch, kernels, tables, sides, sinks, out)
         self._attend_many(view, batch, kernels, tables, sides, sinks, out)
-        if not stored:
+        if not stored and not batch.again:
             append(self._launch, kernels, tables, sides)
         return out
 

@@ -153,6 +153,8 @@ def refusal(scheme: Scheme, layer: LayerGeometry) -> str | None:
     """``None``, or the reason why the kernels cannot run ``layer`` stored as ``scheme``."""
     if layer.latent:
         return "latents are cached on CPUs only"
+    if layer.chunked:
+        return "the Triton kernels have no chunked attention"
     largest = max(layer.key_dim, layer.value_dim)
     if largest > MAX_DIM:
         return f"head size {largest} is over {MAX_DIM}, the largest of the Triton kernels"

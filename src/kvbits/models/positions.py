@@ -1,0 +1,91 @@
+"""What transformers' modules take from the longest sequence, or from their cache's length, told by the step instead.
+
+A step packs the new tokens of several sequences into one row, without transformers' cache. Two kinds of modules ask for
+more than their positions: attention that scales its queries by how many tokens its cache holds (Llama 4's temperature),
+and rotary embeddings that choose their factors by the largest position of the call (LongRoPE, arXiv:2402.13753).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kvbits.attention import Forward
+from kvbits.config import ModelGeometry
+
+
+class _Before:
+    """In the place of transformers' cache, for one layer of a step: how many tokens came before."""
+
+    def __init__(self, step: Forward) -> None:
+        batch = step.batch
+        first = np.repeat(batch.starts - batch.rows[:-1], np.diff(batch.rows))
+        self._before = torch.from_numpy(first.astype(np.int64)).to(step.pool.buffer.device)
+
+    def get_seq_length(self, layer_idx: int = 0) -> Tensor:
+        """What a row's number is less than its position, ``int64 [rows]``."""
+        return self._before
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """The new rows as they are: the attention function stores them."""
+        return keys, values
+
+
+def tell_positions(model: nn.Module) -> None:
+    """Let attention modules that count their cache's tokens know those of the step; again is harmless."""
+    for module in model.modules():
+        if getattr(module, "attn_temperature_tuning", False) and _tell not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_tell, with_kwargs=True)
+
+
+def _tell(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    step = kwargs.get("kvbits")
+    if isinstance(step, Forward) and kwargs.get("past_key_values") is None:
+        kwargs = {**kwargs, "past_key_values": _Before(step)}
+    return args, kwargs
+
+
+def switch_of(config: Any) -> int | None:
+    """The length up to which a LongRoPE model of this (text) configuration takes its short factors; ``None``: it has
+    none, or they are the long ones."""
+    found = [
+        int(part["original_max_position_embeddings"])
+        for part in _rotary_parts(getattr(config, "rope_parameters", None))
+        if part.get("rope_type") == "longrope" and part.get("long_factor") != part.get("short_factor")
+    ]
+    return min(found) if found and min(found) < config.max_position_embeddings else None
+
+
+def _rotary_parts(parameters: Any) -> list[dict[str, Any]]:
+    """Sets of rotary parameters: one, or one for each type of layers."""
+    if not isinstance(parameters, dict):
+        return []
+    return [parameters, *(part for value in parameters.values() for part in _rotary_parts(value))]
+
+
+class _Long:
+    """In the place of a rotary module's ``forward``: it chooses by the largest position, so it gets one more, which is
+    over its switch; so every token has the long factors, whatever else is in its step."""
+
+    def __init__(self, module: nn.Module, switch: int) -> None:
+        self.run = module.forward
+        self._switch = switch
+
+    def __call__(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        more = torch.nn.functional.pad(position_ids, (0, 1), value=self._switch)
+        return tuple(table[:, :-1] for table in self.run(x, more, *args, **kwargs))
+
+
+def settle_rotary(model: Any, geometry: ModelGeometry) -> None:
+    """Let a LongRoPE ``model`` have its long factors where ``geometry`` goes beyond its switch."""
+    switch = switch_of(model.config.get_text_config(decoder=True))
+    if switch is None or geometry.max_position <= switch:
+        return
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        kinds = kind.values() if isinstance(kind, dict) else (kind,)
+        if "longrope" in kinds and not isinstance(module.forward, _Long):
+            module.forward = _Long(module, switch)

@@ -1,0 +1,108 @@
+"""Recurrent states in 16 bits: what they take, what they lose, and who is told that there are none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.hybrids import PROMPTS, answers, expected, hybrid_engine, loaded_of, own_logits, prompt
+from helpers.serving import byte_model, engine_of, packed_byte_model
+from helpers.tiny import HYBRIDS, save, tiny_config, tiny_model
+from helpers.tiny_engine import one_thread
+from transformers import AutoConfig
+
+from kvbits import LLM, SamplingParams
+from kvbits.codecs import parse_policy
+from kvbits.codecs.states import StateLayout
+from kvbits.engine.config import EngineConfig
+from kvbits.engine.precheck import check_engine
+from kvbits.errors import ConfigError
+from kvbits.models import geometry_of
+from kvbits.planning.core import plan
+
+__all__ = ["one_thread"]
+
+RECURRENT = tuple(family for family in HYBRIDS if not family.startswith("lfm2"))
+"""Those with more than short convolutions."""
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_states_in_16_bits_lose_little(family: str) -> None:
+    """Tiny models only: every page in 16 bit, so that nothing but the states is rounded."""
+    tokens = prompt(200, 3)
+    right = own_logits(family, tokens).log_softmax(-1)
+    losses = {}
+    for dtype in ("auto", "bfloat16"):
+        engine = hybrid_engine(family, state_dtype=dtype, max_num_batched_tokens=1)
+        got = torch.cat([logits for _, logits in engine.teacher_forced(tokens, 0)]).log_softmax(-1)
+        losses[dtype] = float((right.exp() * (right - got)).sum(-1).mean())
+    print(f"{family}: {losses['auto']:.1e} nats as computed, {losses['bfloat16']:.1e} in bfloat16")
+    assert losses["auto"] < losses["bfloat16"] < 2e-3
+
+
+def test_slots_are_half_as_large() -> None:
+    """Of the published Qwen3-Next: 32 heads of 128 by 128 in 16 bit, beside convolutions that stay as they are."""
+    geometry = geometry_of(AutoConfig.for_model("qwen3_next"))
+    sizes = {dtype: StateLayout.of(geometry.stored_in(dtype)).slot_bytes for dtype in ("auto", "float32", "bfloat16")}
+    assert sizes["bfloat16"] == 36 * (32 * 128 * 128 * 2 + 8192 * 4 * 2)
+    assert sizes["auto"] == sizes["float32"] == 36 * (32 * 128 * 128 * 4 + 8192 * 4 * 2)
+
+
+def test_an_engine_and_a_plan_count_them() -> None:
+    loaded = packed_byte_model(family="bamba", fused=False)
+    engine = engine_of(loaded, kv_cache_memory=1 << 20, max_num_seqs=8, state_dtype="bfloat16")
+    states = engine.pool.states
+    assert states.slot_bytes == 2 * (192 * 4 * 2 + 8 * 16 * 16 * 2)
+    assert {str(states.state(0, shape).dtype) for shape in states.geometry.states} == {"torch.bfloat16"}
+    assert "of states a sequence (in bfloat16), in" in engine.recurrent
+    used = states.num_bytes + engine.pool.buffer.nbytes
+    assert 0 <= (1 << 20) - used < engine.pool.layout.frame_bytes
+    geometry = loaded.geometry.stored_in("bfloat16")
+    made = plan(geometry, [parse_policy("int8", geometry.num_layers)], 1 << 20, [256], max_num_seqs=8)
+    assert made.state_bytes == states.slot_bytes
+    assert made.schemes[0].num_frames == engine.pool.num_frames
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "bamba"])
+def test_float32_is_what_these_layers_compute_in(family: str) -> None:
+    assert answers(hybrid_engine(family, state_dtype="float32"), PROMPTS) == expected(family)
+
+
+@pytest.mark.parametrize("family", ["qwen3_next-dense", "bamba"])
+def test_answers_depend_on_positions_alone_in_16_bits_too(family: str) -> None:
+    """Token by token every state is rounded once, wherever prompts are cut and whoever else runs."""
+    loaded = packed_byte_model(family=family, fused=False)
+    texts = [[token + 3 for token in text] for text in PROMPTS]
+
+    def run(chunk: int, caching: bool, asked: list[list[int]]) -> list[object]:
+        engine = engine_of(
+            loaded, max_num_batched_tokens=chunk, enable_prefix_caching=caching, batch_invariant=True,
+            state_dtype="bfloat16",
+        )  # fmt: skip
+        found: dict[str, list] = {}
+        for number, text in enumerate(asked):
+            params = SamplingParams(max_tokens=10, temperature=0, logprobs=2, ignore_eos=True)
+            engine.add_request(text, params, request_id=f"{number}")
+        while engine.has_unfinished():
+            for delta in engine.step():
+                found.setdefault(delta.request_id, []).extend(delta.logprobs)
+        return [found[key] for key in sorted(found)]
+
+    together = run(50, True, [*texts, texts[2]])
+    assert together == [*(run(1000, False, [text])[0] for text in texts), together[2]]
+
+
+def test_wrong_dtypes_and_models_without_states_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="state_dtype is 'int8'; choose from auto, float32, bfloat16"):
+        EngineConfig(state_dtype="int8")
+    with pytest.raises(ConfigError, match="state_dtype is 'bfloat16'; lfm2 has no recurrent states"):
+        engine_of(loaded_of("lfm2"), state_dtype="bfloat16")
+    with pytest.raises(ConfigError, match="has no recurrent states"):
+        engine_of(byte_model(), state_dtype="float32")
+    with pytest.raises(ConfigError, match="the name is state_dtype"):
+        LLM("none", mamba_ssm_cache_dtype="float32")
+    name = save(tiny_model("llama"), tmp_path)
+    with pytest.raises(ConfigError, match="has no recurrent states"):
+        check_engine(name, EngineConfig(state_dtype="float32"))
+    assert geometry_of(tiny_config("llama")).stored_in("auto").states == ()
