@@ -292,7 +292,7 @@ def test_what_does_not_fit_is_refused(loaded: LoadedModel, saved: tuple[Path, Po
     with_json("unknown KV cache dtype 'int9'", layers=["int9"] * 3)
     with_json("'layers' is no list of dtypes", layers="int4")
     with_json("version 2", version=1)
-    with_json("has no 'sha256'", tensors={})
+    with_json("tensors' sha256, is missing", tensors={})
     json_file.write_text(json.dumps({k: v for k, v in document.items() if k != "sink"}))
     refused("has no 'sink'")
     json_file.write_text("[1]")

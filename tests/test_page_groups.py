@@ -59,12 +59,13 @@ class GroupMachine(PageMachine):
 
     def move(self, source: tuple[int, ...], target: tuple[int, ...]) -> None:
         assert self.adjacent
-        self.moved = dict(zip(source, target, strict=True))
+        moves = dict(zip(source, target, strict=True))
         heads = {f for i in self.live for f in self.manager.stored(i).head}
         assert not heads & {*source, *target}, "an open page is where it is"
-        for a, b in self.moved.items():
+        self.moved.append(moves)
+        for a, b in moves.items():
             self.buffer[b] = copy.deepcopy(self.buffer[a])
-        self.cached = {k: tuple(self.moved.get(f, f) for f in frames) for k, frames in self.cached.items()}
+        self.cached = {k: tuple(moves.get(f, f) for f in frames) for k, frames in self.cached.items()}
 
     def note(self, key: Key, frames: tuple[int, ...]) -> None:
         at = 0

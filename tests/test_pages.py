@@ -237,9 +237,10 @@ class PageMachine(RuleBasedStateMachine):
                 self.manager.reserve(seq_id, count, tentative)
             assert before == (self.manager.stats(), {i: self.manager.stored(i) for i in self.live}, self.cached)
             return
-        self.moved: dict[int, int] = {}
+        self.moved: list[dict[int, int]] = []
         self.manager.reserve(seq_id, count, tentative)
-        named = {self.moved.get(frame, frame) for frame in named}
+        for moves in self.moved:
+            named = {moves.get(frame, frame) for frame in named}
         sim.step, sim.tentative = step, tentative
         pages = self.manager.slice(seq_id)
         assert len(pages.head) == len(pages.tail) == self.open_frames
