@@ -45,41 +45,53 @@ inline void latent_raw(const uint8_t* keys, int, int value_dim, uint8_t* values)
                 [&](int c, int t) { return static_cast<uint16_t>(in[c / 2 * kPage + t] >> (c % 2 * 16)); });
 }
 
+// Code of channel c at token t of keys whose codes have BITS bits (packing.py), out of a word with four channels'
+// bytes.
+template <int BITS>
+inline int code_at(const uint8_t* keys, int dim, int c, int t) {
+  constexpr int kPlane = plane_width(BITS), kPerByte = 8 / kPlane, kMask = (1 << kPlane) - 1;
+  const auto* words = reinterpret_cast<const uint32_t*>(keys) + c / (4 * kPerByte) * kPage;
+  const int bits = static_cast<int>(words[t] >> (c % 4 * 8 + c / 4 % kPerByte * kPlane)) & kMask;
+  if constexpr (BITS == kPlane) {
+    return bits;
+  } else {
+    const size_t plane = static_cast<size_t>(dim) * kPage * kPlane / 8;
+    return bits | code_at<BITS - kPlane>(keys + plane, dim, c, t) << kPlane;
+  }
+}
+
 // Pages of PlainFormat.
 template <class FORMAT>
 void latent_affine(const uint8_t* keys, int dim, int value_dim, uint8_t* values) {
-  uint8_t codes[kPage * kMaxDim];
-  load_codes<FORMAT::kBits>(keys, dim, kPage, codes);
   const Numbers<FORMAT, true> number(keys, dim);
   store_latents(value_dim, values, [&](int c, int t) {
-    return bf16_from_float(number(codes[c * kPage + t], FORMAT::kPerChannel ? c : t));
+    const int code = code_at<FORMAT::kBits>(keys, dim, c, t);
+    return bf16_from_float(number(static_cast<uint8_t>(code), FORMAT::kPerChannel ? c : t));
   });
 }
 
 // Keys of NibbleFormat: parameters by channel, with zeros.
 template <class FORMAT>
 void latent_nibbles(const uint8_t* keys, int dim, int value_dim, uint8_t* values) {
-  uint8_t codes[kPage * kMaxDim];
-  load_plane<4, 0>(keys + FORMAT::low_at(dim), dim, kPage, codes);
-  load_plane<4, 4>(keys, dim, kPage, codes);
-  const uint8_t* scales = keys + FORMAT::high_bytes(dim);
+  const uint8_t *low = keys + FORMAT::low_at(dim), *scales = keys + FORMAT::high_bytes(dim);
   const auto* zeros = reinterpret_cast<const uint16_t*>(scales + dim);
   float scale[kMaxDim], zero[kMaxDim];
   for (int c = 0; c < value_dim; ++c) {
     scale[c] = half_to_float(static_cast<uint16_t>(scales[c] << 7));
     zero[c] = half_to_float(zeros[c]);
   }
-  store_latents(value_dim, values,
-                [&](int c, int t) { return bf16_from_float(codes[c * kPage + t] * scale[c] + zero[c]); });
+  store_latents(value_dim, values, [&](int c, int t) {
+    const int code = code_at<4>(keys, dim, c, t) << 4 | code_at<4>(low, dim, c, t);
+    return bf16_from_float(code * scale[c] + zero[c]);
+  });
 }
 
 template <int MANTISSA>
 void latent_float8(const uint8_t* keys, int dim, int value_dim, uint8_t* values) {
-  uint8_t codes[kPage * kMaxDim];
-  load_codes<8>(keys, dim, kPage, codes);
   const float scale = float8_scale(keys, 0, dim);
   store_latents(value_dim, values, [&](int c, int t) {
-    const uint32_t code = codes[c * kPage + t], bits = (code & 0x80) << 24 | (code & 0x7F) << (20 + 3 - MANTISSA);
+    const uint32_t code = code_at<8>(keys, dim, c, t);
+    const uint32_t bits = (code & 0x80) << 24 | (code & 0x7F) << (20 + 3 - MANTISSA);
     float x;
     __builtin_memcpy(&x, &bits, sizeof(x));
     return bf16_from_float(x * kFloat8Lift * kFloat8Rest<MANTISSA> * scale);
