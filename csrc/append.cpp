@@ -40,6 +40,7 @@ struct Job {
 }  // namespace
 
 void Cpu::append(const Layer& layer, const Batch& batch, const Rows& rows, const Pages& pages) {
+  const int value_dim = layer.latent ? 0 : layer.value_dim;  // those that are stored
   std::vector<Job> jobs;
   for (int s = 0; s < batch.sequences; ++s)
     for (int page = pages.first_page(s); page <= pages.last_page(s); ++page)
@@ -55,17 +56,18 @@ void Cpu::append(const Layer& layer, const Batch& batch, const Rows& rows, const
     uint8_t* values = keys + layer.open.value_offset;
     const int first = from - page * kPage, last = to - page * kPage;
     // A weight of 0 must not meet what an earlier owner left in the rows to come: it may be no number.
-    if (first == 0) std::memset(values, 0, static_cast<size_t>(kPage) * layer.value_dim * sizeof(uint16_t));
+    if (first == 0) {
+      std::memset(layer.latent ? keys : values, 0,
+                  static_cast<size_t>(kPage) * (layer.latent ? layer.key_dim : layer.value_dim) * sizeof(uint16_t));
+    }
     const int64_t key_at = row * rows.key_row + head * rows.key_head;
     const int64_t value_at = row * rows.value_row + head * rows.value_head;
     if (rows.dtype == Float::kF32) {
       store_keys(static_cast<const float*>(rows.key) + key_at, rows.key_row, first, last, layer.key_dim, keys);
-      store_values(static_cast<const float*>(rows.value) + value_at, rows.value_row, first, last, layer.value_dim,
-                   values);
+      store_values(static_cast<const float*>(rows.value) + value_at, rows.value_row, first, last, value_dim, values);
     } else {
       store_keys(static_cast<const uint16_t*>(rows.key) + key_at, rows.key_row, first, last, layer.key_dim, keys);
-      store_values(static_cast<const uint16_t*>(rows.value) + value_at, rows.value_row, first, last, layer.value_dim,
-                   values);
+      store_values(static_cast<const uint16_t*>(rows.value) + value_at, rows.value_row, first, last, value_dim, values);
     }
     if (last == kPage) {
       const Place& place = pages.sealed_place(page);
@@ -74,6 +76,7 @@ void Cpu::append(const Layer& layer, const Batch& batch, const Rows& rows, const
       kernels_.seal_key(place.key_codec)(
           keys, layer.key_dim,
           rounding(layer.key_feedback, layer.key_order, layer.key_clip, head, layer.key_dim, plain), sealed);
+      if (layer.latent) return;
       kernels_.seal_value(place.value_codec)(
           values, layer.value_dim,
           rounding(layer.value_feedback, layer.value_order, layer.value_clip, head, layer.value_dim, plain),

@@ -164,10 +164,16 @@ class Attention {
         partials_(partials),
         group_size_(layer.heads / layer.kv_heads),
         width_(rows.dtype == Float::kF32 ? 4 : 2),
-        open_{kernels.key(layer.open.key_codec), kernels.value(layer.open.value_codec)},
+        open_{kernels.key(layer.open.key_codec), kernels.value(layer.open.value_codec),
+              layer.latent ? kernels.latent(layer.open.key_codec) : nullptr},
         sealed_(codecs(layer.sealed)),
         sink_(codecs(layer.sink)) {}
 
+  // Of a thread's scratch memory, before its rows: what kernels keep, and a page of values that have to be decoded.
+  static size_t head_bytes(const Kernels& kernels, const Layer& layer) {
+    if (!layer.latent) return kernels.kept_bytes;
+    return round_up(static_cast<int>(kernels.kept_bytes), kCacheLine) + sizeof(uint16_t) * kPage * layer.value_dim;
+  }
   static size_t partial_stride(int value_dim) { return 2 * kLanes + round_up(value_dim, kLanes); }
 
   void run(const Item& item, uint8_t* scratch) const {
@@ -180,7 +186,7 @@ class Attention {
   // `scratch` begins with what kernels keep.
   void read_splits(const Item& item, uint8_t* scratch) const {
     const int count = item.tokens * group_size_ * item.heads;
-    RowBlock block(scratch + kernels_.kept_bytes, count, layer_.key_dim, layer_.value_dim);
+    RowBlock block(scratch + head_bytes(kernels_, layer_), count, layer_.key_dim, layer_.value_dim);
     QueryRow *state = block.rows(), *totals = block.totals();
     for (int r = 0; r < count; ++r) {
       const int64_t at = token_row(item, r) * rows_.query_row + query_head(item, r) * rows_.query_head;
@@ -200,10 +206,12 @@ class Attention {
   struct Codecs {
     const KeyKernel* key;
     const ValueKernel* value;
+    LatentKernel latent;  // null: pages have values
   };
   Codecs codecs(const Place& place) const {
-    if (batch_.draft) return {kernels_.draft_key(place.key_codec), kernels_.draft_value(place.value_codec)};
-    return {kernels_.key(place.key_codec), kernels_.value(place.value_codec)};
+    if (layer_.latent) return {kernels_.key(place.key_codec), open_.value, kernels_.latent(place.key_codec)};
+    if (batch_.draft) return {kernels_.draft_key(place.key_codec), kernels_.draft_value(place.value_codec), nullptr};
+    return {kernels_.key(place.key_codec), kernels_.value(place.value_codec), nullptr};
   }
 
   // Row r belongs to token r % head_rows / group_size and to this query head:
@@ -264,6 +272,10 @@ class Attention {
     for (int head = item.head; head <= last_head; ++head, state += rows) {
       const uint8_t* keys = keys_of(item, page, head);
       const uint8_t* values = keys + (is_own ? layer_.open : pages_.sealed_place(page)).value_offset;
+      if (codecs.latent != nullptr) {
+        codecs.latent(keys, layer_.key_dim, layer_.value_dim, latent_values(kept));
+        values = latent_values(kept);
+      }
       // The bytes to come, asked for while these are read. An own page of another format has other offsets: it is small
       // and recent, and asked for piece by piece all the same.
       const uint8_t* next = keys;
@@ -274,12 +286,18 @@ class Attention {
       }
       for (int r = 0; r < rows; r += step) {
         const int n = rows - r < step ? rows - r : step;
-        const Block block{keys, values, r == 0 ? next - keys : 0, state + r, n, scores, rescale, r == 0, kept};
+        Block block{keys, values, r == 0 ? next - keys : 0, state + r, n, scores, rescale, r == 0, kept};
         score(block, layer_.key_dim);
         for (int i = 0; i < n; i += kBlockRows) weigh(block, i, position(item), page * kPage, r, is_own);
+        if (codecs.latent != nullptr) block.ahead = 0;  // nothing follows these values
         accumulate(block, layer_.value_dim);
       }
     }
+  }
+
+  // Where a page's values are decoded to, after what kernels keep.
+  uint8_t* latent_values(uint8_t* kept) const {
+    return kept + round_up(static_cast<int>(kernels_.kept_bytes), kCacheLine);
   }
 
   // The softmax of up to kBlockRows rows of a block, from row `begin` on. Row `first` of the head is the block's first;
@@ -360,7 +378,8 @@ void Cpu::attend(const Layer& layer, const Batch& batch, const Rows& rows, const
   Plan plan(layer, batch, workers_.threads());
   const size_t partial = Attention::partial_stride(layer.value_dim) * sizeof(float);
   auto* partials = reinterpret_cast<float*>(partials_.get(plan.partial_rows * partial + kCacheLine));
-  const size_t bytes = kernels_.kept_bytes + RowBlock::bytes(plan.item_rows, layer.key_dim, layer.value_dim);
+  const size_t bytes =
+      Attention::head_bytes(kernels_, layer) + RowBlock::bytes(plan.item_rows, layer.key_dim, layer.value_dim);
   const size_t per_thread = round_up(static_cast<int>(bytes), 4096);
   uint8_t* scratch = thread_scratch_.get(per_thread * workers_.threads());
   const Attention attention(kernels_, layer, batch, rows, pages, plan.groups, partials);

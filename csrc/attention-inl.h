@@ -10,6 +10,7 @@
 #include "codecs/seal-inl.h"
 #include "codecs/open-inl.h"
 #include "codecs/float8-inl.h"
+#include "codecs/latent-inl.h"
 #include "codecs/compose-inl.h"
 #include "codecs/rows-inl.h"
 #include "codecs/table-inl.h"
@@ -17,6 +18,19 @@
 // clang-format on
 
 const Kernels kKernels = {
-    kIsa,       codec_sides, key_kernel,   value_kernel,     seal_key_kernel,    seal_value_kernel, softmax_any,
-    merge_rows, load_query,  store_output, draft_key_kernel, draft_value_kernel, open_key_kernel,   open_value_kernel,
+    kIsa,
+    codec_sides,
+    key_kernel,
+    value_kernel,
+    seal_key_kernel,
+    seal_value_kernel,
+    softmax_any,
+    merge_rows,
+    load_query,
+    store_output,
+    draft_key_kernel,
+    draft_value_kernel,
+    open_key_kernel,
+    open_value_kernel,
+    latent_kernel,
 };

@@ -36,6 +36,7 @@ struct Layer {
   const float *key_feedback, *value_feedback;  // [kv_heads, dim, dim]
   const float *key_clip, *value_clip;          // [kv_heads]
   const int32_t *key_order, *value_order;      // [kv_heads, dim]
+  bool latent;  // the values are the keys' first value_dim channels, and pages have keys only
 };
 
 // A step; see BatchLayout in kernels/base.py. The pointers are borrowed for the call.
@@ -113,6 +114,9 @@ using SealKernel = void (*)(const uint8_t* open_page, int dim, const Rounding& r
 // Decodes one head's sealed page into bfloat16 rows, [kPage][row] with `row` elements from one to the next.
 using OpenKernel = void (*)(const uint8_t* sealed_page, int dim, uint16_t* rows, int64_t row);
 
+// Decodes the first `value_dim` channels of a sealed page of keys into a 16-bit page of values.
+using LatentKernel = void (*)(const uint8_t* keys, int dim, int value_dim, uint8_t* values);
+
 // Which sides of a page a codec has kernels for.
 struct CodecSides {
   int id;
@@ -140,6 +144,7 @@ struct Kernels {
   // Null: the codec has none.
   OpenKernel (*open_key)(int codec);
   OpenKernel (*open_value)(int codec);
+  LatentKernel (*latent)(int codec);
   size_t kept_bytes = kKeptBytes;
   // Null, or what a thread calls before and after blocks of up to `rows` rows.
   void (*begin)(int rows) = nullptr;

@@ -46,6 +46,18 @@ def test_every_shape(shape: str, dtype: str, isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("dtype", [d for d in names.DTYPES if "mix" not in d] + ["int4+sink:int8"])
+def test_latents_in_every_kind_of_page(dtype: str, isa: str) -> None:
+    assert_agrees(LayerGeometry(5, 1, 96, 64, 0.2, latent=True), dtype, isa, [63, 200])
+
+
+def test_latents_without_kernels_are_refused_by_name() -> None:
+    layer = LayerGeometry(5, 1, 128, 64, 0.2, latent=True)
+    assert CpuBackend().supports(SCHEMES["int4"], layer) is None
+    assert CpuBackend().supports(SCHEMES["mix8_4"], layer) == "there are no kernels for latents coded as 'mix8_4'"
+
+
+@pytest.mark.parametrize("isa", available_isas())
 @pytest.mark.parametrize("size", [1, 50, 64, 96, 1100])
 def test_chunks(size: int, isa: str) -> None:
     """A chunk ends within a page, at the end of one, and behind a split."""

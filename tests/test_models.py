@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.driver import Driver
-from helpers.tiny import FAMILIES, VOCAB, save, tiny_config, tiny_model
+from helpers.latents import RoundedCache
+from helpers.tiny import FAMILIES, LATENTS, VOCAB, save, tiny_config, tiny_model
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.masking_utils import eager_mask
@@ -32,12 +33,15 @@ def eager_with_bf16_keys(module, query, key, value, attention_mask, **kwargs):
     return eager(module, query, key.bfloat16().float(), value.bfloat16().float(), attention_mask, **kwargs)
 
 
-def hugging_face_logits(model: torch.nn.Module, tokens: list[int], chunks: list[int]) -> Tensor:
-    """Logits of all tokens by transformers alone: eager attention, its own masks and its own cache."""
+def hugging_face_logits(model: torch.nn.Module, tokens: list[int], chunks: list[int], latents: bool = False) -> Tensor:
+    """Logits of all tokens by transformers alone: eager attention, its own masks and its own cache.
+
+    ``latents``: these are what is rounded, not the keys and values that they are expanded to.
+    """
     AttentionInterface.register("eager-bf16-kv", eager_with_bf16_keys)
     AttentionMaskInterface.register("eager-bf16-kv", eager_mask)
-    model.set_attn_implementation("eager-bf16-kv")
-    cache = DynamicCache(config=model.config)
+    model.set_attn_implementation("eager" if latents else "eager-bf16-kv")
+    cache = (RoundedCache if latents else DynamicCache)(config=model.config)
     parts, at = [], 0
     with torch.inference_mode():
         for count in chunks:
@@ -53,7 +57,7 @@ def test_logits_agree_with_hugging_face(family: str, backend: Backend) -> None:
     # (about 1e-6 relative) and, where it tips a bfloat16 rounding of one key (2**-8), a step of that key
     model = tiny_model(family)
     chunks = [70, 60, *[1] * (LENGTH - 130)]
-    expected = hugging_face_logits(model, TOKENS, chunks)
+    expected = hugging_face_logits(model, TOKENS, chunks, family in LATENTS)
     driver = Driver(wrap(model, None, family), "bf16", backend)
     got, at = [], 0
     for count in chunks:
@@ -85,8 +89,10 @@ def test_geometry_says_what_the_configuration_means() -> None:
     assert {g.window for g in geometry_of(tiny_config("mistral")).layers} == {50}
     assert {g.sinks for g in geometry_of(tiny_config("gpt_oss")).layers} == {True}
     assert not any(g.sinks for g in gemma.layers)
-    deepseek = geometry_of(tiny_config("deepseek_v3")).layers[0]
-    assert (deepseek.key_dim, deepseek.value_dim, deepseek.num_kv_heads) == (48, 16, 4)
+    deepseek = geometry_of(tiny_config("deepseek_v3"), latents=False).layers[0]
+    assert (deepseek.key_dim, deepseek.value_dim, deepseek.num_kv_heads, deepseek.latent) == (48, 16, 4, False)
+    latent = geometry_of(tiny_config("deepseek_v3")).layers[0]
+    assert (latent.key_dim, latent.value_dim, latent.num_kv_heads, latent.latent) == (32 + 16, 32, 1, True)
     llama = geometry_of(tiny_config("llama"), "mine")
     assert (llama.name, llama.max_position, llama.vocab_size, llama.num_layers) == ("mine", 512, VOCAB, 3)
     assert (llama.layers[0].num_heads, llama.layers[0].num_kv_heads) == (4, 2)

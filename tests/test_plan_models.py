@@ -14,7 +14,7 @@ from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.models import geometry_of
 from kvbits.models.facts import facts_of_model, parameters_of
 from kvbits.planning.facts import known_config, known_facts, known_models
-from kvbits.planning.hf_config import layers_of
+from kvbits.planning.hf_config import MLA, layers_of
 from kvbits.planning.memory import weights_bytes, workspace_bytes
 from kvbits.planning.ranks import rank_geometry
 from kvbits.planning.request import Options, make_plan
@@ -45,11 +45,10 @@ def test_geometry_from_fields_is_what_a_trial_pass_measures(name: str) -> None:
         assert (read.key_dim, read.value_dim, read.window) == (real.key_dim, real.value_dim, real.window)
 
 
-def test_expanded_latent_attention_is_what_a_trial_pass_measures() -> None:
+@pytest.mark.parametrize("mla", ["latent", "expanded"])
+def test_latent_attention_from_fields_is_what_a_trial_pass_measures(mla: MLA) -> None:
     config = tiny_config("deepseek_v3")
-    measured = geometry_of(config)
-    for read, real in zip(layers_of(config.to_dict(), "expanded"), measured.layers, strict=True):
-        assert (read.num_kv_heads, read.key_dim, read.value_dim) == (real.num_kv_heads, real.key_dim, real.value_dim)
+    assert layers_of(config.to_dict(), mla) == geometry_of(config, latents=mla == "latent").layers
 
 
 def test_smollm2_from_the_table_is_the_model_that_loads() -> None:

@@ -27,27 +27,35 @@ inline void load_codes(const uint8_t* in, int reduction, int lanes, uint8_t* cod
   if constexpr (BITS > kPlane) load_codes<BITS - kPlane, SHIFT + kPlane>(in, reduction, lanes, codes);
 }
 
+// The element that a code of parameter `i` means.
+template <class FORMAT, bool KEY>
+struct Numbers {
+  float scale[kMaxDim], zero[kMaxDim];
+
+  Numbers(const uint8_t* page, int dim) {
+    const auto params = FORMAT::params(page, dim);
+    const int n = FORMAT::kPerChannel ? dim : kPage;
+    for (int i = 0; i < n; ++i) {
+      scale[i] = half_to_float(params.scales[i]);
+      zero[i] = FORMAT::kSymmetric ? 0 : half_to_float(params.zeros[i]);
+    }
+  }
+  float operator()(uint8_t code, int i) const {
+    if constexpr (!FORMAT::kSymmetric) return code * scale[i] + zero[i];
+    // Two's complement where nothing was added.
+    constexpr int kBias = KEY ? FORMAT::kKeyBias : 0, kShift = 8 - FORMAT::kBits;
+    const int value = KEY ? code - kBias : static_cast<int8_t>(code << kShift) >> kShift;
+    return value * scale[i];
+  }
+};
+
 // Pages of PlainFormat.
 template <class FORMAT, bool KEY>
 void open_affine(const uint8_t* page, int dim, uint16_t* rows, int64_t row) {
   thread_local uint8_t codes[kPage * kMaxDim];
   const int reduction = KEY ? dim : kPage, lanes = KEY ? kPage : dim;
   load_codes<FORMAT::kBits>(page, reduction, lanes, codes);
-  const auto params = FORMAT::params(page, dim);
-  const int n = FORMAT::kPerChannel ? dim : kPage;
-  float scale[kMaxDim], zero[kMaxDim];
-  for (int i = 0; i < n; ++i) {
-    scale[i] = half_to_float(params.scales[i]);
-    zero[i] = FORMAT::kSymmetric ? 0 : half_to_float(params.zeros[i]);
-  }
-  constexpr int kBias = KEY ? FORMAT::kKeyBias : 0;
-  const auto number = [&](uint8_t code, int i) {
-    if constexpr (!FORMAT::kSymmetric) return code * scale[i] + zero[i];
-    // Two's complement where nothing was added.
-    const int shift = 8 - FORMAT::kBits;
-    const int value = KEY ? code - kBias : static_cast<int8_t>(code << shift) >> shift;
-    return value * scale[i];
-  };
+  const Numbers<FORMAT, KEY> number(page, dim);
   if constexpr (KEY) {
     // Numbers channel by channel, then the transposition: each loop alone is one that a compiler makes vectors of.
     thread_local uint16_t numbers[kPage * kMaxDim];

@@ -9,21 +9,30 @@ struct CodecKernels {
   KeyKernel draft_key;  // for a step that may read less of a page (Codec.decode with `draft`)
   ValueKernel draft_value;
   OpenKernel open_key = nullptr, open_value = nullptr;
+  LatentKernel latent = nullptr;  // for pages of keys
 };
 
 template <class K, class V, class DK = K, class DV = V>
 constexpr CodecKernels entry(int id, SealKernel seal_key, SealKernel seal_value, OpenKernel open_key = nullptr,
-                             OpenKernel open_value = nullptr) {
-  return {id,         {K::prepare, score_any<K>},   {accumulate_any<V>, nullptr},  seal_key,
-          seal_value, {DK::prepare, score_any<DK>}, {accumulate_any<DV>, nullptr}, open_key,
-          open_value};
+                             OpenKernel open_value = nullptr, LatentKernel latent = nullptr) {
+  return {id,
+          {K::prepare, score_any<K>},
+          {accumulate_any<V>, nullptr},
+          seal_key,
+          seal_value,
+          {DK::prepare, score_any<DK>},
+          {accumulate_any<DV>, nullptr},
+          open_key,
+          open_value,
+          latent};
 }
 
 template <int BITS, bool PER_CHANNEL, bool SYMMETRIC>
 constexpr CodecKernels affine() {
   using Format = PlainFormat<BITS, PER_CHANNEL, SYMMETRIC>;
   return entry<AffineKey<Format>, AffineValue<Format>>(Format::kId, seal_affine_key<Format>, seal_affine_value<Format>,
-                                                       open_affine<Format, true>, open_affine<Format, false>);
+                                                       open_affine<Format, true>, open_affine<Format, false>,
+                                                       latent_affine<Format>);
 }
 
 // 8 bits: asymmetric codes do not fit the signed operand that values are, symmetric ones are values only.
@@ -31,7 +40,8 @@ constexpr CodecKernels affine8_key() {
   using Format = PlainFormat<8, true, false>;
   using K = AffineKey<Format>;
   return {Format::kId, {K::prepare, score_any<K>}, {}, seal_affine_key<Format>,
-          nullptr,     {K::prepare, score_any<K>}, {}, open_affine<Format, true>};
+          nullptr,     {K::prepare, score_any<K>}, {}, open_affine<Format, true>,
+          nullptr,     latent_affine<Format>};
 }
 constexpr CodecKernels affine8_value() {
   using Format = PlainFormat<8, false, true>;
@@ -52,16 +62,21 @@ constexpr CodecKernels nibbles() {
   using Key = NibbleFormat<PER_CHANNEL, SYMMETRIC, true>;
   using Value = NibbleFormat<PER_CHANNEL, SYMMETRIC, false>;
   using Draft = DraftFormat<PER_CHANNEL, SYMMETRIC>;
-  return entry<AffineKey<Key>, AffineValue<Value>, AffineKey<Draft>, AffineValue<Draft>>(Key::kId, seal_affine_key<Key>,
-                                                                                         seal_affine_value<Value>);
+  LatentKernel latent = nullptr;
+  if constexpr (PER_CHANNEL && !SYMMETRIC) latent = latent_nibbles<Key>;
+  return entry<AffineKey<Key>, AffineValue<Value>, AffineKey<Draft>, AffineValue<Draft>>(
+      Key::kId, seal_affine_key<Key>, seal_affine_value<Value>, nullptr, nullptr, latent);
 }
 
 // Keys take the centers out, values do not: each has one side only.
 template <int BITS>
 constexpr CodecKernels codebook_key() {
   using Format = CodebookFormat<BITS, true>;
-  return {Format::kId, {AffineKey<Format>::prepare, score_any<AffineKey<Format>>}, {}, seal_affine_key<Format>,
-          nullptr,     {AffineKey<Format>::prepare, score_any<AffineKey<Format>>}, {}};
+  return {Format::kId, {AffineKey<Format>::prepare, score_any<AffineKey<Format>>},
+          {},          seal_affine_key<Format>,
+          nullptr,     {AffineKey<Format>::prepare, score_any<AffineKey<Format>>},
+          {},          nullptr,
+          nullptr,     latent_codebook<BITS>};
 }
 template <int BITS>
 constexpr CodecKernels codebook_value() {
@@ -91,11 +106,12 @@ constexpr CodecKernels mixed_key() {
 template <int MANTISSA>
 constexpr CodecKernels float8() {
   return entry<Float8Key<MANTISSA>, Float8Value<MANTISSA>>(Float8Key<MANTISSA>::kId, seal_float8<MANTISSA, true>,
-                                                           seal_float8<MANTISSA, false>);
+                                                           seal_float8<MANTISSA, false>, nullptr, nullptr,
+                                                           latent_float8<MANTISSA>);
 }
 
 const CodecKernels kCodecs[] = {
-    entry<RawKey, RawValue>(RawKey::kId, RawKey::seal, RawValue::seal),
+    entry<RawKey, RawValue>(RawKey::kId, RawKey::seal, RawValue::seal, nullptr, nullptr, latent_raw),
     affine8_key(),
     affine8_value(),
     affine<6, false, false>(),
@@ -162,6 +178,10 @@ OpenKernel open_key_kernel(int id) {
 OpenKernel open_value_kernel(int id) {
   const CodecKernels* codec = find_codec(id);
   return codec ? codec->open_value : nullptr;
+}
+LatentKernel latent_kernel(int id) {
+  const CodecKernels* codec = find_codec(id);
+  return codec ? codec->latent : nullptr;
 }
 const KeyKernel* draft_key_kernel(int id) {
   const CodecKernels* codec = find_codec(id);

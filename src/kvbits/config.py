@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from math import prod
 
@@ -52,7 +52,8 @@ class LayerGeometry:
     ``scale`` multiplies ``q . k`` before the softmax; ``window`` is the number of tokens a query sees, itself
     included (``None``: all), or where ``chunked`` the size of the chunks that texts are cut into, from position 0 on: a
     query sees its own chunk up to itself; ``softcap`` bounds the scores by ``cap * tanh(s / cap)``; ``sinks`` says that
-    each query head has a learned logit in the denominator of its softmax.
+    each query head has a learned logit in the denominator of its softmax. ``latent``: the values are the keys' first
+    ``value_dim`` channels and are not stored beside them (multi-head latent attention in its absorbed form).
     """
 
     num_heads: int
@@ -64,6 +65,12 @@ class LayerGeometry:
     softcap: float | None = None
     sinks: bool = False
     chunked: bool = False
+    latent: bool = False
+
+    @property
+    def stored_dim(self) -> int:
+        """Elements of a KV head's key and value that are stored."""
+        return self.key_dim if self.latent else self.key_dim + self.value_dim
 
     def first_seen(self, position: int) -> int:
         """The first token that the query at ``position`` sees."""
@@ -108,7 +115,8 @@ class ModelGeometry:
 
     ``layers`` are those with attention; ``places`` the model's numbers of them, where there are others between (empty:
     all have attention). ``states``: what recurrent layers keep of a sequence. ``shared``: layers that store nothing, by
-    the model's numbers, each with the earlier layer of ``layers`` whose keys and values it reads.
+    the model's numbers, each with the earlier layer of ``layers`` whose keys and values it reads. ``expanded``: why
+    every head's keys and values are cached of a model that has latents.
     """
 
     name: str
@@ -118,6 +126,12 @@ class ModelGeometry:
     places: tuple[int, ...] = ()
     states: tuple[StateShape, ...] = ()
     shared: tuple[tuple[int, int], ...] = ()
+    expanded: str = field(default="", compare=False)
+
+    @property
+    def latent(self) -> bool:
+        """Whether a layer caches latents."""
+        return any(layer.latent for layer in self.layers)
 
     @property
     def num_layers(self) -> int:
@@ -131,6 +145,11 @@ class ModelGeometry:
                 f"{what} has no place for the states of recurrent layers; {self.name} has {len(places)} of them, the "
                 f"first is layer {places[0]}"
             )
+
+    def refuse_latents(self, what: str) -> None:
+        """Raise ``UnsupportedError`` for a model whose layers cache latents, which ``what`` cannot do."""
+        if self.latent:
+            raise UnsupportedError(f"{what} does not work with cached latents, which the attention of {self.name} has")
 
     def stored_in(self, state_dtype: str) -> ModelGeometry:
         """The same with ``recurrent`` states in one of :data:`STATE_DTYPES`; the inputs of short convolutions stay.
@@ -171,7 +190,7 @@ class ModelGeometry:
 
     def bytes_per_token_16bit(self) -> int:
         """Bytes of one token's keys and values at 16 bits."""
-        return sum(2 * g.num_kv_heads * (g.key_dim + g.value_dim) for g in self.layers)
+        return sum(2 * g.num_kv_heads * g.stored_dim for g in self.layers)
 
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}

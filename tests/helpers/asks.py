@@ -9,7 +9,7 @@ from functools import cache
 
 from helpers.mischief import BadGrammar
 from helpers.serving import engine_of, packed_byte_model
-from helpers.tiny import HYBRIDS
+from helpers.tiny import HYBRIDS, LATENTS
 from kvbits.codecs.states import StateLayout
 from kvbits.engine.engine import Engine
 from kvbits.engine.grammar import Grammar, GrammarCompiler
@@ -30,19 +30,21 @@ class Keeping(CpuBackend):
 METHODS = ("none", "ngram", "draft_model", "self")
 
 
-FAMILIES = {"llama": 1, "qwen3-window": 3, "lfm2": 1, "qwen3_next-dense": 1}
+FAMILIES = {"llama": 1, "qwen3-window": 3, "lfm2": 1, "qwen3_next-dense": 1, "minicpm3": 1}
 """Shapes of models: one with plain attention, one with windows whose layers are cut into groups of frames so many times
-as many, two with recurrent layers."""
+as many, two with recurrent layers, one with cached latents."""
+
+UNFUSED = (*HYBRIDS, *LATENTS)
 
 
 @cache
 def model(family: str = "llama", seed: int = 0) -> LoadedModel:
-    return packed_byte_model(family=family, seed=seed, fused=family not in HYBRIDS)
+    return packed_byte_model(family=family, seed=seed, fused=family not in UNFUSED)
 
 
 def kinds() -> list[tuple[str, str]]:
     """Methods of speculation and the families that they work for."""
-    return [(m, family) for family in FAMILIES for m in METHODS if m != "self" or family not in HYBRIDS]
+    return [(m, family) for family in FAMILIES for m in METHODS if m != "self" or family not in UNFUSED]
 
 
 @cache

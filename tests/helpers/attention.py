@@ -22,6 +22,8 @@ SHAPES = {
     "gqa-4-128": LayerGeometry(8, 2, 128, 128, 128**-0.5),
     "gqa-2-256": LayerGeometry(2, 1, 256, 256, 256**-0.5),
     "mla-192-128": LayerGeometry(2, 2, 192, 128, 192**-0.5),
+    "latent-4-48": LayerGeometry(4, 1, 48, 32, 48**-0.5, latent=True),
+    "latent-16-576": LayerGeometry(16, 1, 576, 512, 192**-0.5, latent=True),
     "softcap": replace(PLAIN, softcap=3.0),
     "sinks": replace(PLAIN, sinks=True),
     "window-1": replace(PLAIN, window=1),
@@ -52,7 +54,8 @@ def make_inputs(layer: LayerGeometry, lengths: list[int], seed: int = 0) -> Inpu
         sharpness = torch.rand(n, layer.num_heads, 1, generator=g) * 2
         query.append(torch.randn(n, layer.num_heads, layer.key_dim, generator=g) * sharpness)
         key.append(torch.randn(n, layer.num_kv_heads, layer.key_dim, generator=g) * loud + offset)
-        value.append(torch.randn(n, layer.num_kv_heads, layer.value_dim, generator=g))
+        own = torch.randn(n, layer.num_kv_heads, layer.value_dim, generator=g)
+        value.append(key[-1][..., : layer.value_dim] if layer.latent else own)
     sinks = torch.randn(layer.num_heads, generator=g) if layer.sinks else None
     return Inputs(query, key, value, sinks)
 
@@ -114,7 +117,9 @@ def assert_agrees(layer: LayerGeometry, dtype: str, isa: str, lengths: list[int]
     assert torch.isfinite(error).all()
     codec = torch.cat(expected) - torch.cat(exact)
     assert error.square().mean().sqrt() <= 0.25 * codec.square().mean().sqrt() + 2e-6
-    assert error.abs().max() <= codec.abs().max() + 2e-5
+    # Values are of about 1, but latents, which are keys too, have loud channels.
+    size = max(1.0, float(torch.cat(expected).abs().max()) / 4) if layer.latent else 1.0
+    assert error.abs().max() <= codec.abs().max() + 2e-5 * size
 
 
 def check_read_again(backend: Backend, counts: tuple[int, ...] = (60, 10, 1, 150, 57, 1, 1, 20)) -> None:

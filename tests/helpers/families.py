@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from helpers.hugging_face import hugging_face_model
 from helpers.hybrids import answers, prompt
+from helpers.latents import RoundedCache
 from helpers.plain_rows import PlainRows
 from helpers.serving import engine_of
 from helpers.tiny import tiny_config, tiny_model
@@ -53,17 +54,28 @@ def facts_of(family: str) -> Facts:
     except UnsupportedError as error:
         return Facts(family, " ".join(str(error).split()))
     text = _own_text(family)
-    _check_engine(family, geometry, text)
-    return Facts(
-        family, "", _parts(geometry, config), _cpu(family), _gpu(family, geometry), _cache(family, geometry, text)
-    )
+    _check_engine(family, geometry, _own_latents_text(family) if geometry.latent else text)
+    cpu, gpu = _cpu(family), _gpu(family, geometry_of(config, latents=False))
+    return Facts(family, "", _parts(geometry, config), cpu, gpu, _cache(family, geometry, text))
 
 
 def _own_text(family: str) -> list[int]:
     """transformers' greedy answer from its own cache, keys and values in bfloat16."""
     model = hugging_face_model(family, **options_of(family))
-    found = model.generate(torch.tensor([PROMPT]), max_new_tokens=NEW, do_sample=False, eos_token_id=None)
+    return _text(model)
+
+
+def _text(model: Any, cache: Any = None) -> list[int]:
+    found = model.generate(
+        torch.tensor([PROMPT]), past_key_values=cache, max_new_tokens=NEW, do_sample=False, eos_token_id=None
+    )
     return found[0, len(PROMPT) :].tolist()
+
+
+def _own_latents_text(family: str) -> list[int]:
+    """The same where what is in bfloat16 are latents, which that cache has too."""
+    model = tiny_model(family, **options_of(family))
+    return _text(model, RoundedCache(config=model.config))
 
 
 def _check_engine(family: str, geometry: ModelGeometry, text: list[int]) -> None:
@@ -96,7 +108,8 @@ def _parts(geometry: ModelGeometry, config: PreTrainedConfig) -> str:
         "sinks": any(layer.sinks for layer in layers),
         "shared keys and values": bool(geometry.shared),
         "recurrent layers": bool(geometry.states),
-        "keys and values of two sizes": any(layer.key_dim != layer.value_dim for layer in layers),
+        "latents": geometry.latent,
+        "keys and values of two sizes": any(g.key_dim != g.value_dim and not g.latent for g in layers),
         "layers of several shapes": len(shapes) > 1,
         "experts": experts,
     }
@@ -143,9 +156,6 @@ def _cache(family: str, geometry: ModelGeometry, text: list[int]) -> str:
     except UnsupportedError:
         assert geometry.states, family
         return "no"
-    out = model.generate(
-        torch.tensor([PROMPT]), past_key_values=cache, max_new_tokens=NEW, do_sample=False, eos_token_id=None
-    )
-    found = out[0, len(PROMPT) :].tolist()
+    found = _text(model, cache)
     assert found == text, f"{family}: generate with kvbits' cache is not transformers'\n{found}\n{text}"
     return "yes"

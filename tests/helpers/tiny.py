@@ -95,6 +95,33 @@ _HYBRIDS: dict[str, dict] = {
     },
 }  # fmt: skip
 
+_LATENT = {
+    "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+}  # fmt: skip
+_SHARED = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "n_shared_experts": 1,
+    "moe_intermediate_size": 32, "first_k_dense_replace": 1,
+}  # fmt: skip
+
+_LATENTS: dict[str, dict] = {
+    "deepseek_v2": {**_LATENT, **_SHARED, "q_lora_rank": None},
+    "deepseek_v2-dense": {**_LATENT, "model_type": "deepseek_v2", "first_k_dense_replace": 3},
+    "deepseek_v3-plain": {**_LATENT, **_SHARED, "model_type": "deepseek_v3", "rope_interleave": False},
+    "minicpm3": _LATENT,
+    "glm4_moe_lite": {**_LATENT, **_SHARED, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "youtu": _LATENT,
+    "axk1": {**_LATENT, **_SHARED},
+    "deepseek_v2-lite": {  # attention as DeepSeek-V2-Lite's
+        **_LATENT, "model_type": "deepseek_v2", "num_hidden_layers": 2, "first_k_dense_replace": 2, "q_lora_rank": None,
+        "num_attention_heads": 16, "num_key_value_heads": 16, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64, "v_head_dim": 128,
+    },
+}  # fmt: skip
+
+LATENTS = ("deepseek_v3", *_LATENTS)
+"""Models whose attention has latents."""
+
 FAMILIES = tuple(_FAMILIES)
 """Names that :func:`tiny_config` and :func:`tiny_model` take."""
 
@@ -103,7 +130,7 @@ HYBRIDS = tuple(_HYBRIDS)
 
 
 def tiny_config(family: str, **changes: object) -> PreTrainedConfig:
-    options = {**_COMMON, **(_FAMILIES | _HYBRIDS).get(family, {}), **changes}
+    options = {**_COMMON, **(_FAMILIES | _HYBRIDS | _LATENTS).get(family, {}), **changes}
     return AutoConfig.for_model(options.pop("model_type", family), **options)
 
 

@@ -7,16 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from helpers.tiny import FAMILIES, HYBRIDS, VOCAB
+from helpers.tiny import FAMILIES, HYBRIDS, LATENTS, VOCAB
 
 _TURNS = ["sliding_attention", "sliding_attention", "full_attention"]
 _MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _ROUTED = {
     **_MOE, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
-}  # fmt: skip
-_LATENT = {
-    "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
-    "head_dim": 16, "num_key_value_heads": 4, **_ROUTED,
 }  # fmt: skip
 _GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "n_inner": 96}
 _PER_LAYER = {
@@ -52,7 +48,6 @@ _OTHERS: dict[str, dict[str, Any]] = {
     "afmoe": {**_ROUTED, "head_dim": 16, "sliding_window": 40, "num_dense_layers": 1},
     "apertus": {},
     "arcee": {"head_dim": 16},
-    "axk1": _LATENT,
     "axk2": {},
     "bailing_hybrid": {},
     "big_bird": {},
@@ -63,7 +58,6 @@ _OTHERS: dict[str, dict[str, Any]] = {
     "cohere": {},
     "cohere2": {"sliding_window": 40, "layer_types": _TURNS},
     "cwm": {"head_dim": 16, "sliding_window": 40, "layer_types": _TURNS},
-    "deepseek_v2": _LATENT,
     "deepseek_v4": {},
     "diffllama": {},
     "doge": {},
@@ -143,5 +137,7 @@ _OTHERS: dict[str, dict[str, Any]] = {
 UNSTEADY = ("phimoe",)
 """Their routers weigh two experts by rank: a last bit turns a token to another sum, whatever the cache."""
 
-ZOO: dict[str, dict[str, Any]] = {name: {} for name in (*FAMILIES, *HYBRIDS)} | SHARING | _OTHERS
+_NAMES = (*FAMILIES, *HYBRIDS, *(name for name in LATENTS if "-" not in name))
+
+ZOO: dict[str, dict[str, Any]] = {name: {} for name in _NAMES} | SHARING | _OTHERS
 """What :func:`helpers.tiny.tiny_config` and :func:`helpers.tiny.tiny_model` need of each family, by name."""

@@ -44,8 +44,10 @@ class Layers:
     """The decoder layers of a model whose hidden states go from one to the next and nowhere else."""
 
     def __init__(self, loaded: LoadedModel) -> None:
-        """Raises ``UnsupportedError`` for a model that has no list of such layers, or recurrent ones among them."""
+        """Raises ``UnsupportedError`` for a model that has no list of such layers, or recurrent ones or cached latents
+        among them."""
         loaded.geometry.refuse_states("calibration")
+        loaded.geometry.refuse_latents("calibration")
         loaded.geometry.refuse_shared("calibration")
         if any(layer.chunked for layer in loaded.geometry.layers):
             raise UnsupportedError(f"calibration cannot do the chunked attention of {loaded.name}")

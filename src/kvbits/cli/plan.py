@@ -71,8 +71,8 @@ def plan(
         str,
         typer.Option(
             metavar="LAYOUT",
-            help="Multi-head latent attention: 'latent', as engines with kernels for it store it, or 'expanded', every "
-            "head's keys and values, as kvbits' engine does.",
+            help="Multi-head latent attention: 'latent', as kvbits' engine stores it on CPUs, or 'expanded', every "
+            "head's keys and values, as it does on GPUs.",
         ),
     ] = "latent",
     trace: Annotated[
@@ -148,7 +148,11 @@ def plan(
         "source": facts.source,
         "parameters": facts.parameters.total,
         "tensor_parallel_size": tensor_parallel_size,
-        "mla": mla if facts.latent or mla == "expanded" else None,
+        "mla": "latent"
+        if facts.geometry.latent
+        else "expanded"
+        if mla == "expanded" or facts.geometry.expanded
+        else None,
     }
     for scheme, swept in zip(document["schemes"], planned.swept.schemes, strict=True):
         scheme["range"] = [{"context": c.context, "sessions": c.sessions} for c in swept.contexts]
@@ -247,8 +251,10 @@ def _print(planned: Planned, facts: ModelFacts, options: Options) -> None:
             f"Recurrent layers keep {show(made.state_bytes)} of each session, whatever its length, "
             "and at least as much for prompts that begin alike: counted."
         )
-    if facts.latent:
-        print("The cache is the latent of multi-head latent attention; kvbits' own engine stores --mla expanded.")
+    if facts.geometry.latent:
+        print("The cache is the latents of multi-head latent attention; on GPUs kvbits stores --mla expanded.")
+    if facts.geometry.expanded:
+        print(f"The cache is every head's keys and values, not latents: {facts.geometry.expanded}.")
 
 
 def _print_runs(runs: list[Run], requests: int) -> None:

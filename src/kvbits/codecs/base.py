@@ -178,8 +178,9 @@ class Scheme:
         return self.key.name if self.key.name == self.value.name else f"{self.key.name}/{self.value.name}"
 
     def head_bytes(self, layer: LayerGeometry) -> int:
-        """Bytes of one page of one KV head: its keys, then its values."""
-        return align(self.key.page_bytes(layer.key_dim)) + align(self.value.page_bytes(layer.value_dim))
+        """Bytes of one page of one KV head: its keys, then its values (those of latents are keys)."""
+        keys = align(self.key.page_bytes(layer.key_dim))
+        return keys if layer.latent else keys + align(self.value.page_bytes(layer.value_dim))
 
     def layer_bytes(self, layer: LayerGeometry) -> int:
         """Bytes of one page of all KV heads of ``layer``."""
@@ -187,4 +188,6 @@ class Scheme:
 
     def supports(self, layer: LayerGeometry) -> str | None:
         """``None``, or the reason why ``layer`` cannot be stored by this scheme."""
-        return self.key.supports(layer.key_dim) or self.value.supports(layer.value_dim)
+        if layer.latent and self.key.name != self.value.name:
+            return "a latent is key and value at once, so name one dtype for both"
+        return self.key.supports(layer.key_dim) or (self.key if layer.latent else self.value).supports(layer.value_dim)

@@ -74,6 +74,10 @@ class PolicyNames:
         for pairs in (self.layers, self.sink or ()):
             for index, (pair, layer) in enumerate(zip(pairs, geometry.layers, strict=bool(pairs))):
                 key, value = DTYPES[pair.key].key_multiple, DTYPES[pair.value].value_multiple
+                value = key if layer.latent else value
+                if layer.latent and pair.key != pair.value:
+                    reason = "a latent is key and value at once, so name one dtype for both"
+                    raise UnsupportedError(f"layer {index} cannot be stored as '{pair.name}': {reason}")
                 for multiple, dim in ((key, layer.key_dim), (value, layer.value_dim)):
                     if dim % multiple:
                         reason = f"head size {dim} is not a multiple of {multiple}"

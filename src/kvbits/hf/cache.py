@@ -57,7 +57,7 @@ class QuantizedCache(Cache):
             # transformers' own caches take a configuration.
             raise UnsupportedError(f"QuantizedCache takes the model itself, not {type(model).__name__}")
         kernels = choose_backend(backend, str(model.device))
-        geometry = geometry_of(model)
+        geometry = geometry_of(model, latents=False)
         loaded = wrap(model, None, model.config.model_type, geometry)
         store = Store(loaded, _dtype(kv_cache_dtype), kv_cache_memory, kernels)
         register()

@@ -57,6 +57,8 @@ class CpuBackend(Backend):
         reason = scheme.supports(layer)
         if reason or key is None or value is None:
             return reason
+        if layer.latent and not self.native.opens_latents(key):
+            return f"there are no kernels for latents coded as '{scheme.key.name}'"
         return self.native.supports(key, value)
 
     def forward(
@@ -141,6 +143,7 @@ class CpuBackend(Backend):
             _table(rounding.value.clip, layer.num_kv_heads),
             _table(rounding.key.order, layer.num_kv_heads, layer.key_dim, dtype=torch.int32),
             _table(rounding.value.order, layer.num_kv_heads, layer.value_dim, dtype=torch.int32),
+            layer.latent,
         )
 
     def tables(self, batch: BatchLayout) -> _native.Batch:

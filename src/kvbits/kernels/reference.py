@@ -159,6 +159,9 @@ def read_page(view: LayerView, place: Place, frame: int, draft: bool = False) ->
     """Keys ``float32 [64, kv_heads, key_dim]`` and values of this layer in the page at ``frame``, on the host."""
     key_block, value_block = (block.cpu() for block in _blocks(view, place, frame))
     key, value = place.scheme.key, place.scheme.value
+    if view.geometry.latent:  # without drafts
+        keys = key.decode(key_block, view.geometry.key_dim, "key").transpose(0, 1)
+        return keys, latent_values(keys, view.geometry)
     keys = (key.decode_draft if draft else key.decode)(key_block, view.geometry.key_dim, "key")
     values = (value.decode_draft if draft else value.decode)(value_block, view.geometry.value_dim, "value")
     return keys.transpose(0, 1), values.transpose(0, 1)
@@ -171,7 +174,14 @@ def write_page(
     rounding = rounding or LayerRounding()
     key_block, value_block = _blocks(view, place, frame)
     key_block.copy_(place.scheme.key.encode(keys.transpose(0, 1), "key", rounding.key))
+    if view.geometry.latent:
+        return
     value_block.copy_(place.scheme.value.encode(values.transpose(0, 1), "value", rounding.value))
+
+
+def latent_values(keys: Tensor, layer: LayerGeometry) -> Tensor:
+    """The values ``float32 [..., value_dim]`` of ``keys`` ``float32 [..., key_dim]`` that are latents, in 16 bit."""
+    return keys[..., : layer.value_dim].to(torch.bfloat16).float()
 
 
 def _blocks(view: LayerView, place: Place, frame: int) -> tuple[Tensor, Tensor]:
@@ -184,6 +194,7 @@ def _blocks(view: LayerView, place: Place, frame: int) -> tuple[Tensor, Tensor]:
     heads = view.buffer.as_strided(
         (layer.num_kv_heads, size // layer.num_kv_heads), (size // layer.num_kv_heads, 1), start
     )
-    key_bytes, value_bytes = scheme.key.page_bytes(layer.key_dim), scheme.value.page_bytes(layer.value_dim)
+    key_bytes = scheme.key.page_bytes(layer.key_dim)
+    value_bytes = 0 if layer.latent else scheme.value.page_bytes(layer.value_dim)
     values_at = align(key_bytes)
     return heads[:, :key_bytes], heads[:, values_at : values_at + value_bytes]

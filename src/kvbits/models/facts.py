@@ -17,7 +17,7 @@ from kvbits.models.locate import Source, is_packaged, locate
 from kvbits.models.quiet import quiet
 from kvbits.models.reader import Reader
 from kvbits.planning.facts import ModelFacts, Parameters, facts_of_config, known_facts
-from kvbits.planning.hf_config import MLA, text_config
+from kvbits.planning.hf_config import MLA
 
 _ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, StrictDataclassError)
 
@@ -25,9 +25,8 @@ _ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeErro
 def facts_of_model(name: str, mla: MLA = "latent", trust_remote_code: bool = False) -> ModelFacts:
     """Facts of ``name``: one of the tables' models, a ``config.json`` or a directory with one, a model that loads.
 
-    No weights are read. A configuration's geometry is measured on a copy without memory, as the engine does; only the
-    latent of multi-head latent attention follows from its fields. Raises ``ConfigError`` when there is no such model,
-    ``UnsupportedError`` when kvbits could not cache it.
+    No weights are read. A configuration's geometry is measured on a copy without memory, as the engine does. Raises
+    ``ConfigError`` when there is no such model, ``UnsupportedError`` when kvbits could not cache it.
     """
     known = known_facts(name, mla)
     if known is not None and not is_packaged(name):
@@ -35,7 +34,6 @@ def facts_of_model(name: str, mla: MLA = "latent", trust_remote_code: bool = Fal
     config, source, reader = _config(name, trust_remote_code)
     parameters, sizes = parameters_of(config), _held(config, reader)
     fields = config.to_dict()
-    latent = mla == "latent" and "kv_lora_rank" in text_config(fields)
     return facts_of_config(
         name,
         source,
@@ -45,7 +43,7 @@ def facts_of_model(name: str, mla: MLA = "latent", trust_remote_code: bool = Fal
         parameters.experts,
         weights="auto" if sizes else _published(_quantization(config)),
         mla=mla,
-        geometry=None if latent else geometry_of(config, name, _longest(config)),
+        geometry=geometry_of(config, name, _longest(config), mla == "latent"),
         held=sizes,
     )
 

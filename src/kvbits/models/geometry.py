@@ -26,6 +26,7 @@ from transformers.initialization import no_init_weights
 from kvbits.attention import refuse_keywords
 from kvbits.config import LayerGeometry, ModelGeometry, StateShape
 from kvbits.errors import UnsupportedError
+from kvbits.models.latents import Absorbed, absorb
 from kvbits.models.positions import switch_of
 from kvbits.models.quiet import quiet
 from kvbits.models.recurrent import note_states
@@ -46,6 +47,8 @@ _PLAIN = frozenset({"moe", "mlp"})
 """Those that look at one token only."""
 
 _HEAD_MULTIPLE = 16
+_LARGEST = 576
+"""Elements of a latent and its rotary key that the kernels take."""
 
 
 @dataclass
@@ -57,21 +60,36 @@ class _Recorder:
     stored: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Keys and values of each layer that has its own."""
     states: dict[int, list[StateShape]] = field(default_factory=dict)
+    latents: bool = True
+    expanded: str = ""
+    odd: str = ""
+    """Why latents that the layers hand over cannot be cached."""
 
 
 def geometry_of(
-    model: PreTrainedConfig | PreTrainedModel, name: str = "", max_model_len: int | None = None
+    model: PreTrainedConfig | PreTrainedModel,
+    name: str = "",
+    max_model_len: int | None = None,
+    latents: bool = True,
 ) -> ModelGeometry:
     """Measure ``model`` or a model of this configuration; no weights are needed.
 
     ``max_model_len``: the longest sequence that is wanted. A LongRoPE model has the context of its short factors unless
-    more is. Raises ``UnsupportedError`` naming whatever kvbits cannot do.
+    more is. ``latents``: multi-head latent attention caches its latents where the family's code lets it; else, and
+    where ``latents`` is false, every head's keys and values. Raises ``UnsupportedError`` naming whatever kvbits cannot
+    do.
     """
     config = model.config if isinstance(model, PreTrainedModel) else model
     text = config.get_text_config(decoder=True)
     _refuse_config(config, text)
-    recorder = _Recorder()
+    recorder = _Recorder(latents=latents)
     _trial(config, recorder)
+    if recorder.states and any(layer.latent for layer in recorder.layers.values()):
+        recorder.odd = "it has recurrent layers too"
+    if recorder.odd:
+        odd, recorder = recorder.odd, _Recorder(latents=False)
+        _trial(config, recorder)
+        recorder.expanded = odd
     kinds = enumerate(getattr(text, "layer_types", None) or ())
     known = {*recorder.layers, *recorder.shared, *recorder.states, *(place for place, kind in kinds if kind in _PLAIN)}
     missing = sorted(set(range(text.num_hidden_layers)) - known)
@@ -89,6 +107,7 @@ def geometry_of(
         () if places == tuple(range(len(places))) else places,
         tuple(state for place in sorted(recorder.states) for state in recorder.states[place]),
         tuple(sorted(recorder.shared.items())),
+        recorder.expanded,
     )
 
 
@@ -142,6 +161,7 @@ def _trial(config: Any, recorder: _Recorder) -> None:
                 config, attn_implementation=_TRIAL, dtype=torch.float32, trust_remote_code=trusted(config)
             ).eval()
             note_states(model, recorder.states)
+            recorder.expanded = (absorb(model, _TRIAL) if recorder.latents else None) or ""
             if not (model._supports_attention_backend or model._can_set_attn_implementation()):
                 raise UnsupportedError(
                     f"the {kind} model's code does not let its attention be replaced (no attention backend)"
@@ -237,10 +257,19 @@ def _record(
             f"layer {index} masks a window of {window} but asks for sliding_window={kwargs['sliding_window']}"
         )
     heads, kv_heads, key_dim, value_dim = query.shape[1], key.shape[1], key.shape[3], value.shape[3]
-    if query.shape[3] != key_dim or value.shape[1] != kv_heads or heads % kv_heads:
+    found = getattr(module, "expand_kv", None)
+    latents = found if isinstance(found, Absorbed) else None
+    if (
+        query.shape[3] != (key_dim if latents is None else latents.query_dim)
+        or value.shape[1] != kv_heads
+        or heads % kv_heads
+    ):
         raise UnsupportedError(
             f"layer {index} has queries {tuple(query.shape)}, keys {tuple(key.shape)} and values {tuple(value.shape)}"
         )
+    if latents is not None and (key_dim % _HEAD_MULTIPLE or value_dim % _HEAD_MULTIPLE or key_dim > _LARGEST):
+        recorder.odd = f"its latents of {value_dim} and rotary keys of {key_dim - value_dim} elements fit no page"
+        return query.new_empty(1, query.shape[2], heads, latents.head_dim), None
     for what, dim in (("key", key_dim), ("value", value_dim)):
         if dim % _HEAD_MULTIPLE:
             raise UnsupportedError(
@@ -252,11 +281,12 @@ def _record(
         num_kv_heads=kv_heads,
         key_dim=key_dim,
         value_dim=value_dim,
-        scale=key_dim**-0.5 if scale is None else float(scale),
+        scale=query.shape[3] ** -0.5 if scale is None else float(scale),
         window=window,
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux") is not None,
         chunked=chunked,
+        latent=latents is not None,
     )
     source = next((i for i, (k, v) in recorder.stored.items() if k is key and v is value), None)
     if source is None:
@@ -268,4 +298,4 @@ def _record(
             f"layer {index} shares the keys and values of layer {source} and attends in another way: {layer} is not "
             f"{recorder.layers[source]}"
         )
-    return query.new_empty(1, query.shape[2], heads, value_dim), None
+    return query.new_empty(1, query.shape[2], heads, value_dim if latents is None else latents.head_dim), None

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from kvbits.attention import IMPLEMENTATION, Forward, attend
@@ -25,6 +25,7 @@ from kvbits.models.fingerprint import fingerprint
 from kvbits.models.formats import check_formats
 from kvbits.models.fused import FusedModel, fuse
 from kvbits.models.geometry import geometry_of
+from kvbits.models.latents import absorb, absorbed, differing, release
 from kvbits.models.locate import locate
 from kvbits.models.packed import depends_on_rows, pack_linears, packed_weights, round_linears, settle
 from kvbits.models.positions import settle_rotary, tell_positions
@@ -111,8 +112,9 @@ class LoadedModel:
 
         Recurrent layers run token by token then.
         """
+        parts = nn.ModuleList(part for latents in absorbed(self.model) for part in latents.parts())
         apart = {part for mixer in mixers_of(self.model).values() for part in mixer.modules()}
-        return depends_on_rows(self.model, isinstance(self.fused, FusedModel), apart)
+        return depends_on_rows(self.model, isinstance(self.fused, FusedModel), apart) or depends_on_rows(parts)
 
 
 def load_model(
@@ -143,7 +145,8 @@ def load_model(
     source = locate(name)
     report(f"Loading {name} ({dtype}) ..." if source.offline else f"Downloading and loading {name} ({dtype}) ...")
     reader = Reader(name, source, trust_remote_code)
-    geometry = geometry_of(reader.configuration(), name, max_model_len)  # refused before a weight is read
+    # refused before a weight is read
+    geometry = geometry_of(reader.configuration(), name, max_model_len, place.type == "cpu")
     if place.type != "cpu":
         geometry.refuse_states(f"the cache on '{device}'")
     register()
@@ -159,10 +162,13 @@ def load_model(
     if rounded and dtype == "float32":
         round_linears(model, weights)  # after the fingerprint, which reads the plain weights
         try_cuts(model, geometry)
-        return loaded
+        return _with_latents(loaded)
     packed = pack_linears(model, weights if rounded else "bf16")
     settle(model, _DTYPES[dtype])
     try_cuts(model, geometry)
+    loaded = _with_latents(loaded)
+    for latents in absorbed(model):
+        latents.settle()
     if rounded and not packed:
         raise UnsupportedError(f"the model '{name}' has no linear layer that can be stored as {weights}")
     if packed or any(packed_weights(model)):
@@ -184,7 +190,7 @@ def wrap(
     recurrent layers are run once, which takes weights as they will be used. Raises ``UnsupportedError`` when kvbits
     cannot run it.
     """
-    geometry = geometry or geometry_of(model, name)
+    geometry = geometry or geometry_of(model, name, model.device.type == "cpu")
     if model.device.type != "cpu":
         geometry.refuse_states(f"the cache on '{model.device}'")
     names = inspect.signature(model.forward).parameters
@@ -196,9 +202,27 @@ def wrap(
     split(model)
     tell_positions(model)
     settle_rotary(model, geometry)
+    if geometry.latent:
+        absorb(model)
+    else:
+        release(model)
+    loaded = LoadedModel(model, tokenizer, geometry, name, fingerprint(model))
     if tried:
         try_cuts(model, geometry)
-    return fused_on_gpu(LoadedModel(model, tokenizer, geometry, name, fingerprint(model)), log.info)
+        loaded = _with_latents(loaded)
+    return fused_on_gpu(loaded, log.info)
+
+
+def _with_latents(loaded: LoadedModel) -> LoadedModel:
+    """``loaded`` itself, or with expanded heads where its logits with cached latents are others."""
+    model, geometry = loaded.model, loaded.geometry
+    if geometry.latent:
+        expanded = replace(geometry_of(model, loaded.name, latents=False), max_position=geometry.max_position)
+        reason = differing(model, geometry, expanded)
+        geometry = geometry if reason is None else replace(expanded, expanded=reason)
+    if geometry.expanded:
+        log.warning("%s caches every head's keys and values instead of latents: %s", loaded.name, geometry.expanded)
+    return replace(loaded, geometry=geometry)
 
 
 def fused_on_gpu(loaded: LoadedModel, report: Callable[[str], None]) -> LoadedModel:

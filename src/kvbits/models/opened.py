@@ -45,7 +45,7 @@ def open_model(name: str, allow_requantize: bool = False, trust_remote_code: boo
     whose files are quantized, unless ``allow_requantize``.
     """
     reader = Reader(name, locate(name), trust_remote_code)
-    geometry = geometry_of(reader.configuration(), name)
+    geometry = geometry_of(reader.configuration(), name, latents=False)  # every linear layer runs then
     geometry.refuse_states("rounding weights with error feedback")
     form = reader.quantized()
     if form is not None and not allow_requantize:

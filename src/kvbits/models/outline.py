@@ -74,10 +74,10 @@ def _of_fields(name: str, fields: Mapping[str, Any], sure: bool, has_template: b
     geometry = None
     if has_states(fields):
         return Outline(name, None, context, None, has_template, surely_recurrent(fields))
-    if sure and context is not None:
+    if sure and context is not None and "kv_lora_rank" not in fields:  # latents, or every head's keys
         vocabulary = _count(fields.get("vocab_size")) or 0
         try:
-            geometry = ModelGeometry(name, layers_of(fields, "expanded"), context, vocabulary)
+            geometry = ModelGeometry(name, layers_of(fields), context, vocabulary)
         except ConfigError:
             geometry = None
     return Outline(name, layers, context, geometry, has_template)

@@ -28,10 +28,10 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: PackedWeight, products: Products) -> None:
         super().__init__()
         self.weight = weight
-        self._products = products
+        self.products = products
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._products.apply(self.weight, x)
+        return self.products.apply(self.weight, x)
 
 
 class PackedEmbedding(nn.Module):

@@ -25,18 +25,31 @@ def both_logits(
 ) -> tuple[Tensor, Tensor]:
     """Logits of ``count`` tokens, ``float32 [count, vocabulary]``: of ``fused`` and of transformers' own code, each
     with a small 16-bit cache of its own."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(geometry.vocab_size, (count,), generator=generator).to(model.device)
-    positions = torch.arange(count, device=model.device)
+    ids, positions = _tokens(model, geometry, count)
     fast = fused(ids, positions, _step(model, geometry, backend, count), positions)
-    plain = model(
+    return fast, logits_of(model, geometry, backend, count)
+
+
+@torch.inference_mode()
+def logits_of(model: Any, geometry: ModelGeometry, backend: Backend, count: int) -> Tensor:
+    """Logits of ``count`` tokens, ``float32 [count, vocabulary]``, of transformers' own code."""
+    ids, positions = _tokens(model, geometry, count)
+    found = model(
         input_ids=ids.unsqueeze(0),
         position_ids=positions.unsqueeze(0),
         use_cache=False,
         logits_to_keep=positions,
         kvbits=_step(model, geometry, backend, count),
     )
-    return fast, plain.logits[0].float()
+    logits: Tensor = found.logits[0].float()
+    return logits
+
+
+def _tokens(model: Any, geometry: ModelGeometry, count: int) -> tuple[Tensor, Tensor]:
+    """The same ids and positions each time."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(geometry.vocab_size, (count,), generator=generator).to(model.device)
+    return ids, torch.arange(count, device=model.device)
 
 
 def _step(model: Any, geometry: ModelGeometry, backend: Backend, count: int) -> Forward:

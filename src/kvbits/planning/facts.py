@@ -39,8 +39,7 @@ class ModelFacts:
 
     ``held``: bytes of the weights by the form that they are loaded in (``--weights``), of a model whose files or
     configuration were read; ``weights`` is then one of these.
-    ``source`` says where the facts come from. ``latent``: the geometry is that of multi-head latent attention's
-    compressed cache.
+    ``source`` says where the facts come from.
     """
 
     name: str
@@ -50,7 +49,6 @@ class ModelFacts:
     weights: str
     hidden: int
     widest: int
-    latent: bool = False
     held: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -114,7 +112,6 @@ def facts_of_config(
     active -= 0 if text.get("tie_word_embeddings", False) else hidden * vocab
     inner = int(text.get("intermediate_size") or 4 * hidden)
     inner = max(inner, chosen * int(text.get("moe_intermediate_size") or inner)) if routed else inner
-    latent = mla == "latent" and "kv_lora_rank" in text and geometry is None
     return ModelFacts(
         name=name,
         source=source,
@@ -123,7 +120,6 @@ def facts_of_config(
         weights=weights,
         hidden=hidden,
         widest=inner,
-        latent=latent,
         held=held or {},
     )
 

@@ -48,7 +48,7 @@ def layers_of(config: Mapping[str, Any], mla: MLA = "latent") -> tuple[LayerGeom
 
     Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1) caches for each token one latent of
     ``kv_lora_rank`` elements and one rotary key of ``qk_rope_head_dim``, shared by all heads: ``latent`` describes them
-    as one KV head whose key is the rotary key and whose value is the latent, 512 + 64 elements for DeepSeek-V3.
+    as one KV head whose key is both and whose value is the latent in it, 512 + 64 elements for DeepSeek-V3.
     ``expanded`` is what an attention that knows nothing of the latent stores: keys and values of every head. Raises
     ``ConfigError`` naming a field that is missing.
     """
@@ -57,12 +57,10 @@ def layers_of(config: Mapping[str, Any], mla: MLA = "latent") -> tuple[LayerGeom
     if "kv_lora_rank" in config:
         rope, value = _positive(config, "qk_rope_head_dim"), _positive(config, "v_head_dim")
         key = _positive(config, "qk_nope_head_dim") + rope
-        layer = (
-            LayerGeometry(heads, 1, rope, _positive(config, "kv_lora_rank"), key**-0.5)
-            if mla == "latent"
-            else LayerGeometry(heads, heads, key, value, key**-0.5)
-        )
-        return (layer,) * count
+        rank = _positive(config, "kv_lora_rank")
+        if mla == "latent":
+            return (LayerGeometry(heads, 1, rank + rope, rank, key**-0.5, latent=True),) * count
+        return (LayerGeometry(heads, heads, key, value, key**-0.5),) * count
     kv_heads = int(config.get("num_key_value_heads") or heads)
     dim = int(config.get("head_dim") or _positive(config, "hidden_size") // heads)
     windows = _windows(config, count)

@@ -30,6 +30,7 @@ def proposer_of(
         return NgramProposer(speculative.prompt_lookup_min, speculative.prompt_lookup_max)
     if speculative.method == "self":
         loaded.geometry.refuse_states("the speculative method 'self'")
+        loaded.geometry.refuse_latents("the speculative method 'self'")
         if not _has_drafts(runner.policy):
             raise ConfigError(
                 f"the speculative method 'self' needs pages that can be read in part; '{runner.policy.name}' has none, "

@@ -151,6 +151,8 @@ def shape_of(layer: LayerGeometry, *blocks: Block) -> Shape:
 
 def refusal(scheme: Scheme, layer: LayerGeometry) -> str | None:
     """``None``, or the reason why the kernels cannot run ``layer`` stored as ``scheme``."""
+    if layer.latent:
+        return "latents are cached on CPUs only"
     if layer.chunked:
         return "the Triton kernels have no chunked attention"
     largest = max(layer.key_dim, layer.value_dim)
