@@ -80,7 +80,9 @@ class Attention:
         tables = backend.tables(batch)
         self._pool, self._batch = pool, batch  # the native side has only addresses of their memory
         self._forward = backend.native.forward
-        self._calls = [(backend.layer(view), tables, False, *places, 0, self._out.data_ptr(), False) for view in pool.layers]
+        self._calls = [
+            (backend.layer(view), tables, False, *places, 0, self._out.data_ptr(), False) for view in pool.layers
+        ]
 
     def seconds(self) -> float:
         begin = time.perf_counter()
