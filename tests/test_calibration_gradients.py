@@ -47,7 +47,7 @@ def biased(offset: float = 50.0) -> LoadedModel:
 
 
 MODELS: dict[str, Callable[[], LoadedModel]] = {
-    **{family: lambda family=family: loaded_of(family) for family in FAMILIES},
+    **{family: lambda family=family: loaded_of(family) for family in FAMILIES if family != "deepseek_v3"},
     "qwen2-biases": biased,
 }
 
@@ -202,7 +202,7 @@ def test_layers_that_something_happens_between_are_refused() -> None:
     assert all("forward" not in vars(layer) for layer in layers)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [name for name, layer in SHAPES.items() if not layer.latent])
 def test_dense_attention_follows_window_softcap_and_sinks(shape: str) -> None:
     layer = SHAPES[shape]
     inputs = make_inputs(layer, [200])
