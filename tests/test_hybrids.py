@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from helpers.hybrids import PROMPTS, TOKENS, answers, expected, hybrid_engine, loaded_of, own_logits, prompt
+from helpers.hybrids import PROMPTS, TOKENS, answers, check_bits, expected, hybrid_engine, loaded_of, own_logits, prompt
 from helpers.serving import engine_of, packed_byte_model
 from helpers.tiny import HYBRIDS, tiny_model
 from helpers.tiny_engine import one_thread
@@ -123,25 +123,7 @@ def test_guesses_that_fail_leave_no_trace(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["qwen3_next-dense", "lfm2", "bamba", "falcon_h1", "nemotron_h"])
 def test_answers_that_do_not_depend_on_others_to_the_last_bit(family: str) -> None:
-    loaded = packed_byte_model(family=family, fused=False)
-    texts = [[token + 3 for token in text] for text in PROMPTS]
-
-    def run(chunk: int, caching: bool, asked: list[list[int]]) -> list[object]:
-        engine = engine_of(
-            loaded, kv_cache_dtype="int8", max_num_batched_tokens=chunk, enable_prefix_caching=caching,
-            batch_invariant=True,
-        )  # fmt: skip
-        found: dict[str, list] = {}
-        for number, text in enumerate(asked):
-            params = SamplingParams(max_tokens=10, temperature=0, logprobs=2, ignore_eos=True)
-            engine.add_request(text, params, request_id=f"{number}")
-        while engine.has_unfinished():
-            for delta in engine.step():
-                found.setdefault(delta.request_id, []).extend(delta.logprobs)
-        return [found[key] for key in sorted(found)]
-
-    together = run(50, True, [*texts, texts[2]])
-    assert together == [*(run(1000, False, [text])[0] for text in texts), together[2]]
+    check_bits(family, kv_cache_dtype="int8")
 
 
 def test_experts_that_round_by_rows_are_refused() -> None:

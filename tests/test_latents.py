@@ -6,13 +6,12 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from helpers.hybrids import PROMPTS, answers, prompt
+from helpers.hybrids import PROMPTS, answers, check_bits, prompt
 from helpers.latents import Choices, all_experts, expected, latent_engine, loaded_of, own_logits
-from helpers.serving import engine_of, packed_byte_model
+from helpers.serving import engine_of
 from helpers.tiny import LATENTS, tiny_model
 from helpers.tiny_engine import one_thread
 
-from kvbits import SamplingParams
 from kvbits.engine.engine import Engine
 from kvbits.engine.speculation import SpeculativeConfig
 from kvbits.engine.speculation.proposer import Candidate
@@ -105,25 +104,7 @@ def test_guesses_that_fail_leave_no_trace(family: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8", "int4"])
 def test_answers_that_do_not_depend_on_others_to_the_last_bit(dtype: str) -> None:
-    loaded = packed_byte_model(family="minicpm3", fused=False)
-    texts = [[token + 3 for token in text] for text in PROMPTS]
-
-    def run(chunk: int, caching: bool, asked: list[list[int]]) -> list[object]:
-        engine = engine_of(
-            loaded, kv_cache_dtype=dtype, max_num_batched_tokens=chunk, enable_prefix_caching=caching,
-            batch_invariant=True,
-        )  # fmt: skip
-        found: dict[str, list] = {}
-        for number, text in enumerate(asked):
-            params = SamplingParams(max_tokens=10, temperature=0, logprobs=2, ignore_eos=True)
-            engine.add_request(text, params, request_id=f"{number}")
-        while engine.has_unfinished():
-            for delta in engine.step():
-                found.setdefault(delta.request_id, []).extend(delta.logprobs)
-        return [found[key] for key in sorted(found)]
-
-    together = run(50, True, [*texts, texts[2]])
-    assert together == [*(run(1000, False, [text])[0] for text in texts), together[2]]
+    check_bits("minicpm3", kv_cache_dtype=dtype)
 
 
 def test_projections_that_are_not_packed_are_refused() -> None:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.hybrids import PROMPTS, answers, expected, hybrid_engine, loaded_of, own_logits, prompt
+from helpers.hybrids import PROMPTS, answers, check_bits, expected, hybrid_engine, loaded_of, own_logits, prompt
 from helpers.serving import byte_model, engine_of, packed_byte_model
 from helpers.tiny import HYBRIDS, save, tiny_config, tiny_model
 from helpers.tiny_engine import one_thread
 from transformers import AutoConfig
 
-from kvbits import LLM, SamplingParams
+from kvbits import LLM
 from kvbits.codecs import parse_policy
 from kvbits.codecs.states import StateLayout
 from kvbits.engine.config import EngineConfig
@@ -72,25 +72,7 @@ def test_float32_is_what_these_layers_compute_in(family: str) -> None:
 @pytest.mark.parametrize("family", ["qwen3_next-dense", "bamba"])
 def test_answers_depend_on_positions_alone_in_16_bits_too(family: str) -> None:
     """Token by token every state is rounded once, wherever prompts are cut and whoever else runs."""
-    loaded = packed_byte_model(family=family, fused=False)
-    texts = [[token + 3 for token in text] for text in PROMPTS]
-
-    def run(chunk: int, caching: bool, asked: list[list[int]]) -> list[object]:
-        engine = engine_of(
-            loaded, max_num_batched_tokens=chunk, enable_prefix_caching=caching, batch_invariant=True,
-            state_dtype="bfloat16",
-        )  # fmt: skip
-        found: dict[str, list] = {}
-        for number, text in enumerate(asked):
-            params = SamplingParams(max_tokens=10, temperature=0, logprobs=2, ignore_eos=True)
-            engine.add_request(text, params, request_id=f"{number}")
-        while engine.has_unfinished():
-            for delta in engine.step():
-                found.setdefault(delta.request_id, []).extend(delta.logprobs)
-        return [found[key] for key in sorted(found)]
-
-    together = run(50, True, [*texts, texts[2]])
-    assert together == [*(run(1000, False, [text])[0] for text in texts), together[2]]
+    check_bits(family, state_dtype="bfloat16")
 
 
 def test_wrong_dtypes_and_models_without_states_are_named(tmp_path: Path) -> None:

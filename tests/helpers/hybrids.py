@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from helpers.hugging_face import hugging_face_model
-from helpers.serving import engine_of
+from helpers.serving import engine_of, packed_byte_model
 from helpers.tiny import VOCAB, tiny_model
 from kvbits import SamplingParams
 from kvbits.engine.engine import Engine
@@ -79,3 +79,25 @@ def answers(engine: Engine, prompts: list[list[int]], **options: object) -> list
             found.setdefault((int(delta.request_id), delta.index), []).extend(delta.token_ids)
         engine.pages.check()
     return [found[key] for key in sorted(found)]
+
+
+def check_bits(family: str, **options: object) -> None:
+    """Answers and log-probabilities, to the last bit, whoever else runs, wherever prompts are cut and found again."""
+    loaded = packed_byte_model(family=family, fused=False)
+    texts = [[token + 3 for token in text] for text in PROMPTS]
+
+    def run(chunk: int, caching: bool, asked: list[list[int]]) -> list[object]:
+        engine = engine_of(
+            loaded, max_num_batched_tokens=chunk, enable_prefix_caching=caching, batch_invariant=True, **options
+        )
+        found: dict[str, list] = {}
+        for number, text in enumerate(asked):
+            params = SamplingParams(max_tokens=10, temperature=0, logprobs=2, ignore_eos=True)
+            engine.add_request(text, params, request_id=f"{number}")
+        while engine.has_unfinished():
+            for delta in engine.step():
+                found.setdefault(delta.request_id, []).extend(delta.logprobs)
+        return [found[key] for key in sorted(found)]
+
+    together = run(50, True, [*texts, texts[2]])
+    assert together == [*(run(1000, False, [text])[0] for text in texts), together[2]]

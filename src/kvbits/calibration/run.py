@@ -62,47 +62,33 @@ def calibrate(
     with parts.alone():
         if len(parts):
             note(f"going on with {len(parts)} finished parts in '{parts.directory}'")
-        return _calibrate(loaded, texts, output, goal, sink, sizes, bar, note, parts)
+        tokens = [text for _, text in texts] or _own_text(loaded, sizes, bar, parts)
+        fitted, checked = split_windows(tokens, sizes.context, sizes.windows, sizes.check_windows)
+        planner = planner_of(loaded, fitted, sink, bar, parts)
 
+        def measure(budget: int) -> Comparison:
+            return _measure(loaded, planner.policy(budget), checked, bar, parts)
 
-def _calibrate(
-    loaded: LoadedModel,
-    texts: Sequence[tuple[str, Sequence[int]]],
-    output: Path,
-    goal: Goal,
-    sink: str | None,
-    sizes: Sizes,
-    bar: Bar,
-    note: Callable[[str], None],
-    parts: Parts,
-) -> tuple[Policy, Comparison]:
-    tokens = [text for _, text in texts] or _own_text(loaded, sizes, bar, parts)
-    fitted, checked = split_windows(tokens, sizes.context, sizes.windows, sizes.check_windows)
-    planner = planner_of(loaded, fitted, sink, bar, parts)
-
-    def measure(budget: int) -> Comparison:
-        return _measure(loaded, planner.policy(budget), checked, bar, parts)
-
-    if goal.max_kl is not None:
-        budget, found = _search(planner, measure, goal.max_kl, note)
-    else:
-        budget = (
-            planner.of_memory(goal.memory, goal.sessions, goal.session_tokens)
-            if goal.memory is not None
-            else planner.of_bits(goal.bits or 0)
-        )
-        found = measure(budget)
-    measured = {
-        "texts": [name for name, _ in texts],
-        "windows": sizes.windows,
-        "context": sizes.context,
-        "sensitivity": sensitivity(planner.table),
-        "predicted_kl": planner.predicted(budget),
-        "check": {k: v for k, v in found.as_json().items() if k != "dtype"},
-    }
-    policy = save_policy(output, planner.policy(budget), loaded.geometry, loaded.fingerprint, measured)
-    parts.remove()
-    return policy, found
+        if goal.max_kl is not None:
+            budget, found = _search(planner, measure, goal.max_kl, note)
+        else:
+            budget = (
+                planner.of_memory(goal.memory, goal.sessions, goal.session_tokens)
+                if goal.memory is not None
+                else planner.of_bits(goal.bits or 0)
+            )
+            found = measure(budget)
+        measured = {
+            "texts": [name for name, _ in texts],
+            "windows": sizes.windows,
+            "context": sizes.context,
+            "sensitivity": sensitivity(planner.table),
+            "predicted_kl": planner.predicted(budget),
+            "check": {k: v for k, v in found.as_json().items() if k != "dtype"},
+        }
+        policy = save_policy(output, planner.policy(budget), loaded.geometry, loaded.fingerprint, measured)
+        parts.remove()
+        return policy, found
 
 
 def planner_of(
