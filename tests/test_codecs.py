@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvbits.codecs import SCHEMES, Codec, Rounding, Side, codecs_in_use, parse_policy
 from kvbits.codecs.affine import Affine
-from kvbits.codecs.blocks import BLOCK, Blocks
+from kvbits.codecs.blocks import Blocks
 from kvbits.codecs.codebook import ENTRIES, Codebook
 from kvbits.codecs.float8 import Float8
 from kvbits.codecs.hadamard import rotate
@@ -94,7 +94,12 @@ def test_bits_per_element_of_head_size_64() -> None:
     expected |= {name: int(name[3:]) + 0.5 for name in SCHEMES if re.fullmatch("int[2-7]", name)}
     expected |= dict.fromkeys(("fp8", "fp8_e4m3", "fp8_e5m2"), 8.125)
     expected |= {"nf4": 4.25, "nf3": 3.25, "nf2": 2.25}
-    expected |= {"int4b32": 4.75, "int3b32": 3.75, "int2b32": 2.75}  # keys as int4, values with two groups a token
+    expected |= {
+        "int4b64": 4.5,
+        "int4b32": 4.75,
+        "int3b32": 3.75,
+        "int2b32": 2.75,
+    }  # keys as int4, values with two groups a token
     # a quarter of the key channels wider, and a byte for each channel's name
     expected |= {"mix8_4": (5.625 + 4.5) / 2, "mix8_2": (4.125 + 2.5) / 2, "mix4_2": (3.125 + 2.5) / 2}
     assert set(expected) == set(SCHEMES)
@@ -190,14 +195,15 @@ class TestMixedChannels:
         assert torch.equal(self.CODEC.encode(rows, "key")[0, :64], torch.arange(64, dtype=torch.uint8))
 
 
-def test_a_block_of_value_channels_has_parameters_of_its_own() -> None:
-    codec = Blocks("", 4)
-    rows = rows_like_keys(64)
+@pytest.mark.parametrize("block", [32, 64])
+def test_a_block_of_value_channels_has_parameters_of_its_own(block: int) -> None:
+    codec = Blocks("", 4, block)
+    rows = rows_like_keys(128)
     changed = rows.clone()
     changed[:, 5, 7] += 500.0
     before, after = decode(codec, rows, "value"), decode(codec, changed, "value")
-    same = torch.ones(PAGE_TOKENS, 64, dtype=torch.bool)
-    same[5, :BLOCK] = False
+    same = torch.ones(PAGE_TOKENS, 128, dtype=torch.bool)
+    same[5, :block] = False
     assert torch.equal(before[:, same], after[:, same])
     assert not torch.equal(before[:, ~same], after[:, ~same])
 

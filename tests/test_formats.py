@@ -17,7 +17,7 @@ Matrix = NDArray[np.float64]
 TOKENS = 64
 BITS = {"int8": 8.375, "int8h": 8.25, "fp8": 8.125, "fp8_e5m2": 8.125, "bf16": 16, "mix8_4": 5.06, "mix8_2": 3.31,
         "mix4_2": 2.81, "int6": 6.5, "int5": 5.5, "int4": 4.5, "int3": 3.5, "int2": 2.5, "nf4": 4.25, "nf3": 3.25,
-        "nf2": 2.25, "int4b32": 4.75, "int3b32": 3.75, "int2b32": 2.75}  # fmt: skip
+        "nf2": 2.25, "int4b64": 4.5, "int4b32": 4.75, "int3b32": 3.75, "int2b32": 2.75}  # fmt: skip
 PLANES = {8: [8], 6: [4, 2], 5: [4, 1], 4: [4], 3: [2, 1], 2: [2]}
 ENTRIES = {4: [3, 9, 15, 21, 28, 37, 47, 60], 3: [6, 18, 32, 52], 2: [11, 37]}
 MIXED_VALUES = {"mix8_4": "int4", "mix8_2": "int2", "mix4_2": "int2"}
@@ -111,9 +111,10 @@ def read(name: str, page: Bytes, dim: int, key: bool) -> Matrix:
         rows = np.empty((TOKENS, dim))
         rows[:, order] = np.concatenate(found, axis=1)
         return rows
-    if name.endswith("b32") and not key:
-        length = len(page) // (dim // 32)
-        blocks = [integers(page[i * length :], int(name[3]), 32, key) for i in range(dim // 32)]
+    if "b" in name[4:] and not key:
+        block = int(name[5:])
+        length = len(page) // (dim // block)
+        blocks = [integers(page[i * length :], int(name[3]), block, key) for i in range(dim // block)]
         return np.concatenate(blocks, axis=1)
     return integers(page, int(MIXED_VALUES.get(name, name)[3]), dim, key)
 

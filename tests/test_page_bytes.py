@@ -19,7 +19,7 @@ from kvbits.kernels.cpu import CpuBackend, available_isas
 from kvbits.kernels.reference import ReferenceBackend
 from kvbits.models.load import wrap
 
-PAGES = {dim: hard_pages(dim, 2) | broken_pages(dim, 2) for dim in (64, 96)}
+PAGES = {dim: hard_pages(dim, 2) | broken_pages(dim, 2) for dim in (64, 96, 128)}
 
 
 def pages_for(dtype: str, dim: int) -> dict[str, Tensor]:
@@ -32,13 +32,13 @@ def pages_for(dtype: str, dim: int) -> dict[str, Tensor]:
 def test_every_isa_writes_the_bytes_of_the_reference(dtype: str, isa: str) -> None:
     for dim in PAGES:
         pages = pages_for(dtype, dim)
-        if SCHEMES[dtype].key.supports(dim) is None:
+        if SCHEMES[dtype].supports(LayerGeometry(2, 2, dim, dim, 0.1)) is None:
             assert_same(sealed(CpuBackend(isa), dtype, pages), expected(dtype, pages), list(pages))
 
 
 @pytest.mark.parametrize("isa", available_isas())
 @pytest.mark.parametrize("clip", [None, 0.7])
-@pytest.mark.parametrize("dtype", [*ROUNDED, "mix8_4", "int4b32"])
+@pytest.mark.parametrize("dtype", [*ROUNDED, "mix8_4", "int4b32", "int4b64"])
 def test_calibrated_rounding_too(dtype: str, clip: float | None, isa: str) -> None:
     """With feedback, and with clips and an order of channels."""
     pages = PAGES[64]

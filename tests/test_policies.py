@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from kvbits.codecs import SCHEMES, PoolLayout, parse_policy
+from kvbits.codecs import SCHEMES, PoolLayout, parse_policy, policy_of
 from kvbits.config import ALIGNMENT, LayerGeometry, ModelGeometry, align
 from kvbits.errors import ConfigError, UnsupportedError
 
@@ -46,6 +46,26 @@ class TestPolicies:
         layers = (LayerGeometry(2, 1, 64, 64, 0.1), LayerGeometry(2, 1, 24, 64, 0.1))
         with pytest.raises(UnsupportedError, match="layer 1 cannot be stored as 'int4': head size 24"):
             parse_policy("int4", 2).check(ModelGeometry("m", layers, 100, 10))
+
+    def test_values_of_wide_heads_have_scales_for_64_channels(self) -> None:
+        wide, narrow = LayerGeometry(4, 1, 256, 256, 0.1), LayerGeometry(4, 2, 128, 128, 0.1)
+        latent = LayerGeometry(4, 1, 576, 512, 0.1, latent=True)
+        odd = LayerGeometry(4, 1, 144, 144, 0.1)
+        for layers, text, name in (
+            ((wide,) * 3, "int4", "int4/int4b64"),
+            ((wide,) * 3, "int8/int4", "int8/int4b64"),
+            ((wide,) * 3, "int4+sink:int8", "int4/int4b64+sink:int8"),
+            ((wide,) * 3, "int4/int4b32", "int4/int4b32"),
+            ((narrow, wide, wide), "int4", "0:int4,1-2:int4/int4b64"),
+            ((narrow, latent, odd), "int4", "int4"),
+        ):
+            policy = policy_of(text, ModelGeometry("m", layers, 100, 10), None)
+            assert (policy.name, policy.label) == (name, text)
+            assert policy.layers == parse_policy(name, 3).layers
+            assert policy.sink == parse_policy(name, 3).sink
+        # as many bits as heads of 64 take: a scale and a zero of 16 bits for every 64 elements
+        geometry = ModelGeometry("m", (wide,) * 3, 100, 10)
+        assert policy_of("int4", geometry, None).bits_per_element(geometry) == 4.5
 
 
 WIDE = LayerGeometry(4, 4, 96, 96, 0.1)

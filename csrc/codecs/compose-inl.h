@@ -100,11 +100,11 @@ struct MixedKey {
 };
 
 // Values with parameters for blocks of channels (src/kvbits/codecs/blocks.py): one page of affine-inl.h a block.
-template <int BITS>
+template <int BITS, int BLOCK>
 struct BlockValue {
-  static constexpr int kId = 1024 + BITS;
+  static constexpr int kId = 1024 + BITS + 2 * (BLOCK - 32);
   using Format = PlainFormat<BITS, false, false>;
-  static constexpr int kBlock = 32;
+  static constexpr int kBlock = BLOCK;
   static constexpr size_t kBytes = (static_cast<size_t>(kPage) * kBlock * BITS / 8 + 4 * kPage + 63) / 64 * 64;
 
   struct Folded {

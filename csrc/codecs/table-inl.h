@@ -91,9 +91,9 @@ constexpr CodecKernels codebook_value() {
           {accumulate_any<V>, unrotate_accumulator}};
 }
 
-template <int BITS>
+template <int BITS, int BLOCK>
 constexpr CodecKernels block_value() {
-  using V = BlockValue<BITS>;
+  using V = BlockValue<BITS, BLOCK>;
   return {V::kId, {}, {accumulate_any<V>, nullptr}, nullptr, V::seal, {}, {accumulate_any<V>, nullptr}};
 }
 
@@ -124,9 +124,10 @@ const CodecKernels kCodecs[] = {
     affine<3, true, false>(),
     affine<2, false, false>(),
     affine<2, true, false>(),
-    block_value<4>(),
-    block_value<3>(),
-    block_value<2>(),
+    block_value<4, 64>(),
+    block_value<4, 32>(),
+    block_value<3, 32>(),
+    block_value<2, 32>(),
     mixed_key<8, 4>(),
     mixed_key<8, 2>(),
     mixed_key<4, 2>(),

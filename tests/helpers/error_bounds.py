@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvbits.codecs import Codec
 from kvbits.codecs.affine import Affine
-from kvbits.codecs.blocks import BLOCK, Blocks
+from kvbits.codecs.blocks import Blocks
 from kvbits.codecs.codebook import ENTRIES, REACH, Codebook
 from kvbits.codecs.float8 import Float8
 from kvbits.codecs.mixed import Mixed
@@ -68,7 +68,7 @@ def float8_bound(codec: Float8, rows: Tensor) -> Tensor:
 @error_bound.register
 def blocks_bound(codec: Blocks, rows: Tensor) -> Tensor:
     inner = Affine("", codec.bits, per="token")
-    return torch.cat([error_bound(inner, part).expand_as(part) for part in rows.split(BLOCK, -1)], -1)
+    return torch.cat([error_bound(inner, part).expand_as(part) for part in rows.split(codec.block, -1)], -1)
 
 
 @error_bound.register

@@ -20,7 +20,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from kvbits.codecs.base import LayerRounding, Rounding
-from kvbits.codecs.policy import Policy, parse_policy, policy_from
+from kvbits.codecs.names import parse_names
+from kvbits.codecs.policy import Policy, policy_from
 from kvbits.codecs.policy_document import (
     FORMAT,
     JSON_FILE,
@@ -38,7 +39,7 @@ from kvbits.files import write_bytes, write_text
 
 def policy_of(dtype: str | Policy, geometry: ModelGeometry, fingerprint: str | None) -> Policy:
     """The policy that a KV cache dtype names: ``policy:DIR`` is a calibrated one, anything else for
-    :func:`~kvbits.codecs.parse_policy`; a policy stays what it is.
+    :func:`~kvbits.codecs.parse_policy`, fitted to the model's head sizes; a policy stays what it is.
 
     Its ``label`` is what was written. Without a ``fingerprint`` (nothing but sizes is wanted) a calibrated policy is
     read without its rounding. Raises ``ConfigError`` for what cannot be read or belongs to another model.
@@ -54,7 +55,7 @@ def policy_of(dtype: str | Policy, geometry: ModelGeometry, fingerprint: str | N
         directory = Path(dtype.removeprefix(POLICY_PREFIX))
         found = load_policy(directory, geometry, fingerprint) if fingerprint else read_dtypes(directory, geometry)
     else:
-        found = parse_policy(dtype, geometry.num_layers)
+        found = policy_from(parse_names(dtype, geometry.num_layers).fitted(geometry))
     return replace(found, label=dtype)
 
 

@@ -42,9 +42,9 @@ def codebook(name: str, bits: int) -> Scheme:
     return Scheme(key=Codebook(name, bits, centered=True), value=Codebook(name, bits))
 
 
-def blocks(name: str, bits: int) -> Scheme:
-    """Keys by channel, values by token and block of channels."""
-    return Scheme(key=Affine(name, bits, per="channel"), value=Blocks(name, bits))
+def blocks(name: str, bits: int, block: int) -> Scheme:
+    """Keys by channel, values by token and ``block`` channels."""
+    return Scheme(key=Affine(name, bits, per="channel"), value=Blocks(name, bits, block))
 
 
 def mixed(name: str, high: int, low: int) -> Scheme:

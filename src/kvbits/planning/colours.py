@@ -19,6 +19,7 @@ _LOOKS = {
     "nf4": ("#166534", "dashed"),
     "nf3": ("#34a05f", "dashed"),
     "nf2": ("#86d5a2", "dashed"),
+    "int4b64": ("#b4460a", "dotted"),
     "int4b32": ("#9a3412", "dotted"),
     "int3b32": ("#e0752d", "dotted"),
     "int2b32": ("#f7b37d", "dotted"),

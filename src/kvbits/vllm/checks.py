@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
-from kvbits.codecs import Policy, parse_policy
-from kvbits.codecs.policy_file import read_dtypes
-from kvbits.config import PAGE_TOKENS, POLICY_PREFIX, LayerGeometry, ModelGeometry
+from kvbits.codecs import policy_of
+from kvbits.config import PAGE_TOKENS, LayerGeometry, ModelGeometry
 from kvbits.errors import UnsupportedError
 
 _DRAFTS = ("ngram",)
@@ -40,16 +38,9 @@ def geometry_of(config: Any) -> ModelGeometry:
     )
 
 
-def policy_of_sizes(text: str, geometry: ModelGeometry) -> Policy:
-    """The policy without its rounding, for which the weights would be needed."""
-    if text.startswith(POLICY_PREFIX):
-        return read_dtypes(Path(text.removeprefix(POLICY_PREFIX)), geometry)
-    return parse_policy(text, geometry.num_layers)
-
-
 def _of_policy(text: str, config: Any) -> Iterator[str]:
     geometry = geometry_of(config)
-    policy = policy_of_sizes(text, geometry)
+    policy = policy_of(text, geometry, None)  # the rounding would need the weights
     if policy.sink is not None:
         yield "the first page has a dtype of its own; vLLM's blocks are all alike, so leave out '+sink:'"
     for index, (scheme, layer) in enumerate(zip(policy.layers, geometry.layers, strict=True)):
