@@ -37,8 +37,13 @@ class _Before:
 def tell_positions(model: nn.Module) -> None:
     """Let attention modules that count their cache's tokens know those of the step; again is harmless."""
     for module in model.modules():
-        if getattr(module, "attn_temperature_tuning", False) and _tell not in module._forward_pre_hooks.values():
+        if counts_tokens(module) and _tell not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_tell, with_kwargs=True)
+
+
+def counts_tokens(module: nn.Module) -> bool:
+    """Whether an attention module's queries have a scale that follows the length of its cache."""
+    return bool(getattr(module, "attn_temperature_tuning", False))
 
 
 def _tell(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
