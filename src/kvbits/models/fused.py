@@ -68,4 +68,3 @@ def _packed_weight(layer: Any) -> PackedWeight:
     if not isinstance(layer, PackedLinear):
         raise Different(f"a linear layer ({type(layer).__name__}) is not packed")
     return layer.weight
-

@@ -129,11 +129,11 @@ def fuse_on_gpu(
     tolerance = _TOLERANCES[structure.head.layer.weight.dtype] * len(fused.layers) ** 0.5
     try:
         attends = backend or default_backend(str(model.device))
-        reason = disagreement(model, geometry, fused.forward, attends, _TRIED_TOKENS, tolerance)
+        different = disagreement(model, geometry, fused.forward, attends, _TRIED_TOKENS, tolerance)
     # a kernel that does not compile here: transformers' own code runs without
     except Exception as error:
         return f"it cannot be tried: {type(error).__name__}: {error}"
-    return reason or fused
+    return different or fused
 
 
 def _plain(layer: Any) -> Outputs:

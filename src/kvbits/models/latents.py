@@ -125,6 +125,11 @@ def release(model: nn.Module) -> None:
         vars(module).pop("expand_kv", None)
 
 
+def has_latents(model: nn.Module) -> bool:
+    """Whether a layer of ``model`` makes latents, however they are cached."""
+    return any(True for _ in _modules(model))
+
+
 def absorbed(model: nn.Module) -> Iterator[Absorbed]:
     """What :func:`absorb` put into the layers of ``model``."""
     return (module.expand_kv for module in _modules(model) if isinstance(getattr(module, "expand_kv", 0), Absorbed))
