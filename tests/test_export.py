@@ -139,7 +139,7 @@ def test_modelopt_layout(directory: str, text: str, tmp_path: Path) -> None:
 def test_fused_projections_are_refused(tmp_path: Path) -> None:
     loaded = load_model(save(tiny_model("phi3"), tmp_path), "float32")
     with pytest.raises(UnsupportedError, match="0 of the 3 layers"):
-        attention_modules(loaded)
+        attention_modules(loaded.model, loaded.geometry)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from helpers.driver import Driver
 from helpers.hybrids import prompt
 from helpers.tiny import save, tiny_config, tiny_model
 from helpers.tiny_engine import one_thread
-from helpers.zoo import LONGROPE
+from helpers.zoo import LONGROPE, ZOO
 from torch import Tensor
 
 from kvbits import LLM
@@ -89,6 +89,15 @@ def test_the_library_takes_what_its_context_asks_for(path: str) -> None:
         LLM(load_model(path), kv_cache_dtype="int8", kv_cache_memory="8MiB", max_model_len=400, progress=False)
     with pytest.raises(ConfigError, match=r"is 512 tokens|the 512 tokens"):
         LLM(path, kv_cache_dtype="int8", kv_cache_memory="8MiB", max_model_len=513, progress=False)
+
+
+def test_code_that_never_takes_the_long_factors_keeps_the_context_of_the_short_ones(tmp_path: Path) -> None:
+    """transformers' Phi-MoE computes its short ones at every position, and asks for positions' values meanwhile."""
+    config = tiny_config("phimoe-longrope", **ZOO["phimoe-longrope"])
+    assert geometry_of(config, max_model_len=SWITCH + 1).max_position == SWITCH
+    name = save(tiny_model("phimoe-longrope", **ZOO["phimoe-longrope"]), tmp_path)
+    with pytest.raises(ConfigError, match=r"max_model_len is 300; the context of .* is 256 tokens"):
+        LLM(name, kv_cache_dtype="int8", kv_cache_memory="8MiB", max_model_len=300, progress=False)
 
 
 def test_a_plan_is_of_the_whole_context(tmp_path: Path) -> None:

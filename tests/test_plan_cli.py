@@ -74,7 +74,6 @@ def test_list_names_the_tables_models(capsys: pytest.CaptureFixture[str]) -> Non
         ((*COMMON, "--context", "200000"), "1 to 131072"),
         ((*COMMON, "--kv-cache-dtype", "int9"), "int9"),
         ((*COMMON, "--policy", "nowhere"), "nowhere"),
-        ((*COMMON, "--mla", "squeezed"), "squeezed"),
         ((*COMMON, "--tensor-parallel-size", "3"), "3 ranks"),
         ((*COMMON, "--picture", "plan.txt"), "plan.txt"),
         ((*COMMON, "--trace", "nowhere.csv"), "nowhere.csv"),

@@ -149,7 +149,10 @@ class ModelGeometry:
     def refuse_latents(self, what: str) -> None:
         """Raise ``UnsupportedError`` for a model whose layers cache latents, which ``what`` cannot do."""
         if self.latent:
-            raise UnsupportedError(f"{what} does not work with cached latents, which the attention of {self.name} has")
+            raise UnsupportedError(
+                f"{what} does not work with cached latents, which the attention of {self.name} has; with --disable-mla "
+                "every head's keys and values are cached"
+            )
 
     def stored_in(self, state_dtype: str) -> ModelGeometry:
         """The same with ``recurrent`` states in one of :data:`STATE_DTYPES`; the inputs of short convolutions stay.
@@ -173,6 +176,11 @@ class ModelGeometry:
                 f"{what} cannot do layers that share keys and values; layer {place} of {self.name} reads those of "
                 f"layer {source}"
             )
+
+    def refuse_chunks(self, what: str) -> None:
+        """Raise ``UnsupportedError`` for a model that attends in chunks, which ``what`` cannot do."""
+        if any(layer.chunked for layer in self.layers):
+            raise UnsupportedError(f"{what} cannot do the chunked attention of {self.name}")
 
     def source_of(self, place: int) -> int:
         """The model's layer whose keys and values its layer ``place`` reads: itself, or an earlier one."""

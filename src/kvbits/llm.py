@@ -20,7 +20,7 @@ from kvbits.engine.config import EngineConfig, step_tokens
 from kvbits.engine.engine import Engine
 from kvbits.engine.outputs import CompletionOutput, Delta, RequestOutput
 from kvbits.engine.params import SamplingParams
-from kvbits.engine.precheck import check_engine
+from kvbits.engine.precheck import check_engine, engine_check
 from kvbits.engine.progress import Progress
 from kvbits.engine.prompts import Given, Prompt, read_chats, read_params, read_prompts
 from kvbits.engine.setup import check_fit
@@ -51,11 +51,12 @@ class LLM:
     ``max_num_batched_tokens`` is the token budget of a step, 512 on a CPU and 2,048 on a GPU where it is not given.
     ``kv_offload_size`` bytes of host memory, or of ``kv_offload_path`` (a file or a directory), keep the pages that the
     pool gives up. ``speculative_config`` (the options of :class:`~kvbits.engine.speculation.SpeculativeConfig`) guesses
-    tokens ahead; answers stay the same. ``device`` (``"cpu"``, ``"cuda"``, ...) is where a model that is named runs;
-    ``backend`` (:data:`kvbits.kernels.BACKENDS`) goes by it. ``trust_remote_code`` runs Python code that comes with
-    the model. ``progress`` shows a bar on stderr for work that takes more than two seconds. Threads may share an
-    ``LLM``: one call runs after another. ``with`` or :meth:`close` gives its memory back. Options of vLLM's that ask
-    for nothing here are accepted, others refused with what to use instead. Raises ``ConfigError`` or
+    tokens ahead; answers stay the same. ``disable_mla``: multi-head latent attention caches every head's keys and
+    values, not latents (more bytes, fewer operations). ``device`` (``"cpu"``, ``"cuda"``, ...) is where a model that is
+    named runs; ``backend`` (:data:`kvbits.kernels.BACKENDS`) goes by it. ``trust_remote_code`` runs Python code that
+    comes with the model. ``progress`` shows a bar on stderr for work that takes more than two seconds. Threads may
+    share an ``LLM``: one call runs after another. ``with`` or :meth:`close` gives its memory back. Options of vLLM's
+    that ask for nothing here are accepted, others refused with what to use instead. Raises ``ConfigError`` or
     ``UnsupportedError`` at once for what cannot work.
     """
 
@@ -79,6 +80,7 @@ class LLM:
         kv_offload_size: str | int | None = None,
         kv_offload_path: str | None = None,
         state_dtype: str = AUTO,
+        disable_mla: bool = False,
         speculative_config: SpeculativeConfig | Mapping[str, Any] | None = None,
         backend: Backend | str | None = None,
         progress: bool = True,
@@ -100,11 +102,15 @@ class LLM:
             kv_offload_size=kv_offload_size,
             kv_offload_path=kv_offload_path,
             state_dtype=state_dtype,
+            disable_mla=disable_mla,
         )
         speculative = SpeculativeConfig.of(speculative_config)
         if not isinstance(model, LoadedModel):
             check_engine(model, config, speculative, dtype=dtype, weights=weights, device=device)
-            model = load_model(model, dtype, None, weights, device, trust_remote_code, max_model_len)
+            model = load_model(
+                model, dtype, None, weights, device, trust_remote_code, max_model_len, disable_mla,
+                engine_check(config, speculative),
+            )  # fmt: skip
         self.loaded = model
         check_fit(model, config, choose_backend(backend, str(model.device)))
         self.choice = choose(model, wanted, Bar if progress else no_bar, log.warning, backend)

@@ -87,9 +87,11 @@ class PagedPool:
         )
 
     @classmethod
-    def smallest(cls, geometry: ModelGeometry, policy: Policy, device: torch.device | str = "cpu") -> PagedPool:
-        """A pool of one page: for what only asks a pool for its layers, or stores no more than that."""
-        size = PoolLayout.of(geometry, policy, free_windows=False).session_bytes(PAGE_TOKENS)
+    def smallest(
+        cls, geometry: ModelGeometry, policy: Policy, device: torch.device | str = "cpu", sequences: int = 1
+    ) -> PagedPool:
+        """A pool of a page for each of ``sequences``: for what only asks a pool for its layers, or stores no more."""
+        size = sequences * PoolLayout.of(geometry, policy, free_windows=False).session_bytes(PAGE_TOKENS)
         return cls(geometry, policy, size, device=device, free_windows=False)
 
     def copy(self, source: tuple[int, ...], target: tuple[int, ...]) -> None:

@@ -58,6 +58,11 @@ _OTHERS: dict[str, dict[str, Any]] = {
     "cohere": {},
     "cohere2": {"sliding_window": 40, "layer_types": _TURNS},
     "cwm": {"head_dim": 16, "sliding_window": 40, "layer_types": _TURNS},
+    "dbrx": {
+        "d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": 512,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 4, "ffn_act_fn": {"name": "silu"}},
+    },
     "deepseek_v4": {},
     "diffllama": {},
     "doge": {},
@@ -92,7 +97,11 @@ _OTHERS: dict[str, dict[str, Any]] = {
     "jetmoe": {},
     "kimi_linear": {},
     "llama4_text": LLAMA4,
-    "longcat_flash": {},
+    "longcat_flash": {
+        "num_layers": 2, "num_key_value_heads": 4, "ffn_hidden_size": 96, "q_lora_rank": 24,
+        "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 16, "head_dim": 16,
+        "expert_ffn_hidden_size": 32, "n_routed_experts": 4, "moe_topk": 6, "zero_expert_num": 2,
+    },
     "mamba": {},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "mellum": {"head_dim": 16, **_MOE},
@@ -134,7 +143,7 @@ _OTHERS: dict[str, dict[str, Any]] = {
     "xglm": {"d_model": 64, "num_layers": 2, "attention_heads": 4, "ffn_dim": 96},
 }  # fmt: skip
 
-UNSTEADY = ("phimoe",)
+UNSTEADY = ("phimoe", "phimoe-longrope")
 """Their routers weigh two experts by rank: a last bit turns a token to another sum, whatever the cache."""
 
 _NAMES = (*FAMILIES, *HYBRIDS, *(name for name in LATENTS if "-" not in name))

@@ -67,7 +67,7 @@ class DenseBackend(Backend):
         out, found = attention(view.geometry, query.float(), key, value, errors, sinks, known)
         if self.known is not None and known is None:
             self.known[view.index] = found
-        return out.to(query.dtype)
+        return out.to(query.dtype).contiguous()  # as other backends give it: some layers take views
 
 
 def dense_step(loaded: LoadedModel, backend: Backend, count: int) -> Forward:

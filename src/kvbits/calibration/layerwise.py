@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from kvbits.attention import Forward
 from kvbits.calibration.dense import DenseBackend, Window, dense_step, model_inputs
+from kvbits.config import ModelGeometry
 from kvbits.errors import UnsupportedError
 from kvbits.models import LoadedModel
+from kvbits.models.held import blank
 from kvbits.models.layers import layers_of
 
 _LOGITS = 1 << 24
@@ -40,17 +42,26 @@ class _Call:
     kwargs: dict[str, Any]
 
 
+def check_layers(geometry: ModelGeometry, config: Any) -> None:
+    """Raise ``UnsupportedError`` for a model of this configuration that has no list of layers, or recurrent ones,
+    cached latents, shared keys and values or chunks among them; no weights are needed."""
+    _check_shapes(geometry)
+    layers_of(blank(config), geometry.num_layers, geometry.name)
+
+
+def _check_shapes(geometry: ModelGeometry) -> None:
+    geometry.refuse_states("calibration")
+    geometry.refuse_latents("calibration")
+    geometry.refuse_shared("calibration")
+    geometry.refuse_chunks("calibration")
+
+
 class Layers:
     """The decoder layers of a model whose hidden states go from one to the next and nowhere else."""
 
     def __init__(self, loaded: LoadedModel) -> None:
-        """Raises ``UnsupportedError`` for a model that has no list of such layers, or recurrent ones or cached latents
-        among them."""
-        loaded.geometry.refuse_states("calibration")
-        loaded.geometry.refuse_latents("calibration")
-        loaded.geometry.refuse_shared("calibration")
-        if any(layer.chunked for layer in loaded.geometry.layers):
-            raise UnsupportedError(f"calibration cannot do the chunked attention of {loaded.name}")
+        """Raises as :func:`check_layers`."""
+        _check_shapes(loaded.geometry)
         self._loaded = loaded
         self._rows = max(1, min(_LOGIT_ROWS, _LOGITS // loaded.geometry.vocab_size))
         self._layers = layers_of(loaded.model, loaded.geometry.num_layers, loaded.name)

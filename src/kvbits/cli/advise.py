@@ -14,6 +14,7 @@ from kvbits.cli.session import Bar, load, machine, note, tokens_of
 
 if TYPE_CHECKING:
     from kvbits.evaluation.advice import Candidate
+    from kvbits.models import LoadedModel
 
 
 def advise(
@@ -36,6 +37,7 @@ def advise(
         int, typer.Option(min=1, metavar="N", help="Sequences that are timed, at most --sessions.")
     ] = 4,
     new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Decode steps that are timed.")] = 32,
+    disable_mla: options.DisableMLA = False,
     weights: options.Weights = "auto",
     device: options.Device = "cpu",
     threads: options.Threads = None,
@@ -55,10 +57,10 @@ def advise(
     from kvbits.evaluation.windows import check_text, read_text
 
     content, size = read_text(text), parse_bytes(memory)
-    from kvbits.engine.precheck import check_model
+    from kvbits.engine.precheck import check_geometry, check_model
 
-    asked = options.named(kv_cache_dtype, kv_policy)
-    check_model(model, asked, dtype="float32", weights=weights, device=device, context=max(context, window))
+    asked, longest = options.named(kv_cache_dtype, kv_policy), max(context, window)
+    check_model(model, asked, dtype="float32", weights=weights, device=device, context=longest)
     check_text([content], window, windows)
     from kvbits.evaluation.advice import advice, ladder
     from kvbits.evaluation.compare import policies_of
@@ -68,10 +70,17 @@ def advise(
     from kvbits.evaluation.survey import survey
 
     resume_cache = ResumeCache(resume)
-    loaded = load(model, "float32", threads, weights, device, trust_remote_code)
+
+    def loaded_in(dtype: str) -> LoadedModel:
+        return load(
+            model, dtype, threads, weights, device, trust_remote_code, max_model_len=longest, disable_mla=disable_mla,
+            check=lambda geometry, _: check_geometry(geometry, asked, context=longest),
+        )  # fmt: skip
+
+    loaded = loaded_in("float32")
     rungs = ["bf16"] if kv_cache_dtype else ladder(loaded.geometry)
-    policies = policies_of(loaded, list(dict.fromkeys([*rungs, *asked])), max(context, window))
-    served = load(model, "bfloat16", threads, weights, device, trust_remote_code)
+    policies = policies_of(loaded, list(dict.fromkeys([*rungs, *asked])), longest)
+    served = loaded_in("bfloat16")
     laboratory = Laboratory(loaded, policies, resume_cache, Bar, served=served, served_dtype="bfloat16")
     sizes = Sizes(window, windows, task_context=context, samples=samples)
     shape = (min(speed_context, context), min(speed_batch, sessions), new_tokens)

@@ -28,6 +28,7 @@ def bench(
     ] = None,
     max_num_batched_tokens: options.MaxNumBatchedTokens = None,
     state_dtype: options.StateDtype = AUTO,
+    disable_mla: options.DisableMLA = False,
     speculative_config: options.Speculative = None,
     dtype: options.Dtype = "bfloat16",
     weights: options.Weights = "auto",
@@ -40,7 +41,7 @@ def bench(
     results = JsonFile(json_file)
     dtypes = options.cache_dtypes(kv_cache_dtype, kv_policy)
     from kvbits.engine.config import step_tokens
-    from kvbits.engine.precheck import check_model, check_states
+    from kvbits.engine.precheck import check_geometry, check_model, check_states
     from kvbits.engine.speculation.config import SpeculativeConfig
     from kvbits.evaluation.documents import reference_text
     from kvbits.evaluation.windows import check_text, read_text
@@ -54,7 +55,10 @@ def bench(
     from kvbits.evaluation.speed import distinct_prompts, longest_sequence, measure_speed
 
     longest = context + new_tokens
-    loaded = load(model, dtype, threads, weights, device, trust_remote_code, max_model_len=longest)
+    loaded = load(
+        model, dtype, threads, weights, device, trust_remote_code, max_model_len=longest, disable_mla=disable_mla,
+        check=lambda geometry, _: check_geometry(geometry, dtypes, state_dtype=state_dtype, speculative=speculative),
+    )  # fmt: skip
     policies = policies_of(loaded, dtypes, context)
     budget = step_tokens(max_num_batched_tokens, device)
     longest_sequence(loaded, context, batch, new_tokens, budget)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Save the computed pages of a prompt to a file, and load them.", no_args_is_help=True)
 
+_BUNDLE = "a bundle of pages"
+
 Prompt = Annotated[str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The prompt.")]
 PromptFile = Annotated[Path | None, typer.Option(metavar="FILE", help="A UTF-8 text file as prompt.")]
 
@@ -34,6 +36,7 @@ def save(
     kv_cache_dtype: options.KVCacheDtype = AUTO,
     kv_policy: options.KVPolicy = None,
     kv_cache_memory: options.KVCacheMemory = "1GiB",
+    disable_mla: options.DisableMLA = False,
     dtype: options.Dtype = "bfloat16",
     threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -44,7 +47,7 @@ def save(
     text = _only(prompt, prompt_file)
     writable(output)
     _check(model, kv_cache_dtype, kv_policy, kv_cache_memory, dtype)
-    llm = _llm(model, kv_cache_dtype, kv_policy, kv_cache_memory, dtype, threads, trust_remote_code)
+    llm = _llm(model, kv_cache_dtype, kv_policy, kv_cache_memory, dtype, threads, trust_remote_code, disable_mla)
     seconds = _compute(llm, text)
     bundle = llm.save_cache(output, text)
     facts = _facts(bundle, output) | {"prefill_seconds": seconds}
@@ -63,6 +66,7 @@ def load(
     kv_cache_dtype: options.KVCacheDtype = AUTO,
     kv_policy: options.KVPolicy = None,
     kv_cache_memory: options.KVCacheMemory = "1GiB",
+    disable_mla: options.DisableMLA = False,
     dtype: options.Dtype = "bfloat16",
     threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -76,7 +80,7 @@ def load(
     from kvbits.engine.transfer import PageBundle
 
     bundle = PageBundle.load(file)
-    llm = _llm(model, kv_cache_dtype, kv_policy, kv_cache_memory, dtype, threads, trust_remote_code)
+    llm = _llm(model, kv_cache_dtype, kv_policy, kv_cache_memory, dtype, threads, trust_remote_code, disable_mla)
     begin = time.perf_counter()
     llm.load_cache(file)
     seconds = time.perf_counter() - begin
@@ -103,16 +107,30 @@ def _check(model: str, kv_dtype: str, policy: Path | None, memory: str, dtype: s
     from kvbits.engine.precheck import check_engine, check_no_states
 
     config = EngineConfig.of(kv_cache_dtype=options.cache_dtype(kv_dtype, policy), kv_cache_memory=memory)
-    check_no_states(check_engine(model, config, dtype=dtype), "a bundle of pages")
+    check_no_states(check_engine(model, config, dtype=dtype), _BUNDLE)
 
 
 def _llm(
-    model: str, kv_dtype: str, policy: Path | None, memory: str, dtype: str, threads: int | None, trusted: bool
+    model: str,
+    kv_dtype: str,
+    policy: Path | None,
+    memory: str,
+    dtype: str,
+    threads: int | None,
+    trusted: bool,
+    disable_mla: bool,
 ) -> LLM:
     from kvbits.llm import LLM
 
     llm = LLM(
-        load_model(model, dtype, threads, trust_remote_code=trusted),
+        load_model(
+            model,
+            dtype,
+            threads,
+            trust_remote_code=trusted,
+            disable_mla=disable_mla,
+            check=lambda geometry, _: geometry.refuse_states(_BUNDLE),
+        ),
         kv_cache_dtype=options.cache_dtype(kv_dtype, policy),
         kv_cache_memory=memory,
     )

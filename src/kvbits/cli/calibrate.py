@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,7 @@ from kvbits.cli.session import Bar, load, note, tokens_of
 
 if TYPE_CHECKING:
     from kvbits.codecs import Policy
+    from kvbits.config import ModelGeometry
     from kvbits.evaluation.compare import Comparison
 
 
@@ -49,6 +50,7 @@ def calibrate(
     ] = 2048,
     windows: Annotated[int, typer.Option(min=1, metavar="N", help="Windows to calibrate on, all over the text.")] = 8,
     check_windows: Annotated[int, typer.Option(min=1, metavar="N", help="Other windows, to measure the result.")] = 2,
+    disable_mla: options.DisableMLA = False,
     weights: options.Weights = "auto",
     device: options.Device = "cpu",
     threads: options.Threads = None,
@@ -62,7 +64,7 @@ def calibrate(
     begin = time.perf_counter()
     from kvbits.calibration.goal import Goal, Sizes
     from kvbits.config import parse_bytes
-    from kvbits.engine.precheck import check_model, check_no_states
+    from kvbits.engine.precheck import check_geometry, check_model, check_no_states
     from kvbits.evaluation.windows import check_text, read_text
 
     goal = Goal(bits, max_kl, None if memory is None else parse_bytes(memory), sessions, session_tokens)
@@ -79,11 +81,30 @@ def calibrate(
         from kvbits.calibration.policy import check_goal
 
         check_goal(outline.geometry, goal, None if sink == "none" else sink)
-    folder(output)
+
+    def check(geometry: ModelGeometry, config: Any) -> None:
+        from kvbits.calibration.layerwise import check_layers
+        from kvbits.calibration.policy import check_goal
+
+        check_layers(geometry, config)
+        check_geometry(geometry, [] if sink == "none" else [sink], context=window)
+        check_goal(geometry, goal, None if sink == "none" else sink)
+
     from kvbits.calibration.output import UNFINISHED
     from kvbits.calibration.run import calibrate as run
 
-    loaded = load(model, "float32", threads, weights, device, trust_remote_code)
+    loaded = load(
+        model,
+        "float32",
+        threads,
+        weights,
+        device,
+        trust_remote_code,
+        max_model_len=window,
+        disable_mla=disable_mla,
+        check=check,
+    )
+    folder(output)
     texts = [(name, tokens_of(loaded, content)) for name, content in contents]
     try:
         policy, found = run(loaded, texts, output, goal, None if sink == "none" else sink, sizes, Bar, note)

@@ -46,6 +46,7 @@ def chat(
     kv_policy: options.KVPolicy = None,
     kv_cache_memory: options.KVCacheMemory = "1GiB",
     state_dtype: options.StateDtype = AUTO,
+    disable_mla: options.DisableMLA = False,
     dtype: options.Dtype = "bfloat16",
     weights: options.Weights = "auto",
     device: options.Device = "cpu",
@@ -73,15 +74,20 @@ def chat(
         assert model is not None
         from kvbits.auto.wanted import Wanted
         from kvbits.engine.config import EngineConfig
-        from kvbits.engine.precheck import check_chat, check_engine
+        from kvbits.engine.precheck import check_chat, check_engine, engine_check
 
         dtype_name = options.cache_dtype(kv_cache_dtype, kv_policy)
         Wanted(dtype_name, max_kl, text)
         engine: dict[str, Any] = {
             "kv_cache_dtype": dtype_name, "kv_cache_memory": kv_cache_memory, "state_dtype": state_dtype,
+            "disable_mla": disable_mla,
         }  # fmt: skip
-        check_chat(check_engine(model, EngineConfig.of(**engine), dtype=dtype, weights=weights, device=device))
-        loaded = load(model, dtype, threads, weights, device, trust_remote_code)
+        config = EngineConfig.of(**engine)
+        check_chat(check_engine(model, config, dtype=dtype, weights=weights, device=device))
+        loaded = load(
+            model, dtype, threads, weights, device, trust_remote_code, disable_mla=disable_mla,
+            check=engine_check(config),
+        )  # fmt: skip
         from kvbits.llm import LLM
 
         llm = LLM(loaded, max_kl=max_kl, text=text, **engine)

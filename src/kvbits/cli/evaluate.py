@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from kvbits.cli import options
 from kvbits.cli.extras import require
 from kvbits.cli.output import JsonFile, writable
 from kvbits.cli.session import Bar, load, machine, note, tokens_of
+
+if TYPE_CHECKING:
+    from kvbits.models import LoadedModel
 
 _PARTS = (
     "fidelity, layers, passkey, needle, kv-retrieval, lines, multikey, variables, common-words, babi, "
@@ -55,6 +58,7 @@ def evaluate(
         bool, typer.Option(help="Run each dtype also with its scales off by 5 %, to see that the verdict notices.")
     ] = False,
     max_num_batched_tokens: options.MaxNumBatchedTokens = None,
+    disable_mla: options.DisableMLA = False,
     dtype: Annotated[
         str,
         typer.Option(
@@ -88,7 +92,7 @@ def evaluate(
         writable(html)
     dtypes = options.cache_dtypes(kv_cache_dtype, kv_policy)
     from kvbits.engine.config import step_tokens
-    from kvbits.engine.precheck import check_model
+    from kvbits.engine.precheck import check_geometry, check_model
     from kvbits.evaluation.parts import FIDELITY, LAYERS, parts_of
     from kvbits.evaluation.windows import check_text, read_text
     from kvbits.models.formats import check_formats
@@ -112,14 +116,21 @@ def evaluate(
     )  # fmt: skip
     resume_cache = ResumeCache(resume)
     longest = None if content is None else window
-    loaded = load(model, dtype, threads, weights, device, trust_remote_code, max_model_len=longest)
+
+    def loaded_in(name: str) -> LoadedModel:
+        return load(
+            model, name, threads, weights, device, trust_remote_code, max_model_len=longest, disable_mla=disable_mla,
+            check=lambda geometry, _: check_geometry(geometry, dtypes, context=longest),
+        )  # fmt: skip
+
+    loaded = loaded_in(dtype)
     policies = policies_of(loaded, dtypes, window if content is not None else 0)
     tokens = [] if content is None else tokens_of(loaded, content)
     only_text = set(selection.parts) <= {FIDELITY, LAYERS}
     again = not only_text and task_dtype != dtype
     served = loaded
     if again:
-        served = load(model, task_dtype, threads, weights, device, trust_remote_code, max_model_len=longest)
+        served = loaded_in(task_dtype)
     budget = step_tokens(max_num_batched_tokens, device)
     laboratory = Laboratory(loaded, policies, resume_cache, Bar, dtype, served, task_dtype, budget)
     run_tasks(laboratory, selection, tokens, book, sizes)

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvbits.cli import options
-from kvbits.cli.output import JsonFile, folder
+from kvbits.cli.output import JsonFile, can_be_folder, folder
 from kvbits.cli.session import Bar, load, note, tokens_of
 from kvbits.errors import ConfigError
 
 if TYPE_CHECKING:
+    from kvbits.config import ModelGeometry
     from kvbits.export.checkpoint import Layout
     from kvbits.export.flags import Translation
     from kvbits.export.scales import Granularity, LayerScales
@@ -98,18 +99,28 @@ def _checkpoint(
     threads: int | None,
     trusted: bool,
 ) -> dict[str, Any]:
+    from kvbits.engine.precheck import check_geometry
     from kvbits.evaluation.windows import check_text
 
     check_text([content for _, content in texts], context, windows + 1)
-    folder(output)
+    can_be_folder(output)
     from kvbits import __version__
     from kvbits.calibration.texts import split_windows
     from kvbits.export.checkpoint import add_scales
     from kvbits.export.scales import collect_scales
     from kvbits.models.checkpoint import attention_modules, write_checkpoint
+    from kvbits.models.held import blank
 
-    loaded = load(model, "float32", threads, trust_remote_code=trusted)
-    modules = attention_modules(loaded)
+    modules: list[str] = []
+
+    def check(geometry: ModelGeometry, config: Any) -> None:
+        geometry.refuse_states("export of scales")
+        geometry.refuse_chunks("export of scales")
+        check_geometry(geometry, context=context)
+        modules.extend(attention_modules(blank(config), geometry))
+
+    loaded = load(model, "float32", threads, trust_remote_code=trusted, max_model_len=context, check=check)
+    folder(output)
     # no windows are kept for a check: the errors are those of the calibration text itself
     parts, _ = split_windows([tokens_of(loaded, content) for _, content in texts], context, windows, 1)
     with Bar(context * windows, "calibrating") as advance:

@@ -44,6 +44,7 @@ def generate(
     kv_policy: options.KVPolicy = None,
     kv_cache_memory: options.KVCacheMemory = "1GiB",
     state_dtype: options.StateDtype = AUTO,
+    disable_mla: options.DisableMLA = False,
     max_model_len: options.MaxModelLen = None,
     max_num_seqs: options.MaxNumSeqs = 64,
     max_num_batched_tokens: options.MaxNumBatchedTokens = None,
@@ -62,7 +63,7 @@ def generate(
     from kvbits.auto.wanted import Wanted
     from kvbits.engine.config import EngineConfig, step_tokens
     from kvbits.engine.params import SamplingParams
-    from kvbits.engine.precheck import check_chat, check_engine
+    from kvbits.engine.precheck import check_chat, check_engine, engine_check
     from kvbits.engine.speculation.config import SpeculativeConfig
 
     sampling: dict[str, Any] = {
@@ -78,12 +79,16 @@ def generate(
     engine: dict[str, Any] = {
         "kv_cache_dtype": kv_cache_dtype, "kv_cache_memory": kv_cache_memory, "max_model_len": max_model_len,
         "max_num_seqs": max_num_seqs, "max_num_batched_tokens": step_tokens(max_num_batched_tokens, device),
-        "state_dtype": state_dtype,
+        "state_dtype": state_dtype, "disable_mla": disable_mla,
     }  # fmt: skip
-    outline = check_engine(model, EngineConfig.of(**engine), speculative, dtype=dtype, weights=weights, device=device)
+    config = EngineConfig.of(**engine)
+    outline = check_engine(model, config, speculative, dtype=dtype, weights=weights, device=device)
     if chat:
         check_chat(outline)
-    loaded = load(model, dtype, threads, weights, device, trust_remote_code, max_model_len=max_model_len)
+    loaded = load(
+        model, dtype, threads, weights, device, trust_remote_code, max_model_len=max_model_len,
+        disable_mla=disable_mla, check=engine_check(config, speculative),
+    )  # fmt: skip
     from kvbits.llm import LLM
 
     llm = LLM(loaded, max_kl=max_kl, text=text, speculative_config=speculative, **engine)

@@ -67,14 +67,7 @@ def plan(
     max_num_batched_tokens: Annotated[
         int, typer.Option(min=1, metavar="TOKENS", help="Token budget of a step.")
     ] = 2048,
-    mla: Annotated[
-        str,
-        typer.Option(
-            metavar="LAYOUT",
-            help="Multi-head latent attention: 'latent', as kvbits' engine stores it on CPUs, or 'expanded', every "
-            "head's keys and values, as it does on GPUs.",
-        ),
-    ] = "latent",
+    disable_mla: options.DisableMLA = False,
     trace: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Requests to simulate: Mooncake JSON lines or Azure CSV.")
     ] = None,
@@ -111,8 +104,6 @@ def plan(
     if picture is not None:
         require("plot")
         _check_picture(picture)
-    if mla not in ("latent", "expanded"):
-        raise ConfigError(f"--mla is '{mla}'; choose from latent, expanded")
     from kvbits.codecs.names import parse_names
     from kvbits.config import WATERMARK, check_state_dtype, parse_bytes
 
@@ -124,7 +115,7 @@ def plan(
         parse_names(name, None)
     from kvbits.planning.request import Options, make_plan
 
-    facts = _facts(model, "latent" if mla == "latent" else "expanded", trust_remote_code)
+    facts = _facts(model, "expanded" if disable_mla else "latent", trust_remote_code)
     asked = Options(
         memory=memory,
         weights=weights or facts.weights,
@@ -148,11 +139,7 @@ def plan(
         "source": facts.source,
         "parameters": facts.parameters.total,
         "tensor_parallel_size": tensor_parallel_size,
-        "mla": "latent"
-        if facts.geometry.latent
-        else "expanded"
-        if mla == "expanded" or facts.geometry.expanded
-        else None,
+        "mla": "latent" if facts.geometry.latent else "expanded" if disable_mla or facts.geometry.expanded else None,
     }
     for scheme, swept in zip(document["schemes"], planned.swept.schemes, strict=True):
         scheme["range"] = [{"context": c.context, "sessions": c.sessions} for c in swept.contexts]
@@ -252,7 +239,7 @@ def _print(planned: Planned, facts: ModelFacts, options: Options) -> None:
             "and at least as much for prompts that begin alike: counted."
         )
     if facts.geometry.latent:
-        print("The cache is the latents of multi-head latent attention; on GPUs kvbits stores --mla expanded.")
+        print("The cache is the latents of multi-head latent attention; on GPUs it is that of --disable-mla.")
     if facts.geometry.expanded:
         print(f"The cache is every head's keys and values, not latents: {facts.geometry.expanded}.")
 

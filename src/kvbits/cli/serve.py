@@ -30,6 +30,7 @@ def serve(
     kv_policy: options.KVPolicy = None,
     kv_cache_memory: options.KVCacheMemory = "1GiB",
     state_dtype: options.StateDtype = AUTO,
+    disable_mla: options.DisableMLA = False,
     max_model_len: options.MaxModelLen = None,
     max_num_seqs: options.MaxNumSeqs = 64,
     max_num_batched_tokens: options.MaxNumBatchedTokens = None,
@@ -152,8 +153,9 @@ def serve(
         kv_offload_size=kv_offload_size,
         kv_offload_path=kv_offload_path,
         state_dtype=state_dtype,
+        disable_mla=disable_mla,
     )
-    from kvbits.engine.precheck import check_engine, check_no_states
+    from kvbits.engine.precheck import check_engine, check_no_states, engine_check
     from kvbits.engine.speculation.config import SpeculativeConfig
 
     speculative = SpeculativeConfig.of(speculative_config)
@@ -186,8 +188,9 @@ def serve(
 
     sockets = take_address(host, port)
     loaded = load(
-        model, dtype, threads, weights, device, trust_remote_code, progress=log.info, max_model_len=max_model_len
-    )
+        model, dtype, threads, weights, device, trust_remote_code, progress=log.info, max_model_len=max_model_len,
+        disable_mla=disable_mla, check=engine_check(config, speculative),
+    )  # fmt: skip
     from kvbits.engine.setup import check_fit
     from kvbits.kernels import choose_backend
 

@@ -15,6 +15,7 @@ __all__ = ["Bar", "load", "machine", "note", "prompts_of", "tokens_of"]
 
 if TYPE_CHECKING:
     from kvbits.models import LoadedModel
+    from kvbits.models.load import Check
 
 
 def load(
@@ -26,11 +27,14 @@ def load(
     trust_remote_code: bool = False,
     *,
     max_model_len: int | None = None,
+    disable_mla: bool = False,
+    check: Check | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> LoadedModel:
     """Set the number of threads and load the model, naming each long stage to ``progress`` (default: on stderr).
 
-    Commands check first what can be checked without it (:mod:`kvbits.engine.precheck`).
+    Commands check first what can be checked without it (:mod:`kvbits.engine.precheck`), and with ``check`` what only
+    the layers' geometry tells.
     """
     from kvbits.models.formats import on_cpu
     from kvbits.models.lean import lean
@@ -50,6 +54,8 @@ def load(
             device=device,
             trust_remote_code=trust_remote_code,
             max_model_len=max_model_len,
+            disable_mla=disable_mla,
+            check=check,
         )
 
 

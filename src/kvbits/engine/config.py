@@ -31,7 +31,8 @@ class EngineConfig:
     engine refuse a model whose linear layers round by the number of rows, so that answers are the same to the last bit
     in any batch. ``kv_offload_size`` bytes keep the pages that the pool gives up: in host memory, or in
     ``kv_offload_path``, a file or a directory. ``state_dtype`` is what recurrent states are stored in between steps
-    (:data:`kvbits.config.STATE_DTYPES`).
+    (:data:`kvbits.config.STATE_DTYPES`). ``disable_mla``: the model has to cache every head's keys and values where it
+    could cache latents, as it is loaded with that option.
     """
 
     kv_cache_dtype: str | Policy = "int8"
@@ -44,6 +45,7 @@ class EngineConfig:
     kv_offload_size: int | None = None
     kv_offload_path: str | None = None
     state_dtype: str = AUTO
+    disable_mla: bool = False
 
     @classmethod
     def of(cls, **options: Any) -> EngineConfig:

@@ -24,7 +24,16 @@ from kvbits.engine.params import SamplingParams
 from kvbits.engine.request import FinishReason, Request
 from kvbits.engine.request_state import RequestState
 from kvbits.engine.scheduler import ScheduledRequest, Scheduler, SchedulerOutput
-from kvbits.engine.setup import check_invariance, context_of, limits_of, pages_of, policy_of, recurrent_line, states_of
+from kvbits.engine.setup import (
+    check_heads,
+    check_invariance,
+    context_of,
+    limits_of,
+    pages_of,
+    policy_of,
+    recurrent_line,
+    states_of,
+)
 from kvbits.engine.speculation import SpeculativeConfig, Speculator
 from kvbits.engine.speculation.methods import proposer_of
 from kvbits.engine.stats import EngineLoad, EngineStats
@@ -60,6 +69,7 @@ class Engine:
         self.loaded = loaded
         self.config = config = config or EngineConfig()
         self.backend = choose_backend(backend, str(loaded.device))
+        check_heads(loaded, config)
         check_invariance(loaded, config, self.backend)
         self.max_model_len = context_of(loaded, config)
         policy = policy_of(loaded, config, self.backend)

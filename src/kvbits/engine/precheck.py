@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvbits.codecs.names import PolicyNames, parse_names
 from kvbits.codecs.policy_document import read_names
-from kvbits.config import PAGE_TOKENS, POLICY_PREFIX, ModelGeometry, check_state_dtype, is_auto
+from kvbits.config import AUTO, PAGE_TOKENS, POLICY_PREFIX, ModelGeometry, check_state_dtype, is_auto
 from kvbits.engine.config import EngineConfig
 from kvbits.errors import ConfigError, RequestError, UnsupportedError
 from kvbits.memory import check_disk, check_host, show
@@ -41,8 +41,7 @@ def check_model(
     for name in kv_cache_dtypes:
         if isinstance(name, str):
             _check_dtype(name, outline)
-    if context is not None and outline.max_position is not None and context > outline.max_position:
-        raise ConfigError(f"a context of {context} tokens is over the {outline.max_position} tokens of {model}")
+    _check_context(context, model, outline.max_position)
     return outline
 
 
@@ -84,6 +83,42 @@ def check_states(outline: Outline, state_dtype: str, speculative: SpeculativeCon
         outline.geometry.stored_in(state_dtype)
     if speculative is not None and speculative.method == "self":
         check_no_states(outline, "the speculative method 'self'")
+
+
+def check_geometry(
+    geometry: ModelGeometry,
+    kv_cache_dtypes: Iterable[str | Policy] = (),
+    *,
+    state_dtype: str = AUTO,
+    kv_cache_memory: int | None = None,
+    speculative: SpeculativeConfig | None = None,
+    context: int | None = None,
+) -> None:
+    """The same of layers that were measured, before weights are read: for models whose files do not say it all."""
+    _check_context(context, geometry.name, geometry.max_position)
+    for name in kv_cache_dtypes:
+        if isinstance(name, str) and not is_auto(name):
+            _check_dtype(name, Outline(geometry.name, geometry.num_layers, geometry.max_position, geometry))
+    if kv_cache_memory is not None:
+        check_least(kv_cache_memory, geometry)
+    geometry.stored_in(state_dtype)
+    if speculative is not None and speculative.method == "self":
+        geometry.refuse_states("the speculative method 'self'")
+        geometry.refuse_latents("the speculative method 'self'")
+
+
+def engine_check(
+    config: EngineConfig, speculative: SpeculativeConfig | None = None
+) -> Callable[[ModelGeometry, object], None]:
+    """:func:`check_geometry` for what a whole engine is asked for, as :func:`kvbits.models.load_model` takes it."""
+
+    def check(geometry: ModelGeometry, _: object) -> None:
+        check_geometry(
+            geometry, [config.kv_cache_dtype], state_dtype=config.state_dtype,
+            kv_cache_memory=config.kv_cache_memory, speculative=speculative,
+        )  # fmt: skip
+
+    return check
 
 
 def check_no_states(outline: Outline, what: str) -> None:
@@ -131,6 +166,11 @@ def check_room(config: EngineConfig, device: str) -> None:
         if not folder.is_dir():
             raise ConfigError(f"kv_offload_path is '{path}'; there is no directory '{folder}'")
         check_disk("kv_offload_size", config.kv_offload_size - left, folder)
+
+
+def _check_context(context: int | None, model: str, longest: int | None) -> None:
+    if context is not None and longest is not None and context > longest:
+        raise ConfigError(f"a context of {context} tokens is over the {longest} tokens of {model}")
 
 
 def _check_dtype(name: str, outline: Outline) -> None:

@@ -11,7 +11,7 @@ from kvbits.engine.config import EngineConfig
 from kvbits.engine.limits import RequestLimits
 from kvbits.engine.offload import tier_of
 from kvbits.engine.precheck import check_least, check_length
-from kvbits.errors import UnsupportedError
+from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.kernels import Backend
 from kvbits.memory import show
 from kvbits.models import LoadedModel
@@ -31,12 +31,21 @@ def context_of(loaded: LoadedModel, config: EngineConfig) -> int:
 
 def check_fit(loaded: LoadedModel, config: EngineConfig, backend: Backend) -> None:
     """Raise ``ConfigError`` or ``UnsupportedError`` for what no cache dtype can mend; before one is measured."""
+    check_heads(loaded, config)
     check_invariance(loaded, config, backend)
     context_of(loaded, config)
     check_least(config.kv_cache_memory, loaded.geometry)
     states = StateLayout.of(loaded.geometry.stored_in(config.state_dtype), loaded.compute_dtype.itemsize)
     if states is not None:
         states.slots(config.kv_cache_memory, config.max_num_seqs)
+
+
+def check_heads(loaded: LoadedModel, config: EngineConfig) -> None:
+    """Raise ``ConfigError`` for a model that was loaded for cached latents where every head's keys are asked for."""
+    if config.disable_mla and loaded.geometry.latent:
+        raise ConfigError(
+            f"disable_mla is asked for, and {loaded.name} was loaded for cached latents; give it to load_model too"
+        )
 
 
 def policy_of(loaded: LoadedModel, config: EngineConfig, backend: Backend) -> Policy:

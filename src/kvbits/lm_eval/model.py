@@ -28,8 +28,8 @@ Scored = tuple[Any, list[int], list[int]]
 class KVBitsLM(TemplateLM):  # type: ignore[misc]
     """``--model kvbits``, on the CPU whatever ``--device`` is (lm-eval's default is ``cuda:0``).
 
-    ``pretrained``, ``dtype``, ``kv_cache_dtype``, ``kv_cache_memory``, ``state_dtype``, ``max_model_len`` are those of
-    ``kvbits.LLM``;
+    ``pretrained``, ``dtype``, ``kv_cache_dtype``, ``kv_cache_memory``, ``state_dtype``, ``disable_mla``,
+    ``max_model_len`` are those of ``kvbits.LLM``;
     ``batch_size`` (or ``auto``) is the most sequences in a step; ``add_bos_token``, ``prefix_token_id``,
     ``max_gen_toks`` mean what they mean for lm-eval's ``hf`` model. Raises ``ConfigError`` for any other argument.
     """
@@ -41,6 +41,7 @@ class KVBitsLM(TemplateLM):  # type: ignore[misc]
         kv_cache_dtype: str = "int8",
         kv_cache_memory: str | int = "1GiB",
         state_dtype: str = AUTO,
+        disable_mla: bool = False,
         dtype: str = "bfloat16",
         max_model_len: int | None = None,
         max_num_batched_tokens: int | None = None,
@@ -61,6 +62,7 @@ class KVBitsLM(TemplateLM):  # type: ignore[misc]
             kv_cache_dtype=str(kv_cache_dtype),
             kv_cache_memory=kv_cache_memory,
             state_dtype=state_dtype,
+            disable_mla=disable_mla,
             dtype=dtype,
             max_model_len=max_model_len,
             max_num_seqs=_sequences(batch_size, max_batch_size),

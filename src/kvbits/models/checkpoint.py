@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers.utils import CONFIG_NAME
 
+from kvbits.config import ModelGeometry
 from kvbits.errors import ConfigError, UnsupportedError
 from kvbits.files import write_text
 from kvbits.models.load import LoadedModel
@@ -76,22 +78,22 @@ def describe(
         raise ConfigError(f"cannot write the model to '{directory}': {error}") from error
 
 
-def attention_modules(loaded: LoadedModel) -> list[str]:
-    """The name of every layer's attention module, in the order of the layers.
+def attention_modules(model: nn.Module, geometry: ModelGeometry) -> list[str]:
+    """The name of every layer's attention module, in the order of the layers; ``model`` needs no weights.
 
     Raises ``UnsupportedError`` for a model whose attention has no separate key and value projections: engines look for
     a layer's scales beside those.
     """
     found: dict[int, str] = {}
-    for name, module in loaded.model.named_modules():
+    for name, module in model.named_modules():
         index: Any = getattr(module, "layer_idx", None)
         if isinstance(index, int) and hasattr(module, "k_proj") and hasattr(module, "v_proj"):
             found[index] = name
-    count = loaded.geometry.num_layers
-    places = list(loaded.geometry.places or range(count))
+    count = geometry.num_layers
+    places = list(geometry.places or range(count))
     if sorted(found) != places:
         raise UnsupportedError(
-            f"{len(found)} of the {count} layers of {loaded.name} have projections k_proj and v_proj"
+            f"{len(found)} of the {count} layers of {geometry.name} have projections k_proj and v_proj"
         )
     return [found[i] for i in places]
 

@@ -45,6 +45,12 @@ def fingerprint(model: Any, values_of: Callable[[str], Tensor] | None = None) ->
     return digest.hexdigest()[:16]
 
 
+def of_heads(fingerprint: str) -> str:
+    """The :func:`fingerprint` of the same model where it has latents and caches every head's keys and values: pages,
+    losses and policies of one are nothing to the other."""
+    return hashlib.sha256(f"{fingerprint} expanded".encode()).hexdigest()[:16]
+
+
 def _values(name: str, parameter: nn.Parameter, values_of: Callable[[str], Tensor] | None) -> Tensor:
     if isinstance(parameter, StoredParameter) and parameter.is_meta:
         return _sample_rows(tuple(parameter.shape), parameter.rows)

@@ -22,7 +22,7 @@ from kvbits.kernels.triton.elementwise import add_norm, gated, turned
 from kvbits.kernels.triton.launch import Launch, run
 from kvbits.models.parts import Different, Rope
 from kvbits.models.structure import Structure, recognise
-from kvbits.models.trial import both_logits
+from kvbits.models.trial import disagreement
 
 _TRIED_TOKENS = 8
 _TOLERANCES = {torch.bfloat16: 0.02, torch.float32: 0.002}
@@ -128,16 +128,12 @@ def fuse_on_gpu(
     fused = _join(structure, launch)
     tolerance = _TOLERANCES[structure.head.layer.weight.dtype] * len(fused.layers) ** 0.5
     try:
-        fast, plain = both_logits(
-            model, geometry, fused.forward, backend or default_backend(str(model.device)), _TRIED_TOKENS
-        )
+        attends = backend or default_backend(str(model.device))
+        different = disagreement(model, geometry, fused.forward, attends, _TRIED_TOKENS, tolerance)
     # a kernel that does not compile here: transformers' own code runs without
     except Exception as error:
         return f"it cannot be tried: {type(error).__name__}: {error}"
-    difference = float((fast - plain).norm() / plain.norm())
-    if not difference < tolerance:
-        return f"its logits differ by {difference:.2g} from transformers' own code"
-    return fused
+    return different or fused
 
 
 def _plain(layer: Any) -> Outputs:

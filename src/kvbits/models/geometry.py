@@ -9,6 +9,7 @@ evaluated at a far position, which tells a window from a chunk and causal from b
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +28,7 @@ from kvbits.attention import refuse_keywords
 from kvbits.config import LayerGeometry, ModelGeometry, StateShape
 from kvbits.errors import UnsupportedError
 from kvbits.models.latents import Absorbed, absorb
-from kvbits.models.positions import switch_of
+from kvbits.models.positions import Valued, changes_factors, rope_types, switch_of
 from kvbits.models.quiet import quiet
 from kvbits.models.recurrent import note_states
 from kvbits.models.trust import trusted
@@ -60,6 +61,8 @@ class _Recorder:
     stored: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Keys and values of each layer that has its own."""
     states: dict[int, list[StateShape]] = field(default_factory=dict)
+    rotary: list[nn.Module] = field(default_factory=list)
+    """Rotary embeddings of LongRoPE."""
     latents: bool = True
     expanded: str = ""
     odd: str = ""
@@ -75,9 +78,9 @@ def geometry_of(
     """Measure ``model`` or a model of this configuration; no weights are needed.
 
     ``max_model_len``: the longest sequence that is wanted. A LongRoPE model has the context of its short factors unless
-    more is. ``latents``: multi-head latent attention caches its latents where the family's code lets it; else, and
-    where ``latents`` is false, every head's keys and values. Raises ``UnsupportedError`` naming whatever kvbits cannot
-    do.
+    more is, and always where its code never takes the long ones. ``latents``: multi-head latent attention caches its
+    latents where the family's code lets it; else, and where ``latents`` is false, every head's keys and values. Raises
+    ``UnsupportedError`` naming whatever kvbits cannot do.
     """
     config = model.config if isinstance(model, PreTrainedModel) else model
     text = config.get_text_config(decoder=True)
@@ -102,7 +105,7 @@ def geometry_of(
     return ModelGeometry(
         name or config.model_type,
         tuple(recorder.layers[place] for place in places),
-        _context(text, max_model_len),
+        _context(text, max_model_len, recorder.rotary),
         int(text.vocab_size),
         () if places == tuple(range(len(places))) else places,
         tuple(state for place in sorted(recorder.states) for state in recorder.states[place]),
@@ -111,9 +114,11 @@ def geometry_of(
     )
 
 
-def _context(text: Any, wanted: int | None) -> int:
+def _context(text: Any, wanted: int | None, rotary: list[nn.Module]) -> int:
     longest, switch = int(text.max_position_embeddings), switch_of(text)
-    return longest if switch is None or (wanted or 0) > switch else switch
+    if switch is None:
+        return longest
+    return longest if (wanted or 0) > switch and all(changes_factors(module, switch) for module in rotary) else switch
 
 
 def _refuse_config(config: Any, text: Any) -> None:
@@ -161,6 +166,12 @@ def _trial(config: Any, recorder: _Recorder) -> None:
                 config, attn_implementation=_TRIAL, dtype=torch.float32, trust_remote_code=trusted(config)
             ).eval()
             note_states(model, recorder.states)
+            recorder.rotary = [part for part in model.modules() if "longrope" in rope_types(part)]
+            for part in recorder.rotary:
+                part.forward = Valued(part)
+            for part in model.modules():
+                if type(part).__name__.endswith("Experts"):
+                    part.forward = _unrouted(part.forward)
             recorder.expanded = (absorb(model, _TRIAL) if recorder.latents else None) or ""
             if not (model._supports_attention_backend or model._can_set_attn_implementation()):
                 raise UnsupportedError(
@@ -182,9 +193,28 @@ def _trial(config: Any, recorder: _Recorder) -> None:
                 f"the {kind} model's code does not let its attention be replaced (it chooses from its own)"
             ) from error
         reason = " ".join(str(error).split())[:300]
+        if isinstance(error, NotImplementedError):
+            raise UnsupportedError(
+                f"the {kind} model's code goes by values that its layers compute, which a trial pass without weights "
+                "has not"
+            ) from error
+        if "not on the expected device" in reason:  # it met the mask, the one tensor that has a value
+            raise UnsupportedError(f"layers of the {kind} model build their attention mask in their own way") from error
         raise UnsupportedError(
             f"a trial pass through the {kind} model failed: {type(error).__name__}: {reason}"
         ) from error
+
+
+def _unrouted(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Experts that go by the router's choices, which are not there: they give rows like those that they are given."""
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        try:
+            return own(hidden_states, *args, **kwargs)
+        except NotImplementedError:
+            return torch.empty_like(hidden_states)
+
+    return forward
 
 
 def _observe_mask(*, mask_function: Any, attention_mask: Tensor | None = None, **_: Any) -> Tensor:

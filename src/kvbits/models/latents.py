@@ -21,7 +21,7 @@ from kvbits.errors import UnsupportedError
 from kvbits.kernels.cpu import CpuBackend
 from kvbits.kernels.products import Products
 from kvbits.models.packed import PackedLinear
-from kvbits.models.trial import logits_of
+from kvbits.models.trial import differences, logits_of
 
 _PARTS = ("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "expand_kv")
 _SIZES = ("num_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -125,6 +125,11 @@ def release(model: nn.Module) -> None:
         vars(module).pop("expand_kv", None)
 
 
+def has_latents(model: nn.Module) -> bool:
+    """Whether a layer of ``model`` makes latents, however they are cached."""
+    return any(True for _ in _modules(model))
+
+
 def absorbed(model: nn.Module) -> Iterator[Absorbed]:
     """What :func:`absorb` put into the layers of ``model``."""
     return (module.expand_kv for module in _modules(model) if isinstance(getattr(module, "expand_kv", 0), Absorbed))
@@ -155,12 +160,12 @@ def _different(module: Any) -> str | None:
 @torch.inference_mode()
 def difference(model: Any, geometry: ModelGeometry, expanded: ModelGeometry) -> float:
     """Relative difference of the logits with cached latents (``geometry``) from those with ``expanded`` heads, the
-    median of some tokens."""
+    median of some tokens near a text's beginning or of some far ones, whichever is more."""
     release(model)
     plain = logits_of(model, expanded, CpuBackend(), _TRIED_TOKENS)
     absorb(model)
     found = logits_of(model, geometry, CpuBackend(), _TRIED_TOKENS)
-    return float(((found - plain).norm(dim=1) / plain.norm(dim=1)).median())
+    return max(differences(found, plain, _TRIED_TOKENS, median=True))
 
 
 def differing(model: Any, geometry: ModelGeometry, expanded: ModelGeometry) -> str | None:

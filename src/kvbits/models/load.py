@@ -21,11 +21,11 @@ from kvbits.kernels import GPUS
 from kvbits.kernels.hugepages import collapse_to_huge_pages
 from kvbits.models.control import ControlTokens
 from kvbits.models.device import find_device
-from kvbits.models.fingerprint import fingerprint
+from kvbits.models.fingerprint import fingerprint, of_heads
 from kvbits.models.formats import check_formats
 from kvbits.models.fused import FusedModel, fuse
 from kvbits.models.geometry import geometry_of
-from kvbits.models.latents import absorb, absorbed, differing, release
+from kvbits.models.latents import absorb, absorbed, differing, has_latents, release
 from kvbits.models.locate import locate
 from kvbits.models.packed import depends_on_rows, pack_linears, packed_weights, round_linears, settle
 from kvbits.models.positions import settle_rotary, tell_positions
@@ -38,6 +38,9 @@ if TYPE_CHECKING:  # it imports Triton
 
 log = logging.getLogger(__name__)
 
+Check = Callable[[ModelGeometry, Any], None]
+"""What a command refuses of a model's geometry and configuration."""
+
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -45,7 +48,8 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 class LoadedModel:
     """A Hugging Face causal language model whose attention is :func:`kvbits.attention.attend`.
 
-    ``fingerprint`` names configuration and weights (16 hex digits), whatever the dtype they are loaded in.
+    ``fingerprint`` names configuration and weights (16 hex digits), whatever the dtype they are loaded in, and whether
+    latents or every head's keys and values are cached.
     """
 
     model: Any
@@ -125,6 +129,8 @@ def load_model(
     device: str = "cpu",
     trust_remote_code: bool = False,
     max_model_len: int | None = None,
+    disable_mla: bool = False,
+    check: Check | None = None,
 ) -> LoadedModel:
     """Load ``name``: a packaged model, a ``.gguf`` file, a directory (safetensors or one GGUF) or a Hugging Face id.
 
@@ -134,9 +140,11 @@ def load_model(
     ``device`` is a torch device; ``progress``
     gets a line of text before each long stage; ``trust_remote_code`` runs Python code that comes with the model, which
     is refused otherwise. ``max_model_len``: the longest sequence to come; over the first context of a LongRoPE model
-    (Phi-3 and 4 of 128K) it takes the long factors, for all its tokens, else the short ones. Raises ``ConfigError``
-    when the model cannot be found or read or the device cannot be used, ``UnsupportedError`` when kvbits cannot run the
-    model.
+    (Phi-3 and 4 of 128K) it takes the long factors, for all its tokens, else the short ones. ``disable_mla``:
+    multi-head latent attention caches every head's keys and values, not latents. ``check`` is given the geometry and
+    the configuration before a weight is read, to refuse what a command cannot do with such a model. Raises
+    ``ConfigError`` when the model cannot be found or read or the device cannot be used, ``UnsupportedError`` when
+    kvbits cannot run the model.
     """
     check_formats(dtype, weights, device)
     report = progress or (lambda line: None)
@@ -146,9 +154,11 @@ def load_model(
     report(f"Loading {name} ({dtype}) ..." if source.offline else f"Downloading and loading {name} ({dtype}) ...")
     reader = Reader(name, source, trust_remote_code)
     # refused before a weight is read
-    geometry = geometry_of(reader.configuration(), name, max_model_len, place.type == "cpu")
+    geometry = geometry_of(reader.configuration(), name, max_model_len, place.type == "cpu" and not disable_mla)
     if place.type != "cpu":
         geometry.refuse_states(f"the cache on '{device}'")
+    if check is not None:
+        check(geometry, reader.configuration())
     register()
     packs = dtype == "bfloat16" and place.type == "cpu"
     weights_of = reader.weights(_DTYPES[dtype], IMPLEMENTATION, packs and weights == "auto", packs)
@@ -158,7 +168,7 @@ def load_model(
     loaded = replace(loaded, trust_remote_code=trust_remote_code, weights=weights)
     if place.type != "cpu":
         model.to(place)
-        return fused_on_gpu(loaded, report)
+        return fused_on_gpu(_with_latents(loaded), report)
     if rounded and dtype == "float32":
         round_linears(model, weights)  # after the fingerprint, which reads the plain weights
         try_cuts(model, geometry)
@@ -190,7 +200,7 @@ def wrap(
     recurrent layers are run once, which takes weights as they will be used. Raises ``UnsupportedError`` when kvbits
     cannot run it.
     """
-    geometry = geometry or geometry_of(model, name, model.device.type == "cpu")
+    geometry = geometry or geometry_of(model, name, latents=model.device.type == "cpu")
     if model.device.type != "cpu":
         geometry.refuse_states(f"the cache on '{model.device}'")
     names = inspect.signature(model.forward).parameters
@@ -222,7 +232,10 @@ def _with_latents(loaded: LoadedModel) -> LoadedModel:
         geometry = geometry if reason is None else replace(expanded, expanded=reason)
     if geometry.expanded:
         log.warning("%s caches every head's keys and values instead of latents: %s", loaded.name, geometry.expanded)
-    return replace(loaded, geometry=geometry)
+    own = loaded.fingerprint
+    return replace(
+        loaded, geometry=geometry, fingerprint=of_heads(own) if has_latents(model) and not geometry.latent else own
+    )
 
 
 def fused_on_gpu(loaded: LoadedModel, report: Callable[[str], None]) -> LoadedModel:

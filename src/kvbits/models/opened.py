@@ -41,12 +41,13 @@ class OpenedModel:
 def open_model(name: str, allow_requantize: bool = False, trust_remote_code: bool = False) -> OpenedModel:
     """Open ``name`` (as :func:`kvbits.models.load_model` takes it) to round its layers' weights.
 
-    Raises as that, and ``UnsupportedError`` for recurrent layers and mixtures of experts; ``ConfigError`` for a model
-    whose files are quantized, unless ``allow_requantize``.
+    Raises as that, and ``UnsupportedError`` for recurrent layers, chunks and mixtures of experts; ``ConfigError`` for a
+    model whose files are quantized, unless ``allow_requantize``.
     """
     reader = Reader(name, locate(name), trust_remote_code)
     geometry = geometry_of(reader.configuration(), name, latents=False)  # every linear layer runs then
     geometry.refuse_states("rounding weights with error feedback")
+    geometry.refuse_chunks("rounding weights with error feedback")
     form = reader.quantized()
     if form is not None and not allow_requantize:
         raise ConfigError(

@@ -37,8 +37,13 @@ class _Before:
 def tell_positions(model: nn.Module) -> None:
     """Let attention modules that count their cache's tokens know those of the step; again is harmless."""
     for module in model.modules():
-        if getattr(module, "attn_temperature_tuning", False) and _tell not in module._forward_pre_hooks.values():
+        if counts_tokens(module) and _tell not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_tell, with_kwargs=True)
+
+
+def counts_tokens(module: nn.Module) -> bool:
+    """Whether an attention module's queries have a scale that follows the length of its cache."""
+    return bool(getattr(module, "attn_temperature_tuning", False))
 
 
 def _tell(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -79,13 +84,49 @@ class _Long:
         return tuple(table[:, :-1] for table in self.run(x, more, *args, **kwargs))
 
 
+class Valued:
+    """In the place of a rotary module's ``forward`` on ``meta``, where its code asks for the positions' values."""
+
+    def __init__(self, module: Any) -> None:
+        self._module, self._run = module, module.forward
+
+    def __call__(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        try:
+            found: tuple[Tensor, ...] = self._run(x, position_ids, *args, **kwargs)
+            return found
+        except RuntimeError:
+            found = _tables(self._module, torch.zeros(position_ids.shape, device="cpu"), *args, **kwargs)
+            return tuple(table.to("meta", x.dtype) for table in found)
+
+
+def changes_factors(module: Any, switch: int) -> bool:
+    """Whether a LongRoPE module turns a token otherwise in a call that goes beyond ``switch``; transformers' Phi-MoE
+    does not."""
+    if not isinstance(module.rope_type, str):  # factors by type of layer, which it is told
+        return True
+    tables = (_tables(module, torch.tensor([[1.0, last]])) for last in (1, switch))
+    near, far = (torch.atan2(sin[0, 0], cos[0, 0]) for cos, sin in tables)
+    return not torch.allclose(near, far)
+
+
+def _tables(module: Any, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    """What the module of ``module``'s kind gives that has memory, which it is made with."""
+    with torch.device("cpu"):
+        found: tuple[Tensor, ...] = type(module)(module.config)(torch.empty(1), position_ids.cpu(), *args, **kwargs)
+    return found
+
+
+def rope_types(module: Any) -> set[str]:
+    """The kinds of a rotary module: one, or one for each type of layers; empty for another module."""
+    kind = getattr(module, "rope_type", None)
+    return set(kind.values()) if isinstance(kind, dict) else set() if kind is None else {kind}
+
+
 def settle_rotary(model: Any, geometry: ModelGeometry) -> None:
     """Let a LongRoPE ``model`` have its long factors where ``geometry`` goes beyond its switch."""
     switch = switch_of(model.config.get_text_config(decoder=True))
     if switch is None or geometry.max_position <= switch:
         return
     for module in model.modules():
-        kind = getattr(module, "rope_type", None)
-        kinds = kind.values() if isinstance(kind, dict) else (kind,)
-        if "longrope" in kinds and not isinstance(module.forward, _Long):
+        if "longrope" in rope_types(module) and not isinstance(module.forward, _Long):
             module.forward = _Long(module, switch)

@@ -16,6 +16,7 @@ from kvbits.config import LayerGeometry, ModelGeometry
 from kvbits.kernels.decoder import DecoderLayer, DecoderShape
 from kvbits.kernels.experts import Gate
 from kvbits.models.parts import Different, Rope, W, Weigh, epsilon, expect, mlp, norm_weight, split
+from kvbits.models.positions import counts_tokens
 
 _BODY = frozenset({"embed_tokens", "layers", "norm", "rotary_emb"})
 _BLOCKS = frozenset({"self_attn", "mlp"})
@@ -51,10 +52,10 @@ def recognise(model: Any, geometry: ModelGeometry, weigh: Weigh[W]) -> Structure
         raise Different("its layers share keys and values")
     if any(layer.chunked for layer in geometry.layers):
         raise Different("it attends in chunks")
+    if any(map(counts_tokens, model.modules())):
+        raise Different("its queries' scale follows its cache's length")
     body, head = model.get_decoder(), model.get_output_embeddings()
     config = model.config.get_text_config(decoder=True)
-    if (getattr(config, "rope_parameters", None) or {}).get("llama_4_scaling_beta"):  # none near a text's beginning
-        raise Different("its queries' scale follows their positions")
     expect(body, _BODY)
     shapes = {(layer.num_heads, layer.num_kv_heads, layer.key_dim, layer.value_dim) for layer in geometry.layers}
     if len(shapes) != 1:

@@ -40,12 +40,15 @@ class ReplicaOptions:
         """The model as each replica has it; sets the number of threads. Imports torch."""
         import torch
 
+        from kvbits.engine.precheck import engine_check
         from kvbits.models import load_model
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        longest = self.engine.max_model_len
-        return load_model(self.model, self.dtype, progress, self.weights, self.device, self.trust_remote_code, longest)
+        return load_model(
+            self.model, self.dtype, progress, self.weights, self.device, self.trust_remote_code,
+            self.engine.max_model_len, self.engine.disable_mla, engine_check(self.engine),
+        )  # fmt: skip
 
     def with_choice(self, choice: Choice) -> ReplicaOptions:
         """The same with the dtype that was chosen before any replica starts, and what it loses."""

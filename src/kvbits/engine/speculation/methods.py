@@ -18,6 +18,8 @@ from kvbits.models import LoadedModel, load_model
 from kvbits.pages import PageManager
 from kvbits.pool import PagedPool
 
+_DRAFTS = "a draft model's cache"
+
 
 def proposer_of(
     speculative: SpeculativeConfig, loaded: LoadedModel, config: EngineConfig, runner: ModelRunner, pages: PageManager
@@ -41,7 +43,8 @@ def proposer_of(
     dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
     draft = load_model(
         speculative.model, dtype=dtype, device=str(loaded.device), trust_remote_code=loaded.trust_remote_code,
-        max_model_len=config.max_model_len or loaded.geometry.max_position,
+        max_model_len=config.max_model_len or loaded.geometry.max_position, disable_mla=config.disable_mla,
+        check=lambda geometry, _: geometry.refuse_states(_DRAFTS),
     )  # fmt: skip
     return draft_model(draft, speculative, loaded, config)
 
@@ -55,7 +58,7 @@ def draft_model(
     where the kernels cannot store it as asked.
     """
     _check_tokens(draft, loaded)
-    draft.geometry.refuse_states("a draft model's cache")
+    draft.geometry.refuse_states(_DRAFTS)
     longest = config.max_model_len or loaded.geometry.max_position
     if draft.geometry.max_position < longest:
         raise ConfigError(
