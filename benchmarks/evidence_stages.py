@@ -34,7 +34,7 @@ from kvbits.models import LoadedModel, load_model
 TEXT, BOOKS = "wiki.test.raw", ("moby_dick.txt", "war_and_peace.txt")
 CONTEXT = 2048
 BUDGETS = (4.6, 3.6, 2.6)
-UNIFORM = ("int8", "int6", "int4")
+UNIFORM = ("int8", "int6", "int4+sink:int8", "int4")
 FEW = ("int8", "int4", "4.6", "3.6", "2.6")
 """Dtypes and budgets that the longer stages compare with 16 bit."""
 
