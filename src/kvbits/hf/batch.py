@@ -125,7 +125,7 @@ class Batch:
 
     @_locked
     def finish(self, recording: bool) -> None:
-        """The step of :meth:`begin` has run."""
+        """The step of :meth:`begin` has run: windows give back what it has left behind for good."""
         assert self._coming is not None
         self.real, self._coming, self._parts = self._coming, None, None
         if not recording:
@@ -234,8 +234,10 @@ class Batch:
         try:
             self._store.pages.reserve(sequence.id, count, tentative)
         except OutOfPages as error:
+            parts = "; windows give pages back after a pass: read the prompt in parts, generate(prefill_chunk_size=512)"
             raise OutOfPages(
                 f"the cache is full: {error}. Give it more kv_cache_memory; reset() or drop caches that share its pages"
+                f"{parts if self._store.pages.shape.frees else ''}"
             ) from error
         sequence.open_tokens = count
 
