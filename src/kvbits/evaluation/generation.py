@@ -66,8 +66,8 @@ def write(
     content = [list(map(list, prompts)), new_tokens, TEMPERATURE]
     key = key_of("generation", *where, content)
     if key not in resume_cache:
-        found = _continue(loaded, policy, prompts, new_tokens, max_num_batched_tokens, progress, state_dtype)
-        resume_cache.put(key, found)
+        made = _continue(loaded, policy, prompts, new_tokens, max_num_batched_tokens, progress, state_dtype)
+        resume_cache.put(key, made)
     else:
         progress(2 * sum(len(prompt) + new_tokens for prompt in prompts))
     texts: dict[str, list[int]] = resume_cache[key]
