@@ -45,10 +45,12 @@ class Store:
     def __init__(self, loaded: LoadedModel, dtype: str, memory: str | int | None, backend: Backend) -> None:
         config = EngineConfig(kv_cache_dtype=dtype, enable_prefix_caching=False)
         policy = policy_of(loaded, config, backend)
-        layout = PoolLayout.of(loaded.geometry, policy, backend.layer_groups)
+        freed = backend.layer_groups
+        layout = PoolLayout.of(loaded.geometry, policy, freed)
         size = _spare_memory(layout, loaded.device) if memory is None else parse_bytes(memory)
         self.backend = backend
-        self.pool = PagedPool(loaded.geometry, policy, size, device=loaded.device, free_windows=backend.layer_groups)
+        with torch.inference_mode(False):  # or pages could not be copied outside of it
+            self.pool = PagedPool(loaded.geometry, policy, size, device=loaded.device, free_windows=freed)
         self.pages: PageManager = pages_of(self.pool, loaded, config)
         self.lock = threading.RLock()  # again in one thread: a cache may be collected, and cleared, at any time
         self._next = 0
