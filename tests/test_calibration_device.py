@@ -88,7 +88,7 @@ def test_kernels_are_the_device_s(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = wrap(tiny_model("llama", head_dim=32), tiny_tokenizer(), "tiny")
     policies = [loaded.policy("int4")]
     given: list[object] = []
-    monkeypatch.setattr(compare, "engine_for", lambda *args: given.append(args[-1]))
+    monkeypatch.setattr(compare, "engine_for", lambda *args, **_: given.append(args[-1]))
     SideBySide(loaded, policies, 256)
     assert given == [None, None]  # an engine then goes by the model's device
     asked: list[str] = []

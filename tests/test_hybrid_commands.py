@@ -74,6 +74,44 @@ def test_measuring_commands(hybrid: str, book: Path, tmp_path: Path) -> None:
     assert made["state_bytes"] == 2 * (192 * 4 * 2 + 8 * 16 * 16 * 4)
 
 
+def test_what_rounded_states_lose_is_measured(
+    hybrid: str, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone and beside a dtype's loss, in every part; nothing of it is remembered as the cache dtype's loss."""
+    asked = ("evaluate", hybrid, "--kv-cache-dtype", "bf16", "--kv-cache-dtype", "int8", "--text", book)
+    sizes = ("--windows", 1, "--window", 160, "--texts", 1, "--new-tokens", 8, "--task-dtype", "float32")
+    states = ("--state-dtype", "bfloat16", "--html", tmp_path / "a.html", "--resume", tmp_path / "parts.jsonl")
+    parts = ("--tasks", "fidelity,layers,generation")
+    alone, beside = written(tmp_path / "a.json", *asked, *sizes, *parts, *states)["results"]
+    plain, coded = written(tmp_path / "b.json", *asked, *sizes, *parts, "--resume", tmp_path / "parts.jsonl")["results"]
+    assert [row["dtype"] for row in (alone, beside)] == ["bf16, states in bfloat16", "int8, states in bfloat16"]
+    assert {row.get("state_dtype") for row in (alone, beside)} == {"bfloat16"}
+    assert plain["kl_mean"] == 0 < alone["kl_mean"] < beside["kl_mean"]
+    assert coded["kl_mean"] != beside["kl_mean"]
+    assert "state_dtype" not in coded
+    assert "by_layer" not in alone
+    assert beside["by_layer"] == coded["by_layer"], "attention has no states"
+    assert alone["generation"]["greedy"]["texts"] == 1
+    assert "recurrent states: bfloat16" in (tmp_path / "a.html").read_text(encoding="utf-8")
+    shown = capsys.readouterr().out
+    assert "bf16, states in bfloat16" in shown
+    (kept,) = [json.loads(file.read_text()) for file in (tmp_path / "cache").rglob("losses/*/*.json")]
+    assert [loss["kl"] for loss in kept["losses"]] == [coded["kl_mean"]]
+
+    def unexpected(*_: object, **__: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("kvbits.models.load_model", unexpected)
+    layers = complaint(capsys, *asked, *sizes, "--tasks", "layers", "--state-dtype", "bfloat16")
+    assert "the part 'layers' measures attention, which has no states" in layers
+    llama = save(tiny_model("llama"), tmp_path / "llama")
+    capsys.readouterr()
+    for command in (("evaluate",), ("advise", *MEMORY, "--context", 128)):
+        said = complaint(capsys, command[0], llama, *command[1:], *asked[2:], "--window", 128, *states[:2])
+        assert "state_dtype is 'bfloat16'" in said
+        assert "has no recurrent states" in said
+
+
 def test_advice_counts_states(hybrid: str, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without questions, for which the tiny model's context is too short."""
     monkeypatch.setattr("kvbits.evaluation.survey.TASKS", ())
@@ -83,6 +121,13 @@ def test_advice_counts_states(hybrid: str, book: Path, tmp_path: Path, monkeypat
     right = plan(geometry, [parse_policy("int8", 2)], 8 << 20, [256]).schemes[0].contexts[0].sessions
     row = next(c for c in found["candidates"] if c["dtype"] == "int8")
     assert row["sessions"] == right < PoolLayout.of(geometry, parse_policy("int8", 2)).sessions(8 << 20, 256)
+    asked = ("advise", hybrid, "--text", book, *MEMORY, *sizes, "--kv-cache-dtype", "int8", "--state-dtype", "bfloat16")
+    found = written(tmp_path / "b.json", *asked)
+    smaller = plan(geometry.stored_in("bfloat16"), [parse_policy("int8", 2)], 8 << 20, [256]).schemes[0].contexts[0]
+    row = next(c for c in found["candidates"] if c["dtype"] == "int8, states in bfloat16")
+    assert row["sessions"] == smaller.sessions > right
+    chosen = found["advice"].split(":")[0]
+    assert chosen in {f"Use --kv-cache-dtype {dtype} --state-dtype bfloat16" for dtype in ("bf16", "int8")}
 
 
 def test_what_has_no_place_for_states_is_told_in_one_line(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import random
 
+import pytest
 from helpers.pages import extend, store, text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize
 from test_pages import Key, P, PageMachine
 
+from kvbits.errors import OutOfPages
 from kvbits.pages import PageGroup, PageManager
 from kvbits.pages.allocator import FrameAllocator
-from kvbits.pages.groups import PageShape
+from kvbits.pages.groups import GONE, PageShape
 
 GROUPS = st.lists(
     st.builds(
@@ -246,3 +249,44 @@ def test_a_move_carries_cached_pages_and_their_content() -> None:
         pages.check()
     after = {key: page.frames for key, page in pages._index._by_hash.items()}
     assert after == {k: tuple(moved.get(f, f) for f in frames) for k, frames in before.items() if k in after}
+
+
+@pytest.mark.parametrize(("frames", "run", "seed"), [(23, 4, 2), (30, 5, 49), (20, 3, 48)])
+def test_room_for_a_second_open_page_moves_no_frame_that_was_just_taken(frames: int, run: int, seed: int) -> None:
+    """Guesses that cross a page's end in a full and broken pool: seeds in which they need a run that is not there."""
+    chance = random.Random(seed)
+    manager = PageManager(
+        frames,
+        run,
+        page_tokens=P,
+        groups=[PageGroup(), PageGroup(kept=1)],
+        move=lambda source, target: None,
+        enable_prefix_caching=False,
+    )
+    for number in range(60):
+        for sequence in manager.sequences():
+            tentative, count = chance.random() < 0.7, chance.randint(1, P)
+            try:
+                manager.reserve(sequence, count, tentative)
+            except OutOfPages:
+                manager.free(sequence)
+                continue
+            manager.check()
+            manager.commit(sequence, [1] * (chance.randint(1, count) if tentative else count))
+        if len(manager.sequences()) < 4:
+            manager.open(number, [])
+    assert manager.moves > 0
+
+
+def test_what_is_deferred_is_given_back_later_or_with_the_sequence() -> None:
+    manager = PageManager(20, 2, page_tokens=P, groups=[PageGroup(), PageGroup(kept=1)], enable_prefix_caching=False)
+    for sequence in (0, 1):
+        manager.open(sequence, [])
+        manager.reserve(sequence, 4 * P)
+        manager.commit(sequence, [1] * (4 * P), defer=True)
+        assert GONE not in manager.stored(sequence).sealed
+    manager.give_back(0)
+    assert list(manager.stored(0).sealed).count(GONE) == 3
+    manager.free(1)
+    manager.check()
+    assert manager.available() == 20 - 4 - 1 - 2

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.hugging_face import hugging_face_model
 from helpers.hybrids import PROMPTS, answers, check_bits, expected, hybrid_engine, loaded_of, own_logits, prompt
 from helpers.serving import byte_model, engine_of, packed_byte_model
 from helpers.tiny import HYBRIDS, save, tiny_config, tiny_model
 from helpers.tiny_engine import one_thread
-from transformers import AutoConfig
+from torch import Tensor
+from transformers import AutoConfig, DynamicCache
 
 from kvbits import LLM
 from kvbits.codecs import parse_policy
@@ -18,6 +21,8 @@ from kvbits.codecs.states import StateLayout
 from kvbits.engine.config import EngineConfig
 from kvbits.engine.precheck import check_engine
 from kvbits.errors import ConfigError
+from kvbits.evaluation.compare import SideBySide, with_states
+from kvbits.kernels.reference import ReferenceBackend
 from kvbits.models import geometry_of
 from kvbits.planning.core import plan
 
@@ -39,6 +44,36 @@ def test_states_in_16_bits_lose_little(family: str) -> None:
         losses[dtype] = float((right.exp() * (right - got)).sum(-1).mean())
     print(f"{family}: {losses['auto']:.1e} nats as computed, {losses['bfloat16']:.1e} in bfloat16")
     assert losses["auto"] < losses["bfloat16"] < 2e-3
+
+
+def by_hand(family: str, tokens: list[int], first: int, rounded: bool) -> Tensor:
+    """transformers' own log-probabilities from ``first`` on: a prompt, then token by token, states rounded between."""
+    model = hugging_face_model(family)
+    cache, found = DynamicCache(config=model.config), []
+    with torch.inference_mode():
+        for start, end in pairwise([0, *range(first, len(tokens) + 1)]):
+            places = torch.arange(start, end).unsqueeze(0)
+            out = model(torch.tensor([tokens[start:end]]), position_ids=places, past_key_values=cache)
+            found.append(out.logits[0, -1:].double().log_softmax(-1))
+            for layer in cache.layers if rounded else ():
+                for state in getattr(layer, "recurrent_states", {}).values():
+                    state.copy_(state.bfloat16())
+    return torch.cat(found[1:])
+
+
+@pytest.mark.parametrize("family", ["qwen3_next-dense", "bamba", "falcon_h1"])
+def test_the_laboratory_measures_what_rounded_states_lose(family: str) -> None:
+    tokens, first, loaded = prompt(150, 3), 70, loaded_of(family)
+    policies = with_states(loaded, [loaded.policy("bf16"), loaded.policy("int4")], "bfloat16")
+    found = SideBySide(loaded, policies, len(tokens), 512, ReferenceBackend, "bfloat16").run(tokens, first)
+    right, own = (by_hand(family, tokens[:-1], first, rounded) for rounded in (False, True))
+    kl = (right.exp() * (right - own)).sum(-1)
+    measured = torch.cat([torch.from_numpy(part) for part in found["bf16, states in bfloat16"].kl])
+    print(f"{family}: {float(kl.mean()):.2e} nats by hand, {float(measured.mean()):.2e} measured")
+    assert measured.shape == kl.shape
+    torch.testing.assert_close(measured, kl, rtol=0.05, atol=0.05 * float(kl.mean()))
+    coded = torch.cat([torch.from_numpy(part) for part in found["int4, states in bfloat16"].kl])
+    assert coded.mean() > measured.mean()
 
 
 def test_slots_are_half_as_large() -> None:

@@ -128,10 +128,10 @@ def test_text_and_a_grammar_from_one_tokenizer() -> None:
     assert_as_alone(work)
 
 
-@pytest.mark.parametrize("twins", [False, True])
-def test_transformers_caches_on_one_model(twins: bool) -> None:
+@pytest.mark.parametrize(("family", "twins"), [("llama", False), ("llama", True), ("gemma3_text", True)])
+def test_transformers_caches_on_one_model(family: str, twins: bool) -> None:
     """``twins``: caches that share their pages too."""
-    model = tiny_model("llama", max_position_embeddings=1024).bfloat16()
+    model = tiny_model(family, max_position_embeddings=1024).bfloat16()
     pack_linears(model)
     caches = [QuantizedCache(model, "int8", kv_cache_memory="8MiB") for _ in range(THREADS)]
     first = torch.randint(3, 97, (2, 130), generator=torch.Generator().manual_seed(0))

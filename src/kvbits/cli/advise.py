@@ -11,6 +11,7 @@ import typer
 from kvbits.cli import options
 from kvbits.cli.output import JsonFile
 from kvbits.cli.session import Bar, load, machine, note, tokens_of
+from kvbits.config import AUTO
 
 if TYPE_CHECKING:
     from kvbits.evaluation.advice import Candidate
@@ -27,6 +28,7 @@ def advise(
     sessions: Annotated[int, typer.Option(min=1, metavar="N", help="Sessions at once.")] = 1,
     kv_cache_dtype: options.KVCacheDtypes = None,
     kv_policy: options.KVPolicies = None,
+    state_dtype: options.StateDtype = AUTO,
     windows: Annotated[int, typer.Option(min=1, metavar="N", help="Windows of the text for KL.")] = 2,
     window: Annotated[int, typer.Option(min=4, metavar="TOKENS", help="Tokens of one window.")] = 2048,
     samples: Annotated[int, typer.Option(min=1, metavar="N", help="Documents of each long-context task.")] = 1,
@@ -57,13 +59,14 @@ def advise(
     from kvbits.evaluation.windows import check_text, read_text
 
     content, size = read_text(text), parse_bytes(memory)
-    from kvbits.engine.precheck import check_geometry, check_model
+    from kvbits.engine.precheck import check_geometry, check_model, check_states
 
     asked, longest = options.named(kv_cache_dtype, kv_policy), max(context, window)
-    check_model(model, asked, dtype="float32", weights=weights, device=device, context=longest)
+    outline = check_model(model, asked, dtype="float32", weights=weights, device=device, context=longest)
+    check_states(outline, state_dtype)
     check_text([content], window, windows)
     from kvbits.evaluation.advice import advice, ladder
-    from kvbits.evaluation.compare import policies_of
+    from kvbits.evaluation.compare import policies_of, with_states
     from kvbits.evaluation.laboratory import Laboratory
     from kvbits.evaluation.resume import ResumeCache
     from kvbits.evaluation.selection import Sizes
@@ -74,14 +77,17 @@ def advise(
     def loaded_in(dtype: str) -> LoadedModel:
         return load(
             model, dtype, threads, weights, device, trust_remote_code, max_model_len=longest, disable_mla=disable_mla,
-            check=lambda geometry, _: check_geometry(geometry, asked, context=longest),
+            check=lambda geometry, _: check_geometry(geometry, asked, context=longest, state_dtype=state_dtype),
         )  # fmt: skip
 
     loaded = loaded_in("float32")
     rungs = ["bf16"] if kv_cache_dtype else ladder(loaded.geometry)
     policies = policies_of(loaded, list(dict.fromkeys([*rungs, *asked])), longest)
+    policies = with_states(loaded, policies, state_dtype)
     served = loaded_in("bfloat16")
-    laboratory = Laboratory(loaded, policies, resume_cache, Bar, served=served, served_dtype="bfloat16")
+    laboratory = Laboratory(
+        loaded, policies, resume_cache, Bar, served=served, served_dtype="bfloat16", state_dtype=state_dtype
+    )
     sizes = Sizes(window, windows, task_context=context, samples=samples)
     shape = (min(speed_context, context), min(speed_batch, sessions), new_tokens)
     candidates = survey(laboratory, content, tokens_of(loaded, content), size, context, sizes, shape)

@@ -11,6 +11,8 @@ from kvbits.cli import options
 from kvbits.cli.extras import require
 from kvbits.cli.output import JsonFile, writable
 from kvbits.cli.session import Bar, load, machine, note, tokens_of
+from kvbits.config import AUTO
+from kvbits.errors import ConfigError
 
 if TYPE_CHECKING:
     from kvbits.models import LoadedModel
@@ -29,6 +31,7 @@ def evaluate(
     ] = None,
     kv_cache_dtype: options.KVCacheDtypes = None,
     kv_policy: options.KVPolicies = None,
+    state_dtype: options.StateDtype = AUTO,
     tasks: Annotated[str, typer.Option(metavar="NAMES", help=f"With commas between: {_PARTS}.")] = "fidelity",
     window: Annotated[
         int, typer.Option("--window", "--context", min=4, metavar="TOKENS", help="Tokens of one window of the text.")
@@ -84,7 +87,9 @@ def evaluate(
 
     Fidelity: the second half of each window of the text is scored: perplexity, KL divergence in nats, how often the
     likeliest token is the same; by position, and by layer. Long context: is the right answer found, and how likely is
-    it. Generation: repetition, loops, and where greedy text leaves the 16-bit cache's. Tools: are calls the same.
+    it. Generation: repetition, loops, and where greedy text leaves the 16-bit cache's. Tools: are calls the same. With
+    --state-dtype every dtype keeps recurrent states so and is compared with 16 bit whose states are as the model
+    computes them, in steps of one token; --kv-cache-dtype bf16 then shows what the states alone lose.
     """
     results = JsonFile(json_file)
     if html is not None:
@@ -92,7 +97,7 @@ def evaluate(
         writable(html)
     dtypes = options.cache_dtypes(kv_cache_dtype, kv_policy)
     from kvbits.engine.config import step_tokens
-    from kvbits.engine.precheck import check_geometry, check_model
+    from kvbits.engine.precheck import check_geometry, check_model, check_states
     from kvbits.evaluation.parts import FIDELITY, LAYERS, parts_of
     from kvbits.evaluation.windows import check_text, read_text
     from kvbits.models.formats import check_formats
@@ -101,10 +106,16 @@ def evaluate(
     check_formats(task_dtype)
     content = None if text is None else read_text(text)
     book = content if haystack is None else read_text(haystack)
-    check_model(model, dtypes, dtype=dtype, weights=weights, device=device, context=None if text is None else window)
+    longest = None if text is None else window
+    outline = check_model(model, dtypes, dtype=dtype, weights=weights, device=device, context=longest)
+    check_states(outline, state_dtype)
+    if state_dtype != AUTO and set(parts) == {LAYERS}:
+        raise ConfigError(
+            f"--state-dtype is {state_dtype}; the part '{LAYERS}' measures attention, which has no states"
+        )
     if content is not None and {FIDELITY, LAYERS} & set(parts):
         check_text([content], window, windows)
-    from kvbits.evaluation.compare import policies_of
+    from kvbits.evaluation.compare import policies_of, with_states
     from kvbits.evaluation.laboratory import Laboratory
     from kvbits.evaluation.resume import ResumeCache
     from kvbits.evaluation.selection import Sizes, choose, document, run_tasks
@@ -115,16 +126,15 @@ def evaluate(
         window, windows, task_context, depths, samples, texts, new_tokens, tool_questions, problems, all_positions
     )  # fmt: skip
     resume_cache = ResumeCache(resume)
-    longest = None if content is None else window
 
     def loaded_in(name: str) -> LoadedModel:
         return load(
             model, name, threads, weights, device, trust_remote_code, max_model_len=longest, disable_mla=disable_mla,
-            check=lambda geometry, _: check_geometry(geometry, dtypes, context=longest),
+            check=lambda geometry, _: check_geometry(geometry, dtypes, context=longest, state_dtype=state_dtype),
         )  # fmt: skip
 
     loaded = loaded_in(dtype)
-    policies = policies_of(loaded, dtypes, window if content is not None else 0)
+    policies = with_states(loaded, policies_of(loaded, dtypes, longest or 0), state_dtype)
     tokens = [] if content is None else tokens_of(loaded, content)
     only_text = set(selection.parts) <= {FIDELITY, LAYERS}
     again = not only_text and task_dtype != dtype
@@ -132,10 +142,10 @@ def evaluate(
     if again:
         served = loaded_in(task_dtype)
     budget = step_tokens(max_num_batched_tokens, device)
-    laboratory = Laboratory(loaded, policies, resume_cache, Bar, dtype, served, task_dtype, budget)
+    laboratory = Laboratory(loaded, policies, resume_cache, Bar, dtype, served, task_dtype, budget, state_dtype)
     run_tasks(laboratory, selection, tokens, book, sizes)
     rows = laboratory.results()
-    if text is not None:
+    if text is not None and state_dtype == AUTO:
         from kvbits.auto.record import remember
 
         remember(laboratory, text.name, tokens, note)

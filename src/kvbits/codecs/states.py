@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate
 
-from kvbits.config import ModelGeometry, align
+from kvbits.config import AUTO, ModelGeometry, align
 from kvbits.errors import ConfigError
 from kvbits.memory import show
 
@@ -47,3 +47,8 @@ class StateLayout:
                 "sequence, and may take half of it"
             )
         return found
+
+
+def stored_as(state_dtype: str) -> str:
+    """How results of a cache dtype are labelled further, whose recurrent states are stored in ``state_dtype``."""
+    return "" if state_dtype == AUTO else f", states in {state_dtype}"

@@ -226,19 +226,20 @@ class Engine:
             self.speculator.observe(plan.works, time.perf_counter() - begin)
         return deltas
 
-    def teacher_forced(self, tokens: Sequence[int], first: int) -> Iterator[tuple[int, Tensor]]:
+    def teacher_forced(self, tokens: Sequence[int], first: int, singly: bool = False) -> Iterator[tuple[int, Tensor]]:
         """Logits for given tokens, through the real pool and kernels.
 
         Yields ``(position, logits)``, float32 ``[rows, vocab]`` of positions ``position``, ``position + 1`` and so on,
-        chunk after chunk, for every position from ``first`` on. Nothing is taken from the prefix cache, and no request
-        can find what this stores. Raises ``RequestError`` when the tokens fit neither the model's context nor the pool
+        chunk after chunk, for every position from ``first`` on; with ``singly`` these are steps of one token, as an
+        answer's, between which recurrent states are stored. Nothing is taken from the prefix cache, and no request can
+        find what this stores. Raises ``RequestError`` when the tokens fit neither the model's context nor the pool
         or the logits are not finite, ``OutOfPages`` when running requests leave too little of the pool.
         """
         self.limits.check_prompt(tokens, room=0)
         if not 0 <= first < len(tokens):
             raise RequestError(f"first is {first}; it must be a position of the {len(tokens)} tokens")
         chunk = self.config.max_num_batched_tokens
-        return self._runner.teacher_forced(self._new_seq_id(), tokens, first, chunk)
+        return self._runner.teacher_forced(self._new_seq_id(), tokens, first, chunk, singly)
 
     # Internals
 

@@ -62,7 +62,7 @@ class ModelRunner:
                 self.graphs.warm_up(sequences, report)
 
     def teacher_forced(
-        self, seq_id: int, tokens: Sequence[int], first: int, chunk: int
+        self, seq_id: int, tokens: Sequence[int], first: int, chunk: int, singly: bool = False
     ) -> Iterator[tuple[int, Tensor]]:
         """Logits for tokens that are given; see :meth:`kvbits.engine.engine.Engine.teacher_forced`."""
         pages = self._pages
@@ -72,6 +72,8 @@ class ModelRunner:
             end = 0
             while (start := end) < len(tokens):
                 end = min(start + chunk, len(tokens))
+                if singly:
+                    end = min(end, max(first, start + 1))
                 # Windows give back between steps what a shorter one then takes.
                 while end - start > PAGE_TOKENS and pages.frames_needed(seq_id, end - start) > pages.available():
                     end -= PAGE_TOKENS

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvbits.codecs import parse_policy
-from kvbits.config import POLICY_PREFIX, ModelGeometry
+from kvbits.codecs.states import stored_as
+from kvbits.config import AUTO, POLICY_PREFIX, ModelGeometry
 from kvbits.evaluation.verdict import LIMITS, Level
 
 _RUNGS = (
@@ -57,6 +58,15 @@ class Candidate:
     decode: float
     level: Level
     session_bytes: int = 0
+    state_dtype: str = AUTO
+
+    @property
+    def flags(self) -> str:
+        """What to give to other commands."""
+        dtype = self.dtype.removesuffix(stored_as(self.state_dtype))
+        named = dtype.startswith(POLICY_PREFIX)
+        flag = f"--kv-policy {dtype.removeprefix(POLICY_PREFIX)}" if named else f"--kv-cache-dtype {dtype}"
+        return flag if self.state_dtype == AUTO else f"{flag} --state-dtype {self.state_dtype}"
 
     @classmethod
     def of(cls, row: Mapping[str, Any], sessions: int, decode: float, session_bytes: int = 0) -> Candidate:
@@ -74,6 +84,7 @@ class Candidate:
             decode=decode,
             level=level_of(row),
             session_bytes=session_bytes,
+            state_dtype=str(row.get("state_dtype", AUTO)),
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -126,12 +137,9 @@ def advice(candidates: Sequence[Candidate], sessions: int, context: int, memory:
     """What to use for ``sessions`` of ``context`` tokens in ``memory`` bytes, or what comes nearest, in a sentence."""
     chosen = recommend(candidates, sessions)
     if chosen is not None:
-        flag = f"--kv-cache-dtype {chosen.dtype}"
-        if chosen.dtype.startswith(POLICY_PREFIX):
-            flag = f"--kv-policy {chosen.dtype.removeprefix(POLICY_PREFIX)}"
         return (
-            f"Use {flag}: {chosen.level.words} (KL {chosen.kl:.2g}), {chosen.sessions} sessions of {context} tokens "
-            f"where {sessions} were asked for, {chosen.bits:.2f} bits an element. {RULE}"
+            f"Use {chosen.flags}: {chosen.level.words} (KL {chosen.kl:.2g}), {chosen.sessions} sessions of {context} "
+            f"tokens where {sessions} were asked for, {chosen.bits:.2f} bits an element. {RULE}"
         )
     usable = [c for c in candidates if c.level is not Level.BAD]
     if not usable:

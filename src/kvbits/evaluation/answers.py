@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import kvbits
 from kvbits.codecs import Policy
+from kvbits.config import AUTO
 from kvbits.engine.config import EngineConfig
 from kvbits.engine.engine import Engine
 from kvbits.engine.params import SamplingParams
@@ -28,6 +29,7 @@ def answer(
     compute_dtype: str,
     max_num_batched_tokens: int,
     progress: Callable[[int], None],
+    state_dtype: str = AUTO,
 ) -> list[str]:
     """The text after every prompt (token ids); ``progress`` is told the prompt tokens done since its last call."""
     where = [kind, kvbits.__version__, loaded.fingerprint, policy.name, compute_dtype]
@@ -37,9 +39,15 @@ def answer(
     if key not in resume_cache:
         longest = max(map(len, prompts)) + params.max_tokens
         # What the prompts begin with in common is stored once; each question holds its own end.
-        memory = pool_bytes(loaded, policy, 2, longest, max_num_batched_tokens)
+        memory = pool_bytes(loaded, policy, 2, longest, max_num_batched_tokens, state_dtype)
         memory += pool_bytes(loaded, loaded.policy(REFERENCE), TOGETHER, 4 * params.max_tokens)
-        config = EngineConfig(policy, memory, max_num_seqs=TOGETHER, max_num_batched_tokens=max_num_batched_tokens)
+        config = EngineConfig(
+            policy,
+            memory,
+            max_num_seqs=TOGETHER,
+            max_num_batched_tokens=max_num_batched_tokens,
+            state_dtype=state_dtype,
+        )
         texts = [""] * len(prompts)
         for step in drive(Engine(loaded, config), prompts, params):
             for delta in step.deltas:

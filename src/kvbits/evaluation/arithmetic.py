@@ -14,6 +14,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from kvbits.codecs import Policy
+from kvbits.config import AUTO
 from kvbits.engine.params import SamplingParams
 from kvbits.engine.text import encode_chat
 from kvbits.errors import ConfigError
@@ -98,11 +99,13 @@ def solve(
     compute_dtype: str = "float32",
     max_num_batched_tokens: int = 512,
     progress: Callable[[int], None] = lambda tokens: None,
+    state_dtype: str = AUTO,
 ) -> list[Solved]:
     """Answer every problem greedily. ``progress`` is told the prompt tokens done since its last call."""
     params = SamplingParams(max_tokens=problems[0].room, temperature=0.0)
     prompts = [problem.prompt for problem in problems]
     texts = answer(
-        "gsm8k", loaded, policy, prompts, params, resume_cache, compute_dtype, max_num_batched_tokens, progress
-    )
+        "gsm8k", loaded, policy, prompts, params, resume_cache, compute_dtype, max_num_batched_tokens, progress,
+        state_dtype,
+    )  # fmt: skip
     return [Solved(problem, text) for problem, text in zip(problems, texts, strict=True)]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from kvbits.codecs import Policy, PoolLayout
-from kvbits.codecs.states import StateLayout
+from kvbits.codecs.states import StateLayout, stored_as
 from kvbits.config import AUTO
 from kvbits.engine.config import EngineConfig
 from kvbits.engine.engine import Engine, MakeRunner
@@ -90,14 +90,24 @@ class SideBySide:
         context: int,
         max_num_batched_tokens: int = 512,
         backend: MakeBackend = lambda: None,
+        state_dtype: str = AUTO,
     ) -> None:
-        """Windows will have ``context`` tokens; ``backend`` makes each engine's kernels (``None``: its device's)."""
+        """Windows will have ``context`` tokens; ``backend`` makes each engine's kernels (``None``: its device's).
+
+        With a ``state_dtype`` the ``policies`` (:func:`with_states`), not 16 bit, store recurrent states in it, and
+        what is scored is read token by token: a state is rounded where a step ends.
+        """
         self.context = context
         self._dtypes = tuple(policy.label for policy in policies)
+        self._singly = state_dtype != AUTO
+        kept = {REFERENCE: AUTO}
         self._engines = {
-            policy.label: engine_for(loaded, policy, 1, context, max_num_batched_tokens, backend())
+            policy.label: engine_for(
+                loaded, policy, 1, context, max_num_batched_tokens, backend(),
+                state_dtype=kept.get(policy.label, state_dtype),
+            )
             for policy in (loaded.policy(REFERENCE), *policies)
-        }
+        }  # fmt: skip
 
     def run(
         self, window: Sequence[int], first: int, progress: Callable[[int], None] = lambda tokens: None
@@ -105,7 +115,7 @@ class SideBySide:
         """Each dtype's record of the positions ``first`` to ``context - 2`` of one window."""
         tokens = torch.tensor(window)
         records = {dtype: Fidelity() for dtype in self._dtypes}
-        runs = {dtype: engine.teacher_forced(window, first) for dtype, engine in self._engines.items()}
+        runs = {d: engine.teacher_forced(window, first, self._singly) for d, engine in self._engines.items()}
         computed = 0
         for start, reference in runs[REFERENCE]:
             # the last row's target lies outside the window
@@ -150,6 +160,15 @@ def policies_of(loaded: LoadedModel, dtypes: Sequence[str], context: int) -> lis
             f"a context of {context} tokens is over the {loaded.geometry.max_position} tokens of {loaded.name}"
         )
     return policies
+
+
+def with_states(loaded: LoadedModel, policies: Sequence[Policy], state_dtype: str) -> list[Policy]:
+    """``policies`` under labels that say what recurrent states are stored in, where that is not ``auto``.
+
+    Raises ``ConfigError`` for a model without such states.
+    """
+    loaded.geometry.stored_in(state_dtype)
+    return [replace(policy, label=policy.label + stored_as(state_dtype)) for policy in policies]
 
 
 def pool_bytes(

@@ -10,6 +10,7 @@ import torch
 
 import kvbits
 from kvbits.codecs import Policy
+from kvbits.config import AUTO
 from kvbits.engine.config import EngineConfig
 from kvbits.engine.engine import Engine
 from kvbits.engine.params import SamplingParams
@@ -54,6 +55,7 @@ def write(
     compute_dtype: str = "float32",
     max_num_batched_tokens: int = 512,
     progress: Callable[[int], None] = lambda tokens: None,
+    state_dtype: str = AUTO,
 ) -> list[Written]:
     """Continue every prompt by ``new_tokens`` tokens, greedily and drawn (temperature 0.8, a seed for each prompt).
 
@@ -64,7 +66,8 @@ def write(
     content = [list(map(list, prompts)), new_tokens, TEMPERATURE]
     key = key_of("generation", *where, content)
     if key not in resume_cache:
-        resume_cache.put(key, _continue(loaded, policy, prompts, new_tokens, max_num_batched_tokens, progress))
+        made = _continue(loaded, policy, prompts, new_tokens, max_num_batched_tokens, progress, state_dtype)
+        resume_cache.put(key, made)
     else:
         progress(2 * sum(len(prompt) + new_tokens for prompt in prompts))
     texts: dict[str, list[int]] = resume_cache[key]
@@ -92,14 +95,16 @@ def _continue(
     new_tokens: int,
     max_num_batched_tokens: int,
     progress: Callable[[int], None],
+    state_dtype: str,
 ) -> dict[str, list[int]]:
     count = len(_MODES) * len(prompts)
     longest = max(map(len, prompts)) + new_tokens
     config = EngineConfig(
         policy,
-        pool_bytes(loaded, policy, count, longest, max_num_batched_tokens),
+        pool_bytes(loaded, policy, count, longest, max_num_batched_tokens, state_dtype),
         max_num_seqs=count,
         max_num_batched_tokens=max_num_batched_tokens,
+        state_dtype=state_dtype,
     )
     engine = Engine(loaded, config)
     texts: dict[str, list[int]] = {}

@@ -9,7 +9,7 @@ from typing import Any
 
 import kvbits
 from kvbits.codecs import Policy
-from kvbits.config import PAGE_TOKENS
+from kvbits.config import AUTO, PAGE_TOKENS
 from kvbits.evaluation import findings
 from kvbits.evaluation.arithmetic import Problem, solve
 from kvbits.evaluation.bootstrap import Interval
@@ -43,8 +43,9 @@ class Laboratory:
 
     ``fidelity`` holds each dtype's comparison on text, ``figures`` what each experiment reports and ``measures`` what
     the verdict is made from. Questions, free text and tool calls run on ``served``, the same model with another
-    arithmetic (``served_dtype``), where it is given. With ``faulty`` every dtype is run with a planted fault in its
-    codec.
+    arithmetic (``served_dtype``), where it is given. ``state_dtype``: what the ``policies``, not 16 bit, store
+    recurrent states in; they are then labelled so (:func:`kvbits.evaluation.compare.with_states`). With ``faulty``
+    every dtype is run with a planted fault in its codec.
     """
 
     loaded: LoadedModel
@@ -55,6 +56,7 @@ class Laboratory:
     served: LoadedModel | None = None
     served_dtype: str = "float32"
     max_num_batched_tokens: int = 512
+    state_dtype: str = AUTO
     faulty: bool = False
     fidelity: dict[str, Comparison] = field(default_factory=dict)
     kl: dict[str, Interval] = field(default_factory=dict)
@@ -65,7 +67,9 @@ class Laboratory:
         """Fidelity on windows of one length: of the second half; results by position also of all of it."""
         context = len(windows[0])
         first = 0 if all_positions else context // 2
-        side_by_side = SideBySide(self.loaded, self.policies, context, self.max_num_batched_tokens, self._backend)
+        side_by_side = SideBySide(
+            self.loaded, self.policies, context, self.max_num_batched_tokens, self._backend, self.state_dtype
+        )
         records = {dtype: Fidelity() for dtype in self.dtypes}
         with self.bar(context * len(windows) * len(self._all), "fidelity") as advance:
             for window in windows:
@@ -102,7 +106,7 @@ class Laboratory:
                 for dtype in self.dtypes:
                     parts[dtype].append(self.resume_cache[keys[dtype]])
         for dtype in self.dtypes:
-            if dtype != REFERENCE:
+            if dtype in self._coded:
                 self._add(dtype, "by_layer", findings.of_layers(layer_errors(parts[dtype])))
 
     def long_context(self, task: str, probes: Sequence[Probe]) -> None:
@@ -110,9 +114,7 @@ class Laboratory:
         total = sum(len(p.prompt) for p in probes)
         with self.bar(total * len(self._all), task) as advance:
             answers = {
-                d: ask(
-                    self._served, p, probes, self.resume_cache, self._as_served, self.max_num_batched_tokens, advance
-                )
+                d: ask(self._served, p, probes, self.resume_cache, *self._run_as(d, advance))
                 for d, p in self._all.items()
             }
         for dtype in self.dtypes:
@@ -125,12 +127,9 @@ class Laboratory:
         total = 4 * sum(len(p) + new_tokens for p in prompts) * len(self._all)
         with self.bar(total, "generation") as advance:
             texts = {
-                d: write(
-                    self._served, p, prompts, new_tokens, self.resume_cache, self._as_served,
-                    self.max_num_batched_tokens, advance,
-                )
+                d: write(self._served, p, prompts, new_tokens, self.resume_cache, *self._run_as(d, advance))
                 for d, p in self._all.items()
-            }  # fmt: skip
+            }
         for dtype in self.dtypes:
             self._add(dtype, "generation", findings.of_texts(texts[dtype], texts[REFERENCE]))
 
@@ -139,9 +138,7 @@ class Laboratory:
         total = sum(len(c.prompt) for c in cases)
         with self.bar(total * len(self._all), "tools") as advance:
             calls = {
-                d: call_tools(
-                    self._served, p, cases, self.resume_cache, self._as_served, self.max_num_batched_tokens, advance
-                )
+                d: call_tools(self._served, p, cases, self.resume_cache, *self._run_as(d, advance))
                 for d, p in self._all.items()
             }
         for dtype in self.dtypes:
@@ -151,9 +148,8 @@ class Laboratory:
         """School arithmetic."""
         total = sum(len(p.prompt) for p in problems)
         with self.bar(total * len(self._all), "gsm8k") as advance:
-            step = self.max_num_batched_tokens
             solved = {
-                d: solve(self._served, p, problems, self.resume_cache, self._as_served, step, advance)
+                d: solve(self._served, p, problems, self.resume_cache, *self._run_as(d, advance))
                 for d, p in self._all.items()
             }
         for dtype in self.dtypes:
@@ -164,7 +160,7 @@ class Laboratory:
         found = {}
         for dtype in self.dtypes:
             better: list[str] = []
-            if dtype in self.kl and dtype != REFERENCE:
+            if dtype in self.kl and dtype in self._coded:
                 others = [rival for rival in (*self.rivals(), *beside) if rival[0] != dtype]
                 better = dominated(self.fidelity[dtype].bits_per_element, self.kl[dtype], others)
             found[dtype] = judge(self.measures.get(dtype, ()), better)
@@ -172,7 +168,7 @@ class Laboratory:
 
     def rivals(self) -> list[Rival]:
         """Each dtype's bits and KL, for the verdict on others."""
-        return [(d, self.fidelity[d].bits_per_element, kl) for d, kl in self.kl.items() if d != REFERENCE]
+        return [(d, self.fidelity[d].bits_per_element, kl) for d, kl in self.kl.items() if d in self._coded]
 
     def results(self, beside: Sequence[Rival] = ()) -> list[dict[str, Any]]:
         """One record a dtype, plain types."""
@@ -182,6 +178,7 @@ class Laboratory:
                 **(self.fidelity[dtype].as_json() if dtype in self.fidelity else {"dtype": dtype}),
                 "compute_dtype": self.compute_dtype,
                 "weights": self.loaded.weights,
+                **({} if self.state_dtype == AUTO else {"state_dtype": self.state_dtype}),
                 **({"kl_interval": self.kl[dtype].as_json()} if dtype in self.kl else {}),
                 **self.figures.get(dtype, {}),
                 **verdicts[dtype].as_json(),
@@ -195,6 +192,11 @@ class Laboratory:
         return [policy.label for policy in self.policies]
 
     @property
+    def _coded(self) -> list[str]:
+        """Those that store fewer than 16 bits."""
+        return [policy.label for policy in self.policies if policy.name != REFERENCE]
+
+    @property
     def _all(self) -> dict[str, Policy]:
         """16 bit and the policies, by label."""
         return {policy.label: policy for policy in (self.loaded.policy(REFERENCE), *self.policies)}
@@ -203,14 +205,17 @@ class Laboratory:
     def _served(self) -> LoadedModel:
         return self.served or self.loaded
 
-    @property
-    def _as_served(self) -> str:
-        return self._arithmetic(self._served, self.served_dtype)
+    def _run_as(self, dtype: str, advance: Callable[[int], None]) -> tuple[str, int, Callable[[int], None], str]:
+        """The last arguments of whatever runs a dtype as served: arithmetic, budget, progress, states."""
+        states = AUTO if dtype == REFERENCE else self.state_dtype
+        arithmetic = self._arithmetic(self._served, self.served_dtype, states)
+        return arithmetic, self.max_num_batched_tokens, advance, states
 
     @staticmethod
-    def _arithmetic(loaded: LoadedModel, dtype: str) -> str:
+    def _arithmetic(loaded: LoadedModel, dtype: str, states: str = AUTO) -> str:
         """What finished parts are known by besides their content and the model's fingerprint."""
-        return f"{dtype}, weights {loaded.weights}, on {loaded.device.type}"
+        rest = "" if states == AUTO else f", states in {states}"
+        return f"{dtype}, weights {loaded.weights}, on {loaded.device.type}{rest}"
 
     def _backend(self) -> Backend:
         own = default_backend(str(self.loaded.device))
@@ -223,7 +228,7 @@ class Laboratory:
             kvbits.__version__,
             self.loaded.fingerprint,
             policy.name,
-            self._arithmetic(self.loaded, self.compute_dtype),
+            self._arithmetic(self.loaded, self.compute_dtype, self.state_dtype),
             step,
             self.faulty,
             *content,
@@ -241,7 +246,7 @@ def plant_fault(laboratory: Laboratory, windows: Sequence[Sequence[int]]) -> lis
     ``noticed``: the verdict, or what it says of scales, is worse than without the fault. The laboratory must have
     measured fidelity. 16 bit has no scales and is left out.
     """
-    policies = [policy for policy in laboratory.policies if policy.label != REFERENCE]
+    policies = [policy for policy in laboratory.policies if policy.label in laboratory._coded]
     # One page a step: every token then reads the fault in all earlier pages.
     faulty = replace(
         laboratory, policies=policies, max_num_batched_tokens=PAGE_TOKENS, faulty=True,

@@ -9,6 +9,7 @@ from typing import Any
 
 import kvbits
 from kvbits.codecs import Policy
+from kvbits.config import AUTO
 from kvbits.engine.config import EngineConfig
 from kvbits.engine.engine import Engine
 from kvbits.engine.outputs import Delta
@@ -57,6 +58,7 @@ def ask(
     compute_dtype: str = "float32",
     max_num_batched_tokens: int = 512,
     progress: Callable[[int], None] = lambda tokens: None,
+    state_dtype: str = AUTO,
 ) -> list[Answered]:
     """Ask every probe, document after document, through the real engine with prefix caching.
 
@@ -70,7 +72,7 @@ def ask(
         content = [[p.prompt, p.gold] for p in group]
         key = key_of("probes", kvbits.__version__, loaded.fingerprint, policy.name, compute_dtype, document, content)
         if key not in resume_cache:
-            engine = engine or _engine(loaded, policy, probes, max_num_batched_tokens)
+            engine = engine or _engine(loaded, policy, probes, max_num_batched_tokens, state_dtype)
             resume_cache.put(key, _ask_document(engine, group))
         progress(sum(len(p.prompt) for p in group))
         for probe, (logprob, exact) in zip(group, resume_cache[key], strict=True):
@@ -78,15 +80,18 @@ def ask(
     return found
 
 
-def _engine(loaded: LoadedModel, policy: Policy, probes: Sequence[Probe], max_num_batched_tokens: int) -> Engine:
+def _engine(
+    loaded: LoadedModel, policy: Policy, probes: Sequence[Probe], max_num_batched_tokens: int, state_dtype: str
+) -> Engine:
     longest = max(len(p.prompt) + len(p.gold) for p in probes)
     # Room for a second document's worth of pages: questions hold own pages beside the shared ones.
-    memory = pool_bytes(loaded, policy, 2, longest, max_num_batched_tokens)
+    memory = pool_bytes(loaded, policy, 2, longest, max_num_batched_tokens, state_dtype)
     config = EngineConfig(
         policy,
         memory + pool_bytes(loaded, loaded.policy(REFERENCE), 1, 64 * _TOGETHER),
         max_num_seqs=_TOGETHER,
         max_num_batched_tokens=max_num_batched_tokens,
+        state_dtype=state_dtype,
     )
     return Engine(loaded, config)
 

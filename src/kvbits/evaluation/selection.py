@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvbits.config import AUTO
 from kvbits.engine.text import encode
 from kvbits.errors import ConfigError
 from kvbits.evaluation import arithmetic, toolcalls
@@ -167,6 +168,7 @@ def document(
         "arithmetic of the text": laboratory.compute_dtype,
         "of tasks": laboratory.served_dtype,
         **asdict(sizes),
+        **({} if laboratory.state_dtype == AUTO else {"recurrent states": laboratory.state_dtype}),
     }
     flat = rows[0] if len(rows) == 1 else {}
     facts = {"model": laboratory.loaded.name, "text": None if text is None else str(text), **machine}

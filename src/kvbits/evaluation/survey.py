@@ -35,9 +35,12 @@ def survey(
     at, batch, new_tokens = speed
     room = longest_sequence(served, at, batch, new_tokens, laboratory.max_num_batched_tokens)
     prompts = distinct_prompts(tokens, at, batch)
+    geometry = served.geometry.stored_in(laboratory.state_dtype)
     with laboratory.bar(len(laboratory.policies) * batch * room, "speed") as advance:
         for policy, row in zip(laboratory.policies, laboratory.results(), strict=True):
-            timed = measure_speed(served, policy, prompts, new_tokens, progress=advance)
-            held = plan(served.geometry, [policy], memory, [context]).schemes[0].contexts[0]
+            timed = measure_speed(
+                served, policy, prompts, new_tokens, progress=advance, state_dtype=laboratory.state_dtype
+            )
+            held = plan(geometry, [policy], memory, [context]).schemes[0].contexts[0]
             found.append(Candidate.of(row, held.sessions, timed.decode_tokens_per_s, held.session_bytes))
     return found

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbits.codecs import Policy
+from kvbits.config import AUTO
 from kvbits.engine.params import SamplingParams
 from kvbits.engine.text import encode_chat
 from kvbits.errors import ConfigError
@@ -101,13 +102,15 @@ def call_tools(
     compute_dtype: str = "float32",
     max_num_batched_tokens: int = 512,
     progress: Callable[[int], None] = lambda tokens: None,
+    state_dtype: str = AUTO,
 ) -> list[Called]:
     """Answer every question greedily. ``progress`` is told the prompt tokens done since its last call."""
     params = SamplingParams(max_tokens=_MAX_TOKENS, temperature=0.0, stop=_END)
     prompts = [case.prompt for case in cases]
     texts = answer(
-        "tools", loaded, policy, prompts, params, resume_cache, compute_dtype, max_num_batched_tokens, progress
-    )
+        "tools", loaded, policy, prompts, params, resume_cache, compute_dtype, max_num_batched_tokens, progress,
+        state_dtype,
+    )  # fmt: skip
     return [Called(case, read_call(_OPEN + text)) for case, text in zip(cases, texts, strict=True)]
 
 

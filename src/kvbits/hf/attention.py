@@ -96,20 +96,19 @@ def attend_cached(
     asked = query.shape[2]
     if asked < key.shape[2]:
         query = nn.functional.pad(query, (0, 0, key.shape[2] - asked, 0))
-    step = cache.step_of(index, query.shape[0], query.shape[2], _padding(attention_mask))
     dtype = query.dtype if query.dtype in _KERNEL_DTYPES else torch.float32
     packed = [_rows(x, dtype) for x in (query, key, value)]
     heads, width = query.shape[1], value.shape[3]
     out = query.new_zeros(query.shape[0] * query.shape[2], heads, width)
-    for part in step.parts:
-        rows = packed if part.rows is None else [x[part.rows] for x in packed]
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in rows)
-        result = attend(module, q, k, v, None, **{**kwargs, "kvbits": part.forward})[0][0].to(out.dtype)
-        if part.rows is None:
-            out = result
-        else:
-            out[part.rows] = result
-    cache.layer_done(index)
+    with cache.step(index, query.shape[0], query.shape[2], _padding(attention_mask)) as parts:
+        for part in parts:
+            rows = packed if part.rows is None else [x[part.rows] for x in packed]
+            q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in rows)
+            result = attend(module, q, k, v, None, **{**kwargs, "kvbits": part.forward})[0][0].to(out.dtype)
+            if part.rows is None:
+                out = result
+            else:
+                out[part.rows] = result
     return out.view(query.shape[0], query.shape[2], heads, width)[:, -asked:], None
 
 

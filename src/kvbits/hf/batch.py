@@ -6,13 +6,14 @@ row's sequence holds its real tokens only.
 While a cache *records its past* (transformers asks for it before it speculates) a step stays open until it is known
 which of its tokens stay. Pages that it completes are coded, as tokens behind them must see codes, but their 16-bit rows
 are kept beside the codes: a crop goes back to the very rows that were there, and no code is ever decoded into a page.
+Windows give pages back when a pass has run, of what stays for good.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Concatenate, ParamSpec, TypeVar, cast
 
 import torch
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from kvbits.config import PAGE_TOKENS
 from kvbits.errors import CacheError, OutOfPages, UnsupportedError
-from kvbits.hf.store import Part, Step, Store
+from kvbits.hf.store import Part, Store
+from kvbits.pages import SequencePages
 
 _TOKEN = 0
 """The page manager wants tokens for its prefix index; a transformers cache is not told them, and has no index."""
@@ -43,10 +45,13 @@ def _locked(method: Callable[Concatenate[Batch, P], T]) -> Callable[Concatenate[
 
 @dataclass
 class _Sequence:
-    """A row's id in the page manager, and its tokens that are reserved and not yet committed."""
+    """A row's id in the page manager, its tokens that are reserved and not yet committed, and those of the same pass
+    before them, which stay whatever comes.
+    """
 
     id: int
     open_tokens: int = 0
+    stays: int = 0
 
 
 class Batch:
@@ -57,6 +62,8 @@ class Batch:
         self._windowed = windowed
         self._sequences: list[_Sequence] = []
         self._coming: Tensor | None = None
+        self._parts: tuple[Part, ...] | None = None
+        self._moves = 0
         self.real = torch.ones(0, 0, dtype=torch.bool)
         """``bool [rows, length]``: columns that are tokens, not padding."""
 
@@ -75,7 +82,7 @@ class Batch:
     # One forward pass
 
     @_locked
-    def begin(self, rows: int, columns: int, mask: Tensor | None, recording: bool) -> Step:
+    def begin(self, rows: int, columns: int, mask: Tensor | None, recording: bool) -> None:
         """Take the pages for ``columns`` more columns, of which ``mask`` ``bool [rows, length + columns]`` are tokens.
 
         Raises ``CacheError`` for another number of rows or after a pass that failed, ``UnsupportedError`` for a mask
@@ -91,22 +98,40 @@ class Batch:
         # A step that may be taken back crosses at most one page boundary: what lies further back is stored for good.
         new = coming[:, -columns:]
         rank = new.cumsum(1)
-        final = (rank[:, -1:] - PAGE_TOKENS).clamp(min=0) if recording else rank[:, -1:]
-        self._coming = coming
-        parts = [self._part(new & (rank <= final), tentative=False)]
-        if recording:
-            self.settle()
-            parts.append(self._part(new & (rank > final), tentative=True))
+        final = (rank[:, -1:] - PAGE_TOKENS).clamp(min=0) if recording else torch.zeros_like(rank[:, -1:])
+        self._coming, self._parts = coming, None
+        self._chosen = new & (rank <= final), new & (rank > final)
+        for sequence, stays, count in zip(self._sequences, *(c.sum(1).tolist() for c in self._chosen), strict=True):
+            sequence.stays = stays
+            if stays:
+                self._reserve(sequence, stays, tentative=False)
+                self._commit(sequence, stays, defer=True)
+            if count:
+                self._reserve(sequence, count, tentative=recording)
         self._store.copy_pages()
-        return Step(tuple(p for p in parts if p is not None))
+
+    def parts(self) -> tuple[Part, ...]:
+        """The kernel calls of the pass that has begun, one after another in every layer.
+
+        They are made anew where pages have gone to other frames since; hold the store's lock until they have run.
+        """
+        if self._parts is None or self._moves != self._store.pages.moves:
+            self._moves = self._store.pages.moves
+            slices = [(s.stays, self._store.pages.slice(s.id)) for s in self._sequences if s.open_tokens]
+            halves = [_before(pages, stays) for stays, pages in slices if stays], [pages for _, pages in slices]
+            chosen = zip(halves, self._chosen, strict=True)
+            self._parts = tuple(self._store.part(half, _rows(which)) for half, which in chosen if half)
+        return self._parts
 
     @_locked
     def finish(self, recording: bool) -> None:
-        """The step of :meth:`begin` has run."""
+        """The step of :meth:`begin` has run: windows give back what it has left behind for good."""
         assert self._coming is not None
-        self.real, self._coming = self._coming, None
+        self.real, self._coming, self._parts = self._coming, None, None
         if not recording:
             self.settle()
+        for sequence in self._sequences:
+            self._store.pages.give_back(sequence.id)
 
     def settle(self) -> None:
         """All tokens of the last step stay."""
@@ -163,7 +188,7 @@ class Batch:
         for sequence in self._sequences:
             self._store.pages.free(sequence.id)
         self._sequences.clear()
-        self._coming = None
+        self._coming = self._parts = None
         self.real = self.real[:0, :0]
 
     @_locked
@@ -205,28 +230,29 @@ class Batch:
             )
         return mask
 
-    def _part(self, chosen: Tensor, tentative: bool) -> Part | None:
-        """Reserve the ``chosen`` ``bool [rows, columns]`` tokens; ``None`` if there are none."""
-        slices = []
-        for sequence, count in zip(self._sequences, chosen.sum(1).tolist(), strict=True):
-            if count:
-                self._reserve(sequence, count, tentative)
-                slices.append(self._store.pages.slice(sequence.id))
-        if not slices:
-            return None
-        rows = None if bool(chosen.all()) else chosen.flatten().nonzero().squeeze(1)
-        return self._store.part(slices, rows)
-
     def _reserve(self, sequence: _Sequence, count: int, tentative: bool) -> None:
         try:
             self._store.pages.reserve(sequence.id, count, tentative)
         except OutOfPages as error:
+            parts = "; windows give pages back after a pass: read the prompt in parts, generate(prefill_chunk_size=512)"
             raise OutOfPages(
                 f"the cache is full: {error}. Give it more kv_cache_memory; reset() or drop caches that share its pages"
+                f"{parts if self._store.pages.shape.frees else ''}"
             ) from error
         sequence.open_tokens = count
 
-    def _commit(self, sequence: _Sequence, count: int) -> None:
+    def _commit(self, sequence: _Sequence, count: int, defer: bool = False) -> None:
         if sequence.open_tokens:
-            self._store.pages.commit(sequence.id, [_TOKEN] * count)
+            self._store.pages.commit(sequence.id, [_TOKEN] * count, defer)
             sequence.open_tokens = 0
+
+
+def _before(pages: SequencePages, count: int) -> SequencePages:
+    """The slice of the ``count`` tokens before those of ``pages``, in the same pass."""
+    sink = pages.sink if pages.start >= PAGE_TOKENS else ()
+    return replace(pages, start=pages.start - count, count=count, tail=pages.head, sink=sink)
+
+
+def _rows(chosen: Tensor) -> Tensor | None:
+    """Which of ``batch * tokens`` rows ``chosen`` ``bool [batch, tokens]`` are; ``None``: all."""
+    return None if bool(chosen.all()) else chosen.flatten().nonzero().squeeze(1)

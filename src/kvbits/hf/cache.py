@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from kvbits.hf.attention import IMPLEMENTATION, register
 from kvbits.hf.batch import Batch
 from kvbits.hf.layer import HybridLayer, QuantizedLayer
 from kvbits.hf.states import RecurrentStates, own_layers
-from kvbits.hf.store import Step, Store
+from kvbits.hf.store import Part, Store
 from kvbits.kernels import Backend, choose_backend
 from kvbits.models.geometry import geometry_of
 from kvbits.models.load import wrap
@@ -77,7 +79,7 @@ class QuantizedCache(Cache):
         self._config = config
         self._store = store
         self._batch = batch
-        self._step: Step | None = None
+        self._running = False
         self._done: set[int] = set()
         weakref.finalize(self, batch.clear).atexit = False
 
@@ -114,20 +116,23 @@ class QuantizedCache(Cache):
                 f"was made for {g.num_kv_heads} of {g.key_dim} and {g.value_dim}"
             )
 
-    def step_of(self, layer: int, rows: int, columns: int, mask: Tensor | None) -> Step:
-        """The step that ``layer`` is part of; the first layer of a forward pass begins it."""
-        if self._step is None or layer in self._done:
-            self._step = self._batch.begin(rows, columns, None if mask is None else mask.cpu(), self.recording)
-            self._done.clear()
-        return self._step
+    @contextmanager
+    def step(self, layer: int, rows: int, columns: int, mask: Tensor | None) -> Iterator[tuple[Part, ...]]:
+        """The kernel calls of the model's ``layer``; the first layer of a forward pass begins it, the last one ends it.
 
-    def layer_done(self, layer: int) -> None:
-        """The model's ``layer`` has stored and read its part of the step; the last one ends it."""
-        self._done.add(layer)
-        if len(self._done) == self._store.pool.geometry.num_layers + len(self._store.pool.geometry.shared):
-            self._step = None
-            self._done.clear()
-            self._batch.finish(self.recording)
+        No other cache on the same pool takes pages meanwhile.
+        """
+        with self._store.lock:
+            if not self._running or layer in self._done:
+                self._batch.begin(rows, columns, None if mask is None else mask.cpu(), self.recording)
+                self._running = True
+                self._done.clear()
+            yield self._batch.parts()
+            self._done.add(layer)
+            if len(self._done) == self._store.pool.geometry.num_layers + len(self._store.pool.geometry.shared):
+                self._running = False
+                self._done.clear()
+                self._batch.finish(self.recording)
 
     # transformers' interface
 
@@ -184,7 +189,7 @@ class QuantizedCache(Cache):
 
     def reset(self) -> None:
         """Forget everything; all pages are free at once."""
-        self._step = None
+        self._running = False
         self._done.clear()
         self._batch.clear()
         self.states.clear()

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kvbits.attention import Forward
-from kvbits.codecs import Policy, PoolLayout
-from kvbits.config import ModelGeometry, parse_bytes
+from kvbits.codecs import PoolLayout
+from kvbits.config import parse_bytes
 from kvbits.engine.config import EngineConfig
 from kvbits.engine.setup import pages_of, policy_of
 from kvbits.kernels import Backend, BatchLayout
@@ -21,7 +21,7 @@ from kvbits.pages import PageManager, SequencePages
 from kvbits.pool import PagedPool
 
 _MAX_FRAMES = 1 << 18
-"""Frames that are reserved when nobody says how much: 16 million tokens, and a free list of a few milliseconds."""
+"""Frames that are reserved when nobody says how much: millions of tokens, and a free list of a few milliseconds."""
 
 _SHARE = 4
 """One part in so many of the free memory is reserved when nobody says how much."""
@@ -35,25 +35,22 @@ class Part:
     rows: Tensor | None
 
 
-@dataclass(frozen=True)
-class Step:
-    """What every layer does in one forward pass of the model, part after part."""
-
-    parts: tuple[Part, ...]
-
-
 class Store:
     """Pool, page manager and kernels behind the caches of one model. Sequences of all caches have distinct ids.
 
-    Caches that share a store may be used in several threads; whoever asks for pages holds ``lock``.
+    Caches that share a store may be used in several threads; whoever asks for pages, or runs kernels on them, holds
+    ``lock``: pages may go to other frames to make room for another cache's.
     """
 
     def __init__(self, loaded: LoadedModel, dtype: str, memory: str | int | None, backend: Backend) -> None:
         config = EngineConfig(kv_cache_dtype=dtype, enable_prefix_caching=False)
         policy = policy_of(loaded, config, backend)
-        size = _spare_memory(loaded.geometry, policy, loaded.device) if memory is None else parse_bytes(memory)
+        freed = backend.layer_groups
+        layout = PoolLayout.of(loaded.geometry, policy, freed)
+        size = _spare_memory(layout, loaded.device) if memory is None else parse_bytes(memory)
         self.backend = backend
-        self.pool = PagedPool(loaded.geometry, policy, size, device=loaded.device, free_windows=False)
+        with torch.inference_mode(False):  # or pages could not be copied outside of it
+            self.pool = PagedPool(loaded.geometry, policy, size, device=loaded.device, free_windows=freed)
         self.pages: PageManager = pages_of(self.pool, loaded, config)
         self.lock = threading.RLock()  # again in one thread: a cache may be collected, and cleared, at any time
         self._next = 0
@@ -80,11 +77,10 @@ class Store:
             self.pool.copy(source, target)
 
 
-def _spare_memory(geometry: ModelGeometry, policy: Policy, device: torch.device) -> int:
+def _spare_memory(layout: PoolLayout, device: torch.device) -> int:
     """Bytes to reserve: address space on the CPU, where only frames that are used get memory; all of it on a GPU."""
-    largest = PoolLayout.of(geometry, policy, free_windows=False).bytes_of(_MAX_FRAMES)
     free = psutil.virtual_memory().available if device.type == "cpu" else _module(device).mem_get_info(device)[0]
-    return int(min(free // _SHARE, largest))
+    return int(min(free // _SHARE, layout.bytes_of(_MAX_FRAMES)))
 
 
 def _module(device: torch.device) -> Any:

@@ -179,6 +179,7 @@ class PageManager:
         table = self._table(seq_id)
         if table.reservation is not None:
             self.rollback(seq_id)
+        self.give_back(seq_id)
         del self._tables[seq_id]
         if self.states is not None:
             self.states.close(seq_id)
@@ -277,11 +278,13 @@ class PageManager:
             self.states.guess(seq_id, count - 1)
         had_open = table.open is not None
         table.open = self._store.own_open(table)
+        # Before the sealed frames: no table names these yet, and room for a run may be made by moving any.
+        tail = self._store.take_open() if tentative and crossed else None
         table.reservation = Reservation(
             count=count,
             tentative=tentative,
             sealed=self._store.take_sealed(table, crossed),
-            tail=self._store.take_open() if tentative and crossed else None,
+            tail=tail,
             new_open=not had_open,
         )
 
@@ -305,10 +308,11 @@ class PageManager:
         copies, self._store.copies = self._store.copies, []
         return copies
 
-    def commit(self, seq_id: int, tokens: Sequence[int]) -> None:
+    def commit(self, seq_id: int, tokens: Sequence[int], defer: bool = False) -> None:
         """Record the reserved tokens as stored; index the pages that they complete.
 
-        A tentative reservation may be committed in part: the rest is given back.
+        A tentative reservation may be committed in part: the rest is given back. ``defer``: what windows leave behind
+        stays until :meth:`give_back`, as the step is still to run.
         """
         table, step = self._reserved(seq_id)
         assert len(tokens) == step.count or (step.tentative and len(tokens) < step.count), (len(tokens), step.count)
@@ -326,7 +330,7 @@ class PageManager:
         table.sealed.extend(step.sealed[:completed])
         for number in range(first, first + pages):
             self._store.seal(table, number)
-        if pages:
+        if pages and not defer:
             self._store.give_back(table, first + pages)
         if self.states is not None:
             if pages and self.enable_prefix_caching and table.goals:
@@ -334,6 +338,11 @@ class PageManager:
                 stays = end in table.goals or end % self.states.spacing == 0
                 self.states.save(seq_id, table.hash, after, step.count, stays)
             self.states.settle(seq_id, step.count - len(tokens))
+
+    def give_back(self, seq_id: int) -> None:
+        """Give back what commits have deferred."""
+        table = self._table(seq_id)
+        self._store.give_back(table, self._store.full_pages(table))
 
     def rollback(self, seq_id: int) -> None:
         """Drop the reservation of a step that did not run, or that was tentative.
