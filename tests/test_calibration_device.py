@@ -108,6 +108,4 @@ def test_parts_of_another_device_are_not_taken_for_this_one_s() -> None:
         for model in (loaded, elsewhere)
     }
     assert len(keys) == 2
-    assert (
-        Laboratory(elsewhere, [policy], ResumeCache(), lambda *_: None)._as_served == "float32, weights auto, on cuda"
-    )  # type: ignore[arg-type]
+    assert Laboratory._arithmetic(elsewhere, "float32") == "float32, weights auto, on cuda"  # type: ignore[arg-type]

@@ -63,11 +63,12 @@ def test_stages_are_kept_and_never_run_again(
     assert run(data, out, monkeypatch, *names) == 0
 
     rows = json.loads((out / "tiny" / "fidelity.json").read_text())["rows"]
-    assert [row["dtype"] for row in rows] == ["int8", "int6", "int4", "4.6"]
+    assert [row["dtype"] for row in rows] == ["int8", "int6", "int4+sink:int8", "int4", "4.6"]
     assert all(row["windows"] == 2 and row["tokens"] == 2 * (WINDOW // 2 - 1) for row in rows)
-    assert rows[0]["kl_mean"] < rows[1]["kl_mean"] < rows[2]["kl_mean"]
-    assert rows[3]["bits_per_element"] == pytest.approx(4.6, abs=0.2)
-    assert rows[3]["kl_mean"] < rows[2]["kl_mean"]
+    losses = [row["kl_mean"] for row in rows]
+    assert losses[0] < losses[1] < losses[2] < losses[3]
+    assert rows[4]["bits_per_element"] == pytest.approx(4.6, abs=0.2)
+    assert losses[4] < losses[3]
     for stage, length in (("positions", 2 * WINDOW), ("written", WINDOW)):
         found = json.loads((out / "tiny" / f"{stage}.json").read_text())["rows"]
         assert [row["dtype"] for row in found] == ["int8", "4.6"]
