@@ -22,7 +22,7 @@ def test_dtypes_that_do_not_fit_are_left_out_unless_they_are_asked_for(
     config, out = tmp_path / "config.json", tmp_path / "plan.json"
     config.write_text(json.dumps(tiny_config("llama", head_dim=80).to_dict()))
     assert status("plan", config, "--memory", "1GiB", "--json", out) == 0
-    assert "Left out: mix8_4, mix8_2, mix4_2: head size 80 is not a multiple of 64." in capsys.readouterr().out
+    assert "Left out: int4b64, mix8_4, mix8_2, mix4_2: head size 80 is not a multiple of 64." in capsys.readouterr().out
     found = json.loads(out.read_text())
     assert {scheme["dtype"] for scheme in found["schemes"]} | set(found["left_out"]) == set(SCHEMES)
     assert {"mix8_4", "int5"} <= set(found["left_out"])
