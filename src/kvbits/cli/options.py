@@ -92,7 +92,7 @@ DisableMLA = Annotated[
     typer.Option(
         "--disable-mla",
         help="Cache every head's keys and values, not the latents of multi-head latent attention (DeepSeek): more "
-        "bytes, and a third of the operations of a step on a CPU. GPUs do so anyway.",
+        "bytes, and fewer operations. GPUs do so anyway.",
     ),
 ]
 MaxModelLen = Annotated[

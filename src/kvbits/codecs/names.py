@@ -47,8 +47,8 @@ DTYPES: dict[str, Dtype] = {
 """Every dtype name that a policy may use: one line a scheme."""
 
 WIDE, WIDE_VALUES = 128, {"int4": "int4b64"}
-"""Values of heads wider than this are stored as another dtype of about the same bits: one scale for 256 channels of 4
-bits costs Gemma 3 twice the KL of one for each 64."""
+"""Values of heads wider than this are stored as another dtype of about the same bits: Gemma 3 270M loses 0.0092 nats a
+token with one scale for a head's 256 channels, 0.0072 with one for each 64."""
 
 
 @dataclass(frozen=True)

@@ -100,11 +100,10 @@ class SideBySide:
         self.context = context
         self._dtypes = tuple(policy.label for policy in policies)
         self._singly = state_dtype != AUTO
-        kept = {REFERENCE: AUTO}
         self._engines = {
             policy.label: engine_for(
                 loaded, policy, 1, context, max_num_batched_tokens, backend(),
-                state_dtype=kept.get(policy.label, state_dtype),
+                state_dtype=AUTO if policy.label == REFERENCE else state_dtype,
             )
             for policy in (loaded.policy(REFERENCE), *policies)
         }  # fmt: skip

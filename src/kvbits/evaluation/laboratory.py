@@ -9,6 +9,7 @@ from typing import Any
 
 import kvbits
 from kvbits.codecs import Policy
+from kvbits.codecs.states import stored_as
 from kvbits.config import AUTO, PAGE_TOKENS
 from kvbits.evaluation import findings
 from kvbits.evaluation.arithmetic import Problem, solve
@@ -214,8 +215,7 @@ class Laboratory:
     @staticmethod
     def _arithmetic(loaded: LoadedModel, dtype: str, states: str = AUTO) -> str:
         """What finished parts are known by besides their content and the model's fingerprint."""
-        rest = "" if states == AUTO else f", states in {states}"
-        return f"{dtype}, weights {loaded.weights}, on {loaded.device.type}{rest}"
+        return f"{dtype}, weights {loaded.weights}, on {loaded.device.type}{stored_as(states)}"
 
     def _backend(self) -> Backend:
         own = default_backend(str(self.loaded.device))
