@@ -311,6 +311,9 @@ def test_laboratory(run: Run, model: str, text: Path, tmp_path: Path) -> None:
         assert module.main() == 1
 
 
+# The server
+
+
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Let a script's server be one in this process; its command line must be one that ``kvbits serve`` takes."""

@@ -83,9 +83,6 @@ def test_compare_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert (tmp_path / "r.png").exists()
 
 
-# The server
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process' own peak is not told")
 def test_what_the_benchmark_itself_holds_is_not_the_engine_s() -> None:
     case = importlib.import_module("peers.case")
