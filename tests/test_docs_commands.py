@@ -29,6 +29,7 @@ NOT_RUN = {
     "lm_eval": "needs the extra lm-eval; its model is tested in test_lm_eval",
     "make": "minutes to half an hour each; that the targets exist is tested in test_docs",
     "pip install": "changes the environment; make test-install",
+    "python benchmarks/compare_engines.py": "minutes, and the other engines; tested in test_compare_engines",
     "python benchmarks/evidence.py": "hours, and data that is not here; tested in test_evidence",
     "python -m kvbits.lm_eval": "needs the extra lm-eval; its model is tested in test_lm_eval",
     "python -m pytest": "this suite",
