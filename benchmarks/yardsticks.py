@@ -1,4 +1,4 @@
-"""What a product is compared with: a plain read of memory, and dot products of bytes in registers (``peak.c``)."""
+"""What a product is compared with: a plain read of memory, and products in registers (``peak.c``)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,13 @@ from pathlib import Path
 import numpy as np
 from bandwidth import make_buffer
 
-_FLAGS = {"avx512": ["-march=native"], "avx2": ["-mavx2"], "scalar": []}
-"""Compiler flags by instruction set; the first one's for the plain read, on any processor."""
+_FLAGS = {
+    "amx": ["-mavx512f", "-mamx-tile", "-mamx-bf16"],
+    "avx512": ["-mavx512f", "-mavx512vnni"],
+    "avx2": ["-mavx2"],
+}
+"""Compiler flags by instruction set; an emulated one has no peak."""
+_READING = ["-march=native"]
 _ROUNDS = 1_000_000
 
 
@@ -43,22 +48,22 @@ class Yardsticks:
     def read(self) -> float:
         """Bytes a second."""
         parts = np.array_split(self._buffer, self._count)
-        library = self._library("avx512")
+        library = self._library("read", _READING)
         begin = self.now()
         list(self._threads.map(lambda part: library.plain_read(part.ctypes.data, len(part)), parts))
         return self._buffer.nbytes / (self.now() - begin)
 
     def peak(self, isa: str) -> float:
-        """Multiplications of bytes a second by the instructions of ``isa``; NaN where ``peak.c`` has none."""
-        library = self._library(isa)
+        """Multiplications a second of bytes or, with tiles, of bfloat16, by ``isa``; NaN where ``peak.c`` has none."""
+        library = self._library(isa, _FLAGS.get(isa, []))
         begin = self.now()
-        made = list(self._threads.map(lambda _: library.dot_bytes(_ROUNDS), range(self._count)))
+        made = list(self._threads.map(lambda _: library.multiply(_ROUNDS), range(self._count)))
         return sum(made) / (self.now() - begin) if made[0] else float("nan")
 
-    def _library(self, isa: str) -> ctypes.CDLL:
-        if isa not in self._libraries:
-            self._libraries[isa] = _compiled(self._compiler, _FLAGS[isa])
-        return self._libraries[isa]
+    def _library(self, name: str, flags: list[str]) -> ctypes.CDLL:
+        if name not in self._libraries:
+            self._libraries[name] = _compiled(self._compiler, flags)
+        return self._libraries[name]
 
 
 def _compiled(compiler: str, flags: list[str]) -> ctypes.CDLL:
@@ -68,5 +73,5 @@ def _compiled(compiler: str, flags: list[str]) -> ctypes.CDLL:
         subprocess.run([compiler, "-O3", "-shared", "-fPIC", *flags, source, "-o", built], check=True)
         library = ctypes.CDLL(str(built))
     library.plain_read.argtypes, library.plain_read.restype = (ctypes.c_void_p, ctypes.c_size_t), ctypes.c_uint64
-    library.dot_bytes.argtypes, library.dot_bytes.restype = (ctypes.c_uint64,), ctypes.c_uint64
+    library.multiply.argtypes, library.multiply.restype = (ctypes.c_uint64,), ctypes.c_uint64
     return library

@@ -36,6 +36,8 @@ const RowKernels& scalar_rows();
 const RowKernels& avx2_rows();
 const RowKernels& avx512_rows();
 const RowKernels& avx512bf16_rows();
+const RowKernels& amx_rows();
+const RowKernels& amx_emulated_rows();
 
 // The best for the instruction set `isa` of the attention kernels on this processor.
 const RowKernels& rows_for(const char* isa);

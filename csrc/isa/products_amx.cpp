@@ -1,6 +1,7 @@
-// Products with weights in bits on tiles (AMX-INT8); see isa/scalar.cpp for why all is anonymous.
+// Products on tiles (AMX-INT8); see isa/scalar.cpp for why all is anonymous.
 #include <immintrin.h>
 
+#include "../decoder/rows.h"
 #include "../kernels.h"
 #include "../numbers.h"
 #include "../unrolled.h"
@@ -18,8 +19,14 @@ constexpr char kTileIsa[] = "amx";
 #include "../weights/params-inl.h"
 #include "../weights/product-inl.h"
 #include "../weights/tiles-inl.h"
+#include "../weights/tiles-bf16-inl.h"
 // clang-format on
 }  // namespace
 
 const ProductKernels& amx_products() { return kTileProducts; }
+
+const RowKernels& amx_rows() {
+  static const RowKernels rows = rows_on_tiles();
+  return rows;
+}
 }  // namespace kvbits

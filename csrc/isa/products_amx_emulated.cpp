@@ -1,6 +1,7 @@
-// Products with weights in bits on tiles that are emulated; see isa/scalar.cpp for why all is anonymous.
+// Products on tiles that are emulated; see isa/scalar.cpp for why all is anonymous.
 #include <immintrin.h>
 
+#include "../decoder/rows.h"
 #include "../kernels.h"
 #include "../numbers.h"
 #include "../unrolled.h"
@@ -18,8 +19,14 @@ constexpr char kTileIsa[] = "amx_emulated";
 #include "../weights/params-inl.h"
 #include "../weights/product-inl.h"
 #include "../weights/tiles-inl.h"
+#include "../weights/tiles-bf16-inl.h"
 // clang-format on
 }  // namespace
 
 const ProductKernels& amx_emulated_products() { return kTileProducts; }
+
+const RowKernels& amx_emulated_rows() {
+  static const RowKernels rows = rows_on_tiles();
+  return rows;
+}
 }  // namespace kvbits

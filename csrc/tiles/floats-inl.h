@@ -73,8 +73,9 @@ struct Float8Tiles {
 // The page as it lies where it can be, or unpacked by the first block that meets it.
 template <class P>
 inline TilePage float_page(const Block& block, const uint8_t* page, int reduction, int lanes, uint8_t* kept, int dim) {
-  if (block.first && block.ahead != 0) P::prefetch(page, block.ahead, dim);
-  if (P::kStored && reduction % 32 == 0) return {page, 4 * lanes, 64, 64 * lanes};
+  const ptrdiff_t ahead = block.first ? block.ahead : 0;
+  if (P::kStored && reduction % 32 == 0) return {page, 4 * lanes, 64, 64 * lanes, ahead};
+  if (ahead != 0) P::prefetch(page, ahead, dim);
   if (block.first) P::unpack(page, reduction, lanes, kept);
   return unpacked_page(kept, lanes);
 }

@@ -23,11 +23,12 @@ struct TileRows {
   const void* at;
   ptrdiff_t row, term;
 };
-// A page: row q of the tile of step s and vector v at `at` + s * step + v * vector + q * row.
+// A page: row q of the tile of step s and vector v at `at` + s * step + v * vector + q * row. What lies `ahead` bytes
+// behind each row is asked for with it; 0: nothing is.
 struct TilePage {
   const uint8_t* at;
-  ptrdiff_t row, vector, step;
-  TilePage from(int vectors) const { return {at + vectors * vector, row, vector, step}; }
+  ptrdiff_t row, vector, step, ahead = 0;
+  TilePage from(int vectors) const { return {at + vectors * vector, row, vector, step, ahead}; }
 };
 // Tiles that lie side by side, one step's after another's.
 inline TilePage unpacked_page(const uint8_t* at, int lanes) { return {at, 64, kTileBytes, lanes / 16 * kTileBytes}; }
@@ -42,7 +43,11 @@ inline void multiply_page(const TileRows& rows, const TilePage& page, int steps,
     const auto* from = static_cast<const uint8_t*>(rows.at) + s * 64;
     unrolled<TERMS>([&](auto t) KVBITS_INLINE { tile_load<kTileSums + t>(from + t * rows.term, rows.row); });
     unrolled<VECTORS>([&](auto v) KVBITS_INLINE {
-      tile_load<kTileSums + 2 + v % 2>(page.at + p * page.step + v * page.vector, page.row);
+      const uint8_t* tile = page.at + p * page.step + v * page.vector;
+      tile_load<kTileSums + 2 + v % 2>(tile, page.row);
+      if (page.ahead != 0 && s < page_steps) {
+        for (int q = 0; q < 16; ++q) __builtin_prefetch(tile + q * page.row + page.ahead, 0, 2);
+      }
       unrolled<TERMS>([&](auto t) KVBITS_INLINE {
         Product::template add<t * VECTORS + v, kTileSums + t, kTileSums + 2 + v % 2>();
       });

@@ -84,6 +84,9 @@ struct ProductKernel {
   bool grouped;  // reads InputRows::groups
   // out[r * kStrip + c]: `rows` <= row_tile rows times one strip.
   void (*multiply)(const InputRows& x, int rows, int in, const uint8_t* strip, float* out);
+  // Around a thread's products with `rows` rows: tiles take their shapes, and are given back. Null: nothing to do.
+  void (*begin)(int rows) = nullptr;
+  void (*end)() = nullptr;
 };
 constexpr int kMostTileRows = 32;
 

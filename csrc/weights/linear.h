@@ -83,17 +83,39 @@ class Input {
   int rows_ = 0, width_ = 0;
 };
 
+// What a thread's products made ready: configuring the processor's tiles takes as long as a hundred of their products.
+class Ready {
+ public:
+  Ready() = default;
+  Ready(const Ready&) = delete;
+  Ready& operator=(const Ready&) = delete;
+  ~Ready() {
+    if (end_ != nullptr) end_();
+  }
+  void prepare(const ProductKernel& product, int rows) {
+    if (product.begin == nullptr || (product.begin == begin_ && rows == rows_)) return;
+    product.begin(rows);
+    begin_ = product.begin, end_ = product.end, rows_ = rows;
+  }
+
+ private:
+  void (*begin_)(int rows) = nullptr;
+  void (*end_)() = nullptr;
+  int rows_ = 0;
+};
+
 // A tile of rows' products with one strip.
 class Tile {
  public:
-  Tile(const LinearKernels& kernels, const Linear& linear, int strip)
-      : product_(kernels.product(linear.format())), linear_(linear), strip_(strip) {}
+  Tile(const LinearKernels& kernels, const Linear& linear, int strip, Ready& ready)
+      : product_(kernels.product(linear.format())), linear_(linear), strip_(strip), ready_(ready) {}
 
   int most_rows() const { return product_.row_tile; }
   // At most kMostTileRows rows, from a multiple of most_rows() on.
   void multiply(const Input& input, int first, int count) {
     for (int done = 0; done < count; done += most_rows()) {
       const int rows = count - done < most_rows() ? count - done : most_rows();
+      ready_.prepare(product_, rows);
       product_.multiply(input.tile(product_, first + done), rows, linear_.in(), linear_.strip(strip_),
                         products_ + done * kStrip);
     }
@@ -105,6 +127,7 @@ class Tile {
   const ProductKernel& product_;
   const Linear& linear_;
   const int strip_;
+  Ready& ready_;
   alignas(64) float products_[kMostTileRows * kStrip];
 };
 
@@ -112,7 +135,8 @@ class Tile {
 template <class Store>
 void multiply_strip(const LinearKernels& kernels, const Linear& linear, int strip, const Input& input,
                     const Store& store) {
-  Tile tile(kernels, linear, strip);
+  Ready ready;
+  Tile tile(kernels, linear, strip, ready);
   for (int row = 0; row < input.rows(); row += tile.most_rows()) {
     const int count = input.rows() - row < tile.most_rows() ? input.rows() - row : tile.most_rows();
     tile.multiply(input, row, count);
@@ -124,7 +148,8 @@ void multiply_strip(const LinearKernels& kernels, const Linear& linear, int stri
 template <class Store>
 void multiply_pair(const LinearKernels& kernels, const Linear& a, const Linear& b, int strip, const Input& input,
                    const Store& store) {
-  Tile left(kernels, a, strip), right(kernels, b, strip);
+  Ready ready;
+  Tile left(kernels, a, strip, ready), right(kernels, b, strip, ready);
   // Codes lie in tiles of one size; only bfloat16's may be another.
   const int tile = b.grouped() ? right.most_rows() : left.most_rows();
   for (int row = 0; row < input.rows(); row += tile) {
