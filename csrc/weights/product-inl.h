@@ -73,20 +73,21 @@ inline void add_group(const InputGroup* x, const uint8_t* header, const uint8_t*
   });
 }
 
+// `stride` rows from a group's inputs to the next one's.
 template <class Format, int ROWS>
-inline void multiply_groups(const InputGroup* x, int groups, const uint8_t* strip, int lane, float* out) {
+inline void multiply_groups(const InputGroup* x, int stride, int groups, const uint8_t* strip, int lane, float* out) {
   F results[ROWS][kVectorsAtOnce];
   unrolled<ROWS>([&](auto r) { unrolled<kVectorsAtOnce>([&](auto v) { results[r][v] = f_set(0); }); });
   const uint8_t* header = strip;
   const uint8_t* group = strip + Format::kHeaderBytes;
-  for (int g = 0; g < groups; ++g, x += ROWS, group += Format::kGroupBytes) {
+  for (int g = 0; g < groups; ++g, x += stride, group += Format::kGroupBytes) {
     if (Format::kSuper && g % Format::kGroups == 0 && g > 0) {
       header = group;
       group += Format::kHeaderBytes;
     }
     for (int at = 0; at < Format::kGroupBytes; at += 64) __builtin_prefetch(group + at + kAheadBytes);
     if (ROWS > 2) {
-      for (int r = 0; r < ROWS; ++r) __builtin_prefetch(x + kAheadGroups * ROWS + r);
+      for (int r = 0; r < ROWS; ++r) __builtin_prefetch(x + kAheadGroups * stride + r);
     }
     add_group<Format, ROWS>(x, header, group, lane, results);
   }
@@ -98,18 +99,22 @@ inline void multiply_groups(const InputGroup* x, int groups, const uint8_t* stri
 }
 
 template <class Format, int ROWS>
-void multiply_rows(const InputGroup* x, int rows, int groups, const uint8_t* strip, float* out) {
+void multiply_rows(const InputGroup* x, int rows, int stride, int groups, const uint8_t* strip, float* out) {
   if constexpr (ROWS > 0) {
-    if (rows < ROWS) return multiply_rows<Format, ROWS - 1>(x, rows, groups, strip, out);
+    if (rows < ROWS) return multiply_rows<Format, ROWS - 1>(x, rows, stride, groups, strip, out);
     for (int lane = 0; lane < kStrip; lane += kVectorsAtOnce * kWidth) {
-      multiply_groups<Format, ROWS>(x, groups, strip, lane, out);
+      multiply_groups<Format, ROWS>(x, stride, groups, strip, lane, out);
     }
   }
 }
 
 template <class Format>
 void multiply_coded(const InputRows& x, int rows, int in, const uint8_t* strip, float* out) {
-  multiply_rows<Format, kProductRows>(x.groups, rows, (in + kGroup - 1) / kGroup, strip, out);
+  const int groups = (in + kGroup - 1) / kGroup;
+  for (int r = 0; r < rows; r += kProductRows) {
+    const int some = rows - r < kProductRows ? rows - r : kProductRows;
+    multiply_rows<Format, kProductRows>(x.groups + r, some, rows, groups, strip, out + r * kStrip);
+  }
 }
 
 void quantize_groups(const uint16_t* x, int in, ptrdiff_t stride, InputGroup* out) {

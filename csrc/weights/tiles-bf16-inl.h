@@ -6,18 +6,7 @@ constexpr ptrdiff_t kPairBytes = 4 * kStrip;  // of a pair of inputs and all out
 // How far ahead weights are asked for, into the second-level cache.
 constexpr int kPairsAhead = 32 * kPairBytes;
 
-// Tiles 0 to 3: sums of two blocks of up to 16 rows, by 16 outputs; 4 and 5: the blocks; 6 and 7: weights.
-void begin_pairs(int rows) {
-  TileConfig config;
-  const int blocks[2] = {rows < 16 ? rows : 16, rows > 16 ? rows - 16 : 1};
-  for (int b = 0; b < 2; ++b) {
-    config.shape(2 * b, blocks[b], 64);
-    config.shape(2 * b + 1, blocks[b], 64);
-    config.shape(4 + b, blocks[b], 64);
-    config.shape(6 + b, 16, 64);
-  }
-  tile_configure(config);
-}
+void begin_pairs(int rows) { configure_tiles(rows, kStepInputs * sizeof(uint16_t), kStepInputs / 2); }
 
 // x: rows `stride` bytes apart.
 inline void add_step(const uint16_t* x, ptrdiff_t stride, bool both, const uint8_t* weights) {
