@@ -266,7 +266,9 @@ class Attention {
     float rescale[kManyRows];
     const bool is_own = page == position(item) / kPage;
     const int rows = head_rows(item), last_head = item.head + item.heads - 1;
-    const int step = block_rows(rows, codecs.key->score_many && codecs.value->accumulate_many);
+    const bool many = codecs.key->score_many && codecs.value->accumulate_many &&
+                      layer_.key_dim >= codecs.key->many_from && layer_.value_dim >= codecs.value->many_from;
+    const int step = block_rows(rows, many);
     const auto score = step > kBlockRows ? codecs.key->score_many : codecs.key->score;
     const auto accumulate = step > kBlockRows ? codecs.value->accumulate_many : codecs.value->accumulate;
     for (int head = item.head; head <= last_head; ++head, state += rows) {

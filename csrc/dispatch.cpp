@@ -58,13 +58,13 @@ const struct {
   const ProductKernels& (*products)();
 } kIsas[] = {
 #if defined(__x86_64__)
-    {"amx", has_amx, amx_kernels, amx_rows, amx_products},
+    {"amx", has_amx, amx_kernels, amx_rows, avx512_products},
     {"avx512", has_avx512, avx512_kernels, best_avx512_rows, avx512_products},
     {"avx2", has_avx2, avx2_kernels, avx2_rows, avx2_products},
 #endif
     {"scalar", always, scalar_kernels, scalar_rows, scalar_products},
 #if defined(KVBITS_EMULATED_TILES)
-    {"amx_emulated", has_avx512_beside_tiles, amx_emulated_kernels, amx_emulated_rows, amx_emulated_products},
+    {"amx_emulated", has_avx512_beside_tiles, amx_emulated_kernels, amx_emulated_rows, avx512_products},
 #endif
 };
 }  // namespace

@@ -91,16 +91,18 @@ struct KeyKernel {
   void (*prepare)(QueryRow& row, int dim);
   // scores[r * kPage + t] = row r's query . key t
   void (*score)(const Block& block, int dim);
-  // Null, or the same for up to kManyRows rows, to the same bits.
+  // Null, or the same for up to kManyRows rows, to the same bits; taken for heads of `many_from` and more.
   void (*score_many)(const Block& block, int dim) = nullptr;
+  int many_from = 0;
 };
 struct ValueKernel {
   // row r: accumulator = accumulator * rescale[r] + sum over t of weights[r * kPage + t] * value t
   void (*accumulate)(const Block& block, int dim);
   // Null, or what turns an accumulator into the basis that `accumulate` adds to, and back.
   void (*unrotate)(QueryRow& row, int dim);
-  // Null, or `accumulate` for up to kManyRows rows, to the same bits.
+  // Null, or `accumulate` for up to kManyRows rows, to the same bits; taken for heads of `many_from` and more.
   void (*accumulate_many)(const Block& block, int dim) = nullptr;
+  int many_from = 0;
 };
 // How one head's codes are chosen (Rounding in codecs/base.py).
 struct Rounding {

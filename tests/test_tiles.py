@@ -19,6 +19,13 @@ ON_TILES = pytest.mark.parametrize("isa", TILES)
 FLOATS = ["bf16", "fp8_e4m3", "fp8_e5m2"]
 MANY = replace(PLAIN, num_heads=14, window=150)
 """7 query heads a KV head: 56 rows of 8 tokens, in four blocks, and blocks that are no tile's height."""
+CODES = {
+    "plain": replace(MANY, window=None),
+    "wide-192": replace(MANY, key_dim=192, value_dim=192, window=None),
+    "wide-256-window-softcap-sinks": replace(MANY, key_dim=256, value_dim=256, softcap=5.0, sinks=True),
+    "latent-16-576": SHAPES["latent-16-576"],
+}
+"""Integer codes meet tiles in wide heads only."""
 
 pytestmark = pytest.mark.skipif(not TILES, reason="neither AMX nor a build for developers on AVX-512 with BF16")
 
@@ -39,10 +46,10 @@ def assert_rounded(got: list[Tensor], expected: list[Tensor], more: float) -> No
 
 @ON_TILES
 @pytest.mark.parametrize("dtype", [d for d in SCHEMES if d not in FLOATS])
-@pytest.mark.parametrize("shape", ["plain", "gqa-5-96", "mla-192-128", "window-130-softcap-sinks"])
+@pytest.mark.parametrize("shape", CODES)
 def test_integer_codes_give_the_vectors_bits(shape: str, dtype: str, isa: str) -> None:
     """Sums of products of bytes are exact; float32 rows meet their own page in the vectors' kernels."""
-    layer = replace(MANY, window=None) if shape == "plain" else SHAPES[shape]
+    layer = CODES[shape]
     if SCHEMES[dtype].supports(layer):
         pytest.skip("no such head size")
     inputs = make_inputs(layer, [65, 333])

@@ -80,14 +80,13 @@ def test_rounding_loses_less_than_the_gguf_package(weights: str, rival: str) -> 
 
 
 @ISAS
-@pytest.mark.parametrize("rows", [5, 23])
 @pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_inputs_that_fill_no_group(weights: str, rows: int, isa: str) -> None:
+def test_inputs_that_fill_no_group(weights: str, isa: str) -> None:
     weight = torch.randn(40, 50, generator=torch.Generator().manual_seed(2))
-    x = torch.randn(rows, 50, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
+    x = torch.randn(5, 50, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
     products = Products(isa)
     found = products.apply(products.pack(weight, None, ROUNDED[weights]), x)
-    assert_close(found, exact_product(x, ROUNDED[weights].encode(weight).numpy(), ROUNDED[weights], isa))
+    assert_close(found, product(x, ROUNDED[weights].encode(weight), ROUNDED[weights]))
 
 
 def test_inputs_are_rounded_by_half_a_step_at_most() -> None:
@@ -105,16 +104,9 @@ def assert_close(found: Tensor, exact: Tensor) -> None:
     assert ((found.double() - exact).abs() <= bound).all(), (found.double() - exact).abs().max()
 
 
-def exact_product(x: Tensor, stored: np.ndarray, weight_format: WeightFormat, isa: str) -> Tensor:
-    """In float64, of the inputs as the kernels take them: in 8 bits or, on tiles, as they are."""
-    if isa.startswith("amx"):
-        return x.double() @ torch.from_numpy(unpacked(weight_format, stored)).double().T[: x.shape[1]]
-    return product(x, torch.from_numpy(stored), weight_format)
-
-
 @ISAS
 @IN_BITS
-@pytest.mark.parametrize("rows", [1, 3, 8, 21, 70])
+@pytest.mark.parametrize("rows", [1, 3, 8, 21])
 def test_products_against_float64(weight_format: WeightFormat, rows: int, isa: str) -> None:
     stored = random_rows(weight_format, 75, 2, rows)
     bias = torch.randn(75)
@@ -122,20 +114,36 @@ def test_products_against_float64(weight_format: WeightFormat, rows: int, isa: s
     x[0, :32] = 0
     weight = packed(weight_format, stored, x.shape[1], bias)
     found = Products(isa).apply(weight, x)
-    assert_close(found, exact_product(x, stored, weight_format, isa) + bias.double())
+    assert_close(found, product(x, torch.from_numpy(stored), weight_format) + bias.double())
+
+
+@ISAS
+@pytest.mark.parametrize("inputs", [7, 64, 95, 130])
+@pytest.mark.parametrize("rows", [2, 5, 17, 32, 45])
+def test_products_with_bfloat16_against_float64(rows: int, inputs: int, isa: str) -> None:
+    """Whatever lies behind a row's inputs is not multiplied: rows of numbers lie beside one that is none."""
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, inputs, generator=generator).to(torch.bfloat16)
+    weight = torch.randn(75, inputs, generator=generator).to(torch.bfloat16)
+    bias, products = torch.randn(75), Products(isa)
+    packed_weight = products.pack(weight, bias, ROUNDED["bf16"])
+    exact = x.double() @ weight.double().T + bias.double()
+    assert_close(products.apply(packed_weight, x), exact)
+    x[rows // 2] = float("nan")
+    found, others = products.apply(packed_weight, x), [r for r in range(rows) if r != rows // 2]
+    assert found[rows // 2].isnan().all()
+    assert_close(found[others], exact[others])
 
 
 @IN_BITS
 @pytest.mark.parametrize("shape", [(64, 1), (45, 2), (7, 3)])
 def test_every_instruction_set_gives_the_same_bits(weight_format: WeightFormat, shape: tuple[int, int]) -> None:
-    """Tiles sum in another order, of other inputs: they are compared with one another."""
     out, blocks = shape
     weight = packed(weight_format, random_rows(weight_format, out, blocks), blocks * weight_format.block)
     x = torch.randn(19, weight.in_features, generator=torch.Generator().manual_seed(out)).to(torch.bfloat16)
-    for tiles in (False, True):
-        found = [Products(isa).apply(weight, x) for isa in available_isas() if isa.startswith("amx") == tiles]
-        for other in found[1:]:
-            assert torch.equal(found[0], other)
+    first, *others = (Products(isa).apply(weight, x) for isa in available_isas())
+    for other in others:
+        assert torch.equal(first, other)
 
 
 @ISAS
@@ -161,8 +169,7 @@ def test_a_row_that_is_no_number_stays_one_and_alone(weight_format: WeightFormat
     plain = products.apply(weight, x)
     x[4, 17] = bad
     found = products.apply(weight, x)
-    assert not found[4].isfinite().any()
-    assert found[4].isnan().all() or isa.startswith("amx")  # there the inputs are not rounded: infinite sums are right
+    assert found[4].isnan().all()
     assert torch.equal(found[:4], plain[:4])
     assert torch.equal(found[5:], plain[5:])
 

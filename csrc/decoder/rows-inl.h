@@ -22,38 +22,41 @@ constexpr int kVectorsAtOnce = 2;
 constexpr int kRowsAtOnce = kRegisters >= 32 ? 12 : 4;
 
 template <int ROWS>
-inline void multiply_pairs(const InputRows& x, int pairs, const uint8_t* strip, float* out) {
+inline void multiply_pairs(const InputRows& x, int in, const uint8_t* strip, float* out) {
   F sums[ROWS][kVectorsAtOnce];
   unrolled<ROWS>([&](auto r) { unrolled<kVectorsAtOnce>([&](auto v) { sums[r][v] = f_set(0); }); });
-  for (int k = 0; k < pairs; ++k) {
+  const auto add = [&](int k, int bytes) KVBITS_INLINE {
     B weights[kVectorsAtOnce];
-    unrolled<kVectorsAtOnce>([&](auto v) {
+    unrolled<kVectorsAtOnce>([&](auto v) KVBITS_INLINE {
       const uint8_t* from = strip + (k * kStrip + v * kWidth) * 4;
       weights[v] = b_load(from);
       __builtin_prefetch(from + kAhead, 0, 2);
     });
-    unrolled<ROWS>([&](auto r) {
-      uint32_t pair;
-      __builtin_memcpy(&pair, x.x + r * x.stride + 2 * k, 4);
-      unrolled<kVectorsAtOnce>([&](auto v) { sums[r][v] = add_pair_products(sums[r][v], weights[v], pair); });
+    unrolled<ROWS>([&](auto r) KVBITS_INLINE {
+      uint32_t pair = 0;
+      __builtin_memcpy(&pair, x.x + r * x.stride + 2 * k, bytes);
+      unrolled<kVectorsAtOnce>([&](auto v)
+                                   KVBITS_INLINE { sums[r][v] = add_pair_products(sums[r][v], weights[v], pair); });
     });
-  }
+  };
+  for (int k = 0; k < in / 2; ++k) add(k, 4);
+  if (in % 2 != 0) add(in / 2, 2);  // not what follows: a zero weight times no number is none
   unrolled<ROWS>(
       [&](auto r) { unrolled<kVectorsAtOnce>([&](auto v) { f_store(out + r * kStrip + v * kWidth, sums[r][v]); }); });
 }
 
 template <int ROWS>
-void multiply_rows(const InputRows& x, int rows, int pairs, const uint8_t* strip, float* out) {
+void multiply_rows(const InputRows& x, int rows, int in, const uint8_t* strip, float* out) {
   if constexpr (ROWS > 0) {
-    if (rows < ROWS) return multiply_rows<ROWS - 1>(x, rows, pairs, strip, out);
+    if (rows < ROWS) return multiply_rows<ROWS - 1>(x, rows, in, strip, out);
     for (int lane = 0; lane < kStrip; lane += kVectorsAtOnce * kWidth) {
-      multiply_pairs<ROWS>(x, pairs, strip + lane * 4, out + lane);
+      multiply_pairs<ROWS>(x, in, strip + lane * 4, out + lane);
     }
   }
 }
 
 void multiply_any(const InputRows& x, int rows, int in, const uint8_t* strip, float* out) {
-  multiply_rows<kRowsAtOnce>(x, rows, (in + 1) / 2, strip, out);
+  multiply_rows<kRowsAtOnce>(x, rows, in, strip, out);
 }
 
 // Sixteen partial sums, added pairwise: the compiler makes vectors of them, and their order is fixed.

@@ -25,12 +25,6 @@ struct SignedUnsigned {  // bytes of A and of B; int32 sums
     __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(A), "i"(B));
   }
 };
-struct SignedSigned {
-  template <int SUM, int A, int B>
-  static void add() {
-    __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(A), "i"(B));
-  }
-};
 struct UnsignedSigned {
   template <int SUM, int A, int B>
   static void add() {

@@ -71,12 +71,6 @@ struct SignedUnsigned {
     add_bytes<int8_t, uint8_t, SUM, A, B>();
   }
 };
-struct SignedSigned {
-  template <int SUM, int A, int B>
-  static void add() {
-    add_bytes<int8_t, int8_t, SUM, A, B>();
-  }
-};
 struct UnsignedSigned {
   template <int SUM, int A, int B>
   static void add() {

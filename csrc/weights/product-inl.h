@@ -112,8 +112,7 @@ void multiply_coded(const InputRows& x, int rows, int in, const uint8_t* strip, 
   multiply_rows<Format, kProductRows>(x.groups, rows, (in + kGroup - 1) / kGroup, strip, out);
 }
 
-void quantize_groups(const uint16_t* x, int in, ptrdiff_t stride, void* groups) {
-  auto* out = static_cast<InputGroup*>(groups);
+void quantize_groups(const uint16_t* x, int in, ptrdiff_t stride, InputGroup* out) {
   for (int begin = 0; begin < in; begin += kGroup, out += stride) {
     uint16_t last[kGroup] = {};
     const uint16_t* from = x + begin;
@@ -160,4 +159,4 @@ const ProductKernel* find_product(int format, FormatList<F...>) {
 
 const ProductKernel* product_of(int format) { return find_product(format, Formats{}); }
 
-const ProductKernels kProducts = {kIsa, kProductRows, sizeof(InputGroup), quantize_groups, product_of};
+const ProductKernels kProducts = {kIsa, kProductRows, quantize_groups, product_of};

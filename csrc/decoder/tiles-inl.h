@@ -1,6 +1,10 @@
-// Products with bfloat16 weights on tiles of bfloat16, any number of rows: 32 inputs a step, in the order of the inputs.
-// Sums stay in the tiles.
+// Products with bfloat16 weights on tiles of bfloat16, any number of rows: 32 inputs a step, in the order of the
+// inputs. Sums stay in the tiles. Included inside a per-ISA anonymous namespace.
+//
+// Weights in bits have scales for every 32 inputs: sums would leave the tiles at every step, and what vectors then do
+// with them takes as long as their own products (weights/product-inl.h), which are taken instead.
 
+constexpr int kBlock = 16;  // rows that a tile holds
 constexpr int kStepInputs = 32;
 constexpr ptrdiff_t kPairBytes = 4 * kStrip;  // of a pair of inputs and all outputs of a strip
 // How far ahead weights are asked for, into the second-level cache.
@@ -40,7 +44,8 @@ void multiply_pairs_on_tiles(const InputRows& tile, int rows, int in, const uint
   const uint16_t* x = tile.x;
   int i = 0;
   for (; i + kStepInputs <= in; i += kStepInputs, strip += kStepInputs / 2 * kPairBytes) {
-    for (ptrdiff_t at = 0; at < kStepInputs / 2 * kPairBytes; at += 64) __builtin_prefetch(strip + at + kPairsAhead, 0, 2);
+    for (ptrdiff_t at = 0; at < kStepInputs / 2 * kPairBytes; at += 64)
+      __builtin_prefetch(strip + at + kPairsAhead, 0, 2);
     add_step(x + i, 2 * tile.stride, both, strip);
   }
   if (const int rest = in - i; rest > 0) {  // zeros after the last inputs
@@ -60,7 +65,7 @@ void multiply_pairs_on_tiles(const InputRows& tile, int rows, int in, const uint
 
 RowKernels rows_on_tiles() {
   RowKernels rows = avx512bf16_rows();
-  rows.isa = kTileIsa;
+  rows.isa = kIsa;
   rows.product = {2 * kBlock, false, multiply_pairs_on_tiles, begin_pairs, tile_release};
   return rows;
 }
