@@ -72,8 +72,8 @@ class Decoder::Step {
     normed_ = room.normed.get(rows, shape_.hidden);
     attended_ = room.attended.get(rows, key_at_);
     if (decoder.grouped_) {
-      room.normed.reserve_codes();
-      room.attended.reserve_codes();
+      room.normed.reserve(products_.coded);
+      room.attended.reserve(products_.coded);
     }
   }
 
@@ -122,7 +122,7 @@ class Decoder::Step {
   static float* row(float* x, int r, int width) { return x + static_cast<size_t>(r) * width; }
 
   void quantize(Input& input, int r) const {
-    if (decoder_.grouped_) input.quantize(products_.coded, r);
+    if (decoder_.grouped_) input.prepare(products_.coded, r);
   }
 
   void norm(const std::vector<float>& weight) {
@@ -210,7 +210,7 @@ class Decoder::Step {
   void gate(const DecoderLayer& layer) {
     const int inner = layer.gate->out();
     uint16_t* gated = room_.gated.get(rows_, inner);
-    if (decoder_.grouped_) room_.gated.reserve_codes();
+    if (decoder_.grouped_) room_.gated.reserve(products_.coded);
     each_strip(workers_, layer.gate->strips(), layer.gate->strip_bytes(), [&](int strip) {
       multiply_pair(products_, *layer.gate, *layer.up, strip, room_.normed,
                     [&](int r, const float* left, const float* right) {

@@ -61,8 +61,8 @@ void Experts::add(Workers& workers, const LinearKernels& kernels, const uint16_t
   const int pairs = static_cast<int>(order.pairs.size());
   uint16_t *gathered = room.gathered.get(pairs, hidden), *gated = room.gated.get(pairs, inner);
   if (grouped_) {
-    room.gathered.reserve_codes();
-    room.gated.reserve_codes();
+    room.gathered.reserve(kernels.coded);
+    room.gated.reserve(kernels.coded);
   }
   std::vector<Group> groups;
   std::vector<int> group_of(pairs);
@@ -77,7 +77,7 @@ void Experts::add(Workers& workers, const LinearKernels& kernels, const uint16_t
     const uint16_t* from = x + static_cast<size_t>(order.pairs[p] / choice.count) * hidden;
     std::memcpy(gathered + static_cast<size_t>(p) * hidden, from, hidden * sizeof(uint16_t));
     Group& group = groups[group_of[p]];
-    if (grouped_) group.x.quantize(kernels.coded, p - group.first);
+    if (grouped_) group.x.prepare(kernels.coded, p - group.first);
   });
   each_strip(workers, static_cast<int>(groups.size()) * gate.strips(), gate.strip_bytes(), [&](int task) {
     const Group& group = groups[task / gate.strips()];
@@ -91,7 +91,7 @@ void Experts::add(Workers& workers, const LinearKernels& kernels, const uint16_t
   if (grouped_) {
     each_row(workers, pairs, [&](int p) {
       Group& group = groups[group_of[p]];
-      group.gated.quantize(kernels.coded, p - group.first);
+      group.gated.prepare(kernels.coded, p - group.first);
     });
   }
   const int most = std::min(kDownStrips, down.strips() / (workers.threads() * kDownTasks)), block = std::max(1, most);

@@ -71,11 +71,12 @@ struct alignas(64) InputGroup {
 };
 static_assert(sizeof(InputGroup) == 64, "a cache line");
 
-// A tile of rows of inputs, in one or both forms.
+// A tile of rows of inputs: as they are and, for grouped products, what ProductKernels::prepare made of them.
 struct InputRows {
   const uint16_t* x;  // bfloat16, rows `stride` elements apart
   ptrdiff_t stride;
-  const InputGroup* groups;  // group g of row r of `rows`: groups[g * rows + r]
+  const InputGroup* groups;  // group g of row r of `rows`: groups[g * rows + r]; tiles' are others
+  int rows;
 };
 
 // One format's product. Every result of a row is the same sequence of operations whatever the rows beside it.
@@ -88,14 +89,16 @@ struct ProductKernel {
   void (*begin)(int rows) = nullptr;
   void (*end)() = nullptr;
 };
-constexpr int kMostTileRows = 32;
+constexpr int kMostTileRows = 64;
 
-// The products of one instruction set. For the formats in bits their results are the same bits for all of them.
+// The products of one instruction set. For the formats in bits their results are the same bits for all of them but
+// those on tiles.
 struct ProductKernels {
   const char* isa;
-  int row_tile;  // of all grouped ones
-  // x as codes, a group at a time: out[0], out[stride], ... ; `in` inputs, zeros after them.
-  void (*quantize)(const uint16_t* x, int in, ptrdiff_t stride, InputGroup* out);
+  int row_tile;        // of all grouped ones
+  size_t group_bytes;  // of what products want to know of a row's group of inputs: for most an InputGroup
+  // That of x, a group at a time: out[0], out[stride], ... ; `in` inputs, zeros after them.
+  void (*prepare)(const uint16_t* x, int in, ptrdiff_t stride, void* out);
   const ProductKernel* (*product)(int format);  // null: no such format
 };
 

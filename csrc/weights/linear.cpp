@@ -94,24 +94,26 @@ void Input::borrow(const uint16_t* x, ptrdiff_t stride, int rows, int width) {
 Input Input::part(int first, int count) const {
   Input input;
   input.borrow(x_ + first * stride_, stride_, count, width_);
-  input.codes_ = codes_ == nullptr ? nullptr : codes_ + static_cast<size_t>(first) * groups();
+  input.group_bytes_ = group_bytes_;
+  input.prepared_ = prepared_ == nullptr ? nullptr : prepared_ + groups_before(first);
   return input;
 }
 
-void Input::reserve_codes() {
-  codes_ = reinterpret_cast<InputGroup*>(code_memory_.get(static_cast<size_t>(rows_) * groups() * sizeof(InputGroup)));
+void Input::reserve(const ProductKernels& kernels) {
+  group_bytes_ = kernels.group_bytes;
+  // Tiles read those of whole blocks of rows.
+  prepared_ = code_memory_.get(groups_before(rows_) + kMostTileRows * group_bytes_);
 }
 
-void Input::quantize(const ProductKernels& kernels, int row) {
+void Input::prepare(const ProductKernels& kernels, int row) {
   const int tile = row / kernels.row_tile * kernels.row_tile;
   const int count = rows_ - tile < kernels.row_tile ? rows_ - tile : kernels.row_tile;
-  InputGroup* to = codes_ + static_cast<size_t>(tile) * groups() + (row - tile);
-  kernels.quantize(x_ + row * stride_, width_, count, to);
+  kernels.prepare(x_ + row * stride_, width_, count, prepared_ + groups_before(tile) + (row - tile) * group_bytes_);
 }
 
-InputRows Input::tile(const ProductKernel& product, int first) const {
-  if (product.grouped) return InputRows{nullptr, 0, codes_ + static_cast<size_t>(first) * groups()};
-  return InputRows{x_ + first * stride_, stride_, nullptr};
+InputRows Input::tile(int first, int count) const {
+  const auto* groups = prepared_ == nullptr ? nullptr : prepared_ + groups_before(first);
+  return InputRows{x_ + first * stride_, stride_, reinterpret_cast<const InputGroup*>(groups), count};
 }
 
 void apply_linear(Cpu& cpu, const Linear& linear, const uint16_t* x, ptrdiff_t stride, int rows, uint16_t* y) {
@@ -119,8 +121,8 @@ void apply_linear(Cpu& cpu, const Linear& linear, const uint16_t* x, ptrdiff_t s
   Input input;
   input.borrow(x, stride, rows, linear.in());
   if (linear.grouped()) {
-    input.reserve_codes();
-    each_row(cpu.workers(), rows, [&](int r) { input.quantize(kernels.coded, r); });
+    input.reserve(kernels.coded);
+    each_row(cpu.workers(), rows, [&](int r) { input.prepare(kernels.coded, r); });
   }
   each_strip(cpu.workers(), linear.strips(), linear.strip_bytes(), [&](int strip) {
     multiply_strip(kernels, linear, strip, input, [&](int row, const float* products) {

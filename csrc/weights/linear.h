@@ -54,31 +54,33 @@ class Linear {
   std::vector<float> bias_;
 };
 
-// Rows of bfloat16, and their codes where a weight in bits will meet them.
+// Rows of bfloat16, and what their products want to know of them where a weight in bits will meet them.
 class Input {
  public:
   // Room for `rows` rows of `width`; the elements are written by the caller.
   uint16_t* get(int rows, int width);
   void borrow(const uint16_t* x, ptrdiff_t stride, int rows, int width);
-  // Room for the codes of the rows, and, once a row is written, its codes.
-  void reserve_codes();
-  void quantize(const ProductKernels& kernels, int row);
+  // Room for that and, once a row is written, that of the row.
+  void reserve(const ProductKernels& kernels);
+  void prepare(const ProductKernels& kernels, int row);
   // Only the first `rows` are meant from now on.
   void shorten(int rows) { rows_ = rows; }
-  // Rows `first` to `first + count - 1` as an input of their own, in the same memory; their codes are written through
-  // it.
+  // Rows `first` to `first + count - 1` as an input of their own, in the same memory, prepared through it.
   Input part(int first, int count) const;
 
   int rows() const { return rows_; }
-  // Row `first`, the first of one of the product's tiles, and those after it.
-  InputRows tile(const ProductKernel& product, int first) const;
+  // Row `first`, the first of one of the product's tiles, and those after it, `count` in all.
+  InputRows tile(int first, int count) const;
 
  private:
-  int groups() const { return (width_ + kGroup - 1) / kGroup; }
+  size_t groups_before(int row) const {
+    return static_cast<size_t>(row) * ((width_ + kGroup - 1) / kGroup) * group_bytes_;
+  }
 
   Scratch memory_, code_memory_;
   const uint16_t* x_ = nullptr;
-  InputGroup* codes_ = nullptr;
+  uint8_t* prepared_ = nullptr;
+  size_t group_bytes_ = 0;
   ptrdiff_t stride_ = 0;
   int rows_ = 0, width_ = 0;
 };
@@ -116,7 +118,7 @@ class Tile {
     for (int done = 0; done < count; done += most_rows()) {
       const int rows = count - done < most_rows() ? count - done : most_rows();
       ready_.prepare(product_, rows);
-      product_.multiply(input.tile(product_, first + done), rows, linear_.in(), linear_.strip(strip_),
+      product_.multiply(input.tile(first + done, rows), rows, linear_.in(), linear_.strip(strip_),
                         products_ + done * kStrip);
     }
     for (int r = 0; r < count; ++r) linear_.add_bias(strip_ * kStrip, linear_.columns(strip_), products_ + r * kStrip);

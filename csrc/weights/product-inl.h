@@ -73,21 +73,20 @@ inline void add_group(const InputGroup* x, const uint8_t* header, const uint8_t*
   });
 }
 
-// `stride` rows from a group's inputs to the next one's.
 template <class Format, int ROWS>
-inline void multiply_groups(const InputGroup* x, int stride, int groups, const uint8_t* strip, int lane, float* out) {
+inline void multiply_groups(const InputGroup* x, int groups, const uint8_t* strip, int lane, float* out) {
   F results[ROWS][kVectorsAtOnce];
   unrolled<ROWS>([&](auto r) { unrolled<kVectorsAtOnce>([&](auto v) { results[r][v] = f_set(0); }); });
   const uint8_t* header = strip;
   const uint8_t* group = strip + Format::kHeaderBytes;
-  for (int g = 0; g < groups; ++g, x += stride, group += Format::kGroupBytes) {
+  for (int g = 0; g < groups; ++g, x += ROWS, group += Format::kGroupBytes) {
     if (Format::kSuper && g % Format::kGroups == 0 && g > 0) {
       header = group;
       group += Format::kHeaderBytes;
     }
     for (int at = 0; at < Format::kGroupBytes; at += 64) __builtin_prefetch(group + at + kAheadBytes);
     if (ROWS > 2) {
-      for (int r = 0; r < ROWS; ++r) __builtin_prefetch(x + kAheadGroups * stride + r);
+      for (int r = 0; r < ROWS; ++r) __builtin_prefetch(x + kAheadGroups * ROWS + r);
     }
     add_group<Format, ROWS>(x, header, group, lane, results);
   }
@@ -99,25 +98,22 @@ inline void multiply_groups(const InputGroup* x, int stride, int groups, const u
 }
 
 template <class Format, int ROWS>
-void multiply_rows(const InputGroup* x, int rows, int stride, int groups, const uint8_t* strip, float* out) {
+void multiply_rows(const InputGroup* x, int rows, int groups, const uint8_t* strip, float* out) {
   if constexpr (ROWS > 0) {
-    if (rows < ROWS) return multiply_rows<Format, ROWS - 1>(x, rows, stride, groups, strip, out);
+    if (rows < ROWS) return multiply_rows<Format, ROWS - 1>(x, rows, groups, strip, out);
     for (int lane = 0; lane < kStrip; lane += kVectorsAtOnce * kWidth) {
-      multiply_groups<Format, ROWS>(x, stride, groups, strip, lane, out);
+      multiply_groups<Format, ROWS>(x, groups, strip, lane, out);
     }
   }
 }
 
 template <class Format>
 void multiply_coded(const InputRows& x, int rows, int in, const uint8_t* strip, float* out) {
-  const int groups = (in + kGroup - 1) / kGroup;
-  for (int r = 0; r < rows; r += kProductRows) {
-    const int some = rows - r < kProductRows ? rows - r : kProductRows;
-    multiply_rows<Format, kProductRows>(x.groups + r, some, rows, groups, strip, out + r * kStrip);
-  }
+  multiply_rows<Format, kProductRows>(x.groups, rows, (in + kGroup - 1) / kGroup, strip, out);
 }
 
-void quantize_groups(const uint16_t* x, int in, ptrdiff_t stride, InputGroup* out) {
+void quantize_groups(const uint16_t* x, int in, ptrdiff_t stride, void* groups) {
+  auto* out = static_cast<InputGroup*>(groups);
   for (int begin = 0; begin < in; begin += kGroup, out += stride) {
     uint16_t last[kGroup] = {};
     const uint16_t* from = x + begin;
@@ -164,4 +160,4 @@ const ProductKernel* find_product(int format, FormatList<F...>) {
 
 const ProductKernel* product_of(int format) { return find_product(format, Formats{}); }
 
-const ProductKernels kProducts = {kIsa, kProductRows, quantize_groups, product_of};
+const ProductKernels kProducts = {kIsa, kProductRows, sizeof(InputGroup), quantize_groups, product_of};
