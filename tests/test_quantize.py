@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from helpers.command import complaint, status
+from helpers.packed_files import decompressed, with_values
 from helpers.tiny import save, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from kvbits.calibration import quantize as whole
 from kvbits.calibration.parts import Parts
@@ -63,31 +64,6 @@ def windows_of(text: Path) -> list[Tensor]:
     return [torch.tensor([found[i * len(found) // WINDOWS]]) for i in range(WINDOWS)]
 
 
-def decompressed(folder: Path) -> dict[str, Tensor]:
-    """Every rounded weight by arithmetic on its words alone, ``float32``."""
-    tensors, found = load_file(folder / "model.safetensors"), {}
-    bits = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
-    bits = bits["weights"]["num_bits"]
-    shifts = torch.arange(0, 32, bits)
-    for stem in (name.removesuffix(".weight_packed") for name in tensors if name.endswith("weight_packed")):
-        rows, columns = tensors[f"{stem}.weight_shape"].tolist()
-        words, zeros = (tensors[f"{stem}.{leaf}"].long() for leaf in ("weight_packed", "weight_zero_point"))
-        codes = (words.unsqueeze(2) >> shifts & (1 << bits) - 1).flatten(1)[:, :columns]
-        bases = (zeros.unsqueeze(1) >> shifts.unsqueeze(1) & (1 << bits) - 1).flatten(0, 1)[:rows]
-        steps = tensors[f"{stem}.weight_scale"].float().repeat_interleave(32, dim=1)
-        found[f"{stem}.weight"] = (codes - bases.repeat_interleave(32, dim=1)).float() * steps
-    return found
-
-
-def with_values(folder: str, values: dict[str, Tensor]) -> Any:
-    """transformers' model of ``folder`` in float32 with other weights."""
-    found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for name, value in values.items():
-            found.get_parameter(name).copy_(value)
-    return found
-
-
 @torch.no_grad()
 def inputs_of(model: Any, names: list[str], windows: list[Tensor]) -> dict[str, Tensor]:
     """``float32 [tokens, in]`` of some linear layers while ``model`` reads ``windows``."""
@@ -134,6 +110,17 @@ def test_compressed_tensors_decompresses_the_same(weights: str, model: str, text
         found = library.PackedQuantizationCompressor.decompress(own, scheme)["weight"]
         assert torch.equal(value.to(found.dtype), found), name
         assert torch.equal(packed[name].unpack(torch.arange(len(value))), value)
+
+
+@pytest.mark.parametrize("weights", ["int4", "int8"])
+def test_transformers_loads_it_unpacked(weights: str, model: str, text: Path, tmp_path: Path) -> None:
+    """Its other way, which keeps the words, takes no zero points in groups."""
+    pytest.importorskip("compressed_tensors")
+    assert status("quantize", model, "-o", tmp_path, "--text", text, "--weights", weights, *SMALL) == 0
+    unpacked = CompressedTensorsConfig(dequantize=True)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, quantization_config=unpacked).eval()
+    for name, value in decompressed(tmp_path).items():  # the library multiplies codes and scales in bfloat16
+        assert torch.equal(found.get_parameter(name), value.bfloat16().float()), name
 
 
 def test_layers_are_rounded_on_what_rounded_layers_give(model: str, made: Path, text: Path) -> None:
