@@ -4,8 +4,8 @@
 
 Weights of one shape are repeated until they are far larger than the processor's caches. Few rows should read them as
 fast as a plain loop reads memory (``read_share``); many should multiply as fast as the instruction for dot products of
-bytes does in registers, with AMX that for tiles of bfloat16 (``peak_share``). Each product alternates with the yardstick
-beside it; figures are medians, of ratios too, so that a busy machine slows both.
+bytes does in registers, with AMX that for tiles of bfloat16 (``peak_share``). Each product alternates with its
+yardstick; figures are medians, of ratios too, so that a busy machine slows both.
 """
 
 from __future__ import annotations

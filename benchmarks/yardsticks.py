@@ -21,7 +21,7 @@ _FLAGS = {
 }
 """Compiler flags by instruction set; an emulated one has no peak."""
 _READING = ["-march=native"]
-_ROUNDS = 1_000_000
+_ROUNDS = 16_000_000
 
 
 class Yardsticks:
@@ -46,12 +46,15 @@ class Yardsticks:
         return time.process_time() / self._count if self._cpu_time else time.perf_counter()
 
     def read(self) -> float:
-        """Bytes a second."""
+        """Bytes a second, the best of three passes: threads may begin one on the same core."""
         parts = np.array_split(self._buffer, self._count)
         library = self._library("read", _READING)
-        begin = self.now()
-        list(self._threads.map(lambda part: library.plain_read(part.ctypes.data, len(part)), parts))
-        return self._buffer.nbytes / (self.now() - begin)
+        least = float("inf")
+        for _ in range(3):
+            begin = self.now()
+            list(self._threads.map(lambda part: library.plain_read(part.ctypes.data, len(part)), parts))
+            least = min(least, self.now() - begin)
+        return self._buffer.nbytes / least
 
     def peak(self, isa: str) -> float:
         """Multiplications a second of bytes or, with tiles, of bfloat16, by ``isa``; NaN where ``peak.c`` has none."""
