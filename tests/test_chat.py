@@ -133,8 +133,8 @@ def test_a_paste_is_one_message_and_an_interrupt_ends_an_answer_only(terminal: T
     assert "tokens" in terminal.read("kvbits: error: .*")
     terminal.read("> ")
     assert saved() == []
-    # Ctrl-C at the prompt drops the line; the chat goes on. Python sees a signal that came before it waited for keys with
-    # the next key, so what is typed next shows it, not readline's drawing.
+    # Ctrl-C at the prompt drops the line; the chat goes on. Python sees a signal that came before it waited for keys
+    # with the next key, so what is typed next shows it, not readline's drawing.
     terminal.type("dropped")
     terminal.read("dropped")
     terminal.process.send_signal(signal.SIGINT)
