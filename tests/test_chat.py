@@ -134,9 +134,10 @@ def test_a_paste_is_one_message_and_an_interrupt_ends_an_answer_only(terminal: T
     terminal.read("> ")
     assert saved() == []
     # Ctrl-C at the prompt drops the line; the chat goes on. Python sees a signal that came before it waited for keys
-    # with the next key, so what is typed next shows it, not readline's drawing.
+    # with the next key only: so it gets time to wait, and what is typed next shows it, not readline's drawing.
     terminal.type("dropped")
     terminal.read("dropped")
+    time.sleep(0.5)
     terminal.process.send_signal(signal.SIGINT)
     terminal.says("> ", 1)
     terminal.type("/clear\r")

@@ -83,7 +83,7 @@ class Input {
   int rows_ = 0, width_ = 0;
 };
 
-// What a thread's products made ready: configuring the processor's tiles takes as long as a hundred of their products.
+// What a thread's products made ready: configuring the processor's tiles takes as long as twenty of their products.
 class Ready {
  public:
   Ready() = default;
